@@ -1,0 +1,1 @@
+"""The recorder: one process per node and run that reads the ranks' rings and owns gRPC. Never imports torch."""

@@ -1,0 +1,183 @@
+"""Every Prometheus series that the collector exports: name, type, labels, unit, meaning.
+
+Exposition, the table in docs/metrics.md, dashboards, alert rules and their linters read this and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Kind(StrEnum):
+    """Prometheus metric types in use."""
+
+    GAUGE = "gauge"
+    COUNTER = "counter"
+    HISTOGRAM = "histogram"
+    INFO = "info"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """One family of series."""
+
+    name: str
+    """As exported; a counter's ends in `_total`, an info's in `_info`."""
+    kind: Kind
+    labels: tuple[str, ...]
+    unit: str
+    """Base unit, empty for a plain number."""
+    help: str
+    buckets: tuple[float, ...] = ()
+    """Upper bounds of a histogram, without +Inf."""
+
+
+RUN = ("experiment", "run")
+"""Every run-level series carries these."""
+
+VERDICTS = (
+    "healthy",
+    "exploding_gradients",
+    "first_step_nonfinite",
+    "sudden_nonfinite",
+    "nonfinite_gradient",
+    "amp_overflow",
+    "amp_scale_collapse",
+    "bad_rank",
+    "loss_divergence",
+    "vanishing_gradients",
+    "duplicate_data",
+    "replica_drift",
+    "stalled",
+    "rank_lost",
+    "unknown",
+)
+"""The closed list of causes. An incident never carries `healthy`."""
+
+INCIDENT_VERDICTS = ("exploding_gradients", "first_step_nonfinite", "sudden_nonfinite")
+"""The causes that this version tells apart; their counters exist at 0 from a run's first report."""
+
+DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")
+"""Why a step record of a rank is missing: the probe failed on it; the ring was overwritten before it was read (the
+collector was away for too long); or its step was launched and never finished."""
+
+_POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
+_DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+def _gauge(name: str, help_: str, unit: str = "", labels: tuple[str, ...] = RUN) -> Series:
+    return Series(name=name, kind=Kind.GAUGE, labels=labels, unit=unit, help=help_)
+
+
+def _counter(name: str, help_: str, labels: tuple[str, ...] = RUN) -> Series:
+    return Series(name=name, kind=Kind.COUNTER, labels=labels, unit="", help=help_)
+
+
+GLOBAL_GRADIENT_NORM = _gauge(
+    "foreshock_global_gradient_norm",
+    "L2 norm of the averaged gradient before clipping, at the newest step where it was finite.",
+)
+LOCAL_GRADIENT_NORM = _gauge(
+    "foreshock_local_gradient_norm",
+    "L2 norm of a rank's own gradient before the all-reduce, at its newest step where it was finite.",
+    labels=(*RUN, "rank"),
+)
+GRADIENT_NORM = Series(
+    name="foreshock_gradient_norm",
+    kind=Kind.HISTOGRAM,
+    labels=RUN,
+    unit="",
+    help="Finite global norms, every step: what a scrape would miss between two samples.",
+    buckets=_POWERS_OF_TEN,
+)
+CLIP_COEFFICIENT = _gauge(
+    "foreshock_clip_coefficient", "Factor in (0, 1] applied to the averaged gradient at the newest step.", "ratio"
+)
+LOSS = _gauge("foreshock_loss", "Mean over ranks of the loss, at the newest step where it was finite.")
+LEARNING_RATE = _gauge("foreshock_learning_rate", "Learning rate of the first parameter group at the newest step.")
+LOSS_SCALE = _gauge("foreshock_loss_scale", "Scale of the GradScaler at the newest step; 1 without one.")
+STEP = _gauge("foreshock_step", "The newest optimizer step.")
+STEPS = _counter("foreshock_steps_total", "Optimizer steps seen.")
+CLIPPED_STEPS = _counter("foreshock_clipped_steps_total", "Steps whose gradient was scaled down.")
+SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer was told to leave out.")
+GRADIENT_SPIKES = _counter("foreshock_gradient_spikes_total", "Steps whose global norm stood far above its history.")
+GRADIENT_BUILD_UPS = _counter(
+    "foreshock_gradient_build_ups_total", "Climbs of the global norm over several steps, or spikes in quick succession."
+)
+LOSS_SPIKES = _counter("foreshock_loss_spikes_total", "Steps whose loss stood far above its history.")
+NONFINITE_STEPS = _counter(
+    "foreshock_nonfinite_steps_total",
+    "Steps with a NaN or an Inf in the loss or the gradient.",
+    (*RUN, "source", "kind"),
+)
+STEP_DURATION = Series(
+    name="foreshock_step_duration_seconds",
+    kind=Kind.HISTOGRAM,
+    labels=RUN,
+    unit="seconds",
+    help="Time from one optimizer step to the next.",
+    buckets=_DURATIONS,
+)
+LAST_SPIKE = _gauge(
+    "foreshock_last_spike_timestamp_seconds", "When the collector saw the last spike; 0 if never.", "seconds"
+)
+LAST_BUILD_UP = _gauge(
+    "foreshock_last_build_up_timestamp_seconds", "When the collector saw the last build-up; 0 if never.", "seconds"
+)
+LAST_LOSS_SPIKE = _gauge(
+    "foreshock_last_loss_spike_timestamp_seconds", "When the collector saw the last loss spike; 0 if never.", "seconds"
+)
+LAST_NONFINITE = _gauge(
+    "foreshock_last_nonfinite_timestamp_seconds",
+    "When the collector saw the last step with a NaN or an Inf; 0 if never.",
+    "seconds",
+)
+LAST_INCIDENT = _gauge(
+    "foreshock_last_incident_timestamp_seconds",
+    "When the collector opened the last incident with this verdict; 0 if never.",
+    "seconds",
+    (*RUN, "verdict"),
+)
+LAST_REPORT = _gauge(
+    "foreshock_last_report_timestamp_seconds",
+    "When the collector last heard of a rank, steps or not.",
+    "seconds",
+    (*RUN, "rank"),
+)
+LAST_STEP = _gauge(
+    "foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds"
+)
+STALL_AFTER = _gauge(
+    "foreshock_stall_after_seconds",
+    "A run that makes no step for this long has stalled: 20 of its own median steps, never under 10 minutes.",
+    "seconds",
+)
+RUN_ACTIVE = _gauge("foreshock_run_active", "1 while any rank of the run is there, 0 once all have left.")
+RANKS_EXPECTED = _gauge("foreshock_run_ranks_expected", "World size of the newest attempt.")
+RANKS_REPORTING = _gauge("foreshock_run_ranks_reporting", "Ranks of the newest attempt that have said hello and not left.")
+RUN_INFO = Series(
+    name="foreshock_run_info",
+    kind=Kind.INFO,
+    labels=(*RUN, "attempt", "model", "optimizer", "clip"),
+    unit="",
+    help="What runs: facts that hold for a whole attempt.",
+)
+INCIDENTS = _counter("foreshock_incidents_total", "Incidents opened.", (*RUN, "verdict"))
+INCIDENT_INFO = Series(
+    name="foreshock_incident_info",
+    kind=Kind.INFO,
+    labels=(*RUN, "incident", "verdict", "first_step", "lead_steps", "rank", "layer"),
+    unit="",
+    help="The newest incident of a run. Rank and layer are empty where they are not known; lead_steps is 0 where "
+    "nothing preceded the first non-finite step.",
+)
+RECORDS_DROPPED = _counter(
+    "foreshock_records_dropped_total", "Step records of a rank that never reached the collector.", (*RUN, "reason")
+)
+COLLECTOR_START = _gauge(
+    "foreshock_collector_start_time_seconds", "When this collector process started.", "seconds", labels=()
+)
+
+CATALOGUE: tuple[Series, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Series))
+"""All of them, in the order above."""
