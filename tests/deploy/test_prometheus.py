@@ -1,0 +1,100 @@
+"""From a scrape to a person: the shipped Prometheus and Alertmanager configurations, with shorter intervals."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.deploy.conftest import (
+    PROMETHEUS_CONFIG,
+    RULES,
+    Start,
+    Webhook,
+    http_server,
+    name_and_run,
+    start_alertmanager,
+    with_receiver,
+)
+
+
+class Collector:
+    """Serves the expositions that the test sets: the next one at each scrape, the last one for good."""
+
+    def __init__(self) -> None:
+        self.address = ""
+        self._texts: deque[str] = deque([""])
+
+    def show(self, *expositions: list[str]) -> None:
+        start_time = f"foreshock_collector_start_time_seconds {time.time()}"
+        self._texts.extend("\n".join((start_time, *lines, "")) for lines in expositions)
+
+    def scrape(self) -> str:
+        return self._texts.popleft() if len(self._texts) > 1 else self._texts[0]
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    served = Collector()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4")
+            self.end_headers()
+            self.wfile.write(served.scrape().encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http_server(Handler) as address:
+        served.address = address
+        yield served
+
+
+def faster(folder: Path, collector: str, alertmanager: str) -> Path:
+    """The shipped configuration, every second instead of every five, pointed at this test's processes."""
+    config = yaml.safe_load(PROMETHEUS_CONFIG.read_text())
+    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+    config["scrape_configs"][0]["static_configs"][0]["targets"] = [collector]
+    config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
+    config["rule_files"] = [str(RULES)]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    return folder / "prometheus.yml"
+
+
+def test_an_explosion_one_scrape_after_its_build_up_is_the_one_thing_told_of_that_run(
+    collector: Collector, webhook: Webhook, start: Start, tmp_path: Path
+) -> None:
+    doomed, other = 'experiment="e",run="doomed"', 'experiment="e",run="other"'
+    incident = 'incident="1",verdict="exploding_gradients",first_step="812",lead_steps="6",rank="3",layer="blocks.2"'
+    now = time.time()
+    build_up = f"foreshock_last_build_up_timestamp_seconds{{{doomed}}} {now}"
+    collector.show(
+        [f"foreshock_last_build_up_timestamp_seconds{{{doomed}}} 0"],
+        [build_up],
+        [
+            build_up,
+            f'foreshock_last_incident_timestamp_seconds{{{doomed},verdict="exploding_gradients"}} {now}',
+            f"foreshock_incident_info{{{doomed},{incident}}} 1",
+            f"foreshock_last_build_up_timestamp_seconds{{{other}}} {now}",
+        ],
+    )
+    alertmanager = start_alertmanager(start, with_receiver(webhook.url, tmp_path, faster=2), tmp_path)
+    start(
+        "prometheus",
+        f"--config.file={faster(tmp_path, collector.address, alertmanager)}",
+        "--web.listen-address=127.0.0.1:0",
+        f"--storage.tsdb.path={tmp_path / 'prometheus'}",
+    )
+
+    told = webhook.next()
+    assert name_and_run(told) == ("firing", "ForeshockExplodingGradients", "doomed")
+    assert "First non-finite step 812, 6 steps after the first sign." in told["annotations"]["description"]
+    assert "Worst rank 3, layer blocks.2." in told["annotations"]["description"]
+    # The other run's build-up began later and waits as long, so the doomed one's would be here before it.
+    assert name_and_run(webhook.next()) == ("firing", "ForeshockGradientBuildUp", "other")

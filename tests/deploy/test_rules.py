@@ -1,0 +1,228 @@
+"""The alert rules: what promtool says of them, and that they name nothing that the collector does not export."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import promql_parser as promql
+import pytest
+import yaml
+from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind, Series
+from foreshock_protos import DEFAULT_HTTP_PORT
+
+from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
+
+SCENARIOS = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
+NAMES = [alert["alert"] for alert in ALERTS]
+SERIES = {series.name: series for series in CATALOGUE}
+SCRAPE_LABELS = {"job", "instance"}
+"""Set by Prometheus on everything that it scrapes."""
+VALUES = {"verdict": set(VERDICTS), "reason": set(DROP_REASONS)}
+"""Labels with a closed list of values."""
+QUERY = re.compile(r'printf ("(?:[^"\\]|\\.)*")((?: \$labels\.\w+)*) \| query')
+Labels = set[str] | None
+"""Of a vector; None for a scalar."""
+
+
+def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_alerts_are_these() -> None:
+    assert SEVERITY == {
+        "ForeshockGradientSpike": "info",
+        "ForeshockGradientBuildUp": "warning",
+        "ForeshockLossSpike": "info",
+        "ForeshockExplodingGradients": "critical",
+        "ForeshockSuddenNonFinite": "critical",
+        "ForeshockStepsSkipped": "warning",
+        "ForeshockRankSilent": "warning",
+        "ForeshockRanksMissing": "warning",
+        "ForeshockRunStalled": "warning",
+        "ForeshockRecordsDropped": "warning",
+        "ForeshockCollectorDown": "critical",
+    }
+
+
+def test_promtool_accepts_the_rules_and_the_configuration_that_loads_them() -> None:
+    done = promtool("check", "config", PROMETHEUS_CONFIG)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(ALERTS)} rules found" in done.stdout
+
+
+@pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.name)
+def test_every_alert_does_what_its_scenarios_say(file: Path) -> None:
+    done = promtool("test", "rules", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_has_a_scenario_that_fires_it_and_one_that_does_not() -> None:
+    fires: set[str] = set()
+    quiet: set[str] = set()
+    for file in SCENARIOS:
+        for test in yaml.safe_load(file.read_text())["tests"]:
+            for assertion in test["alert_rule_test"]:
+                (fires if assertion.get("exp_alerts") else quiet).add(assertion["alertname"])
+    assert fires == set(NAMES)
+    assert quiet == set(NAMES)
+
+
+@pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.name)
+def test_every_single_expectation_fails_once_it_is_turned_round(file: Path, tmp_path: Path) -> None:
+    """Shows that no expectation holds by accident of a misspelt name or of a scenario that ends too early."""
+    suite = yaml.safe_load(file.read_text())
+    suite["rule_files"] = [str(RULES)]
+    turned = 0
+    for test in suite["tests"]:
+        for assertion in test["alert_rule_test"]:
+            turned += 1
+            if assertion.get("exp_alerts"):
+                assertion["exp_alerts"] = []
+            else:
+                assertion["exp_alerts"] = [{"exp_labels": {"severity": SEVERITY[assertion["alertname"]]}}]
+    (tmp_path / "turned.yml").write_text(yaml.safe_dump(suite))
+    done = promtool("test", "rules", tmp_path / "turned.yml")
+    assert done.returncode != 0
+    assert len(re.findall(r"alertname: ?\w+, time: ", done.stdout + done.stderr)) == turned
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_an_alert_names_only_series_of_the_catalogue_and_is_about_one_run(alert: dict[str, Any]) -> None:
+    about = labels_of(promql.parse(alert["expr"]))
+    assert about == (set() if alert["alert"] == "ForeshockCollectorDown" else {"experiment", "run"})
+    assert set(alert["labels"]) == {"severity"}
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) -> None:
+    description = alert["annotations"]["description"]
+    asked = QUERY.findall(description)
+    assert len(asked) == description.count("| query")
+    for text, arguments in asked:
+        query = json.loads(text)
+        assert query.count("%q") == len(arguments.split())
+        labels_of(promql.parse(query.replace("%q", '"x"')))
+    known = {label for series in CATALOGUE for label in series.labels}
+    assert set(re.findall(r'\.Labels\.(\w+)|label "(\w+)"', description)) <= {
+        pair for label in known for pair in ((label, ""), ("", label))
+    }
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_an_alert_says_one_fixed_sentence_and_where_its_runbook_is(alert: dict[str, Any]) -> None:
+    said = alert["annotations"]
+    assert set(said) == {"summary", "description", "runbook_url"}
+    assert re.fullmatch(r"[A-Z][^{}]*\.", said["summary"])
+    assert said["runbook_url"] == f"http://127.0.0.1:{DEFAULT_HTTP_PORT}/runbooks/{alert['alert']}"
+    assert (ROOT / "docs/runbooks" / f"{alert['alert']}.md").is_file()
+
+
+def test_every_runbook_belongs_to_an_alert_and_answers_the_same_questions() -> None:
+    pages = {page.stem: page.read_text() for page in (ROOT / "docs/runbooks").glob("*.md")}
+    assert set(pages) == set(NAMES)
+    questions = [
+        "What it means",
+        "How sure we are",
+        "Look here first",
+        "What to try now",
+        "What to change for the next run",
+        "When to ignore it",
+    ]
+    for name, text in pages.items():
+        assert text.startswith(f"# {name}\n"), name
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == questions, name
+
+
+def test_critical_alerts_outlast_the_early_signs_of_the_same_event() -> None:
+    """They begin no earlier and last longer, or Alertmanager would send the early sign when they resolve."""
+    held = {alert["alert"]: int(alert.get("keep_firing_for", "0m").removesuffix("m")) for alert in ALERTS}
+    early = max(held[f"Foreshock{name}"] for name in ("GradientSpike", "GradientBuildUp", "LossSpike"))
+    assert early < min(held["ForeshockExplodingGradients"], held["ForeshockSuddenNonFinite"])
+
+
+def test_the_walk_refuses_what_is_not_in_the_catalogue() -> None:
+    for wrong in (
+        "foreshock_no_such_series",
+        'foreshock_loss{layer="x"}',
+        "max by (rank) (foreshock_loss)",
+        "foreshock_loss > on (rank) foreshock_local_gradient_norm",
+        'foreshock_incidents_total{verdict="exploded"}',
+        "foreshock_gradient_norm",
+    ):
+        with pytest.raises(AssertionError):
+            labels_of(promql.parse(wrong))
+
+
+def labels_of(expression: Any) -> Labels:
+    """Labels that the result carries; fails on a series, a label or a value that the collector does not export."""
+    match expression:
+        case promql.NumberLiteral() | promql.StringLiteral():
+            return None
+        case promql.VectorSelector():
+            return _selected(expression)
+        case promql.MatrixSelector():
+            return _selected(expression.vector_selector)
+        case promql.ParenExpr() | promql.UnaryExpr() | promql.SubqueryExpr():
+            return labels_of(expression.expr)
+        case promql.Call():
+            arguments = [labels_of(argument) for argument in expression.args]
+            vectors = [labels for labels in arguments if labels is not None]
+            if expression.func.name == "absent":
+                return set()
+            return vectors[0] if vectors else None
+        case promql.AggregateExpr():
+            return _aggregated(expression)
+        case promql.BinaryExpr():
+            return _combined(expression)
+    raise AssertionError(f"{type(expression).__name__} is new here: {expression}")
+
+
+def _series(name: str) -> tuple[Series, set[str]]:
+    for suffix in ("_bucket", "_sum", "_count"):
+        base = SERIES.get(name.removesuffix(suffix))
+        if name.endswith(suffix) and base is not None and base.kind is Kind.HISTOGRAM:
+            return base, {*base.labels, *({"le"} if suffix == "_bucket" else ())}
+    assert name in SERIES, f"{name} is not in the catalogue"
+    assert SERIES[name].kind is not Kind.HISTOGRAM, f"{name} exists only with _bucket, _sum and _count"
+    return SERIES[name], set(SERIES[name].labels)
+
+
+def _selected(selector: Any) -> set[str]:
+    _, labels = _series(selector.name)
+    for matcher in selector.matchers.matchers:
+        assert matcher.name in labels, f"{selector.name} has no label {matcher.name}"
+        if matcher.name in VALUES:
+            assert set(matcher.value.split("|")) <= VALUES[matcher.name], matcher.value
+    return labels | SCRAPE_LABELS
+
+
+def _aggregated(expression: Any) -> Labels:
+    inner = labels_of(expression.expr)
+    assert inner is not None
+    if str(expression.op) in {"topk", "bottomk"}:
+        return inner
+    if expression.modifier is None:
+        return set()
+    assert expression.modifier.type == promql.AggModifierType.By, "name the labels that stay"
+    kept = set(expression.modifier.labels)
+    assert kept <= inner, f"{kept - inner} is not in {expression.expr}"
+    return kept
+
+
+def _combined(expression: Any) -> Labels:
+    left, right = labels_of(expression.lhs), labels_of(expression.rhs)
+    if left is None or right is None:
+        return left if right is None else right
+    matching = expression.modifier.matching if expression.modifier is not None else None
+    if matching is not None:
+        on = set(matching.labels)
+        assert matching.type == promql.LabelModifierType.Include, "name the labels that match"
+        assert on <= left, f"{on - left} is not in {expression.lhs}"
+        assert on <= right, f"{on - right} is not in {expression.rhs}"
+    elif str(expression.op) != "or":
+        assert left == right, f"matched on different labels: {expression}"
+    return left
