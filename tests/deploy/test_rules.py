@@ -11,9 +11,9 @@ from typing import Any
 import promql_parser as promql
 import pytest
 import yaml
+
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind, Series
 from foreshock_protos import DEFAULT_HTTP_PORT
-
 from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
 
 SCENARIOS = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))

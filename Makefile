@@ -1,0 +1,95 @@
+# On a machine with Python 3.11 and make, `make demo` and `make test` install all the rest by themselves.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+PIP := -m pip --quiet --disable-pip-version-check install
+INSTALLED := .venv/.installed
+PROTOC_INSTALLED := .protos-venv/.installed
+# --python_out and its kin follow: the output folder. The path below `protos` is the import path.
+PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
+GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
+
+# $(call apt-install,what for,packages)
+define apt-install
+	command -v apt-get >/dev/null || { echo "$(1): please install $(2)" >&2; exit 1; }; \
+	if [ "$$(id -u)" = 0 ]; then as_root=(); elif command -v sudo >/dev/null; then as_root=(sudo); \
+	else echo "$(1): as root, please run: apt-get install $(2)" >&2; exit 1; fi; \
+	echo "$(1): installing $(2)"; \
+	"$${as_root[@]}" apt-get update -qq; \
+	"$${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2) >/dev/null
+endef
+
+.PHONY: help
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(INSTALLED) ## train a small model until it explodes, and watch it; sets everything up
+	@$(BIN)/foreshock demo $(ARGS)
+
+.PHONY: test
+test: $(INSTALLED) prometheus ## run the tests; sets everything up; ARGS="-k name" goes to pytest
+	@$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: check
+check: static test ## all that a change must pass: static, then the tests
+
+.PHONY: static
+static: $(INSTALLED) protos-drift ## format, lint, types, and whether generated files are up to date
+	@$(BIN)/ruff format --check
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(BIN)/python docs/make_metrics.py --check
+
+.PHONY: docs
+docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
+	@$(BIN)/python docs/make_metrics.py
+
+.PHONY: protos
+protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto
+	@$(PROTOC) $(call GENERATED,protos)
+
+.PHONY: bench
+bench: $(INSTALLED) ## measure what the probe costs a training step: benchmarks/step.py
+	@$(BIN)/python benchmarks/step.py $(ARGS)
+
+.PHONY: wheel-check
+wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own
+	@PYTHON=$(PYTHON) .ci/wheel-check
+
+# Not in the list above: what the others need.
+
+.PHONY: prometheus
+prometheus:
+	@for tool in prometheus promtool prometheus-alertmanager amtool; do \
+	  command -v $$tool >/dev/null || { $(call apt-install,The tests run a real Prometheus and Alertmanager,prometheus prometheus-alertmanager); break; }; \
+	done
+
+.PHONY: protos-drift
+protos-drift: $(PROTOC_INSTALLED)
+	@fresh=$$(mktemp -d); trap 'rm -r "$$fresh"' EXIT; \
+	$(PROTOC) $(call GENERATED,"$$fresh"); \
+	diff -r -x __init__.py -x __pycache__ -x '*.proto' "$$fresh/foreshock_protos/v1" protos/foreshock_protos/v1 \
+	  || { echo "The contract's generated code is not what telemetry.proto says; run: make protos" >&2; exit 1; }
+
+$(INSTALLED): requirements-dev.txt pyproject.toml
+	@$(call make-venv,.venv)
+	@$(BIN)/python $(PIP) -r requirements-dev.txt
+	@$(BIN)/python $(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(PROTOC_INSTALLED): requirements-protos.txt
+	@$(call make-venv,.protos-venv)
+	@.protos-venv/bin/python $(PIP) -r requirements-protos.txt
+	@touch $@
+
+define make-venv
+	[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, as python3.11 or python3, or by make PYTHON=..." >&2; exit 1; }; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt-install,A virtual environment needs it,python3-venv); }; \
+	[ -x $(1)/bin/pip ] || { echo "Setting up $(1); the first time takes a few minutes"; $(PYTHON) -m venv --clear $(1); }
+endef

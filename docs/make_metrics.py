@@ -1,0 +1,67 @@
+"""Writes docs/metrics.md from the catalogue of series; with --check, only says whether it is up to date."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, INCIDENT_VERDICTS, RUN, VERDICTS, Kind, Series
+
+PAGE = Path(__file__).with_name("metrics.md")
+HEAD = """# Series
+
+What the collector serves under `/metrics`. Made from `collector/foreshock_collector/catalogue.py` by `make docs`; do
+not edit by hand.
+
+A series about a run carries the labels `experiment` and `run`; the table names further ones. Prometheus adds `job`
+and `instance`. A run has at most a few series a rank, whatever the size of its model: a layer is named only in the
+description of an incident."""
+TAIL = """How to read them:
+
+- Counters of events exist at 0 from a run's first report, so that `increase()` sees the first event.
+- A time of 0 means never. `time() - foreshock_last_..._timestamp_seconds < 300` is the pattern for alerts. It sees an
+  event across a restart of the collector, where the counter reads the same before and after.
+- Norms and losses are never NaN here: a gauge keeps its last finite value, and steps that were not finite are counted
+  in `foreshock_nonfinite_steps_total`.
+- A run's series stay for 15 minutes after its end and then go.
+"""
+
+
+def main() -> None:
+    """Write the page, or compare it."""
+    if sys.argv[1:] != ["--check"]:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        sys.exit("docs/metrics.md is not what the catalogue says; run: make docs")
+
+
+def page() -> str:
+    """The whole page."""
+    rows = ["| series | type | further labels | unit | meaning |", "| --- | --- | --- | --- | --- |"]
+    rows += [_row(series) for series in CATALOGUE]
+    values = [
+        f"Values of `verdict`: {_quoted(VERDICTS)}.",
+        f"Of these, this version tells apart {_quoted(INCIDENT_VERDICTS)}.",
+        f"Values of `reason`: {_quoted(DROP_REASONS)}.",
+    ]
+    return "\n\n".join((HEAD, "\n".join(rows), *values, TAIL))
+
+
+def _row(series: Series) -> str:
+    further = _quoted(label for label in series.labels if label not in RUN)
+    if not set(RUN) <= set(series.labels):
+        further = further or "no labels"
+    name = f"`{series.name}`" + (" (`_bucket`, `_sum`, `_count`)" if series.kind is Kind.HISTOGRAM else "")
+    meaning = series.help
+    if series.buckets:
+        meaning += f" Buckets: {', '.join(f'{bound:g}' for bound in series.buckets)}."
+    return f"| {name} | {series.kind} | {further} | {series.unit} | {meaning} |"
+
+
+def _quoted(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+if __name__ == "__main__":
+    main()

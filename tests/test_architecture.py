@@ -1,0 +1,192 @@
+"""Which part may know which other, what an import may do, and where a number may stand."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import foreshock_protos
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "foreshock": ROOT / "agent/foreshock",
+    "foreshock_recorder": ROOT / "agent/foreshock_recorder",
+    "foreshock_collector": ROOT / "collector/foreshock_collector",
+    "foreshock_protos": ROOT / "protos/foreshock_protos",
+}
+ARROWS = {
+    "foreshock": {"foreshock_recorder.ring"},
+    "foreshock_recorder": {"foreshock_protos"},
+    "foreshock_collector": {"foreshock_protos"},
+    "foreshock_protos": set(),
+}
+"""Package: what it may import of the others."""
+MOST_LINES = 400
+LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
+
+
+def sources(package: str) -> list[Path]:
+    """Modules written by hand."""
+    return [
+        path
+        for path in sorted(PACKAGES[package].rglob("*.py"))
+        if PACKAGES["foreshock_protos"] / "v1" not in path.parents
+    ]
+
+
+def module_names(package: str) -> list[str]:
+    paths = [path.relative_to(PACKAGES[package].parent).with_suffix("") for path in sources(package)]
+    return [".".join(path.parts).removesuffix(".__init__") for path in paths]
+
+
+def in_a_fresh_process(code: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """Every module that a process has once it has imported these."""
+    return set(in_a_fresh_process("".join(f"import {module}\n" for module in modules) + LOADED))
+
+
+def top_level(modules: set[str]) -> set[str]:
+    return {module.partition(".")[0] for module in modules}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_imports_of_the_others_only_what_its_arrow_points_at(package: str) -> None:
+    for path in sources(package):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                assert node.module is not None
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for name in names:
+                if name.partition(".")[0] in PACKAGES.keys() - {package}:
+                    allowed = any(f"{name}.".startswith(f"{target}.") for target in ARROWS[package])
+                    assert allowed, f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
+
+
+def test_the_ring_needs_only_the_standard_library() -> None:
+    brought = top_level(loaded_by("foreshock_recorder.ring") - loaded_by("json"))
+    assert brought - sys.stdlib_module_names == {"foreshock_recorder"}
+
+
+@pytest.mark.parametrize("package", ["foreshock_recorder", "foreshock_collector"])
+def test_recorder_and_collector_run_without_torch(package: str) -> None:
+    assert not top_level(loaded_by(*module_names(package))) & {"torch", "foreshock"}
+
+
+def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
+    assert not top_level(loaded_by(*module_names("foreshock_recorder"))) & {
+        "aiohttp",
+        "numpy",
+        "prometheus_client",
+        "rich",
+    }
+
+
+def test_the_probe_brings_neither_grpc_nor_protobuf_into_the_training_process() -> None:
+    loaded = loaded_by(*module_names("foreshock"))
+    assert not top_level(loaded) & {"grpc", "foreshock_protos", "foreshock_collector"}
+    assert not any(module.startswith("google.protobuf") for module in loaded)
+
+
+def test_the_foreshock_command_does_not_wait_for_torch() -> None:
+    """It starts in milliseconds, and works on a machine that has only the collector."""
+    assert "torch" not in loaded_by("foreshock._cli")
+
+
+def test_importing_the_probe_starts_no_thread_process_or_socket() -> None:
+    before, after = in_a_fresh_process(
+        """
+import json, os
+from pathlib import Path
+
+def running():
+    links = (os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return len(os.listdir("/proc/self/task")), len(children), sum(link.startswith("socket:") for link in links)
+
+import torch.distributed, torch.nn.parallel
+before = running()
+import foreshock
+for name in foreshock.__all__:
+    getattr(foreshock, name)
+print(json.dumps([before, running()]))
+"""
+    )
+    assert after == before
+
+
+def test_what_foreshock_exports_is_what_it_says() -> None:
+    import foreshock
+
+    assert len(set(foreshock.__all__)) == len(foreshock.__all__)
+    visible = {
+        name
+        for name in {*dir(foreshock), *foreshock.__all__}
+        if not name.startswith("_") and name != "annotations" and not isinstance(getattr(foreshock, name), ModuleType)
+    }
+    assert visible == {name for name in foreshock.__all__ if not name.startswith("_")}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_module_is_too_long_to_read(package: str) -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
+    assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+@pytest.mark.parametrize("port", ["DEFAULT_GRPC_PORT", "DEFAULT_HTTP_PORT"])
+def test_a_default_port_is_named_once(port: str) -> None:
+    value = getattr(foreshock_protos, port)
+    named = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for package in PACKAGES
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and node.value == value
+    ]
+    assert [place.partition(":")[0] for place in named] == ["protos/foreshock_protos/__init__.py"], named
+
+
+def test_prometheus_is_sent_to_the_default_port() -> None:
+    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    targets = config["scrape_configs"][0]["static_configs"][0]["targets"]
+    assert targets == [f"127.0.0.1:{foreshock_protos.DEFAULT_HTTP_PORT}"]
+
+
+def test_every_dependency_is_pinned_for_development_within_its_range() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["project"]["dependencies"], *project["dependency-groups"]["dev"]]
+    for extra in project["project"]["optional-dependencies"].values():
+        wanted += extra
+    pins = {}
+    for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            assert version, f"{line} is not pinned"
+            pins[canonicalize_name(name)] = version
+    for text in wanted:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
