@@ -90,6 +90,6 @@ $(PROTOC_INSTALLED): requirements-protos.txt
 define make-venv
 	[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed, as python3.11 or python3, or by make PYTHON=..." >&2; exit 1; }; \
-	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt-install,A virtual environment needs it,python3-venv); }; \
+	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt-install,A virtual environment needs it,$(notdir $(PYTHON))-venv); }; \
 	[ -x $(1)/bin/pip ] || { echo "Setting up $(1); the first time takes a few minutes"; $(PYTHON) -m venv --clear $(1); }
 endef

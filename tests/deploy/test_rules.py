@@ -12,7 +12,7 @@ import promql_parser as promql
 import pytest
 import yaml
 
-from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind, Series
+from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
 
@@ -181,18 +181,19 @@ def labels_of(expression: Any) -> Labels:
     raise AssertionError(f"{type(expression).__name__} is new here: {expression}")
 
 
-def _series(name: str) -> tuple[Series, set[str]]:
+def _exported(name: str) -> set[str]:
+    """Labels of what the collector serves under this name."""
     for suffix in ("_bucket", "_sum", "_count"):
-        base = SERIES.get(name.removesuffix(suffix))
-        if name.endswith(suffix) and base is not None and base.kind is Kind.HISTOGRAM:
-            return base, {*base.labels, *({"le"} if suffix == "_bucket" else ())}
+        series = SERIES.get(name.removesuffix(suffix))
+        if name.endswith(suffix) and series is not None and series.kind is Kind.HISTOGRAM:
+            return {*series.labels, *({"le"} if suffix == "_bucket" else ())}
     assert name in SERIES, f"{name} is not in the catalogue"
     assert SERIES[name].kind is not Kind.HISTOGRAM, f"{name} exists only with _bucket, _sum and _count"
-    return SERIES[name], set(SERIES[name].labels)
+    return set(SERIES[name].labels)
 
 
 def _selected(selector: Any) -> set[str]:
-    _, labels = _series(selector.name)
+    labels = _exported(selector.name)
     for matcher in selector.matchers.matchers:
         assert matcher.name in labels, f"{selector.name} has no label {matcher.name}"
         if matcher.name in VALUES:
