@@ -1,0 +1,163 @@
+"""Where Foreshock touches torch: DDP's communication hook, the end of backward, the optimizer's step.
+
+Each hook is a few lines that hand over to a plain object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+
+
+class BucketWatcher(Protocol):
+    """Who looks at a rank's gradients before they are reduced."""
+
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """One bucket is about to be reduced."""
+
+    def last_bucket(self) -> None:
+        """All buckets of this backward pass have been seen; their last one is not reduced yet."""
+
+
+class BucketHook:
+    """State of the communication hook. DDP takes one hook for its whole life, so the watcher comes and goes here."""
+
+    def __init__(self, model: DistributedDataParallel, watcher: BucketWatcher) -> None:
+        self.group: dist.ProcessGroup = model.process_group
+        self.share = 1.0 / dist.get_world_size(self.group)
+        self.watcher = watcher
+
+
+def before_reduction(state: BucketHook, bucket: dist.GradBucket) -> Future[Tensor]:
+    """DDP's communication hook: look, then average as DDP itself would.
+
+    A hook turns off DDP's own division; multiplying by 1/W before the sum gives the same bits (dividing does not at
+    three ranks, and averaging after the sum overflows in half precision).
+    """
+    state.watcher.bucket(bucket.parameters(), bucket.gradients())
+    if bucket.is_last():
+        # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
+        state.watcher.last_bucket()
+    work = dist.all_reduce(bucket.buffer().mul_(state.share), group=state.group, async_op=True)
+    return work.get_future().then(_reduced)
+
+
+def _reduced(future: Future[list[Tensor]]) -> Tensor:
+    # The bucket's own buffer: another tensor would be copied back.
+    return future.value()[0]
+
+
+_installed: WeakKeyDictionary[nn.Module, BucketHook] = WeakKeyDictionary()
+
+
+def hook_taken(model: DistributedDataParallel) -> bool:
+    """The script has put a communication hook of its own into the only place there is."""
+    return bool(model._comm_hooks) and model not in _installed
+
+
+def watch_buckets(model: DistributedDataParallel, watcher: BucketWatcher) -> None:
+    """Register the communication hook, or give the one from an earlier attach to this watcher."""
+    if model in _installed:
+        _installed[model].watcher = watcher
+        return
+    hook = BucketHook(model, watcher)
+    model.register_comm_hook(hook, before_reduction)
+    _installed[model] = hook
+
+
+class BackwardEnd:
+    """Calls back once a backward pass is over and DDP has put the averaged gradients in place."""
+
+    _SAMPLES = 3
+
+    def __init__(self, parameters: Sequence[nn.Parameter], call: Callable[[], None]) -> None:
+        self._call = call
+        self._armed = False
+        last = len(parameters) - 1
+        chosen = {0, last // 2, last}
+        self._handles = [parameters[i].register_post_accumulate_grad_hook(self._arm) for i in sorted(chosen)]
+
+    def rearm(self) -> None:
+        """A backward pass that raised never ended: be ready for the next one all the same."""
+        self._armed = False
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _arm(self, _: Tensor) -> None:
+        if not self._armed:
+            self._armed = True
+            _engine().queue_callback(self._requeue)
+
+    def _requeue(self) -> None:
+        # DDP queues its own callback after ours: go behind it once more.
+        _engine().queue_callback(self._fire)
+
+    def _fire(self) -> None:
+        self._armed = False
+        self._call()
+
+
+def _engine() -> Any:
+    return Variable._execution_engine  # type: ignore[attr-defined]
+
+
+class StepWatcher(Protocol):
+    """Who acts around the optimizer's step."""
+
+    def before_step(self) -> None:
+        """The gradients are final."""
+
+    def after_step(self) -> None:
+        """The optimizer has stepped."""
+
+
+class StepHooks:
+    """The optimizer's pre- and post-hook.
+
+    Both stay out of graphs: a compiled `optimizer.step` would otherwise lose the clip without a word.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, watcher: StepWatcher) -> None:
+        self._optimizer = optimizer
+        self._watcher = watcher
+        self._before = optimizer.register_step_pre_hook(torch.compiler.disable(self._pre))
+        self._after = optimizer.register_step_post_hook(torch.compiler.disable(self._post))
+
+    def is_last(self) -> bool:
+        """No pre-hook runs after ours: one that edits gradients would undo the clip."""
+        return next(reversed(self._optimizer._optimizer_step_pre_hooks)) == self._before.id
+
+    def remove(self) -> None:
+        """Take both away."""
+        self._before.remove()
+        self._after.remove()
+
+    def _pre(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._watcher.before_step()
+            return None
+
+        def closure_then_watch() -> Any:
+            # The gradients of step(closure) do not exist before the closure has run.
+            loss = closure()
+            self._watcher.before_step()
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_then_watch, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_watch}
+
+    def _post(self, *_: Any) -> None:
+        self._watcher.after_step()

@@ -1,0 +1,104 @@
+"""Starts the recorder, and lets it finish: the only process that Foreshock starts on a training machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from foreshock._console import say, say_once
+from foreshock_recorder.ring import LOCK_NAME, Ring
+
+FAREWELL_SECONDS = 2.0
+"""Longest wait of a leaving rank for the collector's last acknowledgement."""
+_CHECK_SECONDS = 5.0
+_STARTS = 3
+
+
+class RecorderProcess:
+    """The node's recorder of one run, as a rank sees it: somebody holds the lock, and looks at the ring."""
+
+    def __init__(self, folder: Path, *, collector: str, python: str, speaks: bool) -> None:
+        self._folder = folder
+        self._command = [
+            python or sys.executable, "-m", "foreshock_recorder", "--folder", str(folder), "--collector", collector
+        ]  # fmt: skip
+        self._speaks = speaks
+        self._checked = time.monotonic()
+        self._starts = 0
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def ensure(self) -> None:
+        """Start a recorder unless one holds the lock. Training goes on without one, with one warning."""
+        if self._held() or self._starts == _STARTS:
+            return
+        self._starts += 1
+        # The folder of the script must not shadow the recorder's own imports.
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        try:
+            # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
+            # misses it, and no socket of the job stays open with it.
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                close_fds=True,
+                env=environment,
+            )
+        except OSError as error:
+            say_once("recorder", f"the recorder cannot start, nothing reaches the collector ({error})")
+            return
+        self._processes.append(process)
+
+    def check(self, ring: Ring, now: float) -> None:
+        """Every few seconds: start another recorder if the last one is gone, and say once what troubles it."""
+        if now - self._checked < _CHECK_SECONDS:
+            return
+        self._checked = now
+        self._reap()
+        if now - ring.recorder_seen > 2 * _CHECK_SECONDS:
+            self.ensure()
+        self._say_trouble(ring)
+
+    def wait_for_farewell(self, ring: Ring) -> None:
+        """Bounded wait until everything is stored: a pod dies with its first process, and takes the recorder along."""
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        while time.monotonic() < deadline and not ring.trouble:
+            if ring.acknowledged >= ring.launched and ring.acknowledged_farewell:
+                break
+            time.sleep(0.005)
+        self._say_trouble(ring)
+        self._reap()
+
+    def _held(self) -> bool:
+        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # Shared: two ranks that look at once must not take each other for a recorder.
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _reap(self) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                # It outlives us by design: keep the interpreter from warning about it at exit.
+                process.returncode = 0
+        self._processes.clear()
+
+    def _say_trouble(self, ring: Ring) -> None:
+        if self._speaks and ring.trouble:
+            say_once("collector", f"the collector does not take records, training goes on ({ring.trouble})")
+
+
+def announce(line: str, *, rank: int) -> None:
+    """The one line at attach, from rank 0."""
+    if rank == 0:
+        say(line)

@@ -1,0 +1,136 @@
+"""This rank's own gradient, bucket by bucket, before the all-reduce; and the small sum over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._summary import ParameterPlan
+
+SUM_FIELDS = (
+    "reduced_square_sum",
+    "reduced_nan_ranks",
+    "reduced_inf_ranks",
+    "reduced_idle_ranks",
+    "reduced_loss_sum",
+    "reduced_loss_count",
+    "reduced_nan_losses",
+    "reduced_inf_losses",
+)
+"""What the all-reduce of a step carries: fixed, so O(1) in the world size. `StepBatch` says what each means."""
+
+
+class LocalNorms:
+    """Collects per-parameter norms over the buckets of one backward pass; knows nothing of DDP."""
+
+    def __init__(self, plan: ParameterPlan) -> None:
+        self._plan = plan
+        self._norms: list[Tensor] = []
+        self._order: list[int] = []
+        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self.summary: NormSummary | None = None
+        """Of the newest whole backward pass; None before the first, or where none of ours took part."""
+
+    def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """One bucket: parameters and this rank's gradients of them, in the order of the bucket."""
+        index = self._plan.index
+        ours = [(index[p], g) for p, g in zip(parameters, gradients, strict=True) if p in index]
+        if ours:
+            self._norms.append(gradient_norms([g for _, g in ours]))
+            self._order += [i for i, _ in ours]
+
+    def close(self) -> None:
+        """The last bucket has been measured: sum up, in the order of arrival, which is the backward order."""
+        norms, order = self._norms, tuple(self._order)
+        self._norms, self._order = [], []
+        self.summary = None
+        if norms:
+            indices, layer_of = self._index_tensors(order, norms[0].device)
+            self.summary = summarize(torch.cat(norms), indices, layer_of, len(self._plan.layers))
+
+    def _index_tensors(self, order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        # The order changes once, when DDP rebuilds its buckets: keep the tensors for as long as it holds.
+        if self._indices is None or self._indices[0] != order:
+            layer_of = [self._plan.layer_of[i] for i in order]
+            self._indices = (order, torch.tensor(order, device=device), torch.tensor(layer_of, device=device))
+        return self._indices[1], self._indices[2]
+
+
+@dataclass(kw_only=True)
+class _InFlight:
+    values: Tensor
+    work: dist.Work | None
+    sequence: int
+
+
+class RankSums:
+    """One asynchronous all-reduce of `SUM_FIELDS` per step, awaited by nobody.
+
+    Every rank issues it at the same place of every backward pass, whatever happens: a collective that depends on a
+    rank's data or on its errors deadlocks the job.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, depth: int = 4) -> None:
+        self._group = group
+        self._ring = [
+            _InFlight(values=torch.zeros(len(SUM_FIELDS), dtype=torch.float64, device=device), work=None, sequence=0)
+            for _ in range(depth)
+        ]
+        self._turn = 0
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.newest = torch.zeros(1 + len(SUM_FIELDS), dtype=torch.float64, device=device)
+        """The sequence number that issued the newest finished sum (0: none yet), then its values."""
+        self._newest_sequence = 0
+
+    def contribution(self, summary: NormSummary | None, loss: Tensor | None) -> Tensor:
+        """This rank's part. Sums stay finite: NaN and Inf are counted beside them."""
+        zero = self._zero
+        square, nan, inf, idle = zero, zero, zero, zero
+        if summary is not None:
+            total = summary.total
+            square = torch.where(total.isfinite(), total.square(), zero)
+            nan = (summary.nan_parameters > 0).to(zero.dtype)
+            inf = (summary.inf_parameters > 0).to(zero.dtype)
+            idle = (total == 0).to(zero.dtype)
+        losses = (zero, zero, zero, zero)
+        if loss is not None:
+            finite = loss.isfinite()
+            losses = (
+                torch.where(finite, loss, zero),
+                finite.to(zero.dtype),
+                loss.isnan().to(zero.dtype),
+                loss.isinf().to(zero.dtype),
+            )
+        return torch.stack((square, nan, inf, idle, *losses))
+
+    def issue(self, sequence: int, contribution: Tensor | None) -> None:
+        """Start the sum of a step. `contribution` None: this rank had an internal error, and must take part still."""
+        slot = self._ring[self._turn]
+        self._turn = (self._turn + 1) % len(self._ring)
+        if slot.work is not None and not slot.work.is_completed():
+            # Four steps behind: leave that buffer to its collective rather than wait for it.
+            slot.values = torch.empty_like(slot.values)
+        if contribution is None:
+            slot.values.zero_()
+        else:
+            slot.values.copy_(contribution)
+        slot.sequence = sequence
+        slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
+
+    def collect(self) -> Tensor:
+        """`newest`, brought up to date with what has finished by now. Waits for nothing."""
+        for slot in self._ring:
+            # A failed collective is completed too, and its buffer stale: ask for both.
+            if slot.work is None or not slot.work.is_completed():
+                continue
+            if slot.sequence > self._newest_sequence and slot.work.is_success():
+                self._newest_sequence = slot.sequence
+                self.newest[0] = slot.sequence
+                self.newest[1:] = slot.values
+            slot.work = None
+        return self.newest

@@ -1,0 +1,115 @@
+"""Step records on their way from the device into the ring.
+
+On the CPU every part is a plain copy. On CUDA a value is staged: copied without blocking into pinned memory, and moved
+into the ring on a later step, once an event says that it has arrived. Nothing here waits, but for `flush`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foreshock_recorder.ring import Ring
+
+_STAGES = 32
+"""Rows under way at most; a device further behind loses records, counted, rather than memory."""
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    host: Tensor
+    arrived: torch.cuda.Event
+    deliver: Callable[[Tensor], None]
+
+
+class Records:
+    """Writes the three parts of a step's record into a rank's ring."""
+
+    def __init__(self, ring: Ring, device: torch.device) -> None:
+        self.ring = ring
+        self._device = device
+        self._rows = [
+            torch.frombuffer(
+                ring.memory, dtype=torch.float64, count=ring.layout.columns, offset=ring.measured_offset(slot)
+            )
+            for slot in range(ring.layout.slot_count)
+        ]
+        self._sequence = 0
+        self._staged: deque[_Stage] = deque()
+        self._free: list[Tensor] = []
+        if device.type != "cpu":
+            shape = (_STAGES, ring.layout.columns)
+            self._free = list(torch.empty(shape, dtype=torch.float64, pin_memory=True).unbind())
+
+    @property
+    def next_sequence(self) -> int:
+        """Number of the record that the next step will open."""
+        return self._sequence + 1
+
+    @property
+    def sequence(self) -> int:
+        """Number of the newest record; 0 before the first."""
+        return self._sequence
+
+    def launch(self, *, step: int, learning_rate: float, edited: bool) -> None:
+        """A step begins: open its record."""
+        self._drain()
+        self._sequence += 1
+        self.ring.launch(
+            self._sequence,
+            step=step,
+            wall=time.time(),
+            monotonic=time.monotonic(),
+            learning_rate=learning_rate,
+            edited=edited,
+        )
+
+    def measured(self, row: Tensor) -> None:
+        """The newest record's row: float64, [columns], on the device."""
+        sequence = self._sequence
+        self._stage(row, lambda host: self._write_row(sequence, host))
+
+    def observed(self, sequence: int, *, step: int | None, loss: Tensor | None) -> None:
+        """What the script told about a record's step. loss: float64 scalar on any device."""
+        if loss is None:
+            self.ring.observe(sequence, step=step, loss=None)
+        elif loss.is_cpu:
+            self.ring.observe(sequence, step=step, loss=float(loss))
+        else:
+            self._stage(loss, lambda host: self.ring.observe(sequence, step=step, loss=float(host[0])))
+
+    def flush(self) -> None:
+        """Wait for everything under way: a host-device synchronisation, for the end of a run only."""
+        for stage in self._staged:
+            stage.arrived.synchronize()
+        self._drain()
+
+    def _write_row(self, sequence: int, row: Tensor) -> None:
+        self.ring.open_measured(sequence)
+        self._rows[sequence % len(self._rows)].copy_(row)
+        self.ring.close_measured(sequence)
+
+    def _stage(self, value: Tensor, deliver: Callable[[Tensor], None]) -> None:
+        if value.is_cpu:
+            deliver(value)
+            return
+        if not self._free:
+            self.ring.drop("probe_error")
+            self.ring.note(f"the device is more than {_STAGES} values behind")
+            return
+        host = self._free.pop()
+        host[: value.numel()].copy_(value, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._staged.append(_Stage(host=host, arrived=arrived, deliver=deliver))
+
+    def _drain(self) -> None:
+        while self._staged and self._staged[0].arrived.query():
+            stage = self._staged.popleft()
+            stage.deliver(stage.host)
+            self._free.append(stage.host)

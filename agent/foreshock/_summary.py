@@ -1,0 +1,81 @@
+"""What the model is made of: parameters, layers and module types, as the collector needs them to name a culprit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_LAYERS = 256
+"""Layer norms travel every step; a model of more module groups has neighbours merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterPlan:
+    """The optimizer's trainable parameters in the model's order, and the layer each belongs to."""
+
+    parameters: tuple[nn.Parameter, ...]
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    layer_of: tuple[int, ...]
+    """Index into layers, one per parameter."""
+    index: dict[Tensor, int] = field(repr=False)
+    """Position by identity: DDP reorders its buckets after the first step, so nothing else is stable."""
+
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self.parameters[0].device
+
+
+def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> ParameterPlan:
+    """The plan of what is measured: trainable parameters of the optimizer; shared ones count once."""
+    optimized = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    wanted = set(optimized)
+    named = [(name, p) for name, p in model.named_parameters() if p in wanted]
+    known = {p for _, p in named}
+    named += [(f"optimizer.{i}", p) for i, p in enumerate(optimized) if p not in known]
+    names = tuple(name for name, _ in named)
+    layers, layer_of = group_layers(names)
+    parameters = tuple(p for _, p in named)
+    return ParameterPlan(
+        parameters=parameters,
+        names=names,
+        layers=layers,
+        layer_of=layer_of,
+        index={p: i for i, p in enumerate(parameters)},
+    )
+
+
+def group_layers(names: Sequence[str], limit: int = MAX_LAYERS) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Group parameter names by module, then by ever shorter paths until `limit` groups are enough.
+
+    Deterministic, and in order of first appearance. If even the first parts of the names are too many, neighbours
+    are merged in equal runs and named after their first.
+    """
+    paths = [name.split(".")[:-1] or [name] for name in names]
+    depth = max((len(path) for path in paths), default=1)
+    while True:
+        groups = [".".join(path[:depth]) for path in paths]
+        layers = list(dict.fromkeys(groups))
+        if len(layers) <= limit or depth == 1:
+            break
+        depth -= 1
+    position = {layer: i for i, layer in enumerate(layers)}
+    run = -(-len(layers) // limit) if layers else 1
+    return tuple(layers[::run]), tuple(position[group] // run for group in groups)
+
+
+def model_summary(model: nn.Module, plan: ParameterPlan) -> dict[str, Any]:
+    """`ModelSummary` of the wire contract, as JSON."""
+    return {
+        "type": type(model).__name__,
+        "module_types": dict(Counter(type(m).__name__ for m in model.modules() if m is not model)),
+        "parameters": list(plan.names),
+        "parameter_sizes": [p.numel() for p in plan.parameters],
+        "layers": list(plan.layers),
+        "parameter_layers": list(plan.layer_of),
+    }

@@ -1,0 +1,323 @@
+"""What attach returns: watches one rank's training steps. The hooks call it; it decides nothing by waiting."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from foreshock._clip import Clip, NormClip, ValueClip
+from foreshock._console import say_once
+from foreshock._guard import Guard
+from foreshock._hooks import BackwardEnd, StepHooks
+from foreshock._launch import RecorderProcess
+from foreshock._local import SUM_FIELDS, LocalNorms, RankSums
+from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._records import Records
+from foreshock._summary import ParameterPlan
+from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell
+
+
+class Watch:
+    """Handle of an attached model. A context manager: leaving it detaches."""
+
+    enabled: bool = False
+
+    def observe(self, *, loss: Tensor | float | None = None, step: int | None = None) -> None:
+        """Tell this rank's loss and the script's own step number, once per optimizer step, before or after it.
+
+        loss: a device tensor (scalar, or averaged), never read back here. step: of the optimizer; a resumed run says
+        where it resumes. Both optional.
+        """
+
+    def detach(self) -> None:
+        """Stop watching. DDP's communication hook stays and goes on averaging, so ranks may detach at any time."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+class DisabledWatch(Watch):
+    """Does nothing: the kill switch is on, or a rank could not attach."""
+
+
+class ActiveWatch(Watch):
+    """Measures, clips and records each step of one rank."""
+
+    def __init__(
+        self,
+        *,
+        model: DistributedDataParallel,
+        optimizer: torch.optim.Optimizer,
+        plan: ParameterPlan,
+        clip: Clip | None,
+        local_norms: bool,
+        records: Records,
+        recorder: RecorderProcess,
+        strict: bool,
+    ) -> None:
+        self.enabled = True
+        self._model = model
+        self._optimizer = optimizer
+        self._plan = plan
+        self._clip = clip
+        self._fused = clips_in_kernel(optimizer)
+        self._records = records
+        self._recorder = recorder
+        self._guard = Guard(records.ring, strict=strict)
+        device = plan.device()
+        self._constants = {
+            value: torch.full((), value, dtype=torch.float64, device=device) for value in (-1.0, 0.0, 1.0)
+        }
+        self._row = torch.zeros(records.ring.layout.columns, dtype=torch.float64, device=device)
+        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._local = LocalNorms(plan) if local_norms else None
+        self._sums = RankSums(model.process_group, device) if local_norms else None
+        self._step = 0
+        self._pending: tuple[int | None, Tensor | None] | None = None
+        self._observes_after_step: bool | None = None
+        self._measure_at_backward = False
+        self._backward: tuple[tuple[int, ...], NormSummary | None] | None = None
+        self._restore: dict[str, Tensor | None] | None = None
+        self._step_hooks = StepHooks(optimizer, self)
+        self._backward_end = BackwardEnd(plan.parameters, self.backward_ended)
+        _watches.add(self)
+
+    # -- the script ----------------------------------------------------------------------------------------------
+
+    def observe(self, *, loss: Tensor | float | None = None, step: int | None = None) -> None:
+        if not self.enabled:
+            return
+        with self._guard:
+            value = self._as_scalar(loss)
+            if self._observes_after_step is None:
+                # A script has one habit: it tells the loss before its optimizer's step, or after it.
+                self._observes_after_step = self._records.sequence > 0
+            if self._observes_after_step:
+                self._records.observed(self._records.sequence, step=step, loss=value)
+                self._step = self._step if step is None else step + 1
+            else:
+                self._pending = (step, value)
+                self._step = self._step if step is None else step
+
+    def detach(self) -> None:
+        self.leave(Farewell.DETACHED)
+
+    # -- the hooks, in the order of a step -----------------------------------------------------------------------
+
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """A bucket of this rank's own gradients, before its all-reduce."""
+        if self.enabled and self._local is not None:
+            with self._guard:
+                self._local.measure(parameters, gradients)
+
+    def last_bucket(self) -> None:
+        """Sum up this rank's gradients and start the sum over ranks: issued on every rank, whatever went wrong."""
+        if self._local is None or self._sums is None:
+            return
+        contribution = None
+        if self.enabled:
+            with self._guard:
+                self._local.close()
+                loss = None if self._pending is None else self._pending[1]
+                contribution = self._sums.contribution(self._local.summary, loss)
+        self._sums.issue(self._records.next_sequence, contribution)
+
+    def backward_ended(self) -> None:
+        """Remember what the gradients look like, so that a script's own clipping is noticed without a sync."""
+        if not self.enabled or not self._model.require_backward_grad_sync:
+            return
+        with self._guard:
+            summary = self._measure() if self._measure_at_backward else None
+            self._backward = (self._versions(), summary)
+
+    def before_step(self) -> None:
+        """The gradients are averaged and final: measure, clip, write the record."""
+        if not self.enabled:
+            return
+        with self._guard:
+            self._backward_end.rearm()
+            edited, summary = self._edited()
+            step, loss = self._pending or (None, None)
+            self._records.launch(step=self._step, learning_rate=self._learning_rate(), edited=edited)
+            summary = summary or self._measure()
+            scale = getattr(self._optimizer, "grad_scale", None)
+            if scale is not None:
+                summary = summary.unscaled(scale.double())
+            coefficient = self._constants[1.0] if edited else self._apply_clip(summary, scale)
+            self._write_row(summary, scale, coefficient)
+            if self._pending is not None:
+                self._records.observed(self._records.sequence, step=step, loss=loss)
+            self._pending = None
+            self._step += 1
+            self._check_hook_order()
+            self._recorder.check(self._records.ring, time.monotonic())
+
+    def after_step(self) -> None:
+        """Put the optimizer back as it was: GradScaler deletes what it set there itself."""
+        restore, self._restore = self._restore, None
+        for name, value in (restore or {}).items():
+            setattr(self._optimizer, name, value)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def leave(self, reason: Farewell, detail: str = "") -> None:
+        """Say goodbye once; wait at most two seconds for the last acknowledgement."""
+        if not self.enabled:
+            return
+        self.enabled = False
+        with self._guard:
+            self._step_hooks.remove()
+            self._backward_end.remove()
+            self.after_step()
+        with self._guard:
+            self._records.flush()
+            self._records.ring.farewell(reason, detail)
+            self._recorder.ensure()
+            self._recorder.wait_for_farewell(self._records.ring)
+
+    def leave_at_exit(self) -> None:
+        """The interpreter ends, by itself or by an exception that nobody caught."""
+        error = getattr(sys, "last_value", None)
+        if error is None:
+            self.leave(Farewell.FINISHED)
+        else:
+            self.leave(Farewell.EXCEPTION, f"{type(error).__name__}: {error}")
+
+    # -- parts of a step -----------------------------------------------------------------------------------------
+
+    def _measure(self) -> NormSummary:
+        present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
+        if self._indices is None or self._indices[0] != present:
+            device = self._row.device
+            layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=device)
+            self._indices = (present, torch.tensor(present, dtype=torch.int64, device=device), layer_of)
+        gradients = [self._plan.parameters[i].grad for i in present]
+        norms = gradient_norms([g for g in gradients if g is not None])
+        return summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+
+    def _apply_clip(self, summary: NormSummary, scale: Tensor | None) -> Tensor:
+        """Clip by the policy; the coefficient that the optimizer will have applied, float64 scalar."""
+        one = self._constants[1.0]
+        if isinstance(self._clip, ValueClip):
+            if scale is not None:
+                say_once("scaler", "ValueClip cannot clip gradients that GradScaler has still scaled; use NormClip")
+                return one
+            gradients = self._gradients()
+            torch._foreach_clamp_min_(gradients, -self._clip.clip_value)
+            torch._foreach_clamp_max_(gradients, self._clip.clip_value)
+            return one
+        if not isinstance(self._clip, NormClip):
+            return one
+        divisor = self._clip.divisor(summary.total)
+        if divisor.is_cpu and float(divisor) == 1.0:
+            return one
+        if self._fused:
+            combined = divisor if scale is None else divisor * scale
+            self._restore = {"grad_scale": getattr(self._optimizer, "grad_scale", None)}
+            self._set("grad_scale", combined.to(torch.float32))
+        else:
+            torch._foreach_mul_(self._gradients(), divisor.reciprocal())
+        return divisor.reciprocal()
+
+    def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor) -> None:
+        zero, one, none = (self._constants[value] for value in (0.0, 1.0, -1.0))
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        values = {
+            "loss_scale": one if scale is None else scale.double().reshape(()),
+            "global_norm": summary.total,
+            "clip_coefficient": coefficient,
+            "global_nan_parameters": summary.nan_parameters,
+            "global_inf_parameters": summary.inf_parameters,
+            "first_nonfinite_global": summary.first_nonfinite,
+            "first_nonfinite_local": none,
+            "skipped": zero if found_inf is None else found_inf.double().reshape(()),
+        }
+        layers = len(self._plan.layers)
+        local = None if self._local is None else self._local.summary
+        if local is not None:
+            if scale is not None:
+                local = local.unscaled(scale.double())
+            values["local_norm"] = local.total
+            values["local_nan_parameters"] = local.nan_parameters
+            values["local_inf_parameters"] = local.inf_parameters
+            values["first_nonfinite_local"] = local.first_nonfinite
+            self._row[-layers:] = local.layers
+        if self._sums is not None:
+            names = ("reduced_sequence", *SUM_FIELDS)
+            values |= dict(zip(names, self._sums.collect().unbind(), strict=True))
+        columns = len(DEVICE_COLUMNS)
+        torch.stack([values.get(name, zero) for name in DEVICE_COLUMNS], out=self._row[:columns])
+        self._row[columns : columns + layers] = summary.layers
+        self._records.measured(self._row)
+
+    def _edited(self) -> tuple[bool, NormSummary | None]:
+        """Whether the script changed the gradients since backward; what they were before it did, if measured."""
+        backward, self._backward = self._backward, None
+        if backward is None or backward[0] == self._versions():
+            return False, None if backward is None else backward[1]
+        if not self._measure_at_backward:
+            # Its norms are of what the script left over: from the next step on, measure before it gets there.
+            self._measure_at_backward = True
+            line = "the script changes gradients between backward and step (clip_grad_norm_, unscale_, ...)"
+            advice = "; Foreshock does not clip them again: remove that call to let it" if self._clip else ""
+            say_once("edited", line + advice)
+        return True, backward[1]
+
+    def _versions(self) -> tuple[int, ...]:
+        grads = (p.grad for p in (self._plan.parameters[0], self._plan.parameters[-1]))
+        return tuple(-1 if g is None else g._version for g in grads)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._plan.parameters if p.grad is not None]
+
+    def _set(self, name: str, value: Tensor) -> None:
+        setattr(self._optimizer, name, value)
+
+    def _learning_rate(self) -> float:
+        rate = self._optimizer.param_groups[0]["lr"]
+        # A tensor on a device would have to be waited for.
+        return float(rate) if not isinstance(rate, Tensor) or rate.is_cpu else float("nan")
+
+    def _as_scalar(self, loss: Tensor | float | None) -> Tensor | None:
+        if loss is None:
+            return None
+        if not isinstance(loss, Tensor):
+            return torch.tensor(float(loss), dtype=torch.float64)
+        return loss.detach().to(torch.float64).mean()
+
+    def _check_hook_order(self) -> None:
+        if self._clip is not None and not self._step_hooks.is_last():
+            line = "another step pre-hook was registered after attach: what it does to gradients is not clipped"
+            say_once("hook order", line)
+
+
+def clips_in_kernel(optimizer: torch.optim.Optimizer) -> bool:
+    """The optimizer's kernel divides by `grad_scale` itself: fused Adam, AdamW, SGD and Adagrad."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+_watches: weakref.WeakSet[ActiveWatch] = weakref.WeakSet()
+
+
+def _go_inert() -> None:
+    for watch in _watches:
+        watch.enabled = False
+
+
+# A DataLoader's worker is a copy of the rank: it must neither write into the rank's ring nor say goodbye for it.
+os.register_at_fork(after_in_child=_go_inert)
