@@ -2,14 +2,20 @@
 
     watch = foreshock.attach(model, optimizer, clip=1.0)
 
-Importing does nothing: no thread, no process, no socket. This package needs torch and the standard library alone.
+Importing does nothing: no thread, no process, no socket. This package needs torch and the standard library alone, and
+torch only once a name is used: the `foreshock` command works on machines without it.
 """
 
-from foreshock._attach import attach
-from foreshock._clip import NormClip, ValueClip
-from foreshock._errors import AttachError, ForeshockError, SettingsError
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from foreshock._version import __version__
-from foreshock._watch import Watch
+
+if TYPE_CHECKING:
+    from foreshock._attach import attach
+    from foreshock._clip import NormClip, ValueClip
+    from foreshock._errors import AttachError, ForeshockError, SettingsError
+    from foreshock._watch import Watch
 
 __all__ = [
     "AttachError",
@@ -21,3 +27,23 @@ __all__ = [
     "__version__",
     "attach",
 ]
+
+_HOMES = {
+    "AttachError": "_errors",
+    "ForeshockError": "_errors",
+    "NormClip": "_clip",
+    "SettingsError": "_errors",
+    "ValueClip": "_clip",
+    "Watch": "_watch",
+    "attach": "_attach",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"foreshock.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

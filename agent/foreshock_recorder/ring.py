@@ -4,7 +4,7 @@ The probe writes it from the training thread, the recorder reads it from its own
 other. It outlives the rank, so the last steps before a crash are never lost. Standard library only: this module is
 the one thing that probe and recorder share.
 
-A file is a header of `HEADER_BYTES`, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three
+A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three
 parts, each written at its own time and each between two copies of the record's sequence number:
 
     launched   step, wall time, monotonic time, learning rate     before the optimizer's step, on the host
@@ -23,6 +23,7 @@ import math
 import mmap
 import os
 import struct
+import tempfile
 import zlib
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -31,8 +32,6 @@ from typing import Any
 
 MAGIC = b"FORESHK1"
 LAYOUT_VERSION = 1
-HEADER_BYTES = 131072
-"""Identity and model summary of 256 layers and a few thousand parameters fit; see `RingTooSmallError`."""
 MAX_RING_BYTES = 4 * 2**20
 """A container often has 64 MB of shared memory for eight ranks."""
 MAX_SLOTS = 4096
@@ -61,6 +60,9 @@ DEVICE_COLUMNS = (
 )
 """Named as in `StepBatch`, but for `skipped`, which travels as a flag."""
 
+LOCK_NAME = "recorder.lock"
+"""In a run's folder: the recorder holds an exclusive flock on it for as long as it lives."""
+
 DROP_REASONS = ("probe_error", "ring_overrun")
 """Why a record may be missing: the probe failed on that step, or the ring was overwritten before it was read."""
 
@@ -75,10 +77,6 @@ class Farewell(IntEnum):
     LOST = 4
 
 
-class RingTooSmallError(ValueError):
-    """The identity and model summary do not fit into a ring's header."""
-
-
 class ReadOutcome(Enum):
     """Why `RingReader.read` has no record to give."""
 
@@ -89,8 +87,10 @@ class ReadOutcome(Enum):
 # Header: fixed facts, then words that change while the ring is in use, then text and JSON.
 _FACTS = struct.Struct("<8sIIIIIIQ")  # magic, version, slot bytes, slot count, layers, JSON bytes, pid, process start
 _WORD_LAUNCHED, _WORD_ACKNOWLEDGED, _WORD_FAREWELL, _WORD_HEARTBEAT, _WORD_FLAGS, _WORD_DROPPED = 8, 9, 10, 11, 12, 16
-_DETAIL_OFFSET, _DETAIL_BYTES = 256, 512
+_TEXT_BYTES = 384
+_DETAIL_OFFSET, _TROUBLE_OFFSET = 256, 640
 _JSON_OFFSET = 1024
+_PAGE = 4096
 
 # Slot: eight-byte words.
 _LAUNCHED_BEGIN, _LAUNCHED_PAYLOAD, _LAUNCHED_WORDS = 0, 1, 5
@@ -122,19 +122,19 @@ class Record:
 class _Layout:
     """Where things lie, given the number of layers."""
 
-    def __init__(self, layers: int, slot_count: int | None = None) -> None:
-        self.layers = layers
+    def __init__(self, layers: int, identity_bytes: int, slot_count: int | None = None) -> None:
+        self.header_bytes = -(-(_JSON_OFFSET + identity_bytes) // _PAGE) * _PAGE
         self.columns = len(DEVICE_COLUMNS) + 2 * layers
         # begin, payload, checksum, end
         self.slot_words = _MEASURED_PAYLOAD + self.columns + 2
         self.slot_bytes = 8 * self.slot_words
-        fitting = (MAX_RING_BYTES - HEADER_BYTES) // self.slot_bytes
+        fitting = MAX_RING_BYTES // self.slot_bytes
         self.slot_count = slot_count or max(64, min(MAX_SLOTS, fitting))
-        self.file_bytes = HEADER_BYTES + self.slot_count * self.slot_bytes
+        self.file_bytes = self.header_bytes + self.slot_count * self.slot_bytes
 
     def word(self, sequence: int) -> int:
         """Index of the first word of a record's slot."""
-        return (HEADER_BYTES + (sequence % self.slot_count) * self.slot_bytes) // 8
+        return (self.header_bytes + (sequence % self.slot_count) * self.slot_bytes) // 8
 
 
 class Ring:
@@ -151,13 +151,11 @@ class Ring:
     def create(cls, path: Path, identity: dict[str, Any], *, layers: int, slot_count: int | None = None) -> Ring:
         """Make the file of one rank, complete with its header before anybody can find it.
 
-        `identity` is what `Hello` needs, as JSON. Raises `RingTooSmallError` where it does not fit, `OSError` where
-        the folder has no room.
+        `identity` is what `Hello` needs, as JSON. Raises `OSError` where the folder has no room.
         """
-        layout = _Layout(layers, slot_count)
         text = json.dumps(identity).encode()
-        if _JSON_OFFSET + len(text) > HEADER_BYTES:
-            raise RingTooSmallError(f"the model summary takes {len(text)} bytes, a ring's header has {HEADER_BYTES}")
+        layout = _Layout(layers, len(text), slot_count)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         draft = path.with_suffix(".draft")
         descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -214,8 +212,7 @@ class Ring:
 
     def note(self, detail: str) -> None:
         """Keep a line of text for people: the last internal error, or why the rank left."""
-        text = detail.encode(errors="replace")[: _DETAIL_BYTES - 1]
-        self.memory[_DETAIL_OFFSET : _DETAIL_OFFSET + len(text) + 1] = text + b"\0"
+        _write_text(self.memory, _DETAIL_OFFSET, detail)
 
     @property
     def launched(self) -> int:
@@ -236,6 +233,11 @@ class Ring:
     def recorder_seen(self) -> float:
         """Monotonic time at which a recorder last looked; 0.0 if none ever did."""
         return float(struct.unpack("<d", struct.pack("<Q", self._words[_WORD_HEARTBEAT]))[0])
+
+    @property
+    def trouble(self) -> str:
+        """Why the recorder cannot reach the collector; empty while it can."""
+        return _read_text(self.memory, _TROUBLE_OFFSET)
 
     def _write(self, begin: int, payload: int, length: int, sequence: int, data: bytes) -> None:
         first = self.layout.word(sequence)
@@ -260,13 +262,13 @@ class RingReader:
             self._memory = mmap.mmap(descriptor, 0)
         finally:
             os.close(descriptor)
-        if len(self._memory) < HEADER_BYTES:
+        if len(self._memory) < _JSON_OFFSET:
             raise ValueError(f"{path} is no ring: it is shorter than a header")
         facts = _FACTS.unpack_from(self._memory, 0)
         magic, version, _, slots, layers, text, self.pid, self.process_start = facts
         if magic != MAGIC or version != LAYOUT_VERSION:
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
-        self.layout = _Layout(layers, slots)
+        self.layout = _Layout(layers, text, slots)
         self.identity: dict[str, Any] = json.loads(self._memory[_JSON_OFFSET : _JSON_OFFSET + text])
         self._bytes = memoryview(self._memory)
         self._words = self._bytes.cast("Q")
@@ -306,6 +308,10 @@ class RingReader:
         if farewell:
             self._words[_WORD_FLAGS] |= 1
 
+    def trouble(self, text: str) -> None:
+        """Tell the rank why the collector cannot be reached; empty: it can."""
+        _write_text(self._memory, _TROUBLE_OFFSET, text)
+
     def heartbeat(self, monotonic: float) -> None:
         """Tell the rank that a recorder is looking."""
         self._words[_WORD_HEARTBEAT] = struct.unpack("<Q", struct.pack("<d", monotonic))[0]
@@ -328,7 +334,7 @@ class RingReader:
     @property
     def detail(self) -> str:
         """The line of text that the rank left."""
-        return self._memory[_DETAIL_OFFSET : _DETAIL_OFFSET + _DETAIL_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+        return _read_text(self._memory, _DETAIL_OFFSET)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -355,6 +361,33 @@ class RingReader:
         data = bytes(self._bytes[8 * start : 8 * (start + length)])
         whole = self._words[first + begin] == sequence and self._words[start + length] == zlib.crc32(data)
         return data if whole else None
+
+
+def _write_text(memory: mmap.mmap, offset: int, text: str) -> None:
+    data = text.encode(errors="replace")[: _TEXT_BYTES - 1]
+    memory[offset : offset + len(data) + 1] = data + b"\0"
+
+
+def _read_text(memory: mmap.mmap, offset: int) -> str:
+    return memory[offset : offset + _TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+
+
+def ring_folder(run: str) -> Path:
+    """Where a run's rings lie on this machine: FORESHOCK_RING_DIR, or shared memory, or the temporary folder."""
+    base = os.environ.get("FORESHOCK_RING_DIR")
+    if not base:
+        memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
+        root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+        base = str(root / f"foreshock-{os.getuid()}")
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in run).lstrip(".")
+    # Two names that only differ in what was replaced must not share a folder.
+    suffix = "" if safe == run else f"-{zlib.crc32(run.encode()):08x}"
+    return Path(base) / f"{safe}{suffix}"
+
+
+def ring_name(launch: str, rank: int) -> str:
+    """File name of one rank's ring."""
+    return f"{launch}-rank-{rank:05d}.ring"
 
 
 def process_start(pid: int) -> int | None:
