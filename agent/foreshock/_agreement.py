@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import Store
 
 from foreshock._errors import AttachError
 
@@ -68,9 +68,7 @@ def decide(postings: list[Posting | None], *, run: str, launch: str, timeout: fl
             error = f"{setting} differs: {values[0]} on rank 0, {values[other[0]]} on {_ranks(other)}"
             return Decision(run=run, launch=launch, error=error)
     taken = any(posting.hook_taken for posting in present.values())
-    return Decision(
-        run=run, launch=launch, local_norms=postings_local(present) and not taken, hook_taken=taken
-    )
+    return Decision(run=run, launch=launch, local_norms=postings_local(present) and not taken, hook_taken=taken)
 
 
 def postings_local(present: dict[int, Posting]) -> bool:
@@ -78,13 +76,13 @@ def postings_local(present: dict[int, Posting]) -> bool:
     return all(posting.local_norms for posting in present.values())
 
 
-def post(store: dist.Store, rank: int, posting: Posting) -> None:
+def post(store: Store, rank: int, posting: Posting) -> None:
     """Tell the others."""
     store.set(f"rank/{rank}", json.dumps(asdict(posting)))
 
 
 def agree(
-    store: dist.Store, *, rank: int, world_size: int, posting: Posting, run: str, launch: str, timeout: float
+    store: Store, *, rank: int, world_size: int, posting: Posting, run: str, launch: str, timeout: float
 ) -> Decision:
     """Post, and hear the decision. Blocks until every rank has posted, at most `timeout` seconds (5 more off rank 0).
 
@@ -104,14 +102,14 @@ def agree(
     return decision
 
 
-def _postings(store: dist.Store, world_size: int) -> list[Posting | None]:
+def _postings(store: Store, world_size: int) -> list[Posting | None]:
     return [
         Posting(**json.loads(store.get(key))) if store.check([key]) else None
         for key in (f"rank/{rank}" for rank in range(world_size))
     ]
 
 
-def _wait(store: dist.Store, keys: list[str], timeout: float) -> bool:
+def _wait(store: Store, keys: list[str], timeout: float) -> bool:
     """Poll: `store.wait` breaks its connection when it times out, and the missing ranks are yet to be named."""
     store.set_timeout(timedelta(seconds=timeout + 60))
     deadline = time.monotonic() + timeout

@@ -6,17 +6,17 @@ import os
 import platform
 import secrets
 import time
-from contextlib import suppress
 from multiprocessing.util import Finalize
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock._agreement import Decision, Posting, agree, post
 from foreshock._clip import NormClip, ValueClip
-from foreshock._console import say_once
 from foreshock._errors import SettingsError
 from foreshock._hooks import hook_taken, watch_buckets
 from foreshock._identity import launch_name, local_rank, node_name, run_name
@@ -25,7 +25,7 @@ from foreshock._records import Records
 from foreshock._settings import Settings, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters
 from foreshock._version import __version__
-from foreshock._watch import ActiveWatch, DisabledWatch, Watch, clips_in_kernel
+from foreshock._watch import ActiveWatch, DisabledWatch, Watch, clips_in_kernel, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
 
 _attaches = 0
@@ -120,9 +120,7 @@ def _watch(
         "collector": settings.collector,
     }
     ring = Ring.create(folder / ring_name(decision.launch, rank), identity, layers=len(plan.layers))
-    recorder = RecorderProcess(
-        folder, collector=settings.collector, python=settings.recorder_python, speaks=rank == 0
-    )
+    recorder = RecorderProcess(folder, collector=settings.collector, python=settings.recorder_python, speaks=rank == 0)
     recorder.ensure()
     watch = ActiveWatch(
         model=model,
@@ -186,16 +184,13 @@ def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimiz
     devices = {parameter.device for parameter in plan.parameters}
     if len(devices) > 1:
         raise SettingsError(f"model: its parameters lie on {len(devices)} devices; Foreshock watches one per rank")
-    if any(getattr(optimizer, name, None) is not None for name in ("_foreshock",)):
+    if is_watched(optimizer):
         raise SettingsError("optimizer: is being watched already; detach that watch first")
     return plan
 
 
-def _store() -> dist.Store:
+def _store() -> Store:
     """A corner of the job's own store for this attach: ranks attach in the same order, as with any collective."""
     global _attaches
     _attaches += 1
-    with suppress(AttributeError):
-        return dist.PrefixStore(f"foreshock/{_attaches}", dist.distributed_c10d._get_default_store())
-    say_once("store", "this torch has no store to agree through")
-    raise SettingsError("model: its process group has no store")
+    return PrefixStore(f"foreshock/{_attaches}", _get_default_store())

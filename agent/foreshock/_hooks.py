@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
 from torch.autograd import Variable
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -36,7 +37,7 @@ class BucketHook:
         self.watcher = watcher
 
 
-def before_reduction(state: BucketHook, bucket: dist.GradBucket) -> Future[Tensor]:
+def before_reduction(state: BucketHook, bucket: GradBucket) -> Future[Tensor]:
     """DDP's communication hook: look, then average as DDP itself would.
 
     A hook turns off DDP's own division; multiplying by 1/W before the sum gives the same bits (dividing does not at
@@ -47,7 +48,8 @@ def before_reduction(state: BucketHook, bucket: dist.GradBucket) -> Future[Tenso
         # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
         state.watcher.last_bucket()
     work = dist.all_reduce(bucket.buffer().mul_(state.share), group=state.group, async_op=True)
-    return work.get_future().then(_reduced)
+    future: Future[Tensor] = work.get_future().then(_reduced)
+    return future
 
 
 def _reduced(future: Future[list[Tensor]]) -> Tensor:
@@ -83,7 +85,10 @@ class BackwardEnd:
         self._armed = False
         last = len(parameters) - 1
         chosen = {0, last // 2, last}
-        self._handles = [parameters[i].register_post_accumulate_grad_hook(self._arm) for i in sorted(chosen)]
+        self._handles = [
+            parameters[i].register_post_accumulate_grad_hook(self._arm)  # type: ignore[no-untyped-call]
+            for i in sorted(chosen)
+        ]
 
     def rearm(self) -> None:
         """A backward pass that raised never ended: be ready for the next one all the same."""
@@ -109,7 +114,7 @@ class BackwardEnd:
 
 
 def _engine() -> Any:
-    return Variable._execution_engine  # type: ignore[attr-defined]
+    return Variable._execution_engine
 
 
 class StepWatcher(Protocol):
@@ -131,12 +136,12 @@ class StepHooks:
     def __init__(self, optimizer: torch.optim.Optimizer, watcher: StepWatcher) -> None:
         self._optimizer = optimizer
         self._watcher = watcher
-        self._before = optimizer.register_step_pre_hook(torch.compiler.disable(self._pre))
-        self._after = optimizer.register_step_post_hook(torch.compiler.disable(self._post))
+        self._before = optimizer.register_step_pre_hook(_outside_graphs(self._pre))
+        self._after = optimizer.register_step_post_hook(_outside_graphs(self._post))
 
     def is_last(self) -> bool:
         """No pre-hook runs after ours: one that edits gradients would undo the clip."""
-        return next(reversed(self._optimizer._optimizer_step_pre_hooks)) == self._before.id
+        return bool(next(reversed(self._optimizer._optimizer_step_pre_hooks)) == self._before.id)
 
     def remove(self) -> None:
         """Take both away."""
@@ -161,3 +166,7 @@ class StepHooks:
 
     def _post(self, *_: Any) -> None:
         self._watcher.after_step()
+
+
+def _outside_graphs(hook: Any) -> Any:
+    return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]

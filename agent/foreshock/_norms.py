@@ -7,7 +7,6 @@ an element is NaN. It is never infinite merely because a sum of squares overflow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +39,7 @@ class NormSummary:
         )
 
 
-def gradient_norms(gradients: Sequence[Tensor]) -> Tensor:
+def gradient_norms(gradients: list[Tensor]) -> Tensor:
     """L2 norm of each gradient: float64, [n]. Half precision is accumulated in float32, float64 in float64."""
     if not gradients:
         return torch.zeros(0, dtype=torch.float64)

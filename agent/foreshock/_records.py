@@ -104,12 +104,12 @@ class Records:
             return
         host = self._free.pop()
         host[: value.numel()].copy_(value, non_blocking=True)
-        arrived = torch.cuda.Event()
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         self._staged.append(_Stage(host=host, arrived=arrived, deliver=deliver))
 
     def _drain(self) -> None:
-        while self._staged and self._staged[0].arrived.query():
+        while self._staged and self._staged[0].arrived.query():  # type: ignore[no-untyped-call]
             stage = self._staged.popleft()
             stage.deliver(stage.host)
             self._free.append(stage.host)

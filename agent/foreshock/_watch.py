@@ -116,6 +116,10 @@ class ActiveWatch(Watch):
     def detach(self) -> None:
         self.leave(Farewell.DETACHED)
 
+    def watches(self, optimizer: torch.optim.Optimizer) -> bool:
+        """This is the optimizer of this watch."""
+        return self._optimizer is optimizer
+
     # -- the hooks, in the order of a step -----------------------------------------------------------------------
 
     def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -309,6 +313,11 @@ def clips_in_kernel(optimizer: torch.optim.Optimizer) -> bool:
     """The optimizer's kernel divides by `grad_scale` itself: fused Adam, AdamW, SGD and Adagrad."""
     supports = getattr(optimizer, "_step_supports_amp_scaling", False)
     return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def is_watched(optimizer: torch.optim.Optimizer) -> bool:
+    """An attach to this optimizer has not been detached."""
+    return any(watch.enabled and watch.watches(optimizer) for watch in _watches)
 
 
 _watches: weakref.WeakSet[ActiveWatch] = weakref.WeakSet()

@@ -112,7 +112,7 @@ class Record:
     learning_rate: float
     edited: bool
     """The script changed the gradients between backward and step."""
-    measured: memoryview | None
+    measured: memoryview[float] | None
     """float64: DEVICE_COLUMNS, then global layer norms, then local ones. None: launched, never finished."""
     observed: bool
     """The observed part is written; without it, the script may still tell its loss."""
@@ -123,6 +123,7 @@ class _Layout:
     """Where things lie, given the number of layers."""
 
     def __init__(self, layers: int, identity_bytes: int, slot_count: int | None = None) -> None:
+        self.layers = layers
         self.header_bytes = -(-(_JSON_OFFSET + identity_bytes) // _PAGE) * _PAGE
         self.columns = len(DEVICE_COLUMNS) + 2 * layers
         # begin, payload, checksum, end
@@ -345,7 +346,7 @@ class RingReader:
     @property
     def alive(self) -> bool:
         """The process that made the ring still runs: the same pid, started at the same time."""
-        return process_start(self.pid) == self.process_start
+        return bool(process_start(self.pid) == self.process_start)
 
     def close(self) -> None:
         """Let go of the memory; the file stays."""

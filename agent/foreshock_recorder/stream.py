@@ -141,7 +141,7 @@ class Recorder:
         options = [("grpc.enable_http_proxy", int(os.environ.get("FORESHOCK_HTTP_PROXY") == "1"))]
         async with grpc.aio.insecure_channel(self._collector, options=options) as channel:
             self._last_ack = time.monotonic()
-            call = TelemetryStub(channel).Stream(self._messages())
+            call = TelemetryStub(channel).Stream(self._messages())  # type: ignore[no-untyped-call]
             try:
                 await self._read_acks(call)
             finally:

@@ -1,1 +1,1 @@
-"""The collector: takes step records in over gRPC, detects and diagnoses, exports Prometheus series. Never imports torch."""
+"""The collector: step records in, Prometheus series and verdicts out. Never imports torch."""

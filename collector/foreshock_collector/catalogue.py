@@ -145,9 +145,7 @@ LAST_REPORT = _gauge(
     "seconds",
     (*RUN, "rank"),
 )
-LAST_STEP = _gauge(
-    "foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds"
-)
+LAST_STEP = _gauge("foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds")
 STALL_AFTER = _gauge(
     "foreshock_stall_after_seconds",
     "A run that makes no step for this long has stalled: 20 of its own median steps, never under 10 minutes.",
@@ -155,7 +153,9 @@ STALL_AFTER = _gauge(
 )
 RUN_ACTIVE = _gauge("foreshock_run_active", "1 while any rank of the run is there, 0 once all have left.")
 RANKS_EXPECTED = _gauge("foreshock_run_ranks_expected", "World size of the newest attempt.")
-RANKS_REPORTING = _gauge("foreshock_run_ranks_reporting", "Ranks of the newest attempt that have said hello and not left.")
+RANKS_REPORTING = _gauge(
+    "foreshock_run_ranks_reporting", "Ranks of the newest attempt that have said hello and not left."
+)
 RUN_INFO = Series(
     name="foreshock_run_info",
     kind=Kind.INFO,

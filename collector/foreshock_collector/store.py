@@ -65,9 +65,7 @@ class Store:
             raise StoreError(f"database {path} has schema {version}, this collector knows {SCHEMA}; give another path")
         self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
 
-    def commit(
-        self, run: Run, steps: Iterable[Step], batches: Iterable[tuple[Instance, pb.StepBatch]]
-    ) -> None:
+    def commit(self, run: Run, steps: Iterable[Step], batches: Iterable[tuple[Instance, pb.StepBatch]]) -> None:
         """Everything about a run since the last commit, at once or not at all."""
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")

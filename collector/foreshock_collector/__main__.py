@@ -1,0 +1,7 @@
+"""`python -m foreshock_collector` is `foreshock collector`."""
+
+import sys
+
+from foreshock_collector.cli import collector
+
+sys.exit(collector(sys.argv[1:]))

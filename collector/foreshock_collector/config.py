@@ -1,0 +1,125 @@
+"""Settings of the collector: flags, else FORESHOCK_COLLECTOR_* variables, else a TOML file, else defaults."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
+
+_PREFIX = "FORESHOCK_COLLECTOR_"
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the text names it and the way out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the collector runs."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on, for gRPC and HTTP."""
+    grpc_port: int = DEFAULT_GRPC_PORT
+    """Port for recorders; 0 takes a free one."""
+    http_port: int = DEFAULT_HTTP_PORT
+    """Port for /metrics, the API and runbooks; 0 takes a free one."""
+    database: str = "foreshock.db"
+    """SQLite file that keeps runs, steps and incidents."""
+    ack_seconds: float = 1.0
+    """Seconds between commits, acknowledgements and the recorders' flushes."""
+    retention_seconds: float = 900.0
+    """Seconds for which the series of an ended run stay."""
+    allow_unauthenticated: bool = False
+    """Listen on other than loopback addresses, where anybody may read and write."""
+    ready_file: str = ""
+    """File to write the chosen ports to, as JSON, once they are listened on."""
+
+    def __post_init__(self) -> None:
+        for name in ("grpc_port", "http_port"):
+            if not 0 <= getattr(self, name) < 65536:
+                raise ConfigError(f"{_flag(name)} must be 0 to 65535, not {getattr(self, name)}")
+        for name in ("ack_seconds", "retention_seconds"):
+            if not 0 < getattr(self, name) < 1e7:
+                raise ConfigError(f"{_flag(name)} must be a positive number of seconds, not {getattr(self, name):g}")
+        if not _is_loopback(self.host) and not self.allow_unauthenticated:
+            raise ConfigError(
+                f"--host {self.host} lets anybody on the network in: add --allow-unauthenticated if that is meant"
+            )
+
+
+def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
+    """Raises `ConfigError`; argparse itself exits with 2 for an unknown flag."""
+    env = os.environ if environment is None else environment
+    parser = argparse.ArgumentParser(
+        prog="foreshock collector",
+        description="Take step records in, detect and diagnose, export Prometheus series.",
+        usage="%(prog)s [OPTIONS]",
+    )
+    parser.add_argument("--config", type=Path, help="TOML file with these settings, named as the flags are")
+    for field, help_ in _documented():
+        if field.type == "bool":
+            parser.add_argument(_flag(field.name), action="store_const", const="true", help=help_)
+        else:
+            parser.add_argument(_flag(field.name), metavar="X", help=f"{help_} (default: {field.default or 'none'})")
+    options = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    if options["config"] is not None:
+        values = _from_file(options["config"])
+    for field in fields(Config):
+        name = field.name
+        if (text := options[name] if options[name] is not None else env.get(_PREFIX + name.upper())) is not None:
+            values[name] = _parse(_flag(name), str(field.type), text)
+    return Config(**values)
+
+
+def _documented() -> list[tuple[Any, str]]:
+    """Fields with the docstrings that stand under them."""
+    text = Path(__file__).read_text()
+    found = []
+    for field in fields(Config):
+        after = text[text.index(f"    {field.name}: ") :]
+        found.append((field, after.split('"""')[1].rstrip(".").replace("%", "%%")))
+    return found
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from error
+    known = {field.name: str(field.type) for field in fields(Config)}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}")
+        values[name] = _parse(f"{path}: {name}", known[name], str(value))
+    return values
+
+
+def _parse(name: str, kind: str, text: str) -> Any:
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return {"int": int, "float": float, "str": str}[kind](text)
+    except (KeyError, ValueError):
+        wanted = {"bool": "true or false", "int": "a whole number", "float": "a number"}[kind]
+        raise ConfigError(f"{name} must be {wanted}, not {text!r}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

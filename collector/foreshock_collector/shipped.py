@@ -1,0 +1,14 @@
+"""Files that come with the collector: from a wheel they lie beside this module, in the source tree at its top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_SOURCES = {"prometheus": "deploy/prometheus", "alertmanager": "deploy/alertmanager", "runbooks": "docs/runbooks"}
+
+
+def shipped(name: str) -> Path:
+    """Folder of "prometheus", "alertmanager" or "runbooks"."""
+    installed = _HERE / "shipped" / name
+    return installed if installed.is_dir() else _HERE.parents[1] / _SOURCES[name]

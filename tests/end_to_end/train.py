@@ -1,0 +1,55 @@
+"""A small DDP job, as a user would write it. What happens to it comes as JSON in TRAIN."""
+
+import json
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import foreshock
+
+options = {
+    "steps": 60, "pace": 0.0, "explode_at": None, "nan_at": None, "nan_rank": None, "start": 0, "attach": {},
+    "attach_ranks": None, "kill_at": None, "raise_at": None, "weights": "",
+} | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+torch.manual_seed(0)
+model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+watch = None
+if options["attach_ranks"] is None or rank in options["attach_ranks"]:
+    watch = foreshock.attach(model, optimizer, **options["attach"])
+torch.manual_seed(1 + rank)
+for i in range(options["steps"]):
+    step = options["start"] + i
+    x = torch.randn(16, 8)
+    y = x.sum(1, keepdim=True)
+    scale = 1.0
+    if options["explode_at"] is not None and i >= options["explode_at"]:
+        scale = 4.0 ** (i - options["explode_at"] + 1)
+    if i == options["nan_at"] and rank == options["nan_rank"]:
+        x[0, 0] = float("nan")
+    optimizer.zero_grad()
+    loss = ((model(x) - y) ** 2).mean() * scale
+    if scale > 1 and i - options["explode_at"] >= 12:
+        loss = loss * float("inf")
+    if watch is not None:
+        watch.observe(loss=loss, step=step)
+    loss.backward()
+    optimizer.step()
+    if i == options["kill_at"] and rank == 0:
+        os.kill(os.getpid(), 9)
+    if i == options["raise_at"]:
+        raise RuntimeError("the script gives up")
+    if options["pace"]:
+        time.sleep(options["pace"])
+if options["weights"]:
+    torch.save(model.module.state_dict(), f"{options['weights']}-{rank}.pt")
+dist.destroy_process_group()
+sys.stdout.write(f"rank {rank} done\n")
