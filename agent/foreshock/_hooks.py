@@ -3,7 +3,7 @@
 Each hook is a few lines that hand over to a plain object.
 """
 
-from __future__ import annotations
+# No postponed annotations here: DDP compares those of its hook with the classes themselves.
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
