@@ -175,10 +175,7 @@ def _loudest_rank(window: Sequence[Step], onset: int) -> int | None:
     norms = {rank: row.local_norm for rank, row in step.ranks.items() if row.local_norm > 0} if step else {}
     if len(norms) < 2:
         return None
-    (_, second), (rank, first) = (
-        sorted(norms.items(), key=lambda item: item[1])[-2:][0],
-        max(norms.items(), key=lambda item: item[1]),
-    )
+    (_, second), (rank, first) = sorted(norms.items(), key=lambda item: item[1])[-2:]
     return rank if first > _OUTLIER_RATIO * second else None
 
 

@@ -217,7 +217,7 @@ class Run:
             if event.kind == "recovered":
                 self._close_incident(now)
         if bad and not failing:
-            verdict = diagnose(self.window, self.events, self.model, finite_before=finite_before)
+            verdict = diagnose(list(self.window), list(self.events), self.model, finite_before=finite_before)
             self.incidents.append(
                 {
                     "id": len(self.incidents) + 1,

@@ -63,7 +63,7 @@ class Server:
             raise ConfigError(f"--http-port {config.http_port} on {config.host}: {error.strerror}") from error
         self.http_port = self._runner.addresses[0][1]
         await self._grpc.start()
-        self._committer = asyncio.create_task(self._telemetry.committer())
+        self.committer = asyncio.create_task(self._telemetry.committer())
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
         self._pages.ready = True
         return self
@@ -83,8 +83,8 @@ class Server:
     ) -> None:
         self._pages.ready = False
         await self._health.enter_graceful_shutdown()
-        self._committer.cancel()
-        await asyncio.gather(self._committer, return_exceptions=True)
+        self.committer.cancel()
+        await asyncio.gather(self.committer, return_exceptions=True)
         await self._telemetry.drain()
         await self._grpc.stop(_DRAIN_SECONDS)
         await self._runner.cleanup()
@@ -103,7 +103,12 @@ async def serve(config: Config) -> None:
             draft = Path(config.ready_file + ".draft")
             draft.write_text(json.dumps({"grpc": server.address, "http": server.url}))
             draft.rename(config.ready_file)
-        await stop.wait()
+        stopping = asyncio.create_task(stop.wait())
+        # A collector that no longer commits must not look alive: end, loudly, and let the supervisor start another.
+        await asyncio.wait((stopping, server.committer), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if server.committer.done():
+            server.committer.result()
 
 
 def _joined(host: str, port: int) -> str:
