@@ -33,21 +33,42 @@ class BucketHook:
 
     def __init__(self, model: DistributedDataParallel, watcher: BucketWatcher) -> None:
         self.group: dist.ProcessGroup = model.process_group
-        self.share = 1.0 / dist.get_world_size(self.group)
+        self.ranks = dist.get_world_size(self.group)
         self.watcher = watcher
+        self._places: dict[Tensor, int] = {}
+        if model.gradient_as_bucket_view and self.ranks & (self.ranks - 1):
+            # The wrapped module's forward: by then DDP has rebuilt its buckets, if it is going to.
+            model.module.register_forward_pre_hook(self._before_forward)
+
+    def average(self, bucket: GradBucket) -> Tensor:
+        """The bucket's buffer, divided by the number of ranks as DDP itself would: bit for bit.
+
+        DDP multiplies by 1/W while it copies a gradient into the bucket, and divides by W where the gradient lies in
+        the bucket already (`gradient_as_bucket_view` with gradients that were zeroed, not dropped). Dividing by a power of two
+        is the same either way.
+        """
+        buffer = bucket.buffer()
+        if self._places:
+            start = buffer.data_ptr()
+            if start <= self._places.get(bucket.parameters()[0], -1) < start + buffer.nbytes:
+                return buffer.div_(self.ranks)
+        return buffer.mul_(1.0 / self.ranks)
+
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        # Where gradients lie before backward: afterwards all lie in their buckets.
+        self._places = {p: p.grad.data_ptr() for p in module.parameters() if p.grad is not None}
 
 
 def before_reduction(state: BucketHook, bucket: GradBucket) -> Future[Tensor]:
     """DDP's communication hook: look, then average as DDP itself would.
 
-    A hook turns off DDP's own division; multiplying by 1/W before the sum gives the same bits (dividing does not at
-    three ranks, and averaging after the sum overflows in half precision).
+    A hook turns off DDP's own division: `average` does it, before the sum, which would overflow in half precision.
     """
     state.watcher.bucket(bucket.parameters(), bucket.gradients())
     if bucket.is_last():
         # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
         state.watcher.last_bucket()
-    work = dist.all_reduce(bucket.buffer().mul_(state.share), group=state.group, async_op=True)
+    work = dist.all_reduce(state.average(bucket), group=state.group, async_op=True)
     future: Future[Tensor] = work.get_future().then(_reduced)
     return future
 
