@@ -12,7 +12,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 from foreshock._errors import AttachError
 

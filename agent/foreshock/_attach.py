@@ -11,7 +11,7 @@ from multiprocessing.util import Finalize
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 

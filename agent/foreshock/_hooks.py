@@ -44,8 +44,8 @@ class BucketHook:
         """The bucket's buffer, divided by the number of ranks as DDP itself would: bit for bit.
 
         DDP multiplies by 1/W while it copies a gradient into the bucket, and divides by W where the gradient lies in
-        the bucket already (`gradient_as_bucket_view` with gradients that were zeroed, not dropped). Dividing by a power of two
-        is the same either way.
+        the bucket already (`gradient_as_bucket_view`, with gradients that were zeroed and not dropped). For a power of
+        two both are the same.
         """
         buffer = bucket.buffer()
         if self._places:

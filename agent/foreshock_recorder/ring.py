@@ -1,8 +1,7 @@
 """The flight recorder: one fixed-size ring of step records per rank, in shared memory.
 
 The probe writes it from the training thread, the recorder reads it from its own process, and neither waits for the
-other. It outlives the rank, so the last steps before a crash are never lost. Standard library only: this module is
-the one thing that probe and recorder share.
+other. It outlives the rank, so the last steps before a crash are never lost. Standard library only: both share it.
 
 A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three
 parts, each written at its own time and each between two copies of the record's sequence number:
@@ -12,8 +11,7 @@ parts, each written at its own time and each between two copies of the record's 
     observed   step, loss, which of the two are set               when the script has told them
 
 The opening number is written first and the closing one last, so a reader that finds both equal, and the checksum
-right, has the whole part. (A single closing number let 1 % of reads through torn; the checksum is for processors that
-reorder stores, and costs about a microsecond per kilobyte.)
+right, has the whole part. (A closing number alone let 1 % of reads through torn; the checksum is for reordered stores.)
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class Recorder:
         await asyncio.gather(*pending, return_exceptions=True)
         for task in done:
             task.result()
-        lost = sum(ring.reader.launched - ring.acknowledged for ring in self._rings.values())
+        lost: int = sum(ring.reader.launched - ring.acknowledged for ring in self._rings.values())
         for path in list(self._rings):
             self._forget(path)
         return lost

@@ -4,4 +4,5 @@ import sys
 
 from foreshock_collector.cli import collector
 
-sys.exit(collector(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(collector(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The collector's commands: `foreshock collector`, `foreshock status`, `foreshock demo`."""
+"""The collector's commands: `foreshock collector` and `foreshock status`."""
 
 from __future__ import annotations
 
@@ -53,13 +53,6 @@ def status(arguments: list[str]) -> int:
     else:
         _show([answer] if options.run else answer["runs"], full=bool(options.run))
     return 0
-
-
-def demo(arguments: list[str]) -> int:
-    """Train a small model until it explodes, and tell why."""
-    from foreshock_collector.demo import main
-
-    return main(arguments)
 
 
 def _show(runs: list[dict[str, Any]], *, full: bool) -> None:

@@ -1,0 +1,215 @@
+"""Streams into a real server on port 0: refusals, duplicates, gaps, series."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
+
+from foreshock_collector.catalogue import CATALOGUE, INCIDENT_VERDICTS
+from foreshock_collector.config import Config, ConfigError, config_from
+from foreshock_collector.server import Server
+from foreshock_collector.store import Store, StoreError
+from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+COLUMNS = [
+    field.name
+    for field in pb.StepBatch.DESCRIPTOR.fields
+    if field.name not in ("instance", "first_sequence", "step", "global_layer_norms", "local_layer_norms", "dropped")
+]
+
+
+def hello(run: str = "r", **changes: Any) -> pb.FromRecorder:
+    values: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "instance": f"{run}-0", "run": run}
+    values |= {"experiment": "e", "launch": "l", "topology": pb.Topology(world_size=1)}
+    return pb.FromRecorder(hello=pb.Hello(**(values | changes)))
+
+
+def steps(first: int, norms: list[float], *, run: str = "r", **changes: Any) -> pb.FromRecorder:
+    count = len(norms)
+    batch = pb.StepBatch(instance=f"{run}-0", first_sequence=first, step=range(first - 1, first - 1 + count))
+    for name in COLUMNS:
+        getattr(batch, name).extend([0] * count)
+    batch.global_norm[:] = norms
+    batch.clip_coefficient[:] = [1.0] * count
+    batch.monotonic_seconds[:] = [0.1 * (first + i) for i in range(count)]
+    for name, value in changes.items():
+        getattr(batch, name)[:] = value
+    return pb.FromRecorder(steps=batch)
+
+
+class Stream:
+    """A raw stream: messages go as bytes, so that wrong ones can too."""
+
+    def __init__(self, server: Server) -> None:
+        self._channel = grpc.aio.insecure_channel(server.address)
+        open_stream = self._channel.stream_stream(
+            "/foreshock.v1.Telemetry/Stream", response_deserializer=pb.Ack.FromString
+        )
+        self.call = open_stream()
+
+    async def send(self, *messages: pb.FromRecorder | bytes) -> None:
+        for message in messages:
+            await self.call.write(message if isinstance(message, bytes) else message.SerializeToString())
+
+    async def stored(self, sequence: int) -> None:
+        while (await self.call.read()).positions[0].sequence < sequence:
+            pass
+
+    async def refusal(self) -> tuple[grpc.StatusCode, str]:
+        return await self.call.code(), await self.call.details()
+
+    async def close(self) -> None:
+        self.call.cancel()
+        await self._channel.close()
+
+
+def serving(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+def config(tmp_path: Path) -> Config:
+    return Config(grpc_port=0, http_port=0, database=str(tmp_path / "db"), ack_seconds=0.1)
+
+
+async def families(server: Server) -> dict[str, Any]:
+    async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
+        return {family.name: family for family in text_string_to_metric_families(await response.text())}
+
+
+def value(found: dict[str, Any], name: str, **labels: str) -> float:
+    (sample,) = (s for s in found[name].samples if labels.items() <= s.labels.items())
+    return float(sample.value)
+
+
+@pytest.mark.parametrize(
+    ("messages", "code", "says"),
+    [
+        ([b"\xff\xff\xff"], grpc.StatusCode.INVALID_ARGUMENT, "not a foreshock.v1.FromRecorder"),
+        ([hello("x", schema_version=99)], grpc.StatusCode.FAILED_PRECONDITION, "schema_version 99"),
+        ([hello("")], grpc.StatusCode.INVALID_ARGUMENT, "hello.run"),
+        ([hello("x", launch="l" * 500)], grpc.StatusCode.INVALID_ARGUMENT, "hello.launch"),
+        ([steps(1, [1.0], run="x")], grpc.StatusCode.INVALID_ARGUMENT, "has not said hello"),
+        ([hello("x"), steps(1, [1.0], run="x", loss=[1.0, 2.0])], grpc.StatusCode.INVALID_ARGUMENT, "column loss"),
+        ([b"\x00" * (5 * 2**20)], grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"),
+    ],
+)
+def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
+    tmp_path: Path, messages: list[Any], code: grpc.StatusCode, says: str
+) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            good, bad = Stream(server), Stream(server)
+            await good.send(hello(), steps(1, [1.0, 2.0]))
+            await good.stored(2)
+            await bad.send(*messages)
+            refusal = await bad.refusal()
+            assert refusal[0] is code
+            assert says in refusal[1]
+            await good.send(steps(3, [3.0]))
+            await good.stored(3)
+            await good.close()
+            await bad.close()
+
+    serving(test())
+
+
+def test_records_sent_again_count_once_and_a_gap_is_counted(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            first = Stream(server)
+            await first.send(hello(), steps(1, [1.0] * 10))
+            await first.stored(10)
+            await first.close()
+            again = Stream(server)
+            await again.send(hello(), steps(6, [1.0] * 10), steps(21, [1.0] * 5))
+            await again.stored(25)
+            await again.close()
+            found = await families(server)
+            assert value(found, "foreshock_steps") == 20
+            assert value(found, "foreshock_records_dropped", reason="ring_overrun") == 5
+
+    serving(test())
+
+
+def test_every_counter_is_there_at_zero_from_the_hello_on_and_all_is_in_the_catalogue(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello())
+            await stream.stored(0)
+            await stream.close()
+            found = await families(server)
+            for source in ("loss", "gradient"):
+                for kind in ("nan", "inf"):
+                    assert value(found, "foreshock_nonfinite_steps", source=source, kind=kind) == 0
+            for verdict in INCIDENT_VERDICTS:
+                assert value(found, "foreshock_incidents", verdict=verdict) == 0
+            assert found.keys() == {series.name.removesuffix("_total") for series in CATALOGUE}
+            labels = {series.name.removesuffix("_total"): set(series.labels) for series in CATALOGUE}
+            for name, family in found.items():
+                for sample in family.samples:
+                    assert sample.labels.keys() - {"le"} == labels[name], sample
+
+    serving(test())
+
+
+def test_a_nan_is_counted_and_never_exported_as_a_gauge(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            flags = [pb.LOSS_OBSERVED] * 3
+            bad = steps(
+                1, [1.0, 2.0, float("nan")], flags=flags, loss=[1, 1, float("nan")], global_nan_parameters=[0, 0, 1]
+            )
+            await stream.send(hello(), bad)
+            await stream.stored(3)
+            await stream.close()
+            found = await families(server)
+            while value(found, "foreshock_steps") < 3:
+                found = await families(server)
+            assert value(found, "foreshock_global_gradient_norm") == 2.0
+            assert value(found, "foreshock_nonfinite_steps", source="loss", kind="nan") == 1
+            assert value(found, "foreshock_incidents", verdict="sudden_nonfinite") == 1
+            for family in found.values():
+                assert all(sample.value == sample.value for sample in family.samples)
+
+    serving(test())
+
+
+def test_the_health_service_answers(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server, grpc.aio.insecure_channel(server.address) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+    serving(test())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "--allow-unauthenticated"),
+        (["--grpc-port", "many"], "--grpc-port must be a whole number"),
+        (["--http-port", "70000"], "--http-port"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml"),
+    ],
+)
+def test_a_wrong_setting_is_named(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config_from(arguments, {})
+
+
+def test_a_foreign_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(b"not a database, but long enough to be looked at as if it were one" * 20)
+    with pytest.raises(StoreError, match="cannot be used"):
+        Store(path)
