@@ -37,8 +37,8 @@ def main() -> int:
         sys.stderr.write(f"foreshock: there is no command {name!r}; foreshock --help lists them\n")
         return 2
     try:
-        command = next(iter(found)).load()
+        # Commands import what is theirs alone when they run.
+        return int(next(iter(found)).load()(rest))
     except ModuleNotFoundError as error:
         sys.stderr.write(f"foreshock {name}: {error.name} is missing; pip install 'foreshock[collector]'\n")
         return 2
-    return int(command(rest))
