@@ -4,84 +4,116 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import logging
 import logging.handlers
+import math
 import os
 import signal
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from foreshock_protos import DEFAULT_GRPC_PORT
-from foreshock_recorder.ring import LOCK_NAME, ring_folder
+from foreshock_recorder.folder import LOG_NAME, lock, sweep, tidy
+from foreshock_recorder.ring import ring_folder
+
+logger = logging.getLogger("foreshock_recorder")
 
 _LOG_BYTES = 256 * 1024
+_EPILOG = """
+A rank starts the recorder it needs by itself, with --folder. By hand, as a side-car, give --run: it then waits for the
+first rank, and leaves after the last. It must share the ranks' ring folder, user and process ids (a pod's
+shareProcessNamespace), or it takes every rank for dead.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage."""
+        self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until the last rank has gone. 0: done, or another recorder is there already."""
-    parser = argparse.ArgumentParser(prog="foreshock_recorder", description="Read the ranks' rings, tell a collector.")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--folder", type=Path, help="folder of the run's rings")
-    which.add_argument("--run", help="name of the run; its folder is found as the ranks find it")
-    parser.add_argument("--collector", default="", help="host:port; default: this machine, default port")
-    parser.add_argument("--linger", type=float, default=30.0, help="seconds to go on trying after the last rank")
-    options = parser.parse_args(arguments)
-    folder: Path = options.folder or ring_folder(options.run)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = _lock(folder / LOCK_NAME)
-    if lock is None:
-        return 0
-    logger = logging.getLogger("foreshock_recorder")
-    log = logging.handlers.RotatingFileHandler(folder / "recorder.log", maxBytes=_LOG_BYTES, backupCount=1)
-    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(log)
-    logger.setLevel(logging.INFO)
-    collector = options.collector or f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+    """Run until the last rank has gone. 0: done, or another recorder is there; 1: failed, see its log."""
+    options = _options(arguments)
+    folder: Path = options.folder or ring_folder(options.run, options.ring_dir)
     try:
-        lost = asyncio.run(_run(folder, collector, options.linger))
+        held = lock(folder)
+    except OSError as error:
+        sys.stderr.write(f"foreshock_recorder: {folder} cannot be used: {error}\n")
+        return 1
+    if held is None:
+        return 0
+    _log_to(folder / LOG_NAME)
+    logger.info("for %s, to %s", folder, options.collector)
+    try:
+        for name in sweep(folder.parent, keep=folder, now=time.time()):
+            logger.info("removed what was left of run %s", name)
+        lost = asyncio.run(_run(folder, options))
     except Exception:
         logger.exception("the recorder failed")
         return 1
     if lost:
-        logger.warning("%d records could not be sent to %s", lost, collector)
+        logger.warning("given up: %d records did not get to %s", lost, options.collector)
     else:
-        _tidy(folder)
-    os.close(lock)
+        tidy(folder)
+    os.close(held)
     return 0
 
 
-async def _run(folder: Path, collector: str, linger: float) -> int:
-    from foreshock_recorder.stream import Recorder
+async def _run(folder: Path, options: argparse.Namespace) -> int:
+    # What gRPC has to say comes as an error too, and is in our log. Read when it is loaded, which takes a while: not
+    # before we know that nobody else is there.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from foreshock_recorder.recorder import Recorder
 
-    recorder = Recorder(folder, collector=collector, linger=linger)
+    recorder = Recorder(folder, collector=options.collector, linger=options.linger, waits=options.run is not None)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, recorder.stop)
     return await recorder.run()
 
 
-def _lock(path: Path) -> int | None:
-    """The exclusive lock, or None: ranks probe it for a moment with a shared one, so try for a second."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    for _ in range(20):
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        time.sleep(0.05)
-    os.close(descriptor)
-    return None
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="foreshock_recorder", description="Read the ranks' rings, tell a collector.", epilog=_EPILOG)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--folder", type=Path, help="folder of the run's rings")
+    which.add_argument("--run", help="name of the run; its folder is found as the ranks find it")
+    parser.add_argument("--ring-dir", default="", metavar="DIR", help="with --run: FORESHOCK_RING_DIR of the ranks")
+    parser.add_argument(
+        "--collector", type=_address, default="", metavar="HOST:PORT", help="default: this machine, default port"
+    )
+    parser.add_argument(
+        "--linger", type=_seconds, default=30.0, metavar="SECONDS", help="go on trying after the last rank; default: 30"
+    )
+    options = parser.parse_args(arguments)
+    if options.run == "":
+        parser.error("argument --run: a run has a name")
+    if options.ring_dir and options.run is None:
+        parser.error("argument --ring-dir: only with --run")
+    return options
 
 
-def _tidy(folder: Path) -> None:
-    """Leave nothing behind, unless another rank has come meanwhile."""
-    if not any(folder.glob("*.ring")):
-        for path in folder.glob("recorder.*"):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if text and not (host and "/" not in text and port.isdecimal() and 0 < int(port) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is not host:port")
+    return text or f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return value
+
+
+def _log_to(path: Path) -> None:
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    logging.basicConfig(
+        handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The flight recorder: one fixed-size ring of step records per rank, in shared memory.
 
 The probe writes it from the training thread, the recorder reads it from its own process, and neither waits for the
-other. It outlives the rank, so the last steps before a crash are never lost. Standard library only: both share it.
+other. It outlives the rank, so the last steps before a crash are never lost. This module is the layout and the writing
+side, standard library only: all that the probe knows of the recorder. The reading side is reader.py.
 
 A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three
 parts, each written at its own time and each between two copies of the record's sequence number:
@@ -11,7 +12,9 @@ parts, each written at its own time and each between two copies of the record's 
     observed   step, loss, which of the two are set               when the script has told them
 
 The opening number is written first and the closing one last, so a reader that finds both equal, and the checksum
-right, has the whole part. (A closing number alone let 1 % of reads through torn; the checksum is for reordered stores.)
+right, has the whole part. (A single closing number let 1 % of reads through torn; the checksum is for processors that
+reorder stores, and costs about a microsecond per kilobyte.) Measured parts are written in the order of their records,
+so one that is missing below the newest will never come.
 """
 
 from __future__ import annotations
@@ -23,10 +26,10 @@ import os
 import struct
 import tempfile
 import zlib
-from dataclasses import dataclass
-from enum import Enum, IntEnum
+from contextlib import suppress
+from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MAGIC = b"FORESHK1"
 LAYOUT_VERSION = 1
@@ -63,6 +66,7 @@ LOCK_NAME = "recorder.lock"
 
 DROP_REASONS = ("probe_error", "ring_overrun")
 """Why a record may be missing: the probe failed on that step, or the ring was overwritten before it was read."""
+_NAME_LENGTH = 100
 
 
 class Farewell(IntEnum):
@@ -75,58 +79,41 @@ class Farewell(IntEnum):
     LOST = 4
 
 
-class ReadOutcome(Enum):
-    """Why `RingReader.read` has no record to give."""
-
-    NOT_YET = "not yet"
-    OVERRUN = "overrun"
-
-
 # Header: fixed facts, then words that change while the ring is in use, then text and JSON.
-_FACTS = struct.Struct("<8sIIIIIIQ")  # magic, version, slot bytes, slot count, layers, JSON bytes, pid, process start
-_WORD_LAUNCHED, _WORD_ACKNOWLEDGED, _WORD_FAREWELL, _WORD_HEARTBEAT, _WORD_FLAGS, _WORD_DROPPED = 8, 9, 10, 11, 12, 16
-_TEXT_BYTES = 384
-_DETAIL_OFFSET, _TROUBLE_OFFSET = 256, 640
-_JSON_OFFSET = 1024
+FACTS = struct.Struct("<8sIIIIIIQ")  # magic, version, slot bytes, slot count, layers, JSON bytes, pid, process start
+WORD_LAUNCHED, WORD_MEASURED, WORD_ACKNOWLEDGED, WORD_ACKNOWLEDGED_FAREWELL = 8, 9, 10, 11
+WORD_FAREWELL, WORD_HEARTBEAT, WORD_DROPPED = 12, 13, 16
+_TEXT_BYTES = 256
+NOTE_OFFSET, TROUBLE_OFFSET, FAREWELL_OFFSET = 256, 512, 768
+JSON_OFFSET = 1024
 _PAGE = 4096
 
-# Slot: eight-byte words.
-_LAUNCHED_BEGIN, _LAUNCHED_PAYLOAD, _LAUNCHED_WORDS = 0, 1, 5
-_OBSERVED_BEGIN, _OBSERVED_PAYLOAD, _OBSERVED_WORDS = 8, 9, 3
-_MEASURED_BEGIN, _MEASURED_PAYLOAD = 14, 15
-_LAUNCHED = struct.Struct("<qdddQ")
-_OBSERVED = struct.Struct("<qdQ")
-_HAS_STEP, _HAS_LOSS = 1, 2
+
+class Part(NamedTuple):
+    """Where a part lies in its slot, in words of eight bytes: begin marker, payload, checksum, end marker."""
+
+    begin: int
+    words: int
+    """Of the payload."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One step of one rank, as read back."""
-
-    sequence: int
-    step: int
-    wall_seconds: float
-    monotonic_seconds: float
-    learning_rate: float
-    edited: bool
-    """The script changed the gradients between backward and step."""
-    measured: memoryview[float] | None
-    """float64: DEVICE_COLUMNS, then global layer norms, then local ones. None: launched, never finished."""
-    observed: bool
-    """The observed part is written; without it, the script may still tell its loss."""
-    loss: float | None
+LAUNCHED = Part(0, 5)
+OBSERVED = Part(8, 3)
+_MEASURED_BEGIN = 14
+LAUNCHED_PAYLOAD = struct.Struct("<qdddQ")
+OBSERVED_PAYLOAD = struct.Struct("<qdQ")
+HAS_STEP, HAS_LOSS = 1, 2
 
 
-class _Layout:
+class Layout:
     """Where things lie, given the number of layers."""
 
     def __init__(self, layers: int, identity_bytes: int, slot_count: int | None = None) -> None:
         self.layers = layers
-        self.header_bytes = -(-(_JSON_OFFSET + identity_bytes) // _PAGE) * _PAGE
+        self.header_bytes = -(-(JSON_OFFSET + identity_bytes) // _PAGE) * _PAGE
         self.columns = len(DEVICE_COLUMNS) + 2 * layers
-        # begin, payload, checksum, end
-        self.slot_words = _MEASURED_PAYLOAD + self.columns + 2
-        self.slot_bytes = 8 * self.slot_words
+        self.measured = Part(_MEASURED_BEGIN, self.columns)
+        self.slot_bytes = 8 * (_MEASURED_BEGIN + self.columns + 3)
         fitting = MAX_RING_BYTES // self.slot_bytes
         self.slot_count = slot_count or max(64, min(MAX_SLOTS, fitting))
         self.file_bytes = self.header_bytes + self.slot_count * self.slot_bytes
@@ -136,15 +123,36 @@ class _Layout:
         return (self.header_bytes + (sequence % self.slot_count) * self.slot_bytes) // 8
 
 
-class Ring:
-    """The writing side. Made by the probe; every method but `create` takes microseconds and never waits."""
+class Side:
+    """What both sides see of the file."""
 
-    def __init__(self, path: Path, memory: mmap.mmap, layout: _Layout) -> None:
+    def __init__(self, path: Path, memory: mmap.mmap, layout: Layout) -> None:
         self.path = path
         self.layout = layout
         self.memory = memory
         self._bytes = memoryview(memory)
         self._words = self._bytes.cast("Q")
+
+    @property
+    def launched(self) -> int:
+        """The newest record's sequence number; 0 before the first."""
+        return self._words[WORD_LAUNCHED]
+
+    @property
+    def acknowledged(self) -> int:
+        """The highest sequence number that a collector has stored."""
+        return self._words[WORD_ACKNOWLEDGED]
+
+    def _write_text(self, offset: int, text: str) -> None:
+        data = text.encode(errors="replace")[: _TEXT_BYTES - 1]
+        self.memory[offset : offset + len(data) + 1] = data + b"\0"
+
+    def _read_text(self, offset: int) -> str:
+        return self.memory[offset : offset + _TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+
+
+class Ring(Side):
+    """The writing side. Made by the probe; every method but `create` takes microseconds and never waits."""
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, Any], *, layers: int, slot_count: int | None = None) -> Ring:
@@ -153,10 +161,9 @@ class Ring:
         `identity` is what `Hello` needs, as JSON. Raises `OSError` where the folder has no room.
         """
         text = json.dumps(identity).encode()
-        layout = _Layout(layers, len(text), slot_count)
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        layout = Layout(layers, len(text), slot_count)
         draft = path.with_suffix(".draft")
-        descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = _open_new(draft)
         try:
             # A hole in shared memory kills the writer with SIGBUS once the memory runs out: take it all now.
             os.posix_fallocate(descriptor, 0, layout.file_bytes)
@@ -169,8 +176,8 @@ class Ring:
         ring = cls(path, memory, layout)
         pid = os.getpid()
         facts = (MAGIC, LAYOUT_VERSION, layout.slot_bytes, layout.slot_count, layers, len(text), pid)
-        _FACTS.pack_into(memory, 0, *facts, process_start(pid) or 0)
-        memory[_JSON_OFFSET : _JSON_OFFSET + len(text)] = text
+        FACTS.pack_into(memory, 0, *facts, process_start(pid) or 0)
+        memory[JSON_OFFSET : JSON_OFFSET + len(text)] = text
         draft.rename(path)
         return ring
 
@@ -178,9 +185,9 @@ class Ring:
         self, sequence: int, *, step: int, wall: float, monotonic: float, learning_rate: float, edited: bool
     ) -> None:
         """Write that a step begins. Opens the record, so its other parts may follow in any order."""
-        payload = (step, wall, monotonic, learning_rate, int(edited))
-        self._write(_LAUNCHED_BEGIN, _LAUNCHED_PAYLOAD, _LAUNCHED_WORDS, sequence, _LAUNCHED.pack(*payload))
-        self._words[_WORD_LAUNCHED] = sequence
+        payload = LAUNCHED_PAYLOAD.pack(step, wall, monotonic, learning_rate, int(edited))
+        self._write(LAUNCHED, sequence, payload)
+        self._words[WORD_LAUNCHED] = sequence
 
     def open_measured(self, sequence: int) -> None:
         """Announce the measured part: call before the row is copied to `measured_offset`."""
@@ -188,200 +195,90 @@ class Ring:
 
     def measured_offset(self, sequence: int) -> int:
         """Byte offset in `memory` of the record's row of float64, `layout.columns` long."""
-        return 8 * (self.layout.word(sequence) + _MEASURED_PAYLOAD)
+        return 8 * (self.layout.word(sequence) + _MEASURED_BEGIN + 1)
 
     def close_measured(self, sequence: int) -> None:
         """The row is whole."""
-        self._close(sequence, _MEASURED_PAYLOAD, self.layout.columns)
+        self._close(self.layout.measured, sequence)
+        self._words[WORD_MEASURED] = sequence
 
     def observe(self, sequence: int, *, step: int | None, loss: float | None) -> None:
         """Write what the script told about a step."""
-        flags = (0 if step is None else _HAS_STEP) | (0 if loss is None else _HAS_LOSS)
-        payload = _OBSERVED.pack(step or 0, math.nan if loss is None else loss, flags)
-        self._write(_OBSERVED_BEGIN, _OBSERVED_PAYLOAD, _OBSERVED_WORDS, sequence, payload)
+        flags = (0 if step is None else HAS_STEP) | (0 if loss is None else HAS_LOSS)
+        payload = OBSERVED_PAYLOAD.pack(step or 0, math.nan if loss is None else loss, flags)
+        self._write(OBSERVED, sequence, payload)
 
     def drop(self, reason: str) -> None:
         """Count a record that could not be written."""
-        self._words[_WORD_DROPPED + DROP_REASONS.index(reason)] += 1
+        self._words[WORD_DROPPED + DROP_REASONS.index(reason)] += 1
 
     def farewell(self, reason: Farewell, detail: str = "") -> None:
         """Say goodbye; the recorder sends what is left and lets go of the ring."""
-        self.note(detail)
-        self._words[_WORD_FAREWELL] = reason
+        self._write_text(FAREWELL_OFFSET, detail)
+        self._words[WORD_FAREWELL] = reason
 
     def note(self, detail: str) -> None:
-        """Keep a line of text for people: the last internal error, or why the rank left."""
-        _write_text(self.memory, _DETAIL_OFFSET, detail)
-
-    @property
-    def launched(self) -> int:
-        """The newest record's sequence number; 0 before the first."""
-        return self._words[_WORD_LAUNCHED]
-
-    @property
-    def acknowledged(self) -> int:
-        """The highest sequence number that a collector has stored."""
-        return self._words[_WORD_ACKNOWLEDGED]
+        """Keep a line of text for people: the last internal error."""
+        self._write_text(NOTE_OFFSET, detail)
 
     @property
     def acknowledged_farewell(self) -> bool:
         """The collector has stored the goodbye too."""
-        return bool(self._words[_WORD_FLAGS] & 1)
+        return bool(self._words[WORD_ACKNOWLEDGED_FAREWELL])
 
     @property
     def recorder_seen(self) -> float:
         """Monotonic time at which a recorder last looked; 0.0 if none ever did."""
-        return float(struct.unpack("<d", struct.pack("<Q", self._words[_WORD_HEARTBEAT]))[0])
+        return float(struct.unpack("<d", struct.pack("<Q", self._words[WORD_HEARTBEAT]))[0])
 
     @property
     def trouble(self) -> str:
         """Why the recorder cannot reach the collector; empty while it can."""
-        return _read_text(self.memory, _TROUBLE_OFFSET)
+        return self._read_text(TROUBLE_OFFSET)
 
-    def _write(self, begin: int, payload: int, length: int, sequence: int, data: bytes) -> None:
-        first = self.layout.word(sequence)
-        self._words[first + begin] = sequence
-        start = 8 * (first + payload)
-        self.memory[start : start + 8 * length] = data
-        self._close(sequence, payload, length)
+    def _write(self, part: Part, sequence: int, payload: bytes) -> None:
+        begin = self.layout.word(sequence) + part.begin
+        self._words[begin] = sequence
+        start = 8 * (begin + 1)
+        self.memory[start : start + 8 * part.words] = payload
+        self._close(part, sequence)
 
-    def _close(self, sequence: int, payload: int, length: int) -> None:
-        start = self.layout.word(sequence) + payload
-        self._words[start + length] = zlib.crc32(self._bytes[8 * start : 8 * (start + length)])
-        self._words[start + length + 1] = sequence
-
-
-class RingReader:
-    """The reading side. Raises `ValueError` for a file that is no ring of this layout."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            self._memory = mmap.mmap(descriptor, 0)
-        finally:
-            os.close(descriptor)
-        if len(self._memory) < _JSON_OFFSET:
-            raise ValueError(f"{path} is no ring: it is shorter than a header")
-        facts = _FACTS.unpack_from(self._memory, 0)
-        magic, version, _, slots, layers, text, self.pid, self.process_start = facts
-        if magic != MAGIC or version != LAYOUT_VERSION:
-            raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
-        self.layout = _Layout(layers, text, slots)
-        self.identity: dict[str, Any] = json.loads(self._memory[_JSON_OFFSET : _JSON_OFFSET + text])
-        self._bytes = memoryview(self._memory)
-        self._words = self._bytes.cast("Q")
-
-    def read(self, sequence: int) -> Record | ReadOutcome:
-        """The record, as far as it is written. NOT_YET: not launched. OVERRUN: a newer one has taken its slot."""
-        if sequence > self.launched:
-            return ReadOutcome.NOT_YET
-        if sequence <= self.launched - self.layout.slot_count:
-            return ReadOutcome.OVERRUN
-        launched = self._part(sequence, _LAUNCHED_BEGIN, _LAUNCHED_PAYLOAD, _LAUNCHED_WORDS)
-        if launched is None:
-            return ReadOutcome.OVERRUN
-        step, wall, monotonic, learning_rate, edited = _LAUNCHED.unpack(launched)
-        observed = self._part(sequence, _OBSERVED_BEGIN, _OBSERVED_PAYLOAD, _OBSERVED_WORDS)
-        loss = None
-        if observed is not None:
-            told_step, told_loss, flags = _OBSERVED.unpack(observed)
-            step = told_step if flags & _HAS_STEP else step
-            loss = told_loss if flags & _HAS_LOSS else None
-        measured = self._part(sequence, _MEASURED_BEGIN, _MEASURED_PAYLOAD, self.layout.columns)
-        return Record(
-            sequence=sequence,
-            step=step,
-            wall_seconds=wall,
-            monotonic_seconds=monotonic,
-            learning_rate=learning_rate,
-            edited=bool(edited),
-            measured=None if measured is None else memoryview(measured).cast("d"),
-            observed=observed is not None,
-            loss=loss,
-        )
-
-    def acknowledge(self, sequence: int, *, farewell: bool = False) -> None:
-        """Tell the rank, and a recorder that may follow, how far the collector has stored."""
-        self._words[_WORD_ACKNOWLEDGED] = sequence
-        if farewell:
-            self._words[_WORD_FLAGS] |= 1
-
-    def trouble(self, text: str) -> None:
-        """Tell the rank why the collector cannot be reached; empty: it can."""
-        _write_text(self._memory, _TROUBLE_OFFSET, text)
-
-    def heartbeat(self, monotonic: float) -> None:
-        """Tell the rank that a recorder is looking."""
-        self._words[_WORD_HEARTBEAT] = struct.unpack("<Q", struct.pack("<d", monotonic))[0]
-
-    @property
-    def launched(self) -> int:
-        """The newest record's sequence number; 0 before the first."""
-        return self._words[_WORD_LAUNCHED]
-
-    @property
-    def acknowledged(self) -> int:
-        """The highest sequence number that a collector has stored."""
-        return self._words[_WORD_ACKNOWLEDGED]
-
-    @property
-    def farewell(self) -> Farewell:
-        """How the rank left, NONE while it has not said."""
-        return Farewell(self._words[_WORD_FAREWELL])
-
-    @property
-    def detail(self) -> str:
-        """The line of text that the rank left."""
-        return _read_text(self._memory, _DETAIL_OFFSET)
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Records that the probe could not write, by reason, since the attach; reasons without any are left out."""
-        counts = {reason: self._words[_WORD_DROPPED + i] for i, reason in enumerate(DROP_REASONS)}
-        return {reason: count for reason, count in counts.items() if count}
-
-    @property
-    def alive(self) -> bool:
-        """The process that made the ring still runs: the same pid, started at the same time."""
-        return bool(process_start(self.pid) == self.process_start)
-
-    def close(self) -> None:
-        """Let go of the memory; the file stays."""
-        self._words.release()
-        self._bytes.release()
-        self._memory.close()
-
-    def _part(self, sequence: int, begin: int, payload: int, length: int) -> bytes | None:
-        first = self.layout.word(sequence)
-        start = first + payload
-        if self._words[start + length + 1] != sequence:
-            return None
-        data = bytes(self._bytes[8 * start : 8 * (start + length)])
-        whole = self._words[first + begin] == sequence and self._words[start + length] == zlib.crc32(data)
-        return data if whole else None
+    def _close(self, part: Part, sequence: int) -> None:
+        start = self.layout.word(sequence) + part.begin + 1
+        end = start + part.words
+        self._words[end] = zlib.crc32(self._bytes[8 * start : 8 * end])
+        self._words[end + 1] = sequence
 
 
-def _write_text(memory: mmap.mmap, offset: int, text: str) -> None:
-    data = text.encode(errors="replace")[: _TEXT_BYTES - 1]
-    memory[offset : offset + len(data) + 1] = data + b"\0"
-
-
-def _read_text(memory: mmap.mmap, offset: int) -> str:
-    return memory[offset : offset + _TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
-
-
-def ring_folder(run: str) -> Path:
-    """Where a run's rings lie on this machine: FORESHOCK_RING_DIR, or shared memory, or the temporary folder."""
-    base = os.environ.get("FORESHOCK_RING_DIR")
+def ring_folder(run: str, base: str = "") -> Path:
+    """Where a run's rings lie on this machine: in `base`, FORESHOCK_RING_DIR, shared memory or the temporary folder."""
+    base = base or os.environ.get("FORESHOCK_RING_DIR", "")
     if not base:
         memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
         root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
         base = str(root / f"foreshock-{os.getuid()}")
-    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in run).lstrip(".")
+    safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in run).lstrip(".")[:_NAME_LENGTH]
     # Two names that only differ in what was replaced must not share a folder.
-    suffix = "" if safe == run else f"-{zlib.crc32(run.encode()):08x}"
+    suffix = "" if safe == run else f"-{zlib.crc32(run.encode(errors='replace')):08x}"
     return Path(base) / f"{safe}{suffix}"
+
+
+def _open_new(path: Path) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    make_private(path.parent)
+    path.unlink(missing_ok=True)
+    with suppress(FileNotFoundError):
+        return os.open(path, flags, 0o600)
+    # A recorder that left at this moment has taken the empty folder along.
+    make_private(path.parent)
+    return os.open(path, flags, 0o600)
+
+
+def make_private(folder: Path) -> None:
+    """Make a run's folder, for our user only. Raises `OSError` if it cannot be, or somebody else has made it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid not in (os.getuid(), 0):
+        raise PermissionError(f"{folder} belongs to another user")
 
 
 def ring_name(launch: str, rank: int) -> str:

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
@@ -36,6 +36,10 @@ class Config:
     """Seconds between commits, acknowledgements and the recorders' flushes."""
     retention_seconds: float = 900.0
     """Seconds for which the series of an ended run stay."""
+    silent_seconds: float = 900.0
+    """Seconds without a word after which a run counts as ended."""
+    metrics_cache_seconds: float = 1.0
+    """Seconds for which scrapes share one rendering of /metrics; 0 renders each time."""
     allow_unauthenticated: bool = False
     """Listen on other than loopback addresses, where anybody may read and write."""
     ready_file: str = ""
@@ -45,33 +49,46 @@ class Config:
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
                 raise ConfigError(f"{_flag(name)} must be 0 to 65535, not {getattr(self, name)}")
-        for name in ("ack_seconds", "retention_seconds"):
+        for name in ("ack_seconds", "retention_seconds", "silent_seconds"):
             if not 0 < getattr(self, name) < 1e7:
                 raise ConfigError(f"{_flag(name)} must be a positive number of seconds, not {getattr(self, name):g}")
+        if not 0 <= self.metrics_cache_seconds < 1e7:
+            raise ConfigError(f"--metrics-cache-seconds must be 0 or more, not {self.metrics_cache_seconds:g}")
+        for name in ("host", "database"):
+            if not getattr(self, name):
+                raise ConfigError(f"{_flag(name)} must not be empty")
         if not _is_loopback(self.host) and not self.allow_unauthenticated:
             raise ConfigError(
                 f"--host {self.host} lets anybody on the network in: add --allow-unauthenticated if that is meant"
             )
 
 
+class _Parser(argparse.ArgumentParser):
+    """One line for an error, as for every other wrong setting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")
+
+
 def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
-    """Raises `ConfigError`; argparse itself exits with 2 for an unknown flag."""
+    """Raises `ConfigError`, also for an unknown flag."""
     env = os.environ if environment is None else environment
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="foreshock collector",
         description="Take step records in, detect and diagnose, export Prometheus series.",
         usage="%(prog)s [OPTIONS]",
+        epilog=f"Each setting may also be given as {_PREFIX}NAME in the environment, or in the file of --config.",
+        allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="TOML file with these settings, named as the flags are")
+    parser.add_argument("--config", metavar="X", help="TOML file with these settings, named as the flags are")
     for field, help_ in _documented():
         if field.type == "bool":
             parser.add_argument(_flag(field.name), action="store_const", const="true", help=help_)
         else:
             parser.add_argument(_flag(field.name), metavar="X", help=f"{help_} (default: {field.default or 'none'})")
     options = vars(parser.parse_args(arguments))
-    values: dict[str, Any] = {}
-    if options["config"] is not None:
-        values = _from_file(options["config"])
+    file = options["config"] or env.get(_PREFIX + "CONFIG")
+    values: dict[str, Any] = _from_file(Path(file)) if file else {}
     for field in fields(Config):
         name = field.name
         if (text := options[name] if options[name] is not None else env.get(_PREFIX + name.upper())) is not None:

@@ -5,33 +5,43 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from foreshock_collector.board import Board, bad_locally
 from foreshock_collector.detection import Event
-from foreshock_collector.steps import ModelFacts, RankRow, Step
+from foreshock_collector.steps import ModelFacts, Step
 
+Cause = Literal["exploding_gradients", "first_step_nonfinite", "sudden_nonfinite", "healthy"]
 LEAD_STEPS = 32
-"""How far before the first non-finite step a spike or build-up still belongs to it."""
-_RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-_NORMALISATIONS = ("LayerNorm", "BatchNorm", "RMSNorm", "GroupNorm", "InstanceNorm")
+"""How many steps before the first non-finite one a spike or build-up still belongs to it."""
+_USUAL_STEPS = 50
 _OUTLIER_RATIO = 3.0
+"""A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
+_RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+_NORMALISATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What happened, where it began, and what to try."""
 
-    cause: str
+    cause: Cause
     attempt: int
     first_bad_step: int
     onset_step: int | None
     """First spike or build-up that belongs to the failure."""
     lead_steps: int
-    """From the onset to the first non-finite step; 0 without one."""
+    """Steps from the onset to the first non-finite one; 0 without an onset."""
     rank: int | None
+    """The one rank that was bad before the all-reduce, or whose own gradient led an explosion; None: all alike."""
     parameter: str
+    """First in backward order that was not finite; empty where that is not known, or means nothing."""
     layer: str
+    """The parameter's, or the one whose norm grew most."""
     confidence: float
+    """From 0 to 1, by rule of thumb."""
     summary: str
     evidence: tuple[str, ...]
     try_: tuple[str, ...]
@@ -39,159 +49,243 @@ class Verdict:
 
     def as_json(self) -> dict[str, Any]:
         """For the API and the store."""
-        values = asdict(self)
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         values["try"] = values.pop("try_")
         return values
 
 
-def diagnose(window: Sequence[Step], events: Sequence[Event], model: ModelFacts, *, finite_before: bool) -> Verdict:
-    """The verdict on the last step of `window`, the run's first non-finite one.
+def diagnose(
+    steps: Sequence[Step], events: Sequence[Event], board: Board, model: ModelFacts, *, finite_before: bool
+) -> Verdict:
+    """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
-    window: settled steps in order, with their ranks' rows. events: of the same steps. finite_before: the run had a
-    finite step, also before the window.
+    steps: the newest of one attempt, in order. events: of the same attempt. board: holds the ranks' records of these
+    steps. finite_before: the attempt has had a finite step, be it among `steps` or before.
     """
-    bad = window[-1]
-    signs = [
-        e
-        for e in events
-        if e.kind in ("spike", "build_up") and e.attempt == bad.attempt and 0 < bad.step - e.step <= LEAD_STEPS
-    ]
-    rank, alone = _bad_rank(bad)
-    parameter, layer = _where(bad, rank, model)
-    evidence = [_bad_values(bad)]
-    if alone:
-        evidence.append(f"before the all-reduce only rank {rank} of {len(bad.ranks)} was not finite")
+    bad = steps[-1]
+    if not bad.nonfinite:
+        return _healthy(bad)
+    window = [s for s in steps if 0 <= bad.sequence - s.sequence <= LEAD_STEPS]
+    signs = [e for e in events if e.kind in ("spike", "build_up") and 0 < bad.sequence - e.sequence <= LEAD_STEPS]
+    culprit, evidence = _culprit(bad, board)
+    evidence.insert(0, _bad_values(bad))
+    parameter, layer = _first_parameter(bad, culprit, board, model)
+    if bad.loss is not None and not math.isfinite(bad.loss):
+        # Backward starts at a loss that is not finite: every gradient is bad, and the first of them says nothing.
+        evidence.append("the loss itself was not finite, so the trouble came up in the forward pass")
+        parameter = layer = ""
+    elif parameter:
+        evidence.append(f"first in backward order: {parameter}")
+    evidence += _loss_before(bad, events)
     if signs:
-        onset = min(e.step for e in signs)
-        norms = {s.step: s.global_norm for s in window}
-        before = [s.global_norm for s in window if s.step < onset and math.isfinite(s.global_norm)]
-        usual = sorted(before[-50:])[len(before[-50:]) // 2] if before else math.nan
-        peak = max(norms.get(e.step, 0.0) for e in signs)
-        evidence.insert(0, f"global norm about {usual:.3g} until step {onset}, then up to {peak:.3g}")
-        evidence.append(f"{len(signs)} spikes or build-ups in the {bad.step - onset} steps before")
-        layer = layer or _growing_layer(window, onset, model)
-        rank = rank if alone else _loudest_rank(window, onset)
-        return Verdict(
-            cause="exploding_gradients",
-            attempt=bad.attempt,
-            first_bad_step=bad.step,
-            onset_step=onset,
-            lead_steps=bad.step - onset,
-            rank=rank,
-            parameter=parameter,
-            layer=layer,
-            confidence=0.9 if len(signs) > 1 else 0.7,
-            summary=f"Gradients exploded: the norm rose from step {onset}, {bad.step - onset} steps before the first "
-            f"non-finite value at step {bad.step}.",
-            evidence=tuple(evidence),
-            try_=_against_explosion(window, model),
-            alternatives=("a single bad batch that the model could not digest",),
-        )
+        return _exploded(steps, window, signs, evidence, culprit, parameter, layer, board, model)
     if not finite_before and bad.step <= 1:
-        return Verdict(
-            cause="first_step_nonfinite",
-            attempt=bad.attempt,
-            first_bad_step=bad.step,
-            onset_step=None,
-            lead_steps=0,
-            rank=rank,
-            parameter=parameter,
-            layer=layer,
-            confidence=0.9,
-            summary=f"Not finite from the first step ({bad.step}) on: nothing has been learnt that could explode.",
-            evidence=tuple(evidence),
-            try_=(
-                "check the data for missing values: torch.isfinite(batch).all()",
-                "look for a division by zero, log(0), or a softmax that is not shifted, in model and loss",
-                "check the initialisation and the dtype of the first layers",
-            ),
-            alternatives=("far too large an initialisation",),
-        )
-    where = f" on rank {rank}" if rank is not None else ""
+        return _not_from_the_start(bad, evidence, culprit, parameter, layer)
+    return _sudden(bad, evidence, culprit, parameter, layer)
+
+
+def _healthy(last: Step) -> Verdict:
+    return Verdict(
+        cause="healthy",
+        attempt=last.attempt,
+        first_bad_step=-1,
+        onset_step=None,
+        lead_steps=0,
+        rank=None,
+        parameter="",
+        layer="",
+        confidence=1.0,
+        summary=f"Everything is finite up to step {last.step}.",
+        evidence=(),
+        try_=(),
+        alternatives=(),
+    )
+
+
+def _exploded(
+    steps: Sequence[Step],
+    window: Sequence[Step],
+    signs: Sequence[Event],
+    evidence: list[str],
+    culprit: int | None,
+    parameter: str,
+    layer: str,
+    board: Board,
+    model: ModelFacts,
+) -> Verdict:
+    bad = steps[-1]
+    onset = min(signs, key=lambda sign: sign.sequence)
+    lead = bad.sequence - onset.sequence
+    climb = [s.global_norm for s in window if s.sequence >= onset.sequence and math.isfinite(s.global_norm)]
+    calm = [s.global_norm for s in steps if s.sequence < onset.sequence and math.isfinite(s.global_norm)]
+    usual = float(np.median(calm[-_USUAL_STEPS:])) if calm else onset.usual or math.nan
+    evidence.insert(0, f"global norm about {usual:.3g} until step {onset.step}, then up to {max(climb, default=0):.3g}")
+    spikes = sum(sign.kind == "spike" for sign in signs)
+    build_ups = len(signs) - spikes
+    evidence.append(f"{spikes} spike(s) and {build_ups} build-up(s) in the {lead} step(s) before")
+    growing, growth = _growing_layer(window, onset, board, model)
+    if growing:
+        evidence.append(f"layer {growing} grew most: {growth:.3g} times its norm of before")
+    loud, share = (None, 0.0) if culprit is not None else _loudest_rank(window, onset, board)
+    if loud is not None:
+        evidence.append(f"local norm of rank {loud}: {share:.3g} times the median of the others")
+    rates = [s.learning_rate for s in window]
+    if rates and rates[-1] > 1.01 * min(rates):
+        evidence.append(f"the learning rate was rising, from {min(rates):.3g} to {rates[-1]:.3g}")
+    lone = not build_ups and spikes == 1
+    return Verdict(
+        cause="exploding_gradients",
+        attempt=bad.attempt,
+        first_bad_step=bad.step,
+        onset_step=onset.step,
+        lead_steps=lead,
+        rank=culprit if culprit is not None else loud,
+        parameter=parameter,
+        layer=layer or growing,
+        confidence=0.6 if lone else 0.9,
+        summary=f"Gradients exploded: from step {onset.step} the norm climbed from about {usual:.3g} to "
+        f"{max(climb, default=0):.3g}, and {lead} step{'s' if lead != 1 else ''} later, at step {bad.step}, "
+        "it was no longer finite.",
+        evidence=tuple(evidence),
+        try_=_against_explosion(steps, layer or growing, model),
+        alternatives=("the one spike was harmless, and the NaN sudden",) if lone else ("one bad batch set it off",),
+    )
+
+
+def _not_from_the_start(bad: Step, evidence: list[str], culprit: int | None, parameter: str, layer: str) -> Verdict:
+    where = "" if culprit is None else f" on rank {culprit}"
+    return Verdict(
+        cause="first_step_nonfinite",
+        attempt=bad.attempt,
+        first_bad_step=bad.step,
+        onset_step=None,
+        lead_steps=0,
+        rank=culprit,
+        parameter=parameter,
+        layer=layer,
+        confidence=0.9,
+        summary=f"Not finite from the very first step ({bad.step}){where}: no training has made it so.",
+        evidence=(*evidence, "no step of this attempt was finite before"),
+        try_=(
+            f"check the first batch{where} for NaN and Inf: torch.isfinite(batch).all()",
+            "look for log(0), sqrt at 0, a division by zero or an all-masked softmax in the model and the loss",
+            "check the initialisation: its scale, and whether a loaded checkpoint is finite",
+            "check the data type: what float16 cannot hold, bfloat16 or float32 may",
+        ),
+        alternatives=("an initialisation so large that the first forward pass overflows",),
+    )
+
+
+def _sudden(bad: Step, evidence: list[str], culprit: int | None, parameter: str, layer: str) -> Verdict:
+    where = "" if culprit is None else f" on rank {culprit}"
+    first = "loss" if bad.nan_loss or bad.inf_loss else "gradient"
+    advice = [
+        f"look at the batch of step {bad.step}{where}: NaN, an empty or all-masked sample, a label out of range",
+        "look for an operation that this batch made unstable: log(0), sqrt at 0, division by zero",
+        "leave such a step out and go on, if it stays the only one",
+    ]
+    if bad.loss_scale != 1.0:
+        advice.append(f"use bfloat16, or a smaller loss scale than {bad.loss_scale:g}: float16 overflows beyond 65504")
+    if culprit is not None:
+        advice.append(f"if rank {culprit} is named again with other data, suspect its machine and move it to another")
     return Verdict(
         cause="sudden_nonfinite",
         attempt=bad.attempt,
         first_bad_step=bad.step,
         onset_step=None,
         lead_steps=0,
-        rank=rank,
+        rank=culprit,
         parameter=parameter,
         layer=layer,
-        confidence=0.9 if alone else 0.75,
-        summary=f"A non-finite value came out of nothing at step {bad.step}{where}: the norm was quiet before.",
+        confidence=0.75 if culprit is None else 0.9,
+        summary=f"The {first} was suddenly not finite at step {bad.step}{where}; the norm was quiet before.",
         evidence=(*evidence, f"no spike or build-up in the {LEAD_STEPS} steps before"),
-        try_=(
-            f"look at the batch of step {bad.step}{where}: NaN, Inf, or an empty or all-masked sample",
-            "look for an unstable operation that this batch reached: division by zero, log(0), sqrt at 0",
-            "if the same rank is named again with other data, suspect its hardware: run it on another node",
-        ),
-        alternatives=("a bad rank (hardware)", "overflow in half precision"),
+        try_=tuple(advice),
+        alternatives=("a faulty device of that rank",) if culprit is not None else ("overflow in half precision",),
     )
 
 
 def _bad_values(bad: Step) -> str:
-    parts = []
-    if bad.loss is not None and not math.isfinite(bad.loss):
-        parts.append("loss " + ("NaN" if math.isnan(bad.loss) else "Inf"))
-    if bad.nan_gradient:
-        parts.append("gradient NaN")
-    if bad.inf_gradient:
-        parts.append("gradient Inf")
-    return f"step {bad.step}: " + ", ".join(parts)
+    names = {"nan": "NaN", "inf": "Inf"}
+    return f"step {bad.step}: " + ", ".join(f"{source} {names[kind]}" for source, kind in bad.nonfinite)
 
 
-def _bad_rank(bad: Step) -> tuple[int | None, bool]:
-    """The one rank that was bad by itself, before the all-reduce mixed it into the others."""
-    culprits = [rank for rank, row in sorted(bad.ranks.items()) if row.bad_locally]
-    alone = len(culprits) == 1 and len(bad.ranks) > 1
-    return (culprits[0] if alone else None), alone
+def _culprit(bad: Step, board: Board) -> tuple[int | None, list[str]]:
+    """The one rank that was bad by itself, before the all-reduce mixed it into the others; and what was seen of it."""
+    ranks, rows = board.records(bad.sequence)
+    world = len(board.positions)
+    culprits = ranks[bad_locally(rows)]
+    evidence = [] if len(ranks) == world else [f"{len(ranks)} of {world} ranks have told of step {bad.step}"]
+    if len(culprits) == 1 and world > 1:
+        return int(culprits[0]), [*evidence, f"before the all-reduce rank {culprits[0]} alone was not finite"]
+    if len(culprits) > 1:
+        return None, [*evidence, f"{len(culprits)} of {len(ranks)} ranks were not finite before the all-reduce"]
+    sums = board.sums(bad.sequence)
+    missing = np.setdiff1d(np.arange(world), ranks)
+    if sums is not None and sums["reduced_nan_ranks"] + sums["reduced_inf_ranks"] == 1 == len(missing):
+        return int(missing[0]), [*evidence, f"one rank was not finite, and only rank {missing[0]} has not told"]
+    return None, evidence
 
 
-def _where(bad: Step, rank: int | None, model: ModelFacts) -> tuple[str, str]:
-    """First parameter in backward order that was not finite, on the bad rank or on any."""
-    rows: list[RankRow] = [bad.ranks[rank]] if rank is not None else [row for _, row in sorted(bad.ranks.items())]
-    for row in rows:
-        if row.first_nonfinite_local >= 0:
-            return model.parameter(row.first_nonfinite_local)
-    for row in rows:
-        if row.first_nonfinite_global >= 0:
-            return model.parameter(row.first_nonfinite_global)
+def _first_parameter(bad: Step, culprit: int | None, board: Board, model: ModelFacts) -> tuple[str, str]:
+    ranks, rows = board.records(bad.sequence)
+    if culprit is not None and culprit in ranks:
+        rows = rows[ranks == culprit]
+    for name in ("first_nonfinite_local", "first_nonfinite_global"):
+        found = rows[name][rows[name] >= 0]
+        if found.size:
+            return model.parameter(int(found[0]))
     return "", ""
 
 
-def _growing_layer(window: Sequence[Step], onset: int, model: ModelFacts) -> str:
-    """The layer whose norm grew most from the onset to the last finite step."""
-    before = next((s for s in reversed(window) if s.step < onset and s.layer_norms), None)
-    after = next((s for s in reversed(window[:-1]) if s.step >= onset and s.layer_norms), None)
-    if before is None or after is None:
-        return ""
-    growth = [a / b if b > 0 else 0.0 for a, b in zip(after.layer_norms, before.layer_norms, strict=True)]
-    return model.layers[growth.index(max(growth))] if growth else ""
+def _loss_before(bad: Step, events: Sequence[Event]) -> list[str]:
+    spikes = [e for e in events if e.kind == "loss_spike" and 0 < bad.sequence - e.sequence <= LEAD_STEPS]
+    return [f"the loss spiked at step {e.step}: {e.value:.3g}, usually {e.usual:.3g}" for e in spikes[:1]]
 
 
-def _loudest_rank(window: Sequence[Step], onset: int) -> int | None:
-    """A rank whose own norm stands far above the others' at the onset."""
-    step = next((s for s in window if s.step == onset), None)
-    norms = {rank: row.local_norm for rank, row in step.ranks.items() if row.local_norm > 0} if step else {}
-    if len(norms) < 2:
-        return None
-    (_, second), (rank, first) = sorted(norms.items(), key=lambda item: item[1])[-2:]
-    return rank if first > _OUTLIER_RATIO * second else None
+def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: ModelFacts) -> tuple[str, float]:
+    """The layer whose norm grew most from before the onset to the last finite step, and how many times."""
+    known = [(s.sequence, norms) for s in window if (norms := board.layer_norms(s.sequence)) is not None]
+    known = [(sequence, norms) for sequence, norms in known if np.isfinite(norms).all()]
+    before = [norms for sequence, norms in known if sequence < onset.sequence]
+    after = [norms for sequence, norms in known if sequence >= onset.sequence]
+    if not before or not after or not len(after[-1]) or len(after[-1]) != len(model.layers):
+        return "", 0.0
+    usual = np.median(before[-_USUAL_STEPS:], axis=0).astype(np.float64)
+    # A layer without gradient has not grown, whatever follows.
+    growth = np.divide(after[-1], usual, out=np.zeros_like(usual), where=usual > 0)
+    most = int(growth.argmax())
+    return (model.layers[most], float(growth[most])) if growth[most] > 1 else ("", 0.0)
 
 
-def _against_explosion(window: Sequence[Step], model: ModelFacts) -> tuple[str, ...]:
-    last = window[-1]
-    advice = ["clip by norm: foreshock.attach(model, optimizer, clip=1.0)"]
-    if last.clip_coefficient < 1 or any(s.clip_coefficient < 1 for s in window):
-        advice = ["a smaller max_norm: clipping was on and did not hold it"]
-    advice.append(f"a smaller learning rate (it was {last.learning_rate:g}) with a warm-up over the first steps")
-    if any(name in model.module_types for name in _RECURRENT):
-        plain = "RNN" in model.module_types or "RNNCell" in model.module_types
-        if plain:
-            advice.append("LSTM or GRU in place of the plain RNN, or shorter sequences (truncated backpropagation)")
-        else:
-            advice.append("shorter sequences (truncated backpropagation through time)")
-    elif not any(name.startswith(_NORMALISATIONS) for name in model.module_types):
-        advice.append("normalisation (LayerNorm, RMSNorm): the model has none")
-    advice.append("a smaller initialisation of the layer named above")
+def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[int | None, float]:
+    """A rank whose own norm stood far above the others' on the climb, and how many times their median."""
+    climb = np.array([s.sequence for s in window if s.sequence >= onset.sequence and not s.nonfinite], np.int64)
+    for norms in board.local_norms(climb):
+        if len(norms) < 2 or not np.isfinite(norms).all():
+            continue
+        loudest = int(norms.argmax())
+        others = float(np.median(np.delete(norms, loudest)))
+        if others > 0 and norms[loudest] > _OUTLIER_RATIO * others:
+            return loudest, float(norms[loudest]) / others
+    return None, 0.0
+
+
+def _against_explosion(steps: Sequence[Step], layer: str, model: ModelFacts) -> tuple[str, ...]:
+    last = steps[-1]
+    clipped = any(s.clip_coefficient < 1 for s in steps)
+    advice = ["go back to a checkpoint from before the first sign"]
+    if clipped:
+        advice.append("clip lower: clipping was on and did not hold it")
+    else:
+        advice.append("clip by norm: foreshock.attach(model, optimizer, clip=1.0)")
+    advice.append(f"a smaller learning rate (it was {last.learning_rate:.3g}), with a warm-up over the first steps")
+    types = model.module_types
+    if any(name in types for name in ("RNN", "RNNCell")):
+        advice.append("LSTM or GRU in place of the plain RNN, and truncated backpropagation through time")
+    elif any(name in types for name in _RECURRENT):
+        advice.append("truncated backpropagation through time: detach the state more often")
+    if not any(name.startswith(_NORMALISATIONS) for name in types):
+        advice.append("a normalisation (LayerNorm, RMSNorm): the model has none")
+    advice.append(f"a smaller initialisation{f', first of {layer}' if layer else ''}: see how its weights are scaled")
     return tuple(advice)

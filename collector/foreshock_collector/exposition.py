@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import TypeVar
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -13,6 +14,7 @@ from foreshock_collector import catalogue as c
 from foreshock_collector.runs import Histogram, Run, Runs
 
 Labels = tuple[str, ...]
+_Family = TypeVar("_Family", bound=Metric)
 _LEVELS = {
     "global_norm": c.GLOBAL_GRADIENT_NORM,
     "clip_coefficient": c.CLIP_COEFFICIENT,
@@ -38,24 +40,19 @@ _TIMES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retention:
-    """How long things stay."""
-
-    ended_seconds: float = 900.0
-    """Series of an ended run; Prometheus then marks them stale and its alerts resolve."""
-    silent_seconds: float = 900.0
-    """A run without a word for this long counts as ended."""
-
-
 class RunSeries(Collector):
-    """Reads the runs at each scrape. `clock` gives Unix time."""
+    """Reads the runs at each scrape. `clock` gives Unix time.
 
-    def __init__(self, runs: Runs, clock: Callable[[], float], started: float, retention: Retention) -> None:
+    ended_seconds: how long the series of an ended run stay; when they go, Prometheus marks them stale and its alerts
+    resolve. silent: seconds without a word that end a run.
+    """
+
+    def __init__(self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float) -> None:
         self._runs = runs
         self._clock = clock
-        self._started = started
-        self._retention = retention
+        self._started = clock()
+        self._ended_seconds = ended_seconds
+        self._silent = silent
 
     def describe(self) -> list[Metric]:
         """Nothing in advance: registration must not collect."""
@@ -64,16 +61,11 @@ class RunSeries(Collector):
     def collect(self) -> Iterator[Metric]:
         """Every family of the catalogue, in its order."""
         now = self._clock()
-        kept = self._retention.ended_seconds
-        runs = [
-            run
-            for run in self._runs
-            if run.active(now, self._retention.silent_seconds) or now - run.last_heard() < kept
-        ]
         families: dict[str, Metric] = {series.name: _family(series) for series in c.CATALOGUE}
         _gauge(families, c.COLLECTOR_START, (), self._started)
-        for run in runs:
-            self._add(families, run, now)
+        for run in self._runs:
+            if run.ended_for(now, self._silent) < self._ended_seconds:
+                self._add(families, run, now)
         yield from families.values()
 
     def _add(self, families: dict[str, Metric], run: Run, now: float) -> None:
@@ -95,20 +87,20 @@ class RunSeries(Collector):
         _histogram(families, c.GRADIENT_NORM, labels, run.norms)
         _histogram(families, c.STEP_DURATION, labels, run.durations)
         _gauge(families, c.STALL_AFTER, labels, run.stall_after())
-        _gauge(families, c.RUN_ACTIVE, labels, float(run.active(now, self._retention.silent_seconds)))
-        newest = run.newest()
-        if newest:
-            hello = newest[0].hello
-            _gauge(families, c.RANKS_EXPECTED, labels, float(hello.topology.world_size))
-            facts = (str(newest[0].attempt), hello.model.type, hello.optimizer.type, hello.clip)
-            _gauge(families, c.RUN_INFO, (*labels, *facts), 1.0)
-        _gauge(families, c.RANKS_REPORTING, labels, float(sum(i.reporting for i in newest)))
-        for instance in newest:
+        _gauge(families, c.RUN_ACTIVE, labels, float(run.active(now, self._silent)))
+        attempt = run.newest
+        ranks = attempt.instances.values()
+        _gauge(families, c.RANKS_EXPECTED, labels, float(attempt.world_size))
+        _gauge(families, c.RANKS_REPORTING, labels, float(sum(instance.reporting for instance in ranks)))
+        hello = attempt.hello
+        facts = (str(attempt.number), hello.model.type, hello.optimizer.type, hello.clip)
+        _gauge(families, c.RUN_INFO, (*labels, *facts), 1.0)
+        for instance in ranks:
+            # One that has left has not fallen silent.
             if not instance.closed:
                 _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
-            row = instance.last_row
-            if row is not None and abs(row.local_norm) < float("inf") and row.complete:
-                _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), row.local_norm)
+            if instance.local_norm is not None:
+                _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
         if run.incidents:
             incident = run.incidents[-1]
             v = incident["verdict"]
@@ -126,22 +118,23 @@ def _family(series: c.Series) -> Metric:
 
 
 def _gauge(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:
-    family = families[series.name]
-    assert isinstance(family, GaugeMetricFamily)
-    family.add_metric(labels, value)
+    assert math.isfinite(value), f"{series.name} {labels} must not be {value}"
+    _of(families, series, GaugeMetricFamily).add_metric(labels, value)
 
 
 def _counter(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:
-    family = families[series.name]
-    assert isinstance(family, CounterMetricFamily)
-    family.add_metric(labels, value)
+    _of(families, series, CounterMetricFamily).add_metric(labels, value)
 
 
 def _histogram(families: dict[str, Metric], series: c.Series, labels: Labels, histogram: Histogram) -> None:
-    family = families[series.name]
-    assert isinstance(family, HistogramMetricFamily)
     total, buckets = 0, []
-    for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+    for bound, count in zip((*histogram.bounds, math.inf), histogram.counts, strict=True):
         total += count
-        buckets.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
-    family.add_metric(labels, buckets, histogram.total)
+        buckets.append(("+Inf" if bound == math.inf else repr(bound), float(total)))
+    _of(families, series, HistogramMetricFamily).add_metric(labels, buckets, histogram.total)
+
+
+def _of(families: dict[str, Metric], series: c.Series, kind: type[_Family]) -> _Family:
+    family = families[series.name]
+    assert isinstance(family, kind)
+    return family

@@ -1,86 +1,70 @@
-"""State of every run: takes batches in, puts steps together, hands them to detection and diagnosis, counts.
+"""State of every run: takes records in, hands steps to detection and diagnosis, counts.
 
-Clocks come in as arguments. What must survive a crash leaves through `Run.snapshot`.
+Clocks come in as arguments. What happens between two commits gathers in `Run.changes`; what may be seen from outside
+moves only in `Run.settle`, which is followed by a commit before anybody looks, so that counters never go back.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from foreshock_collector.catalogue import (
-    DROP_REASONS,
-    GRADIENT_NORM,
-    INCIDENT_VERDICTS,
-    STEP_DURATION,
-)
-from foreshock_collector.detection import Detector, Event
-from foreshock_collector.diagnosis import diagnose
-from foreshock_collector.steps import ModelFacts, RankRow, Step, put_together, rows_of
+from foreshock_collector.attempts import Attempt, Instance
+from foreshock_collector.board import complete, decode
+from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_VERDICTS, STEP_DURATION
+from foreshock_collector.detection import Event
+from foreshock_collector.diagnosis import LEAD_STEPS, diagnose
+from foreshock_collector.steps import Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-SETTLE_SECONDS = 2.0
-"""How long a step waits for ranks that have not reported it."""
-SETTLE_BAD_SECONDS = 0.5
-"""The same for a step that is not finite: the page must not wait, and the other ranks' evidence is worth a moment."""
-WINDOW_STEPS = 512
 STALL_STEPS, STALL_LEAST_SECONDS = 20, 600.0
-_EVENTS = 500
+EVENTS_KEPT = 200
+"""Events and incidents of a run at hand; the store has them all."""
 NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
+_SUPERSEDED_SECONDS = 60.0
+"""An attempt that another has followed, and that is silent for so long, has nothing more to say."""
+_COUNTED = ("spike", "build_up", "loss_spike")
 
 
-@dataclass
-class Instance:
-    """One attach of one rank."""
-
-    hello: pb.Hello
-    attempt: int
-    position: int = 0
-    closed: str = ""
-    """How it left, empty while it is there."""
-    lost: bool = False
-    last_report: float = 0.0
-    last_row: RankRow | None = None
-    dropped: dict[str, int] = field(default_factory=dict)
-
-    @property
-    def rank(self) -> int:
-        """Its rank."""
-        return self.hello.topology.rank
-
-    @property
-    def reporting(self) -> bool:
-        """There, or gone in peace."""
-        return not self.lost and self.closed in ("", "FINISHED", "DETACHED")
+class ContradictionError(ValueError):
+    """What an instance says does not fit what is known of it."""
 
 
 @dataclass
 class Histogram:
-    """Cumulative only when shown; one count per bucket here."""
+    """One count per bucket; cumulative only when shown."""
 
     bounds: tuple[float, ...]
-    counts: list[int]
+    counts: list[int] = field(default_factory=list)
     total: float = 0.0
 
-    @classmethod
-    def of(cls, bounds: tuple[float, ...]) -> Histogram:
-        """Empty."""
-        return cls(bounds=bounds, counts=[0] * (len(bounds) + 1))
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
 
     def add(self, value: float) -> None:
-        """Count one value."""
-        self.counts[next((i for i, bound in enumerate(self.bounds) if value <= bound), len(self.bounds))] += 1
-        self.total += value
+        """Count one finite value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        # Norms near the largest float must not make the sum infinite.
+        self.total = min(self.total + value, 1e300)
 
 
 @dataclass
-class _Pending:
-    rows: dict[int, RankRow]
-    since: float
+class Changes:
+    """What a commit has to store of a run."""
+
+    attempts: list[Attempt] = field(default_factory=list)
+    instances: dict[str, Instance] = field(default_factory=dict)
+    batches: list[tuple[Instance, pb.StepBatch]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    incidents: dict[int, dict[str, Any]] = field(default_factory=dict)
+    windows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    """Rank-level records around an incident, by its number."""
 
 
 class Run:
@@ -89,149 +73,154 @@ class Run:
     def __init__(self, experiment: str, name: str) -> None:
         self.experiment = experiment
         self.name = name
-        self.launches: list[str] = []
-        self.instances: dict[str, Instance] = {}
-        self.detector = Detector()
-        self.counters: dict[str, int] = dict.fromkeys(
-            ("steps", "clipped", "skipped", "spike", "build_up", "loss_spike"), 0
-        )
+        self.attempts: list[Attempt] = []
+        self.counters: dict[str, int] = dict.fromkeys(("steps", "clipped", "skipped", *_COUNTED), 0)
         self.nonfinite: dict[str, int] = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS}
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
         self.incident_counts: dict[str, int] = dict.fromkeys(INCIDENT_VERDICTS, 0)
         self.last_incident: dict[str, float] = dict.fromkeys(INCIDENT_VERDICTS, 0.0)
-        self.last: dict[str, float] = dict.fromkeys(("spike", "build_up", "loss_spike", "nonfinite", "step"), 0.0)
+        self.last: dict[str, float] = dict.fromkeys((*_COUNTED, "nonfinite", "step"), 0.0)
+        """When each kind of event was last seen, Unix time; 0: never."""
         self.levels: dict[str, float] = {}
-        """Newest finite value of each gauge."""
-        self.norms = Histogram.of(GRADIENT_NORM.buckets)
-        self.durations = Histogram.of(STEP_DURATION.buckets)
-        self.incidents: list[dict[str, Any]] = []
-        self.settled: tuple[int, int] = (-1, -1)
-        """(attempt, step) up to which steps have been through detection."""
-        self.events: deque[Event] = deque(maxlen=_EVENTS)
-        self.window: deque[Step] = deque(maxlen=WINDOW_STEPS)
-        self._pending: dict[tuple[int, int], _Pending] = {}
+        """Newest finite value of each gauge, of the newest attempt."""
+        self.norms = Histogram(GRADIENT_NORM.buckets)
+        self.durations = Histogram(STEP_DURATION.buckets)
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.incidents: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.watched_since = 0.0
+        """Silence counts from here: while the collector was away, nobody could report."""
+        self.changes: Changes | None = None
+        """None: nothing has happened since the last commit."""
         self._recent: deque[float] = deque(maxlen=64)
+        self._missing: Counter[str] = Counter()
+        """Dropped records that were learnt of since the last commit."""
+
+    def changed(self) -> Changes:
+        """To be stored by the next commit."""
+        if self.changes is None:
+            self.changes = Changes()
+        return self.changes
 
     # -- in ------------------------------------------------------------------------------------------------------
 
     def greet(self, hello: pb.Hello, now: float) -> Instance:
-        """An instance says hello, for the first time or again."""
-        if hello.instance not in self.instances:
-            if hello.launch not in self.launches:
-                self.launches.append(hello.launch)
-            attempt = self.launches.index(hello.launch)
-            self.instances[hello.instance] = Instance(hello=hello, attempt=attempt)
-        instance = self.instances[hello.instance]
-        instance.last_report = now
+        """A new instance says hello. Raises `ContradictionError`."""
+        attempt = next((a for a in self.attempts if a.launch == hello.launch), None)
+        place = hello.topology
+        if attempt is None:
+            attempt = Attempt(len(self.attempts), hello)
+            self.attempts.append(attempt)
+            self.changed().attempts.append(attempt)
+        elif place.world_size != attempt.world_size:
+            raise ContradictionError(
+                f"world_size {place.world_size}: this launch has told of {attempt.world_size} ranks before"
+            )
+        elif place.rank in attempt.instances:
+            raise ContradictionError(f"rank {place.rank} of this launch is another instance already")
+        instance = Instance(
+            name=hello.instance,
+            attempt=attempt,
+            rank=place.rank,
+            local_rank=place.local_rank,
+            node=place.node,
+            pid=hello.pid,
+            layers=len(hello.model.layers),
+            last_report=now,
+        )
+        attempt.instances[place.rank] = instance
+        self.changed().instances[instance.name] = instance
         return instance
 
-    def take(self, batch: pb.StepBatch, now: float) -> None:
-        """Records of one instance: those already stored are left out, a gap is counted. Raises `ValueError`."""
-        instance = self.instances[batch.instance]
-        rows = rows_of(batch, instance.rank, len(instance.hello.model.layers))
+    def hear(self, instance: Instance, now: float) -> None:
+        """It is alive."""
         instance.last_report = now
+        self.changed().instances[instance.name] = instance
+
+    def take(self, instance: Instance, batch: pb.StepBatch, now: float) -> Iterator[int]:
+        """Records of one instance: those it had sent before are left out, a gap is counted. Raises `ValueError`.
+
+        Yields a sequence number where steps up to it have to be settled, and committed, to make room for the rest.
+        """
+        records = decode(batch, instance.layers)
+        self.hear(instance, now)
         for reason, count in batch.dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is told.
             if reason in self.dropped:
-                self.dropped[reason] += max(0, count - instance.dropped.get(reason, 0))
-                instance.dropped[reason] = max(count, instance.dropped.get(reason, 0))
-        rows = [row for row in rows if row.sequence > instance.position]
-        if not rows:
+                before = instance.dropped.get(reason, 0)
+                self._missing[reason] += max(0, count - before)
+                instance.dropped[reason] = max(count, before)
+        records = records.above(instance.position)
+        if not len(records):
             return
-        self.dropped["ring_overrun"] += rows[0].sequence - instance.position - 1
-        instance.position = rows[-1].sequence
-        instance.last_row = rows[-1]
-        for row in rows:
-            if row.complete:
-                self._add(instance.attempt, row, now)
-            else:
-                self.dropped["never_finished"] += 1
+        self.changed().batches.append((instance, batch))
+        board = instance.attempt.board
+        for piece in records.slices(board.capacity // 2):
+            if (room := board.room(piece)) > board.settled:
+                yield room
+            self._missing["ring_overrun"] += int(piece.rows["sequence"][0]) - instance.position - 1
+            self._missing["never_finished"] += int((~complete(piece.rows)).sum())
+            instance.attempt.write(instance, piece, now)
+            instance.note(piece)
+            self.changed().instances[instance.name] = instance
 
-    def lose(self, instance: Instance) -> None:
-        """Its process is gone without a goodbye."""
-        instance.lost = True
+    def happened(self, instance: Instance, event: pb.Event, now: float) -> None:
+        """Something happened to a rank. Told again after each reconnect: one of a kind is kept."""
+        self.hear(instance, now)
+        kind = pb.Event.Kind.Name(event.kind).lower()
+        if kind not in instance.told:
+            instance.told.append(kind)
+            who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}
+            self._note({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
 
-    def close(self, instance: Instance, reason: str) -> None:
-        """It has left."""
-        instance.closed = reason
-
-    def _add(self, attempt: int, row: RankRow, now: float) -> None:
-        key = (attempt, row.step)
-        if key <= self.settled:
-            self._complete(key, row)
+    def leave(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
+        """It has left; what is missing up to its last record will not come."""
+        self.hear(instance, now)
+        if instance.closed:
             return
-        pending = self._pending.setdefault(key, _Pending(rows={}, since=now))
-        pending.rows[row.rank] = row
-
-    def _complete(self, key: tuple[int, int], row: RankRow) -> None:
-        for step in reversed(self.window):
-            if (step.attempt, step.step) == key:
-                step.ranks.setdefault(row.rank, row)
-                return
+        if goodbye.last_sequence > instance.position:
+            self._missing["ring_overrun"] += goodbye.last_sequence - instance.position
+            instance.position = goodbye.last_sequence
+        instance.leaving = pb.Goodbye.Reason.Name(goodbye.reason)
+        instance.detail = goodbye.detail
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def settle(self, now: float) -> list[Step]:
-        """Steps that are whole, or have waited long enough, in order, through detection."""
-        settled = []
-        for key in sorted(self._pending):
-            pending = self._pending[key]
-            patience = SETTLE_BAD_SECONDS if any(row.bad for row in pending.rows.values()) else SETTLE_SECONDS
-            if not self._awaited(key[0]) <= pending.rows.keys() and now - pending.since < patience:
-                break
-            del self._pending[key]
-            previous = self._previous(key[0], pending.rows)
-            step = put_together(key[0], pending.rows, expected=self.world_size(key[0]), previous=previous)
-            self.settled = key
-            self._detect(step, now)
-            settled.append(step)
-        return settled
+    def overdue(self, now: float) -> bool:
+        """A step that is not finite, or that lacks a rank, has waited long enough."""
+        return any(not attempt.resting and attempt.board.overdue(now) for attempt in self.attempts)
 
-    def _awaited(self, attempt: int) -> set[int]:
-        ranks = set(range(self.world_size(attempt)))
-        gone = {i.rank for i in self.instances.values() if i.attempt == attempt and (i.lost or i.closed)}
-        return ranks - gone
+    def settle(self, now: float, *, attempt: Attempt | None = None, at_least: int = 0) -> None:
+        """Take all that is due through detection. at_least: of this attempt, settle up to here in any case."""
+        for each in self.attempts:
+            if not each.resting:
+                for step in each.put_together(max(each.due(now), at_least if each is attempt else 0)):
+                    self._detect(each, step, now)
+            for instance in each.instances.values():
+                if instance.leaving:
+                    instance.closed, instance.leaving = instance.leaving, ""
+            if each.over and each.incident is not None:
+                self._close_incident(each, now)
+            if each is not self.newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
+                each.rest()
+        self.dropped = {reason: count + self._missing[reason] for reason, count in self.dropped.items()}
+        self._missing.clear()
 
-    def _previous(self, attempt: int, rows: dict[int, RankRow]) -> RankRow | None:
-        rank = min(rows)
-        last = self.window[-1] if self.window else None
-        row = last.ranks.get(rank) if last is not None and last.attempt == attempt else None
-        return row if row is not None and row.sequence + 1 == rows[rank].sequence else None
-
-    def _detect(self, step: Step, now: float) -> None:
-        self.window.append(step)
+    def _detect(self, attempt: Attempt, step: Step, now: float) -> None:
+        self.changed().steps.append(step)
         bad = step.nonfinite
         self._count(step, bad, now)
-        finite_before = self.detector.finite_ever
-        failing = self.detector.failing
-        events = self.detector.update(
-            attempt=step.attempt, step=step.step, norm=step.global_norm, loss=step.loss, nonfinite=len(bad)
-        )
-        for event in events:
-            if event.kind in self.counters:
+        detector = attempt.detector
+        finite_before = detector.finite_ever
+        where = {"attempt": attempt.number, "sequence": step.sequence, "step": step.step}
+        for event in detector.update(norm=step.global_norm, loss=step.loss, nonfinite=len(bad), **where):
+            if event.kind in _COUNTED:
                 self.counters[event.kind] += 1
-            if event.kind in self.last:
                 self.last[event.kind] = now
-            if event.kind != "nonfinite" or not failing:
-                self.events.append(event)
+            self._note(asdict(event), now)
             if event.kind == "recovered":
-                self._close_incident(now)
-        if bad and not failing:
-            verdict = diagnose(list(self.window), list(self.events), self.model, finite_before=finite_before)
-            self.incidents.append(
-                {
-                    "id": len(self.incidents) + 1,
-                    "opened_seconds": now,
-                    "closed_seconds": None,
-                    "verdict": verdict.as_json(),
-                }
-            )
-            self.incident_counts[verdict.cause] += 1
-            self.last_incident[verdict.cause] = now
-
-    def _close_incident(self, now: float) -> None:
-        if self.incidents and self.incidents[-1]["closed_seconds"] is None:
-            self.incidents[-1]["closed_seconds"] = now
+                self._close_incident(attempt, now)
+            if event.kind == "nonfinite":
+                self._open_incident(attempt, now, finite_before=finite_before)
 
     def _count(self, step: Step, bad: list[tuple[str, str]], now: float) -> None:
         self.counters["steps"] += 1
@@ -239,105 +228,135 @@ class Run:
         self.counters["skipped"] += step.skipped
         for source, kind in bad:
             self.nonfinite[f"{source} {kind}"] += 1
-        self.last["step"] = now
+            self.last["nonfinite"] = now
         if math.isfinite(step.global_norm):
             self.norms.add(step.global_norm)
         if step.duration_seconds is not None:
             self.durations.add(step.duration_seconds)
             self._recent.append(step.duration_seconds)
-        levels = {
-            "step": float(step.step),
-            "global_norm": step.global_norm,
-            "clip_coefficient": step.clip_coefficient,
-            "learning_rate": step.learning_rate,
-            "loss_scale": step.loss_scale,
-            "loss": math.nan if step.loss is None else step.loss,
+        self.last["step"] = now
+        if step.attempt == self.newest.number:
+            levels = {
+                "step": float(step.step),
+                "global_norm": step.global_norm,
+                "clip_coefficient": step.clip_coefficient,
+                "learning_rate": step.learning_rate,
+                "loss_scale": step.loss_scale,
+                "loss": math.nan if step.loss is None else step.loss,
+            }
+            self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
+
+    def _note(self, event: dict[str, Any], now: float) -> None:
+        event = {**event, "seen_seconds": now}
+        self.events.append(event)
+        self.changed().events.append(event)
+
+    def _open_incident(self, attempt: Attempt, now: float, *, finite_before: bool) -> None:
+        fields = Event.__dataclass_fields__
+        events = [
+            Event(**{name: e[name] for name in fields})
+            for e in self.events
+            if e["attempt"] == attempt.number and "score" in e
+        ]
+        steps = list(attempt.steps)
+        verdict = diagnose(steps, events, attempt.board, attempt.model, finite_before=finite_before)
+        number = 1 + sum(self.incident_counts.values())
+        incident = {
+            "id": number,
+            "attempt": attempt.number,
+            "opened_seconds": now,
+            "closed_seconds": None,
+            "verdict": verdict.as_json(),
         }
-        self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
+        attempt.incident = number
+        self.incidents.append(incident)
+        self.changed().incidents[number] = incident
+        self.changed().windows[number] = attempt.window(steps[-1].sequence - LEAD_STEPS, steps[-1].sequence)
+        self.incident_counts[verdict.cause] += 1
+        self.last_incident[verdict.cause] = now
+
+    def _close_incident(self, attempt: Attempt, now: float) -> None:
+        for incident in self.incidents:
+            if incident["id"] == attempt.incident:
+                incident["closed_seconds"] = now
+                self.changed().incidents[incident["id"]] = incident
+        attempt.incident = None
+
+    @property
+    def resting(self) -> bool:
+        """Nothing of it is at hand but what counts."""
+        return all(attempt.resting for attempt in self.attempts)
+
+    def rest(self, now: float) -> None:
+        """The run has ended: let go of all that the store can do without."""
+        for attempt in self.attempts:
+            if attempt.incident is not None:
+                self._close_incident(attempt, now)
+            attempt.rest()
 
     # -- out -----------------------------------------------------------------------------------------------------
 
     @property
-    def model(self) -> ModelFacts:
-        """Of the newest attempt."""
-        newest = self.newest()
-        return ModelFacts.from_hello(newest[0].hello) if newest else ModelFacts()
-
-    def newest(self) -> list[Instance]:
-        """Instances of the newest attempt, by rank."""
-        attempt = len(self.launches) - 1
-        return sorted((i for i in self.instances.values() if i.attempt == attempt), key=lambda i: i.rank)
-
-    def world_size(self, attempt: int) -> int:
-        """How many ranks an attempt has."""
-        return next(i.hello.topology.world_size for i in self.instances.values() if i.attempt == attempt)
+    def newest(self) -> Attempt:
+        """The attempt that started last: after an outage, an older one may be heard of later."""
+        return max(self.attempts, key=lambda attempt: (attempt.started_seconds, attempt.number))
 
     def last_heard(self) -> float:
         """When any rank last reported."""
-        return max((i.last_report for i in self.instances.values()), default=0.0)
+        return max((attempt.last_heard() for attempt in self.attempts), default=0.0)
 
-    def active(self, now: float, silent_after: float) -> bool:
-        """A rank of the newest attempt is there, and has been heard of lately."""
-        there = any(not i.closed and not i.lost for i in self.newest())
-        return there and now - self.last_heard() < silent_after
+    def active(self, now: float, silent_seconds: float) -> bool:
+        """A rank of the newest attempt has not left, and has been heard of lately."""
+        return any(
+            not instance.closed and now - max(instance.last_report, self.watched_since) < silent_seconds
+            for instance in self.newest.instances.values()
+        )
+
+    def ended_for(self, now: float, silent_seconds: float) -> float:
+        """Seconds since it ended, by a goodbye or by silence; 0 while it is active."""
+        if self.active(now, silent_seconds):
+            return 0.0
+        if self.newest.over:
+            return max(0.0, now - self.last_heard())
+        return max(0.0, now - max(self.last_heard(), self.watched_since) - silent_seconds)
 
     def stall_after(self) -> float:
         """Seconds without a step that mean a stall."""
         return max(STALL_LEAST_SECONDS, STALL_STEPS * median(self._recent)) if self._recent else STALL_LEAST_SECONDS
 
     def snapshot(self) -> dict[str, Any]:
-        """All that must survive, as JSON."""
+        """All that must survive beside the tables, as JSON."""
         return {
             "experiment": self.experiment,
-            "launches": self.launches,
-            "detector": self.detector.state(),
-            "counters": self.counters,
-            "nonfinite": self.nonfinite,
-            "dropped": self.dropped,
-            "incident_counts": self.incident_counts,
-            "last_incident": self.last_incident,
-            "last": self.last,
-            "levels": self.levels,
+            "attempts": [attempt.state() for attempt in self.attempts],
             "norms": [self.norms.counts, self.norms.total],
             "durations": [self.durations.counts, self.durations.total],
-            "incidents": self.incidents,
-            "settled": list(self.settled),
-            "events": [asdict(event) for event in self.events],
             "recent": list(self._recent),
+            **{name: getattr(self, name) for name in _SAVED},
         }
 
     @classmethod
-    def restored(cls, name: str, snapshot: dict[str, Any]) -> Run:
-        """A run as it was when `snapshot` was taken; its instances and window follow through `recall`."""
+    def restored(cls, name: str, snapshot: dict[str, Any], hellos: list[pb.Hello]) -> Run:
+        """A run as it was when `snapshot` was taken; instances, events, incidents, steps and records follow."""
         run = cls(snapshot["experiment"], name)
-        run.launches = snapshot["launches"]
-        run.detector = Detector(snapshot["detector"])
-        for group in ("counters", "nonfinite", "dropped", "incident_counts", "last_incident", "last", "levels"):
+        for number, (hello, state) in enumerate(zip(hellos, snapshot["attempts"], strict=True)):
+            run.attempts.append(Attempt(number, hello, state))
+        for group in _SAVED:
             getattr(run, group).update(snapshot[group])
         run.norms.counts, run.norms.total = snapshot["norms"]
         run.durations.counts, run.durations.total = snapshot["durations"]
-        run.incidents = snapshot["incidents"]
-        run.settled = (snapshot["settled"][0], snapshot["settled"][1])
-        run.events.extend(Event(**event) for event in snapshot["events"])
         run._recent.extend(snapshot["recent"])
         return run
 
-    def recall(self, batch: pb.StepBatch, now: float) -> None:
-        """Put stored records back: into the window if they are settled, else among those that wait."""
-        instance = self.instances[batch.instance]
-        for row in rows_of(batch, instance.rank, len(instance.hello.model.layers)):
-            instance.last_row = row
-            key = (instance.attempt, row.step)
-            if not row.complete:
-                continue
-            if key > self.settled:
-                self._add(instance.attempt, row, now)
-            elif any((s.attempt, s.step) == key for s in self.window):
-                self._complete(key, row)
-            else:
-                rows = {row.rank: row}
-                expected = self.world_size(instance.attempt)
-                self.window.append(put_together(instance.attempt, rows, expected=expected, previous=None))
+    def recall(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
+        """Put stored records back: as evidence if their step is settled, else among those that wait."""
+        board = instance.attempt.board
+        for piece in decode(batch, instance.layers).slices(board.capacity // 2):
+            if board.room(piece) <= board.settled:
+                board.write(instance.rank, piece, now)
+
+
+_SAVED = ("counters", "nonfinite", "dropped", "incident_counts", "last_incident", "last", "levels")
 
 
 class Runs:
@@ -345,7 +364,7 @@ class Runs:
 
     def __init__(self) -> None:
         self._runs: dict[str, Run] = {}
-        self._homes: dict[str, Run] = {}
+        self._instances: dict[str, tuple[Run, Instance]] = {}
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -354,16 +373,32 @@ class Runs:
         """The run of this name."""
         return self._runs.get(name)
 
-    def home(self, instance: str) -> Run | None:
-        """The run that an instance belongs to."""
-        return self._homes.get(instance)
+    def home(self, instance: str) -> tuple[Run, Instance] | None:
+        """An instance and its run."""
+        return self._instances.get(instance)
 
     def add(self, run: Run) -> None:
-        """A run from the store."""
+        """A run from the store, with its instances."""
         self._runs[run.name] = run
+        for attempt in run.attempts:
+            for instance in attempt.instances.values():
+                self._instances[instance.name] = (run, instance)
 
     def greet(self, hello: pb.Hello, now: float) -> Instance:
-        """Find or make the run of an instance."""
-        run = self._runs.setdefault(hello.run, Run(hello.experiment, hello.run))
-        self._homes[hello.instance] = run
-        return run.greet(hello, now)
+        """Find or make an instance and its run. Raises `ContradictionError`."""
+        known = self._instances.get(hello.instance)
+        if known is not None:
+            run, instance = known
+            if (run.name, instance.attempt.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
+                raise ContradictionError("this instance has given another run, launch or rank before")
+            run.hear(instance, now)
+            return instance
+        run = self._runs.get(hello.run) or Run(hello.experiment, hello.run)
+        if run.experiment != hello.experiment:
+            raise ContradictionError(
+                f"run {hello.run!r} belongs to experiment {run.experiment!r}, not {hello.experiment!r}: name it anew"
+            )
+        instance = run.greet(hello, now)
+        self._runs[run.name] = run
+        self._instances[instance.name] = (run, instance)
+        return instance

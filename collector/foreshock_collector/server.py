@@ -6,6 +6,8 @@ import asyncio
 import json
 import signal
 import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,58 +17,86 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from foreshock_collector.config import Config, ConfigError
-from foreshock_collector.exposition import Retention, RunSeries
+from foreshock_collector.exposition import RunSeries
 from foreshock_collector.intake import Intake
 from foreshock_collector.service import Telemetry, make_server
 from foreshock_collector.store import Store
 from foreshock_collector.web import Pages
 
 _DRAIN_SECONDS = 2.0
+_SERVICES = ("", "foreshock.v1.Telemetry")
 
 
 class Server:
-    """`async with Server(config) as server:` listens until the block ends, then drains."""
+    """`async with Server(config) as server:` listens until the block ends, then drains. Needs a running loop only.
 
-    def __init__(self, config: Config) -> None:
+    Raises `ConfigError` or `StoreError` where it cannot start. `clock` gives Unix time.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
         self._config = config
+        self._clock = clock
+        self._stack = AsyncExitStack()
         self.grpc_port = 0
         self.http_port = 0
+        self.committer: asyncio.Task[None]
+        """Ends only with an error: then nothing is stored any more."""
 
     async def __aenter__(self) -> Self:
-        config = self._config
-        self._store = Store(config.database)
-        runs = self._store.load(time.time())
-        registry = CollectorRegistry()
-        retention = Retention(ended_seconds=config.retention_seconds)
-        registry.register(RunSeries(runs, time.time, time.time(), retention))
-        intake = Intake(runs, self._store, time.time)
-        self._telemetry = Telemetry(
-            intake, self._store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.url
-        )
-        self._grpc: Any = make_server(self._telemetry)
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        try:
-            self.grpc_port = self._grpc.add_insecure_port(_joined(config.host, config.grpc_port))
-        except RuntimeError as error:
-            raise ConfigError(f"--grpc-port {config.grpc_port} on {config.host} cannot be listened on") from error
-        self._pages = Pages(
-            runs=runs, store=self._store, registry=registry, clock=time.time, silent=retention.silent_seconds
-        )
-        self._runner = web.AppRunner(self._pages.application(), access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, config.host, config.http_port)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise ConfigError(f"--http-port {config.http_port} on {config.host}: {error.strerror}") from error
-        self.http_port = self._runner.addresses[0][1]
-        await self._grpc.start()
-        self.committer = asyncio.create_task(self._telemetry.committer())
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
-        self._pages.ready = True
+        # Each part registers how it ends: in the reverse order, also when a later part cannot start.
+        async with self._stack as stack:
+            config, clock = self._config, self._clock
+            store = Store(config.database)
+            stack.callback(store.close)
+            runs = store.load(clock())
+            limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}
+            registry = CollectorRegistry()
+            registry.register(RunSeries(runs, clock, **limits))
+            intake = Intake(runs, store, clock, **limits)
+            pages = Pages(
+                runs=runs,
+                store=store,
+                registry=registry,
+                clock=clock,
+                silent=config.silent_seconds,
+                cache_seconds=config.metrics_cache_seconds,
+            )
+            telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.url)
+            await self._open_http(stack, pages)
+            await self._open_grpc(stack, telemetry)
+            self.committer = asyncio.create_task(telemetry.committer())
+            stack.push_async_callback(_ended, self.committer)
+            pages.ready = True
+            stack.callback(pages.drain)
+            self._stack = stack.pop_all()
         return self
+
+    async def _open_http(self, stack: AsyncExitStack, pages: Pages) -> None:
+        runner = web.AppRunner(pages.application(), access_log=None, shutdown_timeout=_DRAIN_SECONDS)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        try:
+            await web.TCPSite(runner, self._config.host, self._config.http_port).start()
+        except OSError as error:
+            where = f"--http-port {self._config.http_port} on --host {self._config.host}"
+            raise ConfigError(f"{where} cannot be listened on: {error.strerror or error}") from error
+        self.http_port = runner.addresses[0][1]
+
+    async def _open_grpc(self, stack: AsyncExitStack, telemetry: Telemetry) -> None:
+        server: Any = make_server(telemetry)
+        servicer = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+        try:
+            self.grpc_port = server.add_insecure_port(_joined(self._config.host, self._config.grpc_port))
+        except RuntimeError as error:
+            where = f"--grpc-port {self._config.grpc_port} on --host {self._config.host}"
+            raise ConfigError(f"{where} cannot be listened on: is it in use?") from error
+        await server.start()
+        stack.push_async_callback(server.stop, _DRAIN_SECONDS)
+        stack.callback(telemetry.drain)
+        for service in _SERVICES:
+            await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
+        stack.push_async_callback(servicer.enter_graceful_shutdown)
 
     @property
     def url(self) -> str:
@@ -81,14 +111,8 @@ class Server:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._pages.ready = False
-        await self._health.enter_graceful_shutdown()
-        self.committer.cancel()
-        await asyncio.gather(self.committer, return_exceptions=True)
-        await self._telemetry.drain()
-        await self._grpc.stop(_DRAIN_SECONDS)
-        await self._runner.cleanup()
-        self._store.close()
+        # Not ready, no more commits from the clock, health NOT_SERVING, last commit and acknowledgements, closed.
+        await self._stack.aclose()
 
 
 async def serve(config: Config) -> None:
@@ -109,6 +133,11 @@ async def serve(config: Config) -> None:
         stopping.cancel()
         if server.committer.done():
             server.committer.result()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait((task,))
 
 
 def _joined(host: str, port: int) -> str:

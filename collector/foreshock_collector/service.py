@@ -13,15 +13,27 @@ from foreshock_collector.intake import Intake, RefusedError, UnknownVersionError
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 MAX_MESSAGE_BYTES = 4 * 2**20
+_MAX_BATCH_STEPS = 512
+_TICK_SECONDS = 0.05
+_EXPIRY_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # The defaults turn away a quarter of 4,096 recorders that come back at once.
     ("grpc.server.max_pending_requests", 16384),
     ("grpc.server.max_pending_requests_hard_limit", 32768),
-    # Its windows grow until a stalled handler has buffered 4 MiB a stream.
+    # With it, windows grow until a stalled handler has buffered 4 MiB a stream.
     ("grpc.http2.bdp_probe", 0),
+    # Two collectors on one port would split a run's ranks between them.
     ("grpc.so_reuseport", 0),
 )
+
+
+class _Stream:
+    """One recorder."""
+
+    def __init__(self) -> None:
+        self.greeted: set[str] = set()
+        self.wake = asyncio.Event()
 
 
 class Telemetry:
@@ -32,90 +44,82 @@ class Telemetry:
         self._epoch = epoch
         self._ack_seconds = ack_seconds
         self._page_url = page_url
-        self._committed = asyncio.Condition()
+        self._streams: set[_Stream] = set()
         self._draining = False
 
     async def committer(self) -> None:
         """Commit about once a second, at once on trouble, and let the streams acknowledge. Runs until cancelled."""
         loop = asyncio.get_running_loop()
-        last = loop.time()
+        committed = expired = loop.time()
         while True:
-            await asyncio.sleep(0.05)
-            self._intake.settle()
-            if self._intake.urgent or loop.time() - last >= self._ack_seconds:
-                last = loop.time()
-                await self.commit()
+            await asyncio.sleep(_TICK_SECONDS)
+            now = loop.time()
+            if now - committed >= self._ack_seconds:
+                committed = now
+                self._intake.commit()
+                self._wake(self._streams)
+            else:
+                waiting = self._intake.commit_urgent()
+                self._wake(stream for stream in self._streams if not waiting.isdisjoint(stream.greeted))
+            if now - expired >= _EXPIRY_SECONDS:
+                expired = now
+                self._intake.expire()
 
-    async def commit(self) -> None:
-        """Commit now, and let the streams acknowledge."""
-        self._intake.commit()
-        async with self._committed:
-            self._committed.notify_all()
-
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Commit, let every stream send its last acknowledgement, and end them."""
         self._draining = True
-        await self.commit()
+        self._intake.commit()
+        self._wake(self._streams)
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.Ack]:
         """Handle one recorder."""
-        instances: set[str] = set()
-        reader = asyncio.create_task(self._read(requests, context, instances))
+        stream = _Stream()
+        reader = asyncio.create_task(self._read(requests, stream))
+        self._streams.add(stream)
         try:
-            while not reader.done() and not self._draining:
-                waiter = asyncio.create_task(self._next_commit())
-                await asyncio.wait((reader, waiter), return_when=asyncio.FIRST_COMPLETED)
-                if not waiter.done():
-                    waiter.cancel()
-                    break
-                if instances:
-                    yield self._ack(instances)
-            if not self._draining:
-                await reader
-                self._intake.commit()
-            if instances:
-                yield self._ack(instances)
+            while True:
+                await stream.wake.wait()
+                stream.wake.clear()
+                if reader.done():
+                    reader.result()
+                    self._intake.commit()
+                if stream.greeted:
+                    yield self._ack(stream)
+                if reader.done() or self._draining:
+                    return
+        except RefusedError as error:
+            unknown = isinstance(error, UnknownVersionError)
+            code = grpc.StatusCode.FAILED_PRECONDITION if unknown else grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(code, str(error))
         finally:
+            self._streams.discard(stream)
             reader.cancel()
+            await asyncio.wait((reader,))
 
-    async def _next_commit(self) -> None:
-        async with self._committed:
-            await self._committed.wait()
+    async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+        try:
+            async for data in requests:
+                if self._draining:
+                    return
+                try:
+                    message = pb.FromRecorder.FromString(data)
+                except DecodeError:
+                    raise RefusedError("this is not a foreshock.v1.FromRecorder message") from None
+                self._intake.take(message, stream.greeted)
+        finally:
+            stream.wake.set()
 
-    async def _read(self, requests: AsyncIterator[bytes], context: Any, instances: set[str]) -> None:
-        async for data in requests:
-            try:
-                message = pb.FromRecorder.FromString(data)
-            except DecodeError:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "not a foreshock.v1.FromRecorder message")
-                return
-            try:
-                self._take(message, instances)
-            except UnknownVersionError as error:
-                await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            except RefusedError as error:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-
-    def _take(self, message: pb.FromRecorder, instances: set[str]) -> None:
-        which = message.WhichOneof("message")
-        if which == "hello":
-            instances.add(self._intake.hello(message.hello))
-        elif which == "steps":
-            self._intake.steps(message.steps)
-        elif which == "event":
-            self._intake.event(message.event)
-        elif which == "goodbye":
-            self._intake.goodbye(message.goodbye)
-        else:
-            raise RefusedError("the message is empty")
-
-    def _ack(self, instances: set[str]) -> pb.Ack:
+    def _ack(self, stream: _Stream) -> pb.Ack:
         return pb.Ack(
             epoch=self._epoch,
-            positions=[self._intake.position(instance) for instance in sorted(instances)],
-            flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=512),
+            positions=[self._intake.position(name) for name in sorted(stream.greeted)],
+            flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
         )
+
+    def _wake(self, streams: Any) -> None:
+        for stream in streams:
+            stream.wake.set()
 
 
 def make_server(telemetry: Telemetry) -> Any:

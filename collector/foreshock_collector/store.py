@@ -1,40 +1,47 @@
 """What survives: SQLite in WAL mode, one writer. A commit holds the steps and the counters that they moved together.
 
 `synchronous=NORMAL`: a killed process loses nothing that was committed. A power cut may lose the last commits, as a
-whole; their records are sent again by the recorders if the ranks still run.
+whole; their records come again from the ranks' rings, if the ranks still run.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-import math
 import sqlite3
 import uuid
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from foreshock_collector.runs import WINDOW_STEPS, Instance, Run, Runs
-from foreshock_collector.steps import Step
+from foreshock_collector.attempts import WINDOW_STEPS, Attempt, Instance
+from foreshock_collector.runs import EVENTS_KEPT, Changes, Run, Runs
+from foreshock_collector.steps import Step, finite, kind_of
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 SCHEMA = 1
 _APPLICATION = 0x464F5245  # "FORE"
-_TABLES = """
+_STEP_COLUMNS = tuple(field.name for field in fields(Step))
+_INSTANCE_COLUMNS = (
+    *("rank", "local_rank", "node", "pid", "layers", "position", "closed", "detail", "last_report", "last_step"),
+    *("last_finished", "loss", "local_norm", "dropped", "told"),
+)
+_TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (run TEXT PRIMARY KEY, snapshot TEXT NOT NULL);
-CREATE TABLE instances (
-  instance TEXT PRIMARY KEY, run TEXT NOT NULL, attempt INTEGER NOT NULL, hello BLOB NOT NULL,
-  position INTEGER NOT NULL, closed TEXT NOT NULL, lost INTEGER NOT NULL, last_report REAL NOT NULL,
-  dropped TEXT NOT NULL);
-CREATE TABLE steps (
-  run TEXT NOT NULL, attempt INTEGER NOT NULL, step INTEGER NOT NULL, wall_seconds REAL, loss REAL, loss_nonfinite TEXT,
-  global_norm REAL, gradient_nonfinite TEXT, clip_coefficient REAL, learning_rate REAL, loss_scale REAL,
-  PRIMARY KEY (run, attempt, step)) WITHOUT ROWID;
-CREATE TABLE rank_window (
-  id INTEGER PRIMARY KEY, run TEXT NOT NULL, instance TEXT NOT NULL, last_step INTEGER NOT NULL, batch BLOB NOT NULL);
-CREATE INDEX rank_window_by_instance ON rank_window (instance, last_step);
+CREATE TABLE attempts (run TEXT, attempt INTEGER, launch TEXT, started_seconds REAL, hello BLOB,
+  PRIMARY KEY (run, attempt));
+CREATE TABLE instances (instance TEXT PRIMARY KEY, run TEXT, attempt INTEGER, {", ".join(_INSTANCE_COLUMNS)});
+CREATE TABLE steps (run TEXT, {", ".join(_STEP_COLUMNS)}, PRIMARY KEY (run, attempt, sequence)) WITHOUT ROWID;
+CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT, event TEXT);
+CREATE INDEX events_by_run ON events (run, id);
+CREATE TABLE incidents (run TEXT, id INTEGER, incident TEXT, records TEXT, PRIMARY KEY (run, id)) WITHOUT ROWID;
+CREATE TABLE rank_window (id INTEGER PRIMARY KEY, run TEXT, attempt INTEGER, last_sequence INTEGER, instance TEXT,
+  batch BLOB);
+CREATE INDEX rank_window_by_run ON rank_window (run, attempt, last_sequence);
 """
+"""The records of `incidents` are those of the ranks around it; `rank_window` holds batches as they came."""
 
 
 class StoreError(ValueError):
@@ -42,94 +49,210 @@ class StoreError(ValueError):
 
 
 class Store:
-    """The database of one collector."""
+    """The database of one collector. Raises `StoreError`."""
 
     def __init__(self, path: Path | str) -> None:
+        self._lock = _lock(path)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=NORMAL")
-            application = self._db.execute("PRAGMA application_id").fetchone()[0]
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            tables = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            self._open(path)
         except sqlite3.Error as error:
+            self.close()
             raise StoreError(f"database {path} cannot be used: {error}") from error
-        if not tables:
-            self._db.executescript(
-                f"BEGIN; {_TABLES} PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA}; COMMIT;"
-            )
-            self._db.execute("INSERT INTO meta VALUES ('epoch', ?)", (uuid.uuid4().hex,))
-        elif application != _APPLICATION:
-            raise StoreError(f"database {path} is not a Foreshock database; give another path")
-        elif version != SCHEMA:
-            raise StoreError(f"database {path} has schema {version}, this collector knows {SCHEMA}; give another path")
-        self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
+        except StoreError:
+            self.close()
+            raise
+        self.epoch: str = self._one("SELECT value FROM meta WHERE key='epoch'")
+        """Identity of this database: a recorder that meets another one sends all it has."""
 
-    def commit(self, run: Run, steps: Iterable[Step], batches: Iterable[tuple[Instance, pb.StepBatch]]) -> None:
-        """Everything about a run since the last commit, at once or not at all."""
+    def _open(self, path: Path | str) -> None:
+        if not self._one("SELECT count(*) FROM sqlite_master"):
+            self._db.execute("PRAGMA journal_mode=WAL")
+            stamp = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA};"
+            self._db.executescript(f"BEGIN; {_TABLES} {stamp} COMMIT;")
+            self._db.execute("INSERT INTO meta VALUES ('epoch', ?)", (uuid.uuid4().hex,))
+        elif self._one("PRAGMA application_id") != _APPLICATION:
+            raise StoreError(f"database {path} is not a Foreshock database; give another path")
+        elif (version := self._one("PRAGMA user_version")) != SCHEMA:
+            raise StoreError(f"database {path} has schema {version}, this collector knows {SCHEMA}; give another path")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+
+    def commit(self, runs: Iterable[Run]) -> None:
+        """Everything about these runs since their last commit, at once or not at all."""
+        changed = [(run, run.changes) for run in runs if run.changes is not None]
+        if not changed:
+            return
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR REPLACE INTO steps VALUES (?,?,?,?,?,?,?,?,?,?,?)", [
-                (run.name, s.attempt, s.step, s.wall_seconds, _finite(s.loss), _kind(s.loss), _finite(s.global_norm),
-                 "nan" if s.nan_gradient else "inf" if s.inf_gradient else "", s.clip_coefficient,
-                 _finite(s.learning_rate), s.loss_scale) for s in steps
-            ])  # fmt: skip
-            for instance, batch in batches:
-                if not batch.step:
-                    continue
-                self._db.execute(
-                    "INSERT INTO rank_window (run, instance, last_step, batch) VALUES (?,?,?,?)",
-                    (run.name, instance.hello.instance, max(batch.step), batch.SerializeToString()),
-                )
-                self._db.execute(
-                    "DELETE FROM rank_window WHERE instance = ? AND last_step < ?",
-                    (instance.hello.instance, max(batch.step) - WINDOW_STEPS),
-                )
-            self._db.executemany("INSERT OR REPLACE INTO instances VALUES (?,?,?,?,?,?,?,?,?)", [
-                (i.hello.instance, run.name, i.attempt, i.hello.SerializeToString(), i.position, i.closed, i.lost,
-                 i.last_report, json.dumps(i.dropped)) for i in run.instances.values()
-            ])  # fmt: skip
-            snapshot = json.dumps(run.snapshot(), allow_nan=False)
-            self._db.execute("INSERT OR REPLACE INTO runs VALUES (?,?)", (run.name, snapshot))
+            for run, changes in changed:
+                self._write(run, changes)
+        for run, changes in changed:
+            run.changes = None
+            for instance in changes.instances.values():
+                instance.stored, instance.closed_stored = instance.position, bool(instance.closed)
+
+    def _write(self, run: Run, changes: Changes) -> None:
+        self._db.executemany(
+            "INSERT INTO attempts VALUES (?,?,?,?,?)",
+            [(run.name, a.number, a.launch, a.started_seconds, a.hello.SerializeToString()) for a in changes.attempts],
+        )
+        self._db.executemany(
+            f"INSERT OR REPLACE INTO instances VALUES ({_marks(3 + len(_INSTANCE_COLUMNS))})",  # noqa: S608
+            [(i.name, run.name, i.attempt.number, *map(_plain, _values(i))) for i in changes.instances.values()],
+        )
+        self._db.executemany(
+            f"INSERT INTO steps VALUES ({_marks(1 + len(_STEP_COLUMNS))})",  # noqa: S608
+            [(run.name, *(_stored(getattr(s, name)) for name in _STEP_COLUMNS)) for s in changes.steps],
+        )
+        self._db.executemany(
+            "INSERT INTO rank_window (run, attempt, last_sequence, instance, batch) VALUES (?,?,?,?,?)",
+            [
+                (run.name, i.attempt.number, b.first_sequence + len(b.step) - 1, i.name, b.SerializeToString())
+                for i, b in changes.batches
+            ],
+        )
+        for attempt in (attempt for attempt in run.attempts if not attempt.resting):
+            # What waits for its step is kept, however old.
+            keep = attempt.settled - WINDOW_STEPS if attempt is run.newest else attempt.settled
+            where = "run=? AND attempt=? AND last_sequence<=?"
+            self._db.execute(f"DELETE FROM rank_window WHERE {where}", (run.name, attempt.number, keep))  # noqa: S608
+        self._db.executemany(
+            "INSERT INTO events (run, event) VALUES (?,?)", [(run.name, _json(event)) for event in changes.events]
+        )
+        for number, incident in changes.incidents.items():
+            self._db.execute(
+                "INSERT INTO incidents VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET incident = excluded.incident",
+                (run.name, number, _json(incident), json.dumps(changes.windows.get(number, []))),
+            )
+        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?,?)", (run.name, _json(run.snapshot())))
+
+    def forget_window(self, run: Run) -> None:
+        """The run has ended: its rank-level records go, but for those around incidents."""
+        self._db.execute("DELETE FROM rank_window WHERE run=?", (run.name,))
 
     def load(self, now: float) -> Runs:
         """All runs, as they were committed."""
         runs = Runs()
-        for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid"):
-            runs.add(Run.restored(name, json.loads(snapshot)))
-        for row in self._db.execute(
-            "SELECT run, hello, position, closed, lost, last_report, dropped FROM instances ORDER BY attempt, rowid"
-        ):
-            name, hello, position, closed, lost, last_report, dropped = row
-            instance = runs.greet(pb.Hello.FromString(hello), last_report)
-            instance.position, instance.closed, instance.lost = position, closed, bool(lost)
-            instance.dropped = json.loads(dropped)
-        for name, data in self._db.execute("SELECT run, batch FROM rank_window ORDER BY id"):
-            run = runs.get(name)
-            assert run is not None
-            run.recall(pb.StepBatch.FromString(data), now)
+        for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid").fetchall():
+            query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
+            hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
+            run = Run.restored(name, json.loads(snapshot), hellos)
+            run.watched_since = now
+            instances = {i.name: i for attempt in run.attempts for i in self._instances(run, attempt)}
+            newest = "SELECT event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"
+            run.events.extend(
+                json.loads(e) for (e,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
+            )
+            newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
+            run.incidents.extend(
+                json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
+            )
+            waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
+            for instance, batch in self._db.execute(waiting, (name,)):
+                run.recall(instances[instance], pb.StepBatch.FromString(batch), now)
+            for attempt in run.attempts:
+                if not attempt.resting:
+                    self._recall_steps(run, attempt)
+            runs.add(run)
         return runs
 
+    def _instances(self, run: Run, attempt: Attempt) -> Iterable[Instance]:
+        query = f"SELECT instance, {', '.join(_INSTANCE_COLUMNS)} FROM instances WHERE run=? AND attempt=?"  # noqa: S608
+        for name, *values in self._db.execute(query, (run.name, attempt.number)).fetchall():
+            known = dict(zip(_INSTANCE_COLUMNS, values, strict=True))
+            known |= {"dropped": json.loads(known["dropped"]), "told": json.loads(known["told"])}
+            known |= {"last_finished": bool(known["last_finished"])}
+            instance = Instance(name=name, attempt=attempt, **known)
+            instance.stored, instance.closed_stored = instance.position, bool(instance.closed)
+            attempt.instances[instance.rank] = instance
+            yield instance
+
+    def _recall_steps(self, run: Run, attempt: Attempt) -> None:
+        query = f"SELECT {', '.join(_STEP_COLUMNS)} FROM steps WHERE run=? AND attempt=? ORDER BY sequence DESC LIMIT ?"  # noqa: S608
+        for values in reversed(self._db.execute(query, (run.name, attempt.number, WINDOW_STEPS)).fetchall()):
+            known = dict(zip(_STEP_COLUMNS, values, strict=True))
+            attempt.steps.append(Step(**{name: _restored(value) for name, value in known.items()}))
+
     def steps(self, run: str, *, attempt: int, after: int, limit: int) -> dict[str, list[Any]]:
-        """Columns of a run's step history. Null where a value is not finite; *_nonfinite says what it was."""
-        names = ("step", "wall_seconds", "loss", "loss_nonfinite", "global_norm", "gradient_nonfinite",
-                 "clip_coefficient", "learning_rate", "loss_scale")  # fmt: skip
+        """Columns of a run's step history, from a sequence number on.
+
+        Null where a value is not finite; then `loss_nonfinite` or `gradient_nonfinite` says "nan" or "inf".
+        """
+        names = ("sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale",
+                 "global_norm", "clip_coefficient", "skipped")  # fmt: skip
+        bad = ("nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
         rows = self._db.execute(
-            f"SELECT {', '.join(names)} FROM steps WHERE run=? AND attempt=? AND step>? ORDER BY step LIMIT ?",  # noqa: S608
+            f"SELECT {', '.join(names + bad)} FROM steps WHERE run=? AND attempt=? AND sequence>? "  # noqa: S608
+            "ORDER BY sequence LIMIT ?",
             (run, attempt, after, limit),
         ).fetchall()
-        return {name: [row[i] for row in rows] for i, name in enumerate(names)}
+        columns: dict[str, list[Any]] = {
+            name: [finite(_restored(row[i])) for row in rows] for i, name in enumerate(names)
+        }
+        first = len(names)
+        columns["skipped"] = [bool(skipped) for skipped in columns["skipped"]]
+        columns["loss_nonfinite"] = [_kind(row[first], row[first + 1]) for row in rows]
+        columns["gradient_nonfinite"] = [_kind(row[first + 2], row[first + 3]) for row in rows]
+        return columns
+
+    def incident_records(self, run: str, number: int) -> list[dict[str, Any]]:
+        """Rank-level records around an incident."""
+        found = self._db.execute("SELECT records FROM incidents WHERE run=? AND id=?", (run, number)).fetchone()
+        records: list[dict[str, Any]] = json.loads(found[0]) if found else []
+        return records
 
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _one(self, query: str) -> Any:
+        return self._db.execute(query).fetchone()[0]
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def _lock(path: Path | str) -> Any:
+    """Held for as long as this process lives, however it ends: two collectors on one file would undo each other."""
+    if str(path) == ":memory:":
+        return None
+    try:
+        file = Path(f"{path}.lock").open("w")  # noqa: SIM115
+    except OSError as error:
+        raise StoreError(f"database {path} cannot be used: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise StoreError(
+            f"database {path} is in use by another collector; stop that one or give another path"
+        ) from None
+    return file
 
 
-def _kind(value: float | None) -> str:
-    if value is None or math.isfinite(value):
-        return ""
-    return "nan" if math.isnan(value) else "inf"
+def _values(instance: Instance) -> list[Any]:
+    return [getattr(instance, name) for name in _INSTANCE_COLUMNS]
+
+
+def _plain(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, (dict, list)) else _stored(value)
+
+
+def _stored(value: Any) -> Any:
+    # SQLite turns a NaN into NULL, and NULL means that there is no value.
+    return kind_of(value) or value if isinstance(value, float) else value
+
+
+def _restored(value: Any) -> Any:
+    return float(value) if value in ("nan", "inf") else value
+
+
+def _kind(nan: int, inf: int) -> str:
+    return "nan" if nan else "inf" if inf else ""
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False)
+
+
+def _marks(count: int) -> str:
+    return ",".join("?" * count)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock_recorder.ring import RingReader
+from foreshock_recorder.reader import RingReader
 
 STEPS = 20
 CASES = json.loads(sys.argv[1])

@@ -94,7 +94,7 @@ def value(found: dict[str, Any], name: str, **labels: str) -> float:
     ("messages", "code", "says"),
     [
         ([b"\xff\xff\xff"], grpc.StatusCode.INVALID_ARGUMENT, "not a foreshock.v1.FromRecorder"),
-        ([hello("x", schema_version=99)], grpc.StatusCode.FAILED_PRECONDITION, "schema_version 99"),
+        ([hello("x", schema_version=99)], grpc.StatusCode.FAILED_PRECONDITION, "schema version 99"),
         ([hello("")], grpc.StatusCode.INVALID_ARGUMENT, "hello.run"),
         ([hello("x", launch="l" * 500)], grpc.StatusCode.INVALID_ARGUMENT, "hello.launch"),
         ([steps(1, [1.0], run="x")], grpc.StatusCode.INVALID_ARGUMENT, "has not said hello"),

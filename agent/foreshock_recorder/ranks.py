@@ -1,0 +1,195 @@
+"""One rank as the recorder knows it: what its ring holds, what was said about it, and what to say next."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from foreshock_recorder.batches import Columns, global_norm, hello, troubled
+from foreshock_recorder.reader import ReadOutcome, Record, RingReader
+from foreshock_recorder.ring import Farewell
+
+OBSERVE_SECONDS = 0.5
+"""How long a measured record waits for the script to tell its loss."""
+FIRST_OBSERVE_SECONDS = 5.0
+"""The same for a rank's first record: a resumed script may only then tell its step number."""
+_UNDER_WAY = 48
+"""A record this far behind the newest is on no device any more: the probe stages fewer."""
+_IN_FLIGHT = 4096
+"""Records sent and not yet acknowledged at most; the others stay in the ring."""
+_LOOK_SECONDS = 0.25
+
+
+class Rank:
+    """One rank's ring. Times are monotonic seconds. Raises `ValueError` for a file that is no ring of ours."""
+
+    def __init__(self, path: Path) -> None:
+        self.reader = RingReader(path)
+        try:
+            self._hello = hello(self.reader.identity, self.reader.pid)
+        except (KeyError, TypeError, ValueError) as error:
+            self.reader.close()
+            raise ValueError(f"{path} does not say whose it is: {error!r}") from error
+        said = self._hello.hello
+        self.instance = said.instance
+        self._columns = Columns(
+            said.instance,
+            rank=said.topology.rank,
+            layers=self.reader.layout.layers,
+            local_norms="local_norms" in said.capabilities,
+        )
+        self.acknowledged = self.reader.acknowledged
+        self.closed = False
+        """The collector has stored all there is, the goodbye too."""
+        self._dead = False
+        self._looked = -math.inf
+        self._events: dict[int, pb.Event] = {}
+        self._errors = 0
+        self._largest_norm = math.inf
+        self._in_trouble = False
+        self._measured_since: tuple[int, float] = (0, 0.0)
+        self.rewind()
+
+    @property
+    def gone(self) -> bool:
+        """No further record will be written."""
+        return self._dead or self.reader.farewell is not Farewell.NONE
+
+    @property
+    def unstored(self) -> int:
+        """Records that the collector does not have."""
+        return max(0, self.reader.launched - self.acknowledged)
+
+    def look(self, now: float) -> None:
+        """Show the rank that somebody is there; notice its death."""
+        if self.closed or now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        self.reader.heartbeat(now)
+        if not self._dead and not self.reader.alive:
+            self._dead = True
+            # Asked after its death, so this is final.
+            if self.reader.farewell is Farewell.NONE:
+                self._happened(pb.Event.RANK_LOST, "the process ended without a goodbye")
+
+    def rewind(self) -> None:
+        """A new stream begins: all is to be said again, from what the collector will answer to Hello."""
+        self._greeted = self._answered = self._said_goodbye = False
+        self._untold = set(self._events)
+        self._told_dropped: dict[str, int] = {}
+        self._next = self.acknowledged + 1
+        self._waiting: list[Record] = []
+        self._urgent = False
+        self._flushed = -math.inf
+
+    def stored(self, position: pb.Ack.Position) -> None:
+        """The collector tells how far it has this rank."""
+        if not self._answered:
+            # It is the authority: with another database it asks for all that the ring still holds.
+            self._answered = True
+            self._next = position.sequence + 1
+        self.acknowledged = position.sequence
+        self.closed = position.closed and self.gone and not self.unstored
+        self.reader.acknowledge(position.sequence, farewell=self.closed)
+
+    def messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
+        """What to say now. interval: seconds between batches without trouble; limit: records in a batch."""
+        if self.closed:
+            return []
+        said = [] if self._greeted else [self._hello]
+        self._greeted = True
+        due = now - self._flushed >= interval
+        said += self._news(due=due)
+        if not self._answered:
+            return said
+        gone = self.gone
+        limit = min(limit, self._columns.most_rows)
+        self._collect(now, limit=limit, gone=gone)
+        dropped = self.reader.dropped
+        enough = due or gone or self._urgent or len(self._waiting) >= limit
+        if (self._waiting and enough) or (due and not gone) or (gone and dropped != self._told_dropped):
+            said.append(self._flush(now, dropped, limit))
+        if gone and not self._waiting and self._next > self.reader.launched and not self._said_goodbye:
+            self._said_goodbye = True
+            said.append(self._goodbye())
+        return said
+
+    def _collect(self, now: float, *, limit: int, gone: bool) -> None:
+        """Read on from the ring, up to the first record that may still change."""
+        while len(self._waiting) < limit and self._next - self.acknowledged <= _IN_FLIGHT:
+            # Asked before the record is read: what lies below is in it, or will never be.
+            measured, launched = self.reader.measured, self.reader.launched
+            record = self.reader.read(self._next)
+            if record is ReadOutcome.NOT_YET:
+                return
+            if isinstance(record, ReadOutcome):
+                if self._waiting:
+                    return  # a batch has no gaps: the next one begins behind this
+                self._next = max(self._next + 1, self.reader.oldest)
+                continue
+            if record.measured is not None and self._measured_since[0] != record.sequence:
+                self._measured_since = (record.sequence, now)
+            waited = now - self._measured_since[1]
+            if not gone and not settled(record, launched=launched, measured=measured, waited=waited):
+                return
+            self._waiting.append(record)
+            self._next += 1
+            trouble = troubled(record, self._largest_norm)
+            # Only its beginning hurries: a run that stays broken must not send each step by itself.
+            self._urgent |= trouble and not self._in_trouble
+            self._in_trouble = trouble
+
+    def _flush(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
+        records, self._waiting = self._waiting[:limit], self._waiting[limit:]
+        first = records[0].sequence if records else self._next
+        message = self._columns.pack(first, records, dropped)
+        norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
+        self._largest_norm = max(norms, default=self._largest_norm)
+        self._told_dropped = dropped
+        self._urgent = False
+        self._flushed = now
+        return message
+
+    def _news(self, *, due: bool) -> list[pb.FromRecorder]:
+        errors = self.reader.dropped.get("probe_error", 0)
+        if errors > self._errors and (due or not self._errors):
+            self._errors = errors
+            self._happened(pb.Event.PROBE_ERROR, self.reader.note)
+        news = [pb.FromRecorder(event=self._events[kind]) for kind in sorted(self._untold)]
+        self._untold.clear()
+        return news
+
+    def _happened(self, kind: pb.Event.Kind, detail: str) -> None:
+        newest = self.reader.read(self.reader.launched)
+        step = newest.step if isinstance(newest, Record) else 0
+        self._events[kind] = pb.Event(
+            instance=self.instance, kind=kind, step=step, wall_seconds=time.time(), detail=detail
+        )
+        self._untold.add(kind)
+
+    def _goodbye(self) -> pb.FromRecorder:
+        farewell = self.reader.farewell
+        reason = Farewell.LOST if farewell is Farewell.NONE else farewell
+        goodbye = pb.Goodbye(
+            instance=self.instance,
+            reason=pb.Goodbye.Reason.Name(reason),
+            detail=self.reader.farewell_detail,
+            last_sequence=self.reader.launched,
+        )
+        return pb.FromRecorder(goodbye=goodbye)
+
+
+def settled(record: Record, *, launched: int, measured: int, waited: float) -> bool:
+    """Nothing will be added to this record while its rank lives.
+
+    launched, measured: the newest such records of the ring, asked before the record was read. waited: seconds since it
+    was first seen measured.
+    """
+    if record.measured is None:
+        # Measured parts come in order: passed over, the probe has failed on it.
+        return measured > record.sequence or launched - record.sequence >= _UNDER_WAY
+    # Its loss, staged on the device, comes before the next record is measured.
+    patience = FIRST_OBSERVE_SECONDS if record.sequence == 1 else OBSERVE_SECONDS
+    return record.observed or measured > record.sequence or waited >= patience

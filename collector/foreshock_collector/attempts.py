@@ -1,0 +1,171 @@
+"""One launch of a run: its ranks, their records, and what the detector knows of it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from foreshock_collector.board import Board, Records, complete, trouble
+from foreshock_collector.detection import Detector
+from foreshock_collector.steps import ModelFacts, Step
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+WINDOW_STEPS = 512
+"""Steps that are kept at hand, and those whose rank-level records outlive a restart."""
+PEACEFUL = ("FINISHED", "DETACHED")
+"""Goodbyes that nobody needs to worry about."""
+
+
+@dataclass(eq=False)
+class Instance:
+    """One attach of one rank."""
+
+    name: str
+    attempt: Attempt
+    rank: int
+    local_rank: int
+    node: str
+    pid: int
+    layers: int
+    position: int = 0
+    """Highest record taken in."""
+    stored: int = 0
+    """Highest record committed: what may be acknowledged."""
+    leaving: str = ""
+    """Its goodbye has come, the steps before it are not all settled."""
+    closed: str = ""
+    """How it left, empty while it is there."""
+    closed_stored: bool = False
+    detail: str = ""
+    """What it said at its end."""
+    last_report: float = 0.0
+    troubled: bool = False
+    """Its newest batch held something that is not finite."""
+    last_step: int | None = None
+    last_finished: bool = True
+    """The last step was not only launched."""
+    loss: float | None = None
+    local_norm: float | None = None
+    """Newest finite one."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """As told by the rank, cumulative since its attach: kept, so that nothing counts twice."""
+    told: list[str] = field(default_factory=list)
+    """Kinds of events that it has told: a recorder repeats them after each reconnect."""
+
+    @property
+    def state(self) -> str:
+        """As people read it: "there", or its goodbye: "finished", "detached", "exception", "lost"."""
+        return self.closed.lower() or "there"
+
+    @property
+    def reporting(self) -> bool:
+        """There, or gone as it should."""
+        return self.closed in ("", *PEACEFUL)
+
+    def note(self, records: Records) -> None:
+        """Remember the newest values of these records."""
+        rows = records.rows
+        newest = rows[-1]
+        self.troubled = bool(trouble(rows).any())
+        self.position = int(newest["sequence"])
+        self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
+        self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
+        norms = rows["local_norm"][(rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)]
+        norms = norms[np.isfinite(norms)]
+        if norms.size:
+            self.local_norm = float(norms[-1])
+
+
+class Attempt:
+    """One launch of a run. `hello`: the first that came of it."""
+
+    def __init__(self, number: int, hello: pb.Hello, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.number = number
+        self.launch = hello.launch
+        self.started_seconds = hello.started_seconds
+        self.hello = hello
+        self.world_size = hello.topology.world_size
+        self.model = ModelFacts.from_summary(hello.model)
+        self.instances: dict[int, Instance] = {}
+        self.detector = Detector(state.get("detector"))
+        self.incident: int | None = state.get("incident")
+        """Number of the incident that is still open."""
+        self.settled: int = state.get("settled", 0)
+        """Sequence number up to which steps have been through detection."""
+        self.steps: deque[Step] = deque(maxlen=WINDOW_STEPS)
+        self._board: Board | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What must survive, as JSON."""
+        return {"detector": self.detector.state(), "incident": self.incident, "settled": self.settled}
+
+    @property
+    def board(self) -> Board:
+        """The ranks' newest records; made when they are needed, gone after `rest`."""
+        if self._board is None:
+            self._board = Board(world_size=self.world_size, layers=len(self.model.layers), settled=self.settled)
+            for instance in self.instances.values():
+                # What lies between comes again from the store, and must then wait as it did before.
+                self._board.positions[instance.rank] = min(instance.position, self.settled)
+        return self._board
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits to be put together."""
+        return self._board is None or self._board.settled == self._board.highest
+
+    @property
+    def resting(self) -> bool:
+        """Nothing is at hand but what the store has."""
+        return self._board is None
+
+    @property
+    def over(self) -> bool:
+        """All ranks that ever said hello have left."""
+        return bool(self.instances) and all(i.closed for i in self.instances.values())
+
+    def rest(self) -> None:
+        """Let go of records and steps: the run has ended."""
+        self._board = None
+        self.steps.clear()
+
+    def last_heard(self) -> float:
+        """When any of its ranks last reported."""
+        return max((i.last_report for i in self.instances.values()), default=0.0)
+
+    def write(self, instance: Instance, records: Records, now: float) -> None:
+        """Keep records of a rank; the caller has made room."""
+        if len(records):
+            self.board.write(instance.rank, records, now)
+
+    def due(self, now: float) -> int:
+        """Up to where steps may be put together."""
+        board = self.board
+        for instance in self.instances.values():
+            board.awaited[instance.rank] = not (instance.leaving or instance.closed)
+        return board.due(now)
+
+    def put_together(self, upto: int) -> Iterable[Step]:
+        """Steps that are due, in order, each kept as it comes."""
+        for step in self.board.settle(self.number, upto):
+            self.settled = step.sequence
+            self.steps.append(step)
+            yield step
+        self.settled = self.board.settled
+
+    def window(self, first: int, last: int, most_ranks: int = 16) -> list[dict[str, Any]]:
+        """Rank-level records of some steps, for people: of the ranks with the largest norms where there are many."""
+        found = []
+        for sequence in range(max(1, first), last + 1):
+            ranks, rows = self.board.records(sequence)
+            norms = np.where(np.isfinite(rows["local_norm"]), rows["local_norm"], math.inf)
+            chosen = np.sort(np.argsort(-norms, kind="stable")[:most_ranks])
+            for rank, row in zip(ranks[chosen], rows[chosen], strict=True):
+                found.append({"rank": int(rank)} | {name: row[name].item() for name in row.dtype.names or ()})
+        return found

@@ -1,0 +1,104 @@
+"""A rank without torch: makes a ring, then does what it is told, one line of JSON each, and says when it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell, Ring, ring_name
+
+LAYERS = 2
+
+
+def identity(rank: int = 0, **changes: Any) -> dict[str, Any]:
+    """What the probe writes into the header of its ring."""
+    return {
+        "schema_version": 1,
+        "instance": f"first-{rank}-abcd",
+        "experiment": "digits",
+        "run": "crimson-otter",
+        "launch": "first",
+        "started_seconds": 1.7e9,
+        "rank": rank,
+        "local_rank": rank,
+        "world_size": 2,
+        "node": "node-7",
+        "clip": "norm 1.0",
+        "capabilities": ["local_norms"],
+        "versions": {"foreshock": "0.1.0"},
+        "model": {
+            "type": "Net",
+            "module_types": {"Linear": 2},
+            "parameters": ["a.weight", "b.weight"],
+            "parameter_sizes": [4, 2],
+            "layers": ["a", "b"],
+            "parameter_layers": [0, 1],
+        },
+        "optimizer": {"type": "SGD", "fused": False},
+        "collector": "",
+    } | changes
+
+
+def make_ring(folder: Path, rank: int = 0, *, slots: int | None = None, **changes: Any) -> Ring:
+    return Ring.create(folder / ring_name("first", rank), identity(rank, **changes), layers=LAYERS, slot_count=slots)
+
+
+def launch(ring: Ring, sequence: int) -> None:
+    ring.launch(sequence, step=100 + sequence, wall=1.7e9, monotonic=time.monotonic(), learning_rate=0.5, edited=False)
+
+
+def measure(ring: Ring, sequence: int, **columns: float) -> None:
+    """A row whose values tell which record and column they belong to."""
+    values = {name: sequence + i / 100 for i, name in enumerate(DEVICE_COLUMNS)}
+    values |= dict.fromkeys((name for name in DEVICE_COLUMNS if "nan_" in name or "inf_" in name), 0.0)
+    values |= {"skipped": 0.0} | columns
+    row = [*values.values(), *(sequence + 0.5 + layer for layer in range(2 * LAYERS))]
+    ring.open_measured(sequence)
+    offset = ring.measured_offset(sequence)
+    memoryview(ring.memory)[offset : offset + 8 * len(row)].cast("d")[:] = array("d", row)
+    ring.close_measured(sequence)
+
+
+def step(ring: Ring, sequence: int, *, loss: float | None = 0.25, **columns: float) -> None:
+    """A whole record."""
+    launch(ring, sequence)
+    measure(ring, sequence, **columns)
+    ring.observe(sequence, step=None, loss=loss)
+
+
+def orders() -> Iterator[tuple[str, dict[str, Any]]]:
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        yield what, arguments
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    ring = make_ring(folder, **options)
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    for what, arguments in orders():
+        if what == "steps":
+            for _ in range(arguments["count"]):
+                step(ring, ring.launched + 1)
+        elif what == "bad":
+            step(ring, ring.launched + 1, global_norm=math.nan, global_nan_parameters=1.0)
+        elif what == "launch":
+            launch(ring, ring.launched + 1)
+        elif what == "fail":
+            ring.note(arguments["note"])
+            ring.drop("probe_error")
+        elif what == "farewell":
+            ring.farewell(Farewell[arguments["reason"]], arguments.get("detail", ""))
+        sys.stdout.write("done\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

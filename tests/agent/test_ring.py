@@ -1,0 +1,277 @@
+"""What the probe writes into a ring is what the recorder reads, or nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from foreshock_recorder.reader import ReadOutcome, Record, RingReader
+from foreshock_recorder.ring import (
+    DEVICE_COLUMNS,
+    LAYOUT_VERSION,
+    MAX_RING_BYTES,
+    Farewell,
+    Ring,
+    process_start,
+    ring_folder,
+    ring_name,
+)
+from tests.agent.rank import LAYERS, identity, launch, make_ring, measure, step
+
+TORN_SECONDS = 2.0
+SCRIBBLER = """
+import sys
+from pathlib import Path
+from tests.agent.rank import LAYERS, make_ring, launch
+from foreshock_recorder.ring import DEVICE_COLUMNS
+from array import array
+
+ring = make_ring(Path(sys.argv[1]), slots=4)
+memory = memoryview(ring.memory)
+width = len(DEVICE_COLUMNS) + 2 * LAYERS
+sequence = 0
+while True:
+    sequence += 1
+    ring.launch(sequence, step=sequence, wall=sequence, monotonic=sequence, learning_rate=sequence, edited=False)
+    ring.open_measured(sequence)
+    offset = ring.measured_offset(sequence)
+    # Two halves, so that a reader comes in between.
+    memory[offset : offset + 8 * width].cast("d")[: width // 2] = array("d", [sequence] * (width // 2))
+    memory[offset : offset + 8 * width].cast("d")[width // 2 :] = array("d", [sequence] * (width - width // 2))
+    ring.close_measured(sequence)
+    ring.observe(sequence, step=None, loss=sequence)
+"""
+
+
+def record(reader: RingReader, sequence: int) -> Record:
+    found = reader.read(sequence)
+    assert isinstance(found, Record), found
+    return found
+
+
+@pytest.fixture
+def ring(tmp_path: Path) -> Ring:
+    return make_ring(tmp_path / "run", slots=8)
+
+
+@pytest.fixture
+def reader(ring: Ring) -> RingReader:
+    return RingReader(ring.path)
+
+
+def test_a_record_comes_back_as_it_was_written(ring: Ring, reader: RingReader) -> None:
+    ring.launch(1, step=7, wall=1.5, monotonic=2.5, learning_rate=0.1, edited=True)
+    measure(ring, 1)
+    ring.observe(1, step=None, loss=0.75)
+    found = record(reader, 1)
+    assert (found.step, found.wall_seconds, found.monotonic_seconds) == (7, 1.5, 2.5)
+    assert (found.learning_rate, found.edited, found.observed, found.loss) == (0.1, True, True, 0.75)
+    assert found.measured is not None
+    assert len(found.measured) == len(DEVICE_COLUMNS) + 2 * LAYERS
+    assert found.measured[DEVICE_COLUMNS.index("global_norm")] == pytest.approx(1.01)
+    assert list(found.measured[-2 * LAYERS :]) == [1.5, 2.5, 3.5, 4.5]
+    assert (reader.launched, reader.measured) == (1, 1)
+
+
+def test_the_identity_comes_back_as_it_was_written(reader: RingReader) -> None:
+    assert reader.identity == identity()
+    assert reader.pid == os.getpid()
+
+
+def test_a_step_told_later_is_the_records_step(ring: Ring, reader: RingReader) -> None:
+    step(ring, 1)
+    ring.observe(1, step=50_000, loss=None)
+    assert record(reader, 1).step == 50_000
+    assert record(reader, 1).loss is None
+
+
+def test_a_loss_that_is_no_number_is_still_a_loss(ring: Ring, reader: RingReader) -> None:
+    step(ring, 1, loss=math.nan)
+    loss = record(reader, 1).loss
+    assert loss is not None and math.isnan(loss)
+
+
+def test_a_record_not_yet_launched_cannot_be_read(ring: Ring, reader: RingReader) -> None:
+    assert reader.read(1) is ReadOutcome.NOT_YET
+    step(ring, 1)
+    assert reader.read(2) is ReadOutcome.NOT_YET
+
+
+def test_a_launched_record_has_no_measures_yet(ring: Ring, reader: RingReader) -> None:
+    launch(ring, 1)
+    found = record(reader, 1)
+    assert (found.measured, found.observed, found.loss) == (None, False, None)
+
+
+def test_a_row_that_is_still_being_copied_is_not_read(ring: Ring, reader: RingReader) -> None:
+    for sequence in range(1, 10):
+        step(ring, sequence)
+    launch(ring, 10)
+    ring.open_measured(10)
+    assert record(reader, 10).measured is None
+    assert reader.measured == 9
+
+
+def test_an_overwritten_record_is_an_overrun(ring: Ring, reader: RingReader) -> None:
+    for sequence in range(1, 21):
+        step(ring, sequence)
+    assert reader.oldest == 13
+    assert reader.read(12) is ReadOutcome.OVERRUN
+    assert record(reader, 13).step == 113
+
+
+def test_a_record_that_was_passed_over_is_not_taken_for_the_old_one_in_its_slot(ring: Ring, reader: RingReader) -> None:
+    for sequence in (*range(1, 9), 10):
+        step(ring, sequence)
+    assert reader.read(9) is ReadOutcome.OVERRUN
+
+
+def test_a_flipped_bit_is_noticed(ring: Ring, reader: RingReader) -> None:
+    step(ring, 1)
+    ring.memory[ring.measured_offset(1) + 3] ^= 1
+    assert record(reader, 1).measured is None
+
+
+def test_no_torn_record_is_ever_accepted(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", SCRIBBLER, str(tmp_path / "run")], cwd=Path(__file__).parents[2])
+    try:
+        path = tmp_path / "run" / ring_name("first", 0)
+        while not path.exists():
+            assert writer.poll() is None
+        reader = RingReader(path)
+        whole = partly = overrun = 0
+        deadline = time.monotonic() + TORN_SECONDS
+        while time.monotonic() < deadline:
+            sequence = reader.launched - whole % 4
+            found = reader.read(max(1, sequence))
+            if not isinstance(found, Record):
+                overrun += 1
+                continue
+            assert found.step == found.wall_seconds == found.monotonic_seconds == found.learning_rate == sequence
+            if found.measured is not None:
+                assert set(found.measured) == {sequence}
+            if found.observed:
+                assert found.loss == sequence
+            partly += found.measured is None
+            whole += found.measured is not None
+        assert whole > 1000
+        assert overrun > 0 and partly > 0, "the reader has never met the writer"
+        reader.close()
+    finally:
+        writer.kill()
+        writer.wait()
+
+
+def test_what_the_recorder_says_reaches_the_rank(ring: Ring, reader: RingReader) -> None:
+    assert (ring.acknowledged, ring.acknowledged_farewell, ring.recorder_seen, ring.trouble) == (0, False, 0.0, "")
+    reader.acknowledge(3, farewell=True)
+    reader.heartbeat(12.5)
+    reader.trouble("monitor:4327: connection refused")
+    assert (ring.acknowledged, ring.acknowledged_farewell, ring.recorder_seen) == (3, True, 12.5)
+    assert ring.trouble == "monitor:4327: connection refused"
+    reader.trouble("")
+    assert ring.trouble == ""
+
+
+def test_a_farewell_does_not_hide_the_last_error(ring: Ring, reader: RingReader) -> None:
+    ring.drop("probe_error")
+    ring.drop("probe_error")
+    ring.note("KeyError: 'momentum'")
+    ring.farewell(Farewell.EXCEPTION, "ValueError: no more data")
+    assert reader.dropped == {"probe_error": 2}
+    assert reader.note == "KeyError: 'momentum'"
+    assert (reader.farewell, reader.farewell_detail) == (Farewell.EXCEPTION, "ValueError: no more data")
+
+
+def test_a_long_text_is_cut_and_touches_nothing_else(ring: Ring, reader: RingReader) -> None:
+    ring.farewell(Farewell.FINISHED, "left")
+    ring.note("ä" * 1000)
+    reader.trouble("\udc80" + "x" * 1000)
+    assert reader.note.startswith("ääää")
+    assert len(ring.trouble) == 255
+    assert reader.farewell_detail == "left"
+    assert reader.identity == identity()
+
+
+def test_a_file_that_is_no_ring_is_refused(tmp_path: Path) -> None:
+    for content in (b"", b"short", bytes(8192)):
+        path = tmp_path / "x.ring"
+        path.write_bytes(content)
+        with pytest.raises(ValueError):
+            RingReader(path)
+
+
+def test_a_ring_of_another_layout_is_refused_and_says_so(ring: Ring) -> None:
+    ring.memory[8] = LAYOUT_VERSION + 1
+    with pytest.raises(ValueError, match=r"not a ring of layout 1: made by another version of foreshock\?"):
+        RingReader(ring.path)
+
+
+def test_a_truncated_ring_is_refused(ring: Ring) -> None:
+    os.truncate(ring.path, 8192)
+    with pytest.raises(ValueError, match="damaged"):
+        RingReader(ring.path)
+
+
+def test_a_ring_is_ours_alone_and_leaves_no_draft(tmp_path: Path) -> None:
+    ring = make_ring(tmp_path / "deep" / "run")
+    assert ring.path.stat().st_mode & 0o777 == 0o600
+    assert ring.path.parent.stat().st_mode & 0o777 == 0o700
+    assert list(ring.path.parent.iterdir()) == [ring.path]
+
+
+def test_a_ring_fits_a_containers_shared_memory_however_many_layers(tmp_path: Path) -> None:
+    for layers in (0, 1, 100, 2000):
+        ring = Ring.create(tmp_path / ring_name("first", layers), identity(), layers=layers)
+        assert ring.path.stat().st_size <= MAX_RING_BYTES + 8192
+        assert ring.layout.slot_count >= 64
+
+
+def test_a_leftover_draft_does_not_stop_a_rank(tmp_path: Path) -> None:
+    (tmp_path / ring_name("first", 0)).with_suffix(".draft").write_bytes(b"of a rank that was killed")
+    assert RingReader(make_ring(tmp_path).path).identity == identity()
+
+
+def test_a_run_has_a_folder_of_its_own_whatever_its_name() -> None:
+    names = ["night", "a/b", "a_b", "a:b", "..", ".", "../../etc", "ü", "u", "x" * 200, "x" * 199, ".night"]
+    folders = {ring_folder(name, "/rings") for name in names}
+    assert len(folders) == len(names)
+    for folder in folders:
+        assert folder.parent == Path("/rings") and not folder.name.startswith(".") and len(folder.name) < 128
+    assert ring_folder("night", "/rings").name == "night"
+
+
+def test_the_environment_says_where_rings_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORESHOCK_RING_DIR", "/elsewhere")
+    assert ring_folder("night") == Path("/elsewhere/night")
+    monkeypatch.delenv("FORESHOCK_RING_DIR")
+    assert ring_folder("night").parent.name == f"foreshock-{os.getuid()}"
+
+
+def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from tests.agent.rank import make_ring; make_ring(Path(sys.argv[1]));"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", str(tmp_path)],
+        cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        reader = RingReader(tmp_path / ring_name("first", 0))
+        assert reader.alive
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert process_start(child.pid) is None and not reader.alive
+
+
+def test_a_process_that_took_over_the_number_is_not_the_rank(ring: Ring) -> None:
+    reader = RingReader(ring.path)
+    assert reader.alive
+    reader.process_start -= 1
+    assert not reader.alive
