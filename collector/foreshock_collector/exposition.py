@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
-from foreshock_collector.runs import Histogram, Run, Runs
+from foreshock_collector.runs import Run, Runs
+from foreshock_collector.totals import Histogram
 
 Labels = tuple[str, ...]
 _Family = TypeVar("_Family", bound=Metric)
@@ -69,24 +70,24 @@ class RunSeries(Collector):
         yield from families.values()
 
     def _add(self, families: dict[str, Metric], run: Run, now: float) -> None:
-        labels = (run.experiment, run.name)
+        labels, totals = (run.experiment, run.name), run.totals
         for name, series in _LEVELS.items():
-            if name in run.levels:
-                _gauge(families, series, labels, run.levels[name])
+            if name in totals.levels:
+                _gauge(families, series, labels, totals.levels[name])
         for name, series in _TIMES.items():
-            _gauge(families, series, labels, run.last[name])
+            _gauge(families, series, labels, totals.last[name])
         for name, series in _COUNTERS.items():
-            _counter(families, series, labels, run.counters[name])
-        for key, count in run.nonfinite.items():
+            _counter(families, series, labels, totals.counters[name])
+        for key, count in totals.nonfinite.items():
             _counter(families, c.NONFINITE_STEPS, (*labels, *key.split()), count)
-        for reason, count in run.dropped.items():
+        for reason, count in totals.dropped.items():
             _counter(families, c.RECORDS_DROPPED, (*labels, reason), count)
-        for verdict, count in run.incident_counts.items():
+        for verdict, count in totals.incidents.items():
             _counter(families, c.INCIDENTS, (*labels, verdict), count)
-            _gauge(families, c.LAST_INCIDENT, (*labels, verdict), run.last_incident[verdict])
-        _histogram(families, c.GRADIENT_NORM, labels, run.norms)
-        _histogram(families, c.STEP_DURATION, labels, run.durations)
-        _gauge(families, c.STALL_AFTER, labels, run.stall_after())
+            _gauge(families, c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
+        _histogram(families, c.GRADIENT_NORM, labels, totals.norms)
+        _histogram(families, c.STEP_DURATION, labels, totals.durations)
+        _gauge(families, c.STALL_AFTER, labels, totals.stall_after())
         _gauge(families, c.RUN_ACTIVE, labels, float(run.active(now, self._silent)))
         attempt = run.newest
         ranks = attempt.instances.values()

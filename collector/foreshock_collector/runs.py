@@ -6,51 +6,27 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any
 
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.board import complete, decode
-from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_VERDICTS, STEP_DURATION
 from foreshock_collector.detection import Event
 from foreshock_collector.diagnosis import LEAD_STEPS, diagnose
 from foreshock_collector.steps import Step
+from foreshock_collector.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-STALL_STEPS, STALL_LEAST_SECONDS = 20, 600.0
 EVENTS_KEPT = 200
 """Events and incidents of a run at hand; the store has them all."""
-NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, has nothing more to say."""
-_COUNTED = ("spike", "build_up", "loss_spike")
 
 
 class ContradictionError(ValueError):
     """What an instance says does not fit what is known of it."""
-
-
-@dataclass
-class Histogram:
-    """One count per bucket; cumulative only when shown."""
-
-    bounds: tuple[float, ...]
-    counts: list[int] = field(default_factory=list)
-    total: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.counts = self.counts or [0] * (len(self.bounds) + 1)
-
-    def add(self, value: float) -> None:
-        """Count one finite value."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        # Norms near the largest float must not make the sum infinite.
-        self.total = min(self.total + value, 1e300)
 
 
 @dataclass
@@ -74,24 +50,13 @@ class Run:
         self.experiment = experiment
         self.name = name
         self.attempts: list[Attempt] = []
-        self.counters: dict[str, int] = dict.fromkeys(("steps", "clipped", "skipped", *_COUNTED), 0)
-        self.nonfinite: dict[str, int] = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS}
-        self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
-        self.incident_counts: dict[str, int] = dict.fromkeys(INCIDENT_VERDICTS, 0)
-        self.last_incident: dict[str, float] = dict.fromkeys(INCIDENT_VERDICTS, 0.0)
-        self.last: dict[str, float] = dict.fromkeys((*_COUNTED, "nonfinite", "step"), 0.0)
-        """When each kind of event was last seen, Unix time; 0: never."""
-        self.levels: dict[str, float] = {}
-        """Newest finite value of each gauge, of the newest attempt."""
-        self.norms = Histogram(GRADIENT_NORM.buckets)
-        self.durations = Histogram(STEP_DURATION.buckets)
+        self.totals = Totals()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.incidents: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.watched_since = 0.0
         """Silence counts from here: while the collector was away, nobody could report."""
         self.changes: Changes | None = None
         """None: nothing has happened since the last commit."""
-        self._recent: deque[float] = deque(maxlen=64)
         self._missing: Counter[str] = Counter()
         """Dropped records that were learnt of since the last commit."""
 
@@ -145,7 +110,7 @@ class Run:
         self.hear(instance, now)
         for reason, count in batch.dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is told.
-            if reason in self.dropped:
+            if reason in self.totals.dropped:
                 before = instance.dropped.get(reason, 0)
                 self._missing[reason] += max(0, count - before)
                 instance.dropped[reason] = max(count, before)
@@ -202,49 +167,22 @@ class Run:
                 self._close_incident(each, now)
             if each is not self.newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
                 each.rest()
-        self.dropped = {reason: count + self._missing[reason] for reason, count in self.dropped.items()}
+        self.totals.add_dropped(self._missing)
         self._missing.clear()
 
     def _detect(self, attempt: Attempt, step: Step, now: float) -> None:
         self.changed().steps.append(step)
-        bad = step.nonfinite
-        self._count(step, bad, now)
+        self.totals.add_step(step, now, newest=attempt is self.newest)
         detector = attempt.detector
         finite_before = detector.finite_ever
         where = {"attempt": attempt.number, "sequence": step.sequence, "step": step.step}
-        for event in detector.update(norm=step.global_norm, loss=step.loss, nonfinite=len(bad), **where):
-            if event.kind in _COUNTED:
-                self.counters[event.kind] += 1
-                self.last[event.kind] = now
+        for event in detector.update(norm=step.global_norm, loss=step.loss, nonfinite=len(step.nonfinite), **where):
+            self.totals.add_event(event.kind, now)
             self._note(asdict(event), now)
             if event.kind == "recovered":
                 self._close_incident(attempt, now)
             if event.kind == "nonfinite":
                 self._open_incident(attempt, now, finite_before=finite_before)
-
-    def _count(self, step: Step, bad: list[tuple[str, str]], now: float) -> None:
-        self.counters["steps"] += 1
-        self.counters["clipped"] += step.clip_coefficient < 1
-        self.counters["skipped"] += step.skipped
-        for source, kind in bad:
-            self.nonfinite[f"{source} {kind}"] += 1
-            self.last["nonfinite"] = now
-        if math.isfinite(step.global_norm):
-            self.norms.add(step.global_norm)
-        if step.duration_seconds is not None:
-            self.durations.add(step.duration_seconds)
-            self._recent.append(step.duration_seconds)
-        self.last["step"] = now
-        if step.attempt == self.newest.number:
-            levels = {
-                "step": float(step.step),
-                "global_norm": step.global_norm,
-                "clip_coefficient": step.clip_coefficient,
-                "learning_rate": step.learning_rate,
-                "loss_scale": step.loss_scale,
-                "loss": math.nan if step.loss is None else step.loss,
-            }
-            self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
 
     def _note(self, event: dict[str, Any], now: float) -> None:
         event = {**event, "seen_seconds": now}
@@ -260,7 +198,7 @@ class Run:
         ]
         steps = list(attempt.steps)
         verdict = diagnose(steps, events, attempt.board, attempt.model, finite_before=finite_before)
-        number = 1 + sum(self.incident_counts.values())
+        number = 1 + sum(self.totals.incidents.values())
         incident = {
             "id": number,
             "attempt": attempt.number,
@@ -272,8 +210,7 @@ class Run:
         self.incidents.append(incident)
         self.changed().incidents[number] = incident
         self.changed().windows[number] = attempt.window(steps[-1].sequence - LEAD_STEPS, steps[-1].sequence)
-        self.incident_counts[verdict.cause] += 1
-        self.last_incident[verdict.cause] = now
+        self.totals.add_incident(verdict.cause, now)
 
     def _close_incident(self, attempt: Attempt, now: float) -> None:
         for incident in self.incidents:
@@ -320,19 +257,12 @@ class Run:
             return max(0.0, now - self.last_heard())
         return max(0.0, now - max(self.last_heard(), self.watched_since) - silent_seconds)
 
-    def stall_after(self) -> float:
-        """Seconds without a step that mean a stall."""
-        return max(STALL_LEAST_SECONDS, STALL_STEPS * median(self._recent)) if self._recent else STALL_LEAST_SECONDS
-
     def snapshot(self) -> dict[str, Any]:
         """All that must survive beside the tables, as JSON."""
         return {
             "experiment": self.experiment,
             "attempts": [attempt.state() for attempt in self.attempts],
-            "norms": [self.norms.counts, self.norms.total],
-            "durations": [self.durations.counts, self.durations.total],
-            "recent": list(self._recent),
-            **{name: getattr(self, name) for name in _SAVED},
+            "totals": self.totals.state(),
         }
 
     @classmethod
@@ -341,11 +271,7 @@ class Run:
         run = cls(snapshot["experiment"], name)
         for number, (hello, state) in enumerate(zip(hellos, snapshot["attempts"], strict=True)):
             run.attempts.append(Attempt(number, hello, state))
-        for group in _SAVED:
-            getattr(run, group).update(snapshot[group])
-        run.norms.counts, run.norms.total = snapshot["norms"]
-        run.durations.counts, run.durations.total = snapshot["durations"]
-        run._recent.extend(snapshot["recent"])
+        run.totals = Totals.restored(snapshot["totals"])
         return run
 
     def recall(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
@@ -354,9 +280,6 @@ class Run:
         for piece in decode(batch, instance.layers).slices(board.capacity // 2):
             if board.room(piece) <= board.settled:
                 board.write(instance.rank, piece, now)
-
-
-_SAVED = ("counters", "nonfinite", "dropped", "incident_counts", "last_incident", "last", "levels")
 
 
 class Runs:

@@ -116,7 +116,7 @@ class Pages:
         return _json(
             {
                 **self._brief(run),
-                "counters": {**run.counters, "nonfinite": run.nonfinite, "dropped": run.dropped},
+                "counters": {**run.totals.counters, "nonfinite": run.totals.nonfinite, "dropped": run.totals.dropped},
                 "attempts": [_attempt(each) for each in run.attempts],
                 "ranks": [_rank(instance) for _, instance in sorted(attempt.instances.items())],
                 "events": list(run.events),
@@ -185,10 +185,10 @@ class Pages:
             "verdict": newest["verdict"]["cause"] if newest else "healthy",
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
-            "newest": run.levels,
+            "newest": run.totals.levels,
             "last_report_seconds": run.last_heard(),
-            "last_step_seconds": run.last["step"],
-            "stall_after_seconds": run.stall_after(),
+            "last_step_seconds": run.totals.last["step"],
+            "stall_after_seconds": run.totals.stall_after(),
         }
 
 

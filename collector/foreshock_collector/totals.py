@@ -1,0 +1,118 @@
+"""A run in numbers: what its steps add up to, and its newest values. Exposition shows it, the store keeps it."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_VERDICTS, STEP_DURATION
+from foreshock_collector.steps import Step
+
+NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
+COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
+_STALL_STEPS, _STALL_LEAST_SECONDS = 20, 600.0
+_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "levels")
+
+
+@dataclass
+class Histogram:
+    """One count per bucket; cumulative only when shown."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def add(self, value: float) -> None:
+        """Count one finite value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        # Norms near the largest float must not make the sum infinite.
+        self.total = min(self.total + value, 1e300)
+
+
+class Totals:
+    """All of it. Counters only grow; times are Unix seconds, 0: never."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, int] = dict.fromkeys(("steps", "clipped", "skipped", *COUNTED_EVENTS), 0)
+        self.nonfinite: dict[str, int] = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS}
+        self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
+        self.incidents: dict[str, int] = dict.fromkeys(INCIDENT_VERDICTS, 0)
+        self.last_incident: dict[str, float] = dict.fromkeys(INCIDENT_VERDICTS, 0.0)
+        self.last: dict[str, float] = dict.fromkeys((*COUNTED_EVENTS, "nonfinite", "step"), 0.0)
+        """When each kind of event was last seen."""
+        self.levels: dict[str, float] = {}
+        """Newest finite value of each gauge, of the newest attempt."""
+        self.norms = Histogram(GRADIENT_NORM.buckets)
+        self.durations = Histogram(STEP_DURATION.buckets)
+        self._recent: deque[float] = deque(maxlen=64)
+
+    def add_step(self, step: Step, now: float, *, newest: bool) -> None:
+        """Count one step. newest: its attempt is, so its values are the run's."""
+        self.counters["steps"] += 1
+        self.counters["clipped"] += step.clip_coefficient < 1
+        self.counters["skipped"] += step.skipped
+        for source, kind in step.nonfinite:
+            self.nonfinite[f"{source} {kind}"] += 1
+            self.last["nonfinite"] = now
+        if math.isfinite(step.global_norm):
+            self.norms.add(step.global_norm)
+        if step.duration_seconds is not None:
+            self.durations.add(step.duration_seconds)
+            self._recent.append(step.duration_seconds)
+        self.last["step"] = now
+        if newest:
+            levels = {
+                "step": float(step.step),
+                "global_norm": step.global_norm,
+                "clip_coefficient": step.clip_coefficient,
+                "learning_rate": step.learning_rate,
+                "loss_scale": step.loss_scale,
+                "loss": math.nan if step.loss is None else step.loss,
+            }
+            self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
+
+    def add_event(self, kind: str, now: float) -> None:
+        """Count what the detector has found."""
+        if kind in COUNTED_EVENTS:
+            self.counters[kind] += 1
+            self.last[kind] = now
+
+    def add_incident(self, verdict: str, now: float) -> None:
+        """Count an incident."""
+        self.incidents[verdict] += 1
+        self.last_incident[verdict] = now
+
+    def add_dropped(self, counts: Counter[str]) -> None:
+        """Count records that will never come, by reason."""
+        self.dropped = {reason: count + counts[reason] for reason, count in self.dropped.items()}
+
+    def stall_after(self) -> float:
+        """Seconds without a step that mean a stall, by the run's own pace."""
+        return max(_STALL_LEAST_SECONDS, _STALL_STEPS * median(self._recent)) if self._recent else _STALL_LEAST_SECONDS
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "norms": [self.norms.counts, self.norms.total],
+            "durations": [self.durations.counts, self.durations.total],
+            "recent": list(self._recent),
+            **{name: getattr(self, name) for name in _SAVED},
+        }
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> Totals:
+        """As it was when `state` was taken."""
+        totals = cls()
+        for group in _SAVED:
+            getattr(totals, group).update(state[group])
+        totals.norms.counts, totals.norms.total = state["norms"]
+        totals.durations.counts, totals.durations.total = state["durations"]
+        totals._recent.extend(state["recent"])
+        return totals
