@@ -28,7 +28,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: test
-test: $(INSTALLED) prometheus ## run the tests; sets everything up; ARGS="-k name" goes to pytest
+test: $(INSTALLED) prometheus chromium ## run the tests; sets everything up; ARGS="-k name" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -45,6 +45,10 @@ static: $(INSTALLED) protos-drift ## format, lint, types, and whether generated 
 docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
 	@$(BIN)/python docs/make_metrics.py
 
+.PHONY: screenshots
+screenshots: $(INSTALLED) chromium ## write docs/screenshots from a made-up run, in a real browser
+	@$(BIN)/python -m docs.make_screenshots
+
 .PHONY: protos
 protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto
 	@$(PROTOC) $(call GENERATED,protos)
@@ -59,6 +63,12 @@ wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an envi
 prometheus:
 	@for tool in prometheus promtool prometheus-alertmanager amtool; do \
 	  command -v $$tool >/dev/null || { $(call apt-install,The tests run a real Prometheus and Alertmanager,prometheus prometheus-alertmanager); break; }; \
+	done
+
+.PHONY: chromium
+chromium:
+	@for tool in chromium chromedriver; do \
+	  command -v $$tool >/dev/null || { $(call apt-install,The tests of the page run a real browser,chromium chromium-driver); break; }; \
 	done
 
 .PHONY: protos-drift

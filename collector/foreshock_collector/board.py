@@ -214,6 +214,22 @@ class Board:
         norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
         return norms
 
+    def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Local norms for the eye, [steps, ranks]: NaN where nothing is known, Inf where it is not finite."""
+        cells = self._cells[sequences % self.capacity]
+        known = (cells["sequence"] == sequences[:, None]) & (cells["flags"] & pb.LOCAL_NORMS != 0) & complete(cells)
+        bad = bad_locally(cells) | ~np.isfinite(cells["local_norm"])
+        norms: NDArray[np.float64] = np.where(known, np.where(bad, math.inf, cells["local_norm"]), math.nan)
+        return norms
+
+    def layer_table(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Norms of the averaged gradient for the eye, [steps, layers]: NaN and Inf as in `rank_norms`."""
+        slots = sequences % self.capacity
+        norms = self._layer_norms[slots].astype(np.float64)
+        norms[~np.isfinite(norms)] = math.inf
+        norms[self._layer_sequences[slots] != sequences] = math.nan
+        return norms
+
     def _put_together(self, attempt: int, sequence: int) -> Step | None:
         ranks, rows = self.records(sequence)
         if not ranks.size:

@@ -98,8 +98,7 @@ class Channel:
             self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
             return None, None
         scale = 1.0 if rule.logarithmic else abs(self.mean)
-        # 1.2533 = sqrt(pi / 2) turns a mean absolute deviation into a standard deviation.
-        sigma = max(1.2533 * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
+        sigma = self._sigma(rule)
         z = (x - self.mean) / sigma
         ready = self.count >= rule.ready_after
         spike = ready and z > rule.spike_z and x - self.mean > rule.spike_rise * scale
@@ -115,6 +114,19 @@ class Channel:
         if not self.count:
             return None
         return math.exp(self.mean) if rule.logarithmic else self.mean
+
+    def band(self, rule: Rule) -> tuple[float, float] | None:
+        """From where to where values are clamped before they become history; None while no step is judged yet."""
+        if self.count < rule.ready_after:
+            return None
+        reach = rule.clamp * self._sigma(rule)
+        low, high = self.mean - reach, self.mean + reach
+        return (math.exp(low), math.exp(high)) if rule.logarithmic else (low, high)
+
+    def _sigma(self, rule: Rule) -> float:
+        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        # 1.2533 = sqrt(pi / 2) turns a mean absolute deviation into a standard deviation.
+        return max(1.2533 * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
 
     def _add_up(self, z: float, rule: Rule) -> float | None:
         self.total = max(0.0, self.total + min(z, rule.cusum_cap) - rule.cusum_slack)

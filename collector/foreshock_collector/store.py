@@ -27,6 +27,11 @@ _INSTANCE_COLUMNS = (
     *("rank", "local_rank", "node", "pid", "layers", "position", "closed", "detail", "last_report", "last_step"),
     *("last_finished", "loss", "local_norm", "dropped", "told"),
 )
+_SHOWN_VALUES = (
+    *("sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale", "global_norm"),
+    *("clip_coefficient", "skipped"),
+)
+_SHOWN = ", ".join((*_SHOWN_VALUES, "nan_loss", "inf_loss", "nan_gradient", "inf_gradient"))
 _TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (run TEXT PRIMARY KEY, snapshot TEXT NOT NULL);
@@ -178,22 +183,17 @@ class Store:
 
         Null where a value is not finite; then `loss_nonfinite` or `gradient_nonfinite` says "nan" or "inf".
         """
-        names = ("sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale",
-                 "global_norm", "clip_coefficient", "skipped")  # fmt: skip
-        bad = ("nan_loss", "inf_loss", "nan_gradient", "inf_gradient")
-        rows = self._db.execute(
-            f"SELECT {', '.join(names + bad)} FROM steps WHERE run=? AND attempt=? AND sequence>? "  # noqa: S608
-            "ORDER BY sequence LIMIT ?",
-            (run, attempt, after, limit),
-        ).fetchall()
-        columns: dict[str, list[Any]] = {
-            name: [finite(_restored(row[i])) for row in rows] for i, name in enumerate(names)
-        }
-        first = len(names)
-        columns["skipped"] = [bool(skipped) for skipped in columns["skipped"]]
-        columns["loss_nonfinite"] = [_kind(row[first], row[first + 1]) for row in rows]
-        columns["gradient_nonfinite"] = [_kind(row[first + 2], row[first + 3]) for row in rows]
-        return columns
+        query = f"SELECT {_SHOWN} FROM steps WHERE run=? AND attempt=? AND sequence>? ORDER BY sequence LIMIT ?"  # noqa: S608
+        return _columns(self._db.execute(query, (run, attempt, after, limit)).fetchall())
+
+    def peaks(self, run: str, *, attempt: int, first: int, last: int, stretch: int) -> dict[str, list[Any]]:
+        """The same, of each `stretch` steps the one with the largest norm; one that is not finite is the largest."""
+        # With a single max(), SQLite takes the other columns from the row that has it; a text is above all numbers.
+        bad = "nan_loss OR inf_loss OR nan_gradient OR inf_gradient"
+        peak = f"max(CASE WHEN {bad} THEN 'bad' ELSE global_norm END)"
+        where = "run=? AND attempt=? AND sequence BETWEEN ? AND ?"
+        query = f"SELECT {_SHOWN}, {peak} FROM steps WHERE {where} GROUP BY (sequence - 1) / ? ORDER BY sequence"  # noqa: S608
+        return _columns(self._db.execute(query, (run, attempt, first, last, stretch)).fetchall())
 
     def incident_records(self, run: str, number: int) -> list[dict[str, Any]]:
         """Rank-level records around an incident."""
@@ -227,6 +227,17 @@ def _lock(path: Path | str) -> Any:
             f"database {path} is in use by another collector; stop that one or give another path"
         ) from None
     return file
+
+
+def _columns(rows: list[Any]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {
+        name: [finite(_restored(row[i])) for row in rows] for i, name in enumerate(_SHOWN_VALUES)
+    }
+    first = len(_SHOWN_VALUES)
+    columns["skipped"] = [bool(skipped) for skipped in columns["skipped"]]
+    columns["loss_nonfinite"] = [_kind(row[first], row[first + 1]) for row in rows]
+    columns["gradient_nonfinite"] = [_kind(row[first + 2], row[first + 3]) for row in rows]
+    return columns
 
 
 def _values(instance: Instance) -> list[Any]:

@@ -1,0 +1,72 @@
+"""Norms by rank or by layer over steps, thinned to what a screen can show: each cell is the largest of its block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_collector.attempts import Attempt
+from foreshock_collector.steps import kind_of
+
+MOST_ROWS = 128
+"""More ranks or layers share rows: a row of fewer than two pixels says nothing."""
+
+
+def at_hand(attempt: Attempt, by: str, *, first: int, last: int, columns: int) -> dict[str, Any]:
+    """Of an attempt whose records are still in memory. by: "ranks" or "layers"."""
+    board = attempt.board
+    first = max(first, attempt.settled - board.capacity + 1, 1)
+    sequences = np.arange(first, min(last, attempt.settled) + 1)
+    if by == "layers":
+        return thinned(sequences, attempt.model.layers, board.layer_table(sequences), columns=columns)
+    names = [str(rank) for rank in range(attempt.world_size)]
+    return thinned(sequences, names, board.rank_norms(sequences), columns=columns)
+
+
+def around_incident(records: Sequence[dict[str, Any]], *, columns: int) -> dict[str, Any]:
+    """Local norms by rank from the records that are kept for good."""
+    sequences = np.unique(np.array([record["sequence"] for record in records], np.int64))
+    ranks = np.unique(np.array([record["rank"] for record in records], np.int64))
+    table = np.full((len(sequences), len(ranks)), math.nan)
+    for record in records:
+        norm, bad = record["local_norm"], record["local_nan_parameters"] + record["local_inf_parameters"] > 0
+        place = np.searchsorted(sequences, record["sequence"]), np.searchsorted(ranks, record["rank"])
+        table[place] = norm if math.isfinite(norm) and not bad else math.inf
+    return thinned(sequences, [str(rank) for rank in ranks], table, columns=columns)
+
+
+def thinned(
+    sequences: NDArray[np.int64], names: Sequence[str], table: NDArray[np.float64], *, columns: int
+) -> dict[str, Any]:
+    """table: [steps, rows], NaN where nothing is known, Inf where it is not finite.
+
+    Returns `sequence`, the first of each column, `stretch`, the steps of a column, `rows`, their names, and `values`
+    [row][column]: null where nothing is known, "inf" where it is not finite.
+    """
+    known = ~np.isnan(table).all(axis=1) if table.size else np.zeros(len(sequences), np.bool_)
+    # What came before local norms, or before this collector, is no part of the picture.
+    start = int(known.argmax()) if known.any() else len(sequences)
+    sequences, table = sequences[start:], table[start:]
+    stretch = max(1, -(-len(sequences) // columns))
+    group = max(1, -(-len(names) // MOST_ROWS))
+    values: list[list[Any]] = []
+    starts, tops = np.arange(0, len(sequences), stretch), np.arange(0, len(names), group)
+    if table.size:
+        blocks = np.fmax.reduceat(np.fmax.reduceat(table, starts, axis=0), tops, axis=1)
+        values = [[_told(value) for value in row] for row in blocks.T.tolist()]
+    rows = [_range(names[top : top + group]) for top in tops.tolist()]
+    return {"sequence": sequences[starts].tolist(), "stretch": stretch, "rows": rows, "values": values}
+
+
+def _told(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return kind_of(value) or float(f"{value:.4g}")
+
+
+def _range(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -1,0 +1,137 @@
+// Line charts over steps, drawn by plotly.js. All share one step axis, so a look down the page is one moment.
+
+import { el } from "./text.js";
+
+export const LINES = [
+  {
+    id: "norm", title: "Global norm", values: "global_norm", bad: "gradient_nonfinite", logarithmic: true, height: 230,
+    band: true, marks: ["spike", "build_up", "nonfinite"],
+    note: "before clipping, log scale; shaded: where this run's own history expects it (mean ± 3 σ)",
+  },
+  {
+    id: "loss", title: "Loss", values: "loss", bad: "loss_nonfinite", height: 130, marks: ["loss_spike", "nonfinite"],
+    note: "mean over ranks",
+  },
+  { id: "clip", title: "Clip coefficient", values: "clip_coefficient", height: 85, range: [-0.05, 1.08], note: "1: not clipped" },
+  { id: "rate", title: "Learning rate", values: "learning_rate", height: 95, fromZero: true, note: "first parameter group" },
+];
+
+export const MARKS = {
+  spike: { symbol: "triangle-up-open", word: "spike", colour: "--warn" },
+  build_up: { symbol: "triangle-up", word: "build-up begins", colour: "--warn" },
+  loss_spike: { symbol: "triangle-up-open", word: "loss spike", colour: "--warn" },
+  nonfinite: { symbol: "x-thin", word: "not finite", colour: "--bad" },
+};
+
+const FONT = "system-ui, sans-serif";
+
+export function colour(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+// The same for every chart: what lies above each other is one step.
+export function margins(width) {
+  return { l: width < 600 ? 54 : 116, r: 10, t: 6, b: 22, pad: 0 };
+}
+
+let loading = null;
+
+// 4.8 MB that block the page for a moment the first time: asked for only after all that is text stands there.
+export function plotly() {
+  loading ??= new Promise((resolve, reject) => {
+    const script = el("script", { src: document.getElementById("data").dataset.plotly, async: true });
+    script.addEventListener("load", () => resolve(globalThis.Plotly));
+    script.addEventListener("error", () => reject(new Error("the charts' library did not load")));
+    document.head.append(script);
+  });
+  return loading;
+}
+
+export function layout(width, height, scope, more = {}) {
+  const axis = {
+    gridcolor: colour("--grid"), linecolor: colour("--rule"), zeroline: false, tickfont: { size: 11 }, fixedrange: true,
+  };
+  return {
+    width, height, margin: margins(width), showlegend: false, hovermode: false,
+    dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: FONT, size: 11, color: colour("--soft") },
+    uirevision: "same",
+    ...more,
+    xaxis: {
+      ...axis, range: [scope.low, scope.high], fixedrange: false, showgrid: false, ticks: "outside", ticklen: 3,
+      tickcolor: colour("--rule"), showline: true, nticks: width < 600 ? 5 : 10, tickformat: ",d", ...more.xaxis,
+    },
+    yaxis: { ...axis, nticks: height > 150 ? 6 : 4, exponentformat: "power", ...more.yaxis },
+  };
+}
+
+export const CONFIG = { displayModeBar: false, doubleClick: false, showTips: false, responsive: false };
+
+function bandTraces(series, x) {
+  if (!series.usual_low.some((value) => value !== null)) return [];
+  const line = { width: 0, shape: "linear" };
+  return [
+    { x, y: series.usual_low, mode: "lines", line, hoverinfo: "skip" },
+    { x, y: series.usual_high, mode: "lines", line, fill: "tonexty", fillcolor: colour("--band"), hoverinfo: "skip" },
+  ];
+}
+
+function markTraces(chart, series, events, x) {
+  const traces = [];
+  const add = (xs, kind) => {
+    const { symbol, colour: name } = MARKS[kind];
+    traces.push({
+      x: xs, y: xs.map(() => 0.94), yaxis: "y2", mode: "markers", hoverinfo: "skip", cliponaxis: false,
+      marker: { symbol, size: kind === "nonfinite" ? 8 : 9, color: colour(name), line: { width: 1.6, color: colour(name) } },
+    });
+  };
+  for (const kind of chart.marks ?? []) {
+    if (kind === "nonfinite") add(x.filter((_, i) => series[chart.bad][i]), kind);
+    else add(events.filter((event) => event.kind === kind).map((event) => event.x), kind);
+  }
+  return traces.filter((trace) => trace.x.length);
+}
+
+// Where an episode began, through all charts.
+export function lines(events) {
+  return events.filter((event) => event.kind === "build_up" || event.kind === "nonfinite").map((event) => ({
+    type: "line", xref: "x", yref: "paper", x0: event.x, x1: event.x, y0: 0, y1: 1, layer: "below",
+    line: { width: 1, dash: event.kind === "nonfinite" ? "solid" : "dot", color: colour(MARKS[event.kind].colour) },
+  }));
+}
+
+export async function drawLine(node, chart, { series, events, scope, offset }) {
+  const Plotly = await plotly();
+  const x = series.sequence.map((sequence) => sequence + offset);
+  const values = series[chart.values];
+  const trace = {
+    x, y: values, mode: x.length < 3 ? "markers" : "lines", hoverinfo: "skip", connectgaps: false,
+    line: { color: colour("--trace"), width: 1.4 }, marker: { color: colour("--trace"), size: 4 },
+  };
+  const yaxis = { type: chart.logarithmic ? "log" : "linear" };
+  if (chart.range) yaxis.range = chart.range;
+  if (chart.fromZero) yaxis.rangemode = "tozero";
+  if (chart.logarithmic) Object.assign(yaxis, logRange([values, chart.band ? series.usual_low : [], chart.band ? series.usual_high : []]));
+  const more = {
+    yaxis, shapes: lines(events),
+    yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
+  };
+  const traces = [...(chart.band ? bandTraces(series, x) : []), trace, ...markTraces(chart, series, events, x)];
+  await Plotly.react(node, traces, layout(node.clientWidth, chart.height, scope, more), CONFIG);
+}
+
+// A decade at least, or a calm norm would look like noise; ticks at powers of ten once there are several.
+function logRange(columns) {
+  const logs = columns.flat().filter((value) => value > 0).map(Math.log10);
+  if (!logs.length) return {};
+  let low = logs.reduce((a, b) => Math.min(a, b));
+  let high = logs.reduce((a, b) => Math.max(a, b));
+  const lack = Math.max(0, 1 - (high - low)) / 2;
+  low -= lack; high += lack;
+  const reach = high - low;
+  return {
+    range: [low - 0.04 * reach, high + 0.1 * reach],
+    dtick: reach > 2.5 ? Math.ceil(reach / 6) : "D2",
+  };
+}

@@ -1,0 +1,85 @@
+// Keeps the page up to date: a stream says that there is news, `refresh` fetches it. Without a stream it polls.
+
+import { el, put, span } from "./text.js";
+
+const POLL = 2000;
+const LEAST_GAP = 250; // between two refreshes, so that a busy run does not keep the page busy
+const QUIET = 25000; // the stream has a word every 10 s: after this long it is dead, whatever the browser thinks
+
+export async function json(url) {
+  const response = await fetch(url, { headers: { Accept: "application/json" } });
+  if (!response.ok) {
+    const body = await response.json().catch(() => ({}));
+    throw Object.assign(new Error(body.error ?? `HTTP ${response.status}`), { status: response.status });
+  }
+  return response.json();
+}
+
+export function follow(url, refresh) {
+  let stream = null;
+  let reached = Date.now(); // when the collector was last known to be there
+  let broken = "";
+  let running = false;
+  let again = false;
+
+  async function update() {
+    if (running) { again = true; return; }
+    running = true;
+    do {
+      again = false;
+      try {
+        await refresh();
+        reached = Date.now();
+        broken = "";
+      } catch (error) {
+        if (!(error instanceof TypeError) && !error.status) throw error;
+        broken = error.status ? error.message : "the collector does not answer";
+      }
+      show();
+      await new Promise((resolve) => setTimeout(resolve, LEAST_GAP));
+    } while (again);
+    running = false;
+  }
+
+  function open() {
+    // Browsers allow six connections a host: tabs in the background give theirs back.
+    if (document.hidden || stream) return;
+    stream = new EventSource(url);
+    stream.addEventListener("news", () => { reached = Date.now(); update(); });
+    stream.addEventListener("word", () => { reached = Date.now(); broken = ""; });
+  }
+
+  function close() {
+    stream?.close();
+    stream = null;
+  }
+
+  const streaming = () => stream !== null && stream.readyState === EventSource.OPEN;
+
+  function show() {
+    const connection = document.getElementById("connection");
+    const state = broken ? "broken" : streaming() ? "live" : "polling";
+    connection.dataset.state = state;
+    const words = {
+      live: "live",
+      polling: `asking every ${span(POLL / 1000)}`,
+      broken: `not connected for ${span((Date.now() - reached) / 1000)}: ${broken}. What you see is old.`,
+    };
+    if (connection.textContent !== words[state]) put("connection", el("span", {}, words[state]));
+  }
+
+  document.addEventListener("visibilitychange", () => (document.hidden ? close() : (open(), update())));
+  setInterval(() => {
+    if (document.hidden) return;
+    if (!streaming() || Date.now() - reached > QUIET) {
+      // A stream that was refused closes itself for good; a new one is tried as we poll.
+      if (stream && (stream.readyState === EventSource.CLOSED || Date.now() - reached > QUIET)) close();
+      open();
+      update();
+    }
+    show();
+  }, POLL);
+  open();
+  update();
+  return update;
+}

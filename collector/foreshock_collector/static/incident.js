@@ -1,0 +1,57 @@
+// The incident card: what, since when, where, how it looked, what to do. In this order, above everything else.
+
+import { clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
+
+const RUNBOOKS = { exploding_gradients: "ForeshockExplodingGradients" };
+
+export function incidentCard(incident, { now, show }) {
+  const { verdict } = incident;
+  const runbook = RUNBOOKS[verdict.cause] ?? "ForeshockSuddenNonFinite";
+  const fact = (term, ...words) => el("div", {}, el("dt", {}, term), el("dd", {}, ...words));
+  const list = (kind, items) => el(kind, {}, items.map((item) => el("li", {}, item)));
+  const open = incident.closed_seconds === null;
+  return el("article", { class: "incident", "data-open": open, "data-incident": incident.id },
+    el("h2", {}, verdictTitle(verdict.cause),
+      el("span", { class: "quiet" }, ` incident ${incident.id}, `,
+        open ? `open for ${span(Math.max(0, now - incident.opened_seconds))}` : `over since ${clock(incident.closed_seconds)}`)),
+    el("dl", { class: "where" },
+      fact("not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
+      fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
+        verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
+      fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
+      fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
+      fact("confidence", el("strong", {}, `${Math.round(verdict.confidence * 100)} %`))),
+    el("p", { class: "summary" }, verdict.summary),
+    el("div", { class: "columns" },
+      el("div", {}, el("h3", {}, "Try"), list("ol", verdict.try),
+        el("p", {}, el("a", { class: "button", href: `/runbooks/${runbook}` }, "Open the runbook"), " ",
+          el("button", { type: "button", onclick: () => show(incident) }, "Show these steps"))),
+      el("div", {}, el("h3", {}, "Seen"), list("ul", verdict.evidence),
+        verdict.alternatives.length ? el("p", { class: "quiet" }, `It could also be: ${verdict.alternatives.join("; ")}.`) : null)));
+}
+
+export function earlier(incidents, show) {
+  if (!incidents.length) return null;
+  return el("details", { class: "earlier" },
+    el("summary", {}, plural(incidents.length, "earlier incident")),
+    el("ul", {}, incidents.map((incident) => el("li", {},
+      el("button", { type: "button", class: "plain", onclick: () => show(incident) }, `step ${whole(incident.verdict.first_bad_step)}`),
+      ` ${verdictTitle(incident.verdict.cause)}, attempt ${incident.attempt}, ${clock(incident.opened_seconds)}`))));
+}
+
+const KINDS = {
+  spike: "spike", build_up: "build-up", loss_spike: "loss spike", nonfinite: "not finite", recovered: "finite again",
+  rank_lost: "rank lost", probe_error: "probe error",
+};
+
+export function eventTable(events, show) {
+  if (!events.length) return el("p", { class: "quiet" }, "No events so far.");
+  return el("table", {},
+    el("thead", {}, el("tr", {}, ["step", "event", "value", "usual"].map((head) => el("th", { scope: "col" }, head)))),
+    el("tbody", {}, events.map((event) => el("tr", {},
+      el("td", {}, "sequence" in event
+        ? el("button", { type: "button", class: "plain", onclick: () => show(event) }, whole(event.step)) : whole(event.step)),
+      el("td", {}, KINDS[event.kind] ?? event.kind,
+        event.rank === undefined ? "" : ` (rank ${event.rank}${event.detail ? `: ${event.detail}` : ""})`),
+      el("td", {}, number(event.value)), el("td", {}, number(event.usual))))));
+}
