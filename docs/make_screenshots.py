@@ -10,16 +10,17 @@ from tests.page.browser import Browser, collector
 from tests.page.job import Job
 
 FOLDER = Path(__file__).parent / "screenshots"
-LOOKS = {"light": (1280, False), "dark": (1280, True), "phone": (390, False), "phone-dark": (390, True)}
-HEIGHT = {"fleet": {1280: 640, 390: 844}, "run": {1280: 1560, 390: 844}, "runbook": {1280: 900, 390: 844}}
-MOST_BYTES = 300_000
+WIDE, NARROW = 1140, 390
+LOOKS = {"light": (WIDE, False), "dark": (WIDE, True), "phone": (NARROW, False), "phone-dark": (NARROW, True)}
+HEIGHT = {"fleet": 520, "run": 1480, "charts": 1000}
+ON_A_PHONE = 844
+MOST_BYTES = 200_000
 
 
 def main() -> None:
     """Each page in each look."""
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as places:
-        url, address = places.split()
+    with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as (url, address):
         jobs = [
             Job(address, "gpt-350m-lr3e-4", ranks=8, experiment="pretrain"),
             Job(address, "gpt-350m-lr6e-4", ranks=4, experiment="pretrain"),
@@ -34,7 +35,7 @@ def main() -> None:
         for job in jobs:
             job.stored()
         jobs[3].finish()
-        pages = {"fleet": "/", "run": f"/run/{jobs[1].run}", "runbook": "/runbooks/ForeshockExplodingGradients"}
+        pages = {"fleet": "/", "run": f"/run/{jobs[1].run}", "charts": f"/run/{jobs[1].run}?first=290"}
         for look, (width, dark) in LOOKS.items():
             for page, path in pages.items():
                 _shoot(page, look, url + path, width=width, dark=dark)
@@ -43,13 +44,15 @@ def main() -> None:
 
 
 def _shoot(page: str, look: str, url: str, *, width: int, dark: bool) -> None:
-    browser = Browser(width=width, height=HEIGHT[page][width], dark=dark)
+    browser = Browser(width=width, height=ON_A_PHONE if width == NARROW else HEIGHT[page], dark=dark)
     try:
         browser.open(url)
-        if page == "run":
-            browser.drawn(342)
-        elif page == "fleet":
+        if page == "fleet":
             browser.until("document.querySelectorAll('tr[data-run]').length === 4", "four runs")
+        else:
+            browser.drawn(342)
+        if page == "charts":
+            browser.ask("document.querySelector('#charts').scrollIntoView({behavior: 'instant'})")
         target = FOLDER / f"{page}-{look}.png"
         assert browser.driver.save_screenshot(str(target))
         size = target.stat().st_size

@@ -29,14 +29,15 @@ new PerformanceObserver((list) => {
 
 
 @contextmanager
-def collector(folder: Path) -> Iterator[str]:
+def collector(folder: Path, *, http_port: int = 0) -> Iterator[tuple[str, str]]:
     """A server in a thread of its own, with the settings that users have; yields its URL and gRPC address."""
+    folder.mkdir(exist_ok=True)
     started: list[Any] = []
     ready = threading.Event()
 
     async def serve() -> None:
         stop = asyncio.Event()
-        async with Server(Config(grpc_port=0, http_port=0, database=str(folder / "db"))) as server:
+        async with Server(Config(grpc_port=0, http_port=http_port, database=str(folder / "db"))) as server:
             started.extend((server.url, server.address, asyncio.get_running_loop(), stop))
             ready.set()
             await stop.wait()
@@ -46,7 +47,7 @@ def collector(folder: Path) -> Iterator[str]:
     assert ready.wait(DEADLINE), "the collector did not start"
     url, address, loop, stop = started
     try:
-        yield f"{url} {address}"
+        yield url, address
     finally:
         loop.call_soon_threadsafe(stop.set)
         thread.join(DEADLINE)
@@ -84,7 +85,7 @@ class Browser:
         self.driver.get(url)
 
     def ask(self, script: str) -> Any:
-        return self.driver.execute_script(f"return ({script})")  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(f"return ({script})")
 
     def until(self, script: str, wanted: str) -> Any:
         """Ask until the answer is true; what it was."""

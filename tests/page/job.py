@@ -36,7 +36,7 @@ class Job:
         self._random = np.random.default_rng(7)
         self._queue: queue.SimpleQueue[pb.FromRecorder | None] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address)
-        self._acks: Any = rpc.TelemetryStub(self._channel).Stream(self._messages())
+        self._acks: Any = rpc.TelemetryStub(self._channel).Stream(self._messages())  # type: ignore[no-untyped-call]
         self._began = time.time()
         model = pb.ModelSummary(
             type="Transformer",

@@ -132,6 +132,7 @@ function logRange(columns) {
   const reach = high - low;
   return {
     range: [low - 0.04 * reach, high + 0.1 * reach],
+    tickfont: { size: reach > 2.5 ? 9 : 11 }, // Plotly enlarges what has an exponent
     dtick: reach > 2.5 ? Math.ceil(reach / 6) : "D2",
   };
 }

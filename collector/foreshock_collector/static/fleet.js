@@ -37,7 +37,7 @@ function incidentLine(run) {
 
 function row(run, now) {
   const { newest, recent } = run;
-  const bad = run.condition === "failing" || run.condition === "failed";
+  const bad = recent?.global_norm.at(-1) === null;
   const cell = (label, ...content) => el("td", { "data-label": label }, ...content);
   const age = run.last_step_seconds ? `${span(Math.max(0, now - run.last_step_seconds))} ago` : "none yet";
   return el("tr", { "data-run": run.run, "data-condition": run.condition },
