@@ -60,13 +60,15 @@ class Api:
         run = self._find(request)
         attempt = run.newest
         model, optimizer = attempt.model, attempt.hello.optimizer
+        ranks = sorted(attempt.instances.values(), key=lambda instance: (instance.reporting, instance.rank))
+        ranks = ranks[: number(request, "ranks", len(ranks))]
         return answer(
             {
                 **self._brief(run),
                 "now_seconds": self._clock(),
                 "counters": {**run.totals.counters, "nonfinite": run.totals.nonfinite, "dropped": run.totals.dropped},
                 "attempts": [_attempt(each) for each in run.attempts],
-                "ranks": [_rank(instance) for _, instance in sorted(attempt.instances.items())],
+                "ranks": [_rank(instance) for instance in sorted(ranks, key=lambda instance: instance.rank)],
                 "events": list(run.events),
                 "incidents": list(run.incidents),
                 "model": {

@@ -216,13 +216,17 @@ class Board:
 
     def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Local norms for the eye, [steps, ranks]: NaN where nothing is known, Inf where it is not finite."""
-        cells = self._cells[sequences % self.capacity]
-        known = (cells["sequence"] == sequences[:, None]) & (cells["flags"] & pb.LOCAL_NORMS != 0) & complete(cells)
-        bad = bad_locally(cells) | ~np.isfinite(cells["local_norm"])
-        norms: NDArray[np.float64] = np.where(known, np.where(bad, math.inf, cells["local_norm"]), math.nan)
+        slots = sequences % self.capacity
+        # Field by field: whole records would be twenty times as much to copy.
+        norms: NDArray[np.float64] = self._cells["local_norm"][slots]
+        bad = self._cells["local_nan_parameters"][slots] + self._cells["local_inf_parameters"][slots] > 0
+        norms[bad | ~np.isfinite(norms)] = math.inf
+        flags = self._cells["flags"][slots]
+        told = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
+        norms[~told | (self._cells["sequence"][slots] != sequences[:, None])] = math.nan
         return norms
 
-    def layer_table(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+    def layer_norms_of(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Norms of the averaged gradient for the eye, [steps, layers]: NaN and Inf as in `rank_norms`."""
         slots = sequences % self.capacity
         norms = self._layer_norms[slots].astype(np.float64)

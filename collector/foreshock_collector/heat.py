@@ -22,7 +22,7 @@ def at_hand(attempt: Attempt, by: str, *, first: int, last: int, columns: int) -
     first = max(first, attempt.settled - board.capacity + 1, 1)
     sequences = np.arange(first, min(last, attempt.settled) + 1)
     if by == "layers":
-        return thinned(sequences, attempt.model.layers, board.layer_table(sequences), columns=columns)
+        return thinned(sequences, attempt.model.layers, board.layer_norms_of(sequences), columns=columns)
     names = [str(rank) for rank in range(attempt.world_size)]
     return thinned(sequences, names, board.rank_norms(sequences), columns=columns)
 

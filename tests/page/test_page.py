@@ -266,3 +266,18 @@ def test_the_page_says_that_the_collector_is_gone_and_goes_on_when_it_is_back(
         browser.until("document.querySelector('#connection').dataset.state === 'live'", "the stream again")
         assert all("ERR_" in error for error in browser.errors())
         browser.open("about:blank")
+
+
+def test_without_a_stream_the_page_asks_again_and_again(url: str, job: Jobs, browser: Browser) -> None:
+    run = job("polled")
+    run.train(30)
+    run.stored()
+    browser.driver.execute_cdp_cmd("Network.enable", {})
+    browser.driver.execute_cdp_cmd("Network.setBlockedURLs", {"urls": ["*/api/v1/live*"]})
+    browser.open(f"{url}/run/polled")
+    browser.drawn(30)
+    run.train(5)
+    browser.drawn(35)
+    assert browser.text("#connection") == "asking every 2 s"
+    assert all("/api/v1/live" in error for error in browser.errors())
+    browser.open("about:blank")

@@ -1,6 +1,6 @@
 // Line charts over steps, drawn by plotly.js. All share one step axis, so a look down the page is one moment.
 
-import { el } from "./text.js";
+import { el, svg } from "./text.js";
 
 export const LINES = [
   {
@@ -91,6 +91,16 @@ function markTraces(chart, series, events, x) {
     else add(events.filter((event) => event.kind === kind).map((event) => event.x), kind);
   }
   return traces.filter((trace) => trace.x.length);
+}
+
+const KEYS = {
+  spike: "M6 2L10.5 10H1.5z", build_up: "M6 2L10.5 10H1.5z", loss_spike: "M6 2L10.5 10H1.5z", nonfinite: "M2 2l8 8M10 2l-8 8",
+};
+
+export function markLegend(chart) {
+  return el("span", { class: "legend" }, chart.marks.map((kind) => el("span", {},
+    svg("svg", { viewBox: "0 0 12 12", class: `swatch mark ${kind}`, "aria-hidden": "true" }, svg("path", { d: KEYS[kind] })),
+    MARKS[kind].word)));
 }
 
 // Where an episode began, through all charts.

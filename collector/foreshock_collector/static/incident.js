@@ -4,7 +4,12 @@ import { clock, el, number, plural, span, verdictTitle, whole } from "./text.js"
 
 const RUNBOOKS = { exploding_gradients: "ForeshockExplodingGradients" };
 
-export function incidentCard(incident, { now, show }) {
+export function age(incident, now) {
+  return incident.closed_seconds === null
+    ? `open for ${span(Math.max(0, now - incident.opened_seconds))}` : `over since ${clock(incident.closed_seconds)}`;
+}
+
+export function incidentCard(incident, show) {
   const { verdict } = incident;
   const runbook = RUNBOOKS[verdict.cause] ?? "ForeshockSuddenNonFinite";
   const fact = (term, ...words) => el("div", {}, el("dt", {}, term), el("dd", {}, ...words));
@@ -12,8 +17,8 @@ export function incidentCard(incident, { now, show }) {
   const open = incident.closed_seconds === null;
   return el("article", { class: "incident", "data-open": open, "data-incident": incident.id },
     el("h2", {}, verdictTitle(verdict.cause),
-      el("span", { class: "quiet" }, ` incident ${incident.id}, `,
-        open ? `open for ${span(Math.max(0, now - incident.opened_seconds))}` : `over since ${clock(incident.closed_seconds)}`)),
+      // The card is read out when it comes; its age is not, each time it grows.
+      el("span", { class: "quiet", "aria-live": "off" }, ` incident ${incident.id}, `, el("span", { id: "incident-age" }))),
     el("dl", { class: "where" },
       fact("not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
       fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),

@@ -1,10 +1,10 @@
 // One run on the step axis. State lives in `view` (what is shown) and `known` (what the collector said last).
 
-import { LINES, drawLine } from "./charts.js";
+import { LINES, drawLine, markLegend } from "./charts.js";
 import { Cursor } from "./cursor.js";
 import { follow, json } from "./feed.js";
 import { HEATS, cellWords, drawHeat, legend } from "./heat.js";
-import { earlier, eventTable, incidentCard } from "./incident.js";
+import { age, earlier, eventTable, incidentCard } from "./incident.js";
 import { clock, conditionMark, el, number, put, runApi, span, whole } from "./text.js";
 
 const name = decodeURIComponent(location.pathname.slice("/run/".length));
@@ -14,6 +14,7 @@ const asked = (key) => (/^\d+$/.test(query.get(key) ?? "") ? Number(query.get(ke
 const FOLLOWED = 2000; // steps shown of a long run unless asked otherwise
 const BEFORE = 100;
 const AFTER = 60; // steps around an incident
+const MOST_RANKS = 64; // in words: those that are missing first; the heat map has them all
 const HEAT_GAP = 1500; // milliseconds between two looks at the heat maps: they move slowly and cost the most
 
 // first and last: sequence numbers, null for the run's own ends; last steps: how many of the newest to follow.
@@ -44,7 +45,7 @@ function address(path, more) {
 
 async function refresh() {
   const before = known;
-  known = await json(api);
+  known = await json(`${api}?ranks=${MOST_RANKS}`);
   if (before === null) settle();
   if (view.attempt === null || view.attempt >= known.attempts.length) view.attempt = known.attempt;
   words();
@@ -94,13 +95,11 @@ function words() {
   attempts();
   const shown = known.incidents.filter((incident) => incident.attempt === view.attempt);
   const newest = shown.at(-1);
-  const fresh = newest && `${newest.id} ${newest.closed_seconds} ${Math.round((now - newest.opened_seconds) / 30)}`;
-  const section = document.getElementById("incident");
-  if (section.dataset.shown !== `${fresh}`) {
-    section.dataset.shown = `${fresh}`;
-    put("incident", newest ? incidentCard(newest, { now, show: showIncident }) : null,
-      earlier(known.incidents.filter((incident) => incident !== newest).reverse(), showIncident));
-  }
+  keep("incident", `${newest?.id} ${newest?.closed_seconds} ${known.incidents.length}`, () => [
+    newest ? incidentCard(newest, showIncident) : null,
+    earlier(known.incidents.filter((incident) => incident !== newest).reverse(), showIncident),
+  ]);
+  if (newest) put("incident-age", age(newest, now));
   levels(now);
   const mine = known.events.filter((event) => event.attempt === view.attempt);
   keep("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
@@ -146,17 +145,16 @@ function levels(now) {
 }
 
 function rankTable(now) {
-  const most = 64;
   const odd = (rank) => (rank.state === "there" || rank.state === "finished" ? 1 : 0);
   const ranks = [...known.ranks].sort((a, b) => odd(a) - odd(b) || a.rank - b.rank);
   return el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, ["rank", "node", "state", "step", "local norm", "heard"].map((head) => el("th", { scope: "col" }, head)))),
-    el("tbody", {}, ranks.slice(0, most).map((rank) => el("tr", {},
+    el("tbody", {}, ranks.map((rank) => el("tr", {},
       el("th", { scope: "row" }, `${rank.rank}`), el("td", {}, rank.node || "–"),
       el("td", {}, rank.state, rank.last_complete ? "" : ", in a step that has not ended", rank.detail ? `: ${rank.detail}` : ""),
       el("td", {}, whole(rank.last_step)), el("td", {}, number(rank.local_norm)),
       el("td", {}, `${span(Math.max(0, now - rank.last_report_seconds))} ago`))))),
-    ranks.length > most ? el("p", { class: "quiet" }, `and ${ranks.length - most} more, all there`) : null);
+    known.world_size > ranks.length ? el("p", { class: "quiet" }, `${whole(ranks.length)} of ${whole(known.world_size)} ranks, those that are missing first`) : null);
 }
 
 function facts() {
@@ -183,7 +181,7 @@ function build() {
     const heat = HEATS.includes(chart);
     const empty = el("p", { class: "quiet", hidden: true });
     parent.append(el("figure", { "data-chart": chart.id },
-      el("figcaption", {}, el("h2", {}, chart.title), el("span", { class: "quiet" }, chart.note), heat ? legend() : null), frame, empty));
+      el("figcaption", {}, el("h2", {}, chart.title), el("span", { class: "quiet" }, chart.note), heat ? legend() : chart.marks ? markLegend(chart) : null), frame, empty));
     cursor.add({ chart, frame, node, empty, heat });
     frame.addEventListener("pointerdown", () => { pointerDown = true; });
   }
