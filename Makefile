@@ -1,4 +1,4 @@
-# On a machine with Python 3.11 and make, `make test` installs all the rest by itself.
+# On a machine with Python 3.11 and make, `make demo` and `make test` install all the rest by themselves.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -26,6 +26,10 @@ endef
 .PHONY: help
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: $(INSTALLED) ## train a small model until it explodes, and read why; sets everything up
+	@$(BIN)/foreshock demo $(ARGS)
 
 .PHONY: test
 test: $(INSTALLED) prometheus ## run the tests; sets everything up; ARGS="-k name" goes to pytest

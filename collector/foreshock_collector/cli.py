@@ -1,4 +1,4 @@
-"""The collector's commands: `foreshock collector` and `foreshock status`."""
+"""The collector's commands: `foreshock collector`, `foreshock status` and `foreshock demo`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def collector(arguments: list[str]) -> int:
         sys.stderr.write(f"foreshock collector: {error}\n")
         return 2
     return 0
+
+
+def demo(arguments: list[str]) -> int:
+    """Show a real training job explode, survive and meet a bad batch; see `foreshock_collector.demo`."""
+    from foreshock_collector.demo.command import main
+
+    return main(arguments)
 
 
 def status(arguments: list[str]) -> int:
