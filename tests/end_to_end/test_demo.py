@@ -30,8 +30,8 @@ def processes(mark: str) -> list[str]:
 
 @pytest.mark.timeout(400)
 def test_the_three_acts_go_as_announced_with_alerts_and_leave_nothing_behind() -> None:
-    mark = f"FORESHOCK_TEST_MARK={uuid.uuid4().hex}"
-    environment = dict([*os.environ.items(), mark.split("=")])
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "FORESHOCK_TEST_MARK": mark}
     shown = subprocess.run(
         [*COMMAND, "--seconds-per-step", "0.05"], env=environment, capture_output=True, text=True, timeout=380
     )
@@ -43,8 +43,8 @@ def test_the_three_acts_go_as_announced_with_alerts_and_leave_nothing_behind() -
 
 
 def test_ctrl_c_ends_it_and_every_process_of_it() -> None:
-    mark = f"FORESHOCK_TEST_MARK={uuid.uuid4().hex}"
-    environment = dict([*os.environ.items(), mark.split("=")])
+    mark = uuid.uuid4().hex
+    environment = {**os.environ, "FORESHOCK_TEST_MARK": mark}
     process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     # Collector, torchrun, two ranks, recorder, Prometheus, Alertmanager.
     eventually(lambda: len(processes(mark)) >= 7, "all parts of the demo")

@@ -25,9 +25,9 @@ def left(collector: Collector, run: str) -> dict[str, Any]:
 
 
 def test_an_explosion_is_called_one_and_its_lead_is_counted_in_steps(collector: Collector, job: Job) -> None:
-    assert "rank 0 done" in said(job("boom", collector.address, explode_at=40))
+    assert "rank 0 done" in said(job("boom", collector.address, steps=150, explode_at=40))
     run = left(collector, "boom")
-    assert run["counters"]["steps"] == 60
+    assert run["counters"]["steps"] == 150
     (incident,) = run["incidents"]
     verdict = incident["verdict"]
     assert verdict["cause"] == "exploding_gradients"
