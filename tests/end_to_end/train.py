@@ -41,6 +41,9 @@ for i in range(options["steps"]):
         watch.observe(loss=loss, step=step)
     loss.backward()
     optimizer.step()
+    if rank == 0 and i % 1000 == 0:
+        sys.stdout.write(f"step {i}\n")
+        sys.stdout.flush()
     if i == options["kill_at"] and rank == 0:
         os.kill(os.getpid(), 9)
     if i == options["raise_at"]:
