@@ -53,6 +53,10 @@ docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
 protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto
 	@$(PROTOC) $(call GENERATED,protos)
 
+.PHONY: bench
+bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARGS="--json" and others
+	@$(BIN)/python benchmarks/step.py $(ARGS)
+
 .PHONY: wheel-check
 wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own
 	@PYTHON=$(PYTHON) .ci/wheel-check

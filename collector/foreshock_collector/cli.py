@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -12,7 +11,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
-from foreshock_collector.config import ConfigError, config_from
+from foreshock_collector.config import ConfigError, Parser, config_from
 from foreshock_protos import DEFAULT_HTTP_PORT
 
 
@@ -38,12 +37,16 @@ def demo(arguments: list[str]) -> int:
 
 def status(arguments: list[str]) -> int:
     """Show the runs, or one. 2: no answer, or no such run."""
-    parser = argparse.ArgumentParser(prog="foreshock status", description="What the runs are doing.")
+    parser = Parser(prog="foreshock status", description="What the runs are doing.")
     parser.add_argument("run", nargs="?", help="only this run, in full")
     parser.add_argument("--json", action="store_true", help="as the API says it")
     default = os.environ.get("FORESHOCK_URL", f"http://127.0.0.1:{DEFAULT_HTTP_PORT}")
     parser.add_argument("--url", default=default, help="the collector's HTTP address (default: %(default)s)")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"foreshock status: {error}\n")
+        return 2
     path = "/api/v1/runs" + (f"/{urllib.parse.quote(options.run, safe='')}" if options.run else "")
     try:
         with urllib.request.urlopen(options.url.rstrip("/") + path, timeout=10) as response:  # noqa: S310

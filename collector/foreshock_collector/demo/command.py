@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import sys
@@ -16,7 +15,7 @@ import aiohttp
 from rich.console import Console
 from rich.live import Live
 
-from foreshock_collector.config import Config
+from foreshock_collector.config import Config, ConfigError, Parser
 from foreshock_collector.demo import DemoError
 from foreshock_collector.demo.alerting import Alerting, alerting
 from foreshock_collector.demo.telling import SHOWN_STEPS, Steps, alert_lines, live_table, story, verdict_on_act
@@ -60,17 +59,17 @@ class Ended:
 
 def main(arguments: list[str]) -> int:
     """0: all three acts went as announced; 1: one did not; 2: it cannot be shown here; 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="foreshock demo", description=__doc__)
+    parser = Parser(prog="foreshock demo", description=__doc__)
     parser.add_argument(
         "--seconds-per-step", type=float, default=0.1, metavar="SECONDS", help="pace of the training (default: 0.1)"
     )
-    options = parser.parse_args(arguments)
     console = Console(no_color=True if "NO_COLOR" in os.environ else None)
     try:
+        options = parser.parse_args(arguments)
         check_torch()
         with tempfile.TemporaryDirectory(prefix="foreshock-demo-", ignore_cleanup_errors=True) as folder:
             return asyncio.run(_perform(Path(folder), console, str(options.seconds_per_step)))
-    except (DemoError, OSError) as error:
+    except (ConfigError, DemoError, OSError) as error:
         sys.stderr.write(f"foreshock demo: {error}\n")
         return 2
     except KeyboardInterrupt:
