@@ -1,4 +1,4 @@
-"""The collector's commands: `foreshock collector`, `foreshock status` and `foreshock demo`."""
+"""The commands that come with the collector: `collector`, `status`, `demo`, `diagnose`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def collector(arguments: list[str]) -> int:
 def demo(arguments: list[str]) -> int:
     """Show a real training job explode, survive and meet a bad batch; see `foreshock_collector.demo`."""
     from foreshock_collector.demo.command import main
+
+    return main(arguments)
+
+
+def diagnose(arguments: list[str]) -> int:
+    """Name what happened in recorded logs; see `foreshock_collector.replay`."""
+    from foreshock_collector.replay import main
 
     return main(arguments)
 
