@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.cli import status
+from foreshock_collector.cli import incidents, status
 from foreshock_collector.server import Server
 from tests.collector.test_service import Stream, config, hello, serving, steps
 
@@ -75,6 +75,27 @@ def test_status_lists_runs_shows_one_and_prints_json(tmp_path: Path, capsys: pyt
                 assert "sudden_nonfinite" in answer.out
                 if "--json" in arguments:
                     assert json.loads(answer.out)["run"] == name
+            await stream.close()
+
+    serving(test())
+
+
+def test_incidents_are_listed_and_told_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello(), steps(1, [1.0, 2.0]))
+            await stream.stored(2)
+            assert await asyncio.to_thread(incidents, ["--url", server.url]) == 0
+            assert capsys.readouterr().out == "no incidents\n"
+            await stream.send(steps(3, [float("nan")]))
+            await stream.stored(3)
+            assert await asyncio.to_thread(incidents, ["--url", server.url, "--json"]) == 0
+            (line,) = capsys.readouterr().out.splitlines()
+            told = json.loads(line)
+            assert (told["run"], told["verdict"]["cause"]) == ("r", "sudden_nonfinite")
+            assert await asyncio.to_thread(incidents, ["--url", server.url, "r"]) == 0
+            assert told["verdict"]["try"][0][:30] in capsys.readouterr().out
             await stream.close()
 
     serving(test())

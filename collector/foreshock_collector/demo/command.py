@@ -14,13 +14,15 @@ from typing import Any
 import aiohttp
 from rich.console import Console
 from rich.live import Live
+from rich.padding import Padding
 
 from foreshock_collector.config import Config, ConfigError, Parser
 from foreshock_collector.demo import DemoError
 from foreshock_collector.demo.alerting import Alerting, alerting
-from foreshock_collector.demo.telling import SHOWN_STEPS, Steps, alert_lines, live_table, story, verdict_on_act
+from foreshock_collector.demo.telling import SHOWN_STEPS, Steps, alert_lines, live_table, verdict_on_act
 from foreshock_collector.demo.training import RANKS, check_torch, training
 from foreshock_collector.server import Server
+from foreshock_collector.story import story
 
 _POLL_SECONDS = 0.15
 _SETTLE_SECONDS = 20.0
@@ -191,7 +193,7 @@ class _Stage:
 
     async def tell(self, incident: dict[str, Any], run: str, alert: str) -> None:
         """The story, and what Alertmanager makes of it."""
-        self.console.print(story(incident))
+        self.console.print(Padding(story(incident["verdict"]), (1, 2)))
         if self._alerts is None:
             return
         deadline = time.monotonic() + _ALERT_SECONDS

@@ -1,4 +1,4 @@
-"""What the demo shows: a live table of steps, and stories whose every word comes from the collector's API."""
+"""What the demo shows: a live table of steps, alerts, and whether an act went as announced. All from APIs."""
 
 from __future__ import annotations
 
@@ -47,27 +47,6 @@ def live_table(title: str, steps: Steps, events: Sequence[dict[str, Any]]) -> Re
             Text(state, style),
         )
     return table
-
-
-def story(incident: dict[str, Any]) -> RenderableType:
-    """One incident: what happened, where it began, what to try."""
-    verdict = incident["verdict"]
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column()
-    facts.add_row("what", Text(verdict["summary"]))
-    facts.add_row("verdict", f"{verdict['cause']}, confidence {verdict['confidence']:.0%}")
-    if verdict["onset_step"] is not None:
-        facts.add_row("began", f"step {verdict['onset_step']}")
-    facts.add_row("not finite", f"step {verdict['first_bad_step']}")
-    if verdict["lead_steps"]:
-        facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
-    facts.add_row("rank", "all alike" if verdict["rank"] is None else str(verdict["rank"]))
-    if verdict["layer"]:
-        facts.add_row("layer", Text(verdict["layer"]))
-    for name, lines in (("seen", verdict["evidence"]), ("try", verdict["try"])):
-        facts.add_row(name, Group(*(Text(line) for line in lines)))
-    return Padding(facts, (1, 2))
 
 
 def alert_lines(alerts: Sequence[dict[str, Any]]) -> RenderableType:
