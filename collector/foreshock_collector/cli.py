@@ -38,6 +38,13 @@ def diagnose(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def report(arguments: list[str]) -> int:
+    """Write a run or a log as one page; see `foreshock_collector.report`."""
+    from foreshock_collector.report import main
+
+    return main(arguments)
+
+
 def status(arguments: list[str]) -> int:
     """Show the runs, or one; see `foreshock_collector.status`."""
     from foreshock_collector.status import status

@@ -22,7 +22,7 @@ from foreshock_collector.steps import ModelFacts, Step
 class Replay:
     """What a log shows."""
 
-    rows: int
+    log: tuple[Row, ...]
     events: tuple[Event, ...]
     """Their `sequence` counts data rows from 1."""
     verdict: Verdict
@@ -52,7 +52,7 @@ def replay(rows: Sequence[Row]) -> Replay:
             verdict = diagnose(seen, events, board, model, finite_before=finite_before, climbing=climbing)
             first = number
     verdict = verdict or diagnose(steps, events, board, model, finite_before=True, climbing=0)
-    return Replay(rows=len(rows), events=tuple(events), verdict=verdict, first_nonfinite=first)
+    return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=first)
 
 
 def main(arguments: list[str]) -> int:
@@ -114,7 +114,7 @@ def _as_json(path: Path, found: Replay) -> dict[str, Any]:
     verdict, first = found.verdict, found.first_nonfinite
     return {
         "file": str(path),
-        "rows": found.rows,
+        "rows": len(found.log),
         "events": [
             {"row": event.sequence - 1, "step": event.step, "kind": event.kind, "score": event.score}
             for event in found.events
@@ -133,7 +133,7 @@ def _as_json(path: Path, found: Replay) -> dict[str, Any]:
 
 def _as_text(path: Path, found: Replay) -> str:
     verdict = found.verdict
-    lines = [f"{path}: {found.rows} rows, {verdict.cause}", f"  {verdict.summary}"]
+    lines = [f"{path}: {len(found.log)} rows, {verdict.cause}", f"  {verdict.summary}"]
     lines += [f"  seen: {line}" for line in verdict.evidence]
     for event in found.events:
         if event.kind == "build_up" and event.value is not None and event.usual is not None:
