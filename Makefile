@@ -1,4 +1,4 @@
-# On a machine with Python 3.11 and make, `make test` installs all the rest by itself.
+# On a machine with Python 3.11 and make, `make demo` and `make test` install all the rest by themselves.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -27,6 +27,10 @@ endef
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
+.PHONY: demo
+demo: $(INSTALLED) ## train a small model until it explodes, and read why; sets everything up
+	@$(BIN)/foreshock demo $(ARGS)
+
 .PHONY: test
 test: $(INSTALLED) prometheus chromium ## run the tests; sets everything up; ARGS="-k name" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
@@ -52,6 +56,10 @@ screenshots: $(INSTALLED) chromium ## write docs/screenshots from a made-up run,
 .PHONY: protos
 protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto
 	@$(PROTOC) $(call GENERATED,protos)
+
+.PHONY: bench
+bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARGS="--json" and others
+	@$(BIN)/python benchmarks/step.py $(ARGS)
 
 .PHONY: wheel-check
 wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own

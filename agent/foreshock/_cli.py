@@ -11,6 +11,10 @@ _GROUP = "foreshock.commands"
 _PURPOSE = {
     "collector": "take records in, detect, diagnose, export Prometheus series",
     "status": "what the runs are doing",
+    "incidents": "what went wrong, newest first",
+    "diagnose": "what happened in a recorded training log",
+    "report": "a run or a recorded log as one self-contained page",
+    "demo": "watch a real training job blow up, and read why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]
 

@@ -72,6 +72,10 @@ class RecorderProcess:
             if ring.acknowledged >= ring.launched and ring.acknowledged_farewell:
                 break
             time.sleep(0.005)
+        else:
+            if self._speaks and not ring.trouble:
+                left = ring.launched - ring.acknowledged
+                say_once("collector", f"{left} records have not reached the collector yet; the recorder goes on trying")
         self._say_trouble(ring)
         self._reap()
 

@@ -63,17 +63,18 @@ class Config:
             )
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for an error, as for every other wrong setting."""
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError`: one line for a wrong flag, as for every other wrong setting."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of leaving."""
         raise ConfigError(f"{message}; see --help")
 
 
 def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
     """Raises `ConfigError`, also for an unknown flag."""
     env = os.environ if environment is None else environment
-    parser = _Parser(
+    parser = Parser(
         prog="foreshock collector",
         description="Take step records in, detect and diagnose, export Prometheus series.",
         usage="%(prog)s [OPTIONS]",

@@ -160,6 +160,8 @@ class Detector:
         """From a non-finite step until enough finite ones in a row: one failure is one incident."""
         self.finite_steps: int = state.get("finite_steps", 0)
         self.finite_ever: bool = state.get("finite_ever", False)
+        self.climbing: int = state.get("climbing", 0)
+        """Sequence number of the last step that belonged to a build-up; 0: none did."""
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -169,6 +171,7 @@ class Detector:
             "failing": self.failing,
             "finite_steps": self.finite_steps,
             "finite_ever": self.finite_ever,
+            "climbing": self.climbing,
         }
 
     def update(
@@ -196,6 +199,8 @@ class Detector:
             note("spike", spike, norm, usual)
         if begins is not None:
             note("build_up", begins, norm, usual)
+        if self.gradient.in_build_up:
+            self.climbing = sequence
         if loss is not None:
             usual = self.loss.usual(LOSS_RULE)
             spike, _ = self.loss.update(loss, LOSS_RULE)

@@ -55,18 +55,24 @@ class Verdict:
 
 
 def diagnose(
-    steps: Sequence[Step], events: Sequence[Event], board: Board, model: ModelFacts, *, finite_before: bool
+    steps: Sequence[Step],
+    events: Sequence[Event],
+    board: Board,
+    model: ModelFacts,
+    *,
+    finite_before: bool,
+    climbing: int,
 ) -> Verdict:
     """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
     steps: the newest of one attempt, in order. events: of the same attempt. board: holds the ranks' records of these
-    steps. finite_before: the attempt has had a finite step, be it among `steps` or before.
+    steps. finite_before: the attempt has had a finite step, be it among `steps` or before. climbing: sequence number of
+    the last step that belonged to a build-up, 0 if none did.
     """
     bad = steps[-1]
     if not bad.nonfinite:
         return _healthy(bad)
-    window = [s for s in steps if 0 <= bad.sequence - s.sequence <= LEAD_STEPS]
-    signs = [e for e in events if e.kind in ("spike", "build_up") and 0 < bad.sequence - e.sequence <= LEAD_STEPS]
+    signs = _signs(bad, events, climbing)
     culprit, evidence = _culprit(bad, board)
     evidence.insert(0, _bad_values(bad))
     parameter, layer = _first_parameter(bad, culprit, board, model)
@@ -78,7 +84,7 @@ def diagnose(
         evidence.append(f"first in backward order: {parameter}")
     evidence += _loss_before(bad, events)
     if signs:
-        return _exploded(steps, window, signs, evidence, culprit, parameter, layer, board, model)
+        return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
     if not finite_before and bad.step <= 1:
         return _not_from_the_start(bad, evidence, culprit, parameter, layer)
     return _sudden(bad, evidence, culprit, parameter, layer)
@@ -104,7 +110,6 @@ def _healthy(last: Step) -> Verdict:
 
 def _exploded(
     steps: Sequence[Step],
-    window: Sequence[Step],
     signs: Sequence[Event],
     evidence: list[str],
     culprit: int | None,
@@ -116,6 +121,7 @@ def _exploded(
     bad = steps[-1]
     onset = min(signs, key=lambda sign: sign.sequence)
     lead = bad.sequence - onset.sequence
+    window = [s for s in steps if s.sequence >= onset.sequence - _USUAL_STEPS]
     climb = [s.global_norm for s in window if s.sequence >= onset.sequence and math.isfinite(s.global_norm)]
     calm = [s.global_norm for s in steps if s.sequence < onset.sequence and math.isfinite(s.global_norm)]
     usual = float(np.median(calm[-_USUAL_STEPS:])) if calm else onset.usual or math.nan
@@ -203,6 +209,15 @@ def _sudden(bad: Step, evidence: list[str], culprit: int | None, parameter: str,
         try_=tuple(advice),
         alternatives=("a faulty device of that rank",) if culprit is not None else ("overflow in half precision",),
     )
+
+
+def _signs(bad: Step, events: Sequence[Event], climbing: int) -> list[Event]:
+    """Spikes and build-ups that belong to the failure: those shortly before, and a climb that lasted until then."""
+    first = bad.sequence - LEAD_STEPS
+    build_ups = [e.sequence for e in events if e.kind == "build_up"]
+    if build_ups and climbing >= first:
+        first = min(first, build_ups[-1])
+    return [e for e in events if e.kind in ("spike", "build_up") and first <= e.sequence < bad.sequence]
 
 
 def _bad_values(bad: Step) -> str:

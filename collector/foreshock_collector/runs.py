@@ -197,7 +197,14 @@ class Run:
             if e["attempt"] == attempt.number and "score" in e
         ]
         steps = list(attempt.steps)
-        verdict = diagnose(steps, events, attempt.board, attempt.model, finite_before=finite_before)
+        verdict = diagnose(
+            steps,
+            events,
+            attempt.board,
+            attempt.model,
+            finite_before=finite_before,
+            climbing=attempt.detector.climbing,
+        )
         number = 1 + sum(self.totals.incidents.values())
         incident = {
             "id": number,

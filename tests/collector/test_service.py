@@ -33,9 +33,11 @@ def hello(run: str = "r", **changes: Any) -> pb.FromRecorder:
     return pb.FromRecorder(hello=pb.Hello(**(values | changes)))
 
 
-def steps(first: int, norms: list[float], *, run: str = "r", **changes: Any) -> pb.FromRecorder:
+def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "", **changes: Any) -> pb.FromRecorder:
     count = len(norms)
-    batch = pb.StepBatch(instance=f"{run}-0", first_sequence=first, step=range(first - 1, first - 1 + count))
+    batch = pb.StepBatch(
+        instance=instance or f"{run}-0", first_sequence=first, step=range(first - 1, first - 1 + count)
+    )
     for name in COLUMNS:
         getattr(batch, name).extend([0] * count)
     batch.global_norm[:] = norms
@@ -76,8 +78,8 @@ def serving(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, 60))
 
 
-def config(tmp_path: Path) -> Config:
-    return Config(grpc_port=0, http_port=0, database=str(tmp_path / "db"), ack_seconds=0.1)
+def config(tmp_path: Path, **changes: Any) -> Config:
+    return Config(grpc_port=0, http_port=0, database=str(tmp_path / "db"), ack_seconds=0.1, **changes)
 
 
 async def families(server: Server) -> dict[str, Any]:

@@ -102,8 +102,9 @@ def start_alertmanager(start: Start, config: Path, folder: Path) -> str:
     )
 
 
-@pytest.fixture
-def webhook() -> Iterator[Webhook]:
+@contextmanager
+def listening() -> Iterator[Webhook]:
+    """A webhook for as long as the block lasts."""
     heard = Webhook()
 
     class Handler(BaseHTTPRequestHandler):
@@ -121,8 +122,8 @@ def webhook() -> Iterator[Webhook]:
         yield heard
 
 
-@pytest.fixture
-def start() -> Iterator[Start]:
+@contextmanager
+def programs() -> Iterator[Start]:
     """Starts a program that says where it listens; all are stopped and their output read to the end afterwards."""
     running: list[tuple[subprocess.Popen[str], threading.Thread]] = []
 
@@ -146,6 +147,18 @@ def start() -> Iterator[Start]:
         reader.join()
         assert process.stderr is not None
         process.stderr.close()
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    with listening() as heard:
+        yield heard
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with programs() as starting:
+        yield starting
 
 
 def _drain(stream: IO[str]) -> None:

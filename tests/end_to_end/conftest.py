@@ -28,15 +28,28 @@ def eventually(ask: Callable[[], Any], wanted: str) -> Any:
     return answer
 
 
+def recorders(folder: Path) -> list[int]:
+    """Process ids of the recorders that read rings in this folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_text().split("\0")
+        except OSError:
+            continue
+        if "foreshock_recorder" in command and any(part.startswith(str(folder)) for part in command):
+            found.append(int(process.name))
+    return found
+
+
 class Collector:
     """`foreshock collector` in a process, with a database that outlives it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._ports = ("0", "0")
-        self._start()
+        self.start()
 
-    def _start(self) -> None:
+    def start(self) -> None:
         ready = self._folder / "ready.json"
         ready.unlink(missing_ok=True)
         self.process = subprocess.Popen(
@@ -64,7 +77,7 @@ class Collector:
     def kill_and_restart(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._start()
+        self.start()
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -84,14 +97,24 @@ Job = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
-    """Start train.py under torchrun: job(run, collector address, ranks=2, environment={}, **options)."""
+    """Start train.py under torchrun: job(run, collector address, ranks=2, environment={}, **options).
+
+    torchrun: its options; under: a command to run it under.
+    """
     started: list[subprocess.Popen[str]] = []
 
     def start(
-        run: str, address: str, *, ranks: int = 2, environment: dict[str, str] | None = None, **options: Any
+        run: str,
+        address: str,
+        *,
+        ranks: int = 2,
+        environment: dict[str, str] | None = None,
+        torchrun: tuple[str, ...] = ("--standalone",),
+        under: tuple[str, ...] = (),
+        **options: Any,
     ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            [*under, sys.executable, "-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(ranks),
              str(HERE / "train.py")],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env={
@@ -110,10 +133,9 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
     yield start
     for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        # Ranks have sessions of their own: only torchrun can end them.
+        process.terminate()
         assert process.stdout is not None
         process.stdout.close()
-    rings = tmp_path / "rings"
-    eventually(lambda: not list(rings.rglob("*.ring")), "recorders that leave and take their rings along")
+        process.wait(timeout=60)
+    eventually(lambda: not recorders(tmp_path), "recorders that leave")

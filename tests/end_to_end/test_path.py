@@ -25,9 +25,9 @@ def left(collector: Collector, run: str) -> dict[str, Any]:
 
 
 def test_an_explosion_is_called_one_and_its_lead_is_counted_in_steps(collector: Collector, job: Job) -> None:
-    assert "rank 0 done" in said(job("boom", collector.address, explode_at=40))
+    assert "rank 0 done" in said(job("boom", collector.address, steps=150, explode_at=40))
     run = left(collector, "boom")
-    assert run["counters"]["steps"] == 60
+    assert run["counters"]["steps"] == 150
     (incident,) = run["incidents"]
     verdict = incident["verdict"]
     assert verdict["cause"] == "exploding_gradients"
@@ -47,7 +47,9 @@ def test_a_nan_in_one_ranks_batch_is_no_explosion_and_names_the_rank(
     assert incident["verdict"]["first_bad_step"] == step
 
 
-def test_a_healthy_run_is_left_alone_and_counted_to_the_last_step(collector: Collector, job: Job) -> None:
+def test_a_healthy_run_is_left_alone_and_counted_to_the_last_step_and_leaves_nothing(
+    collector: Collector, job: Job, tmp_path: Path
+) -> None:
     said(job("fine", collector.address, steps=500))
     run = left(collector, "fine")
     assert run["counters"]["steps"] == 500
@@ -55,6 +57,7 @@ def test_a_healthy_run_is_left_alone_and_counted_to_the_last_step(collector: Col
     assert run["counters"]["build_up"] == 0
     steps = collector.get("/api/v1/runs/fine/steps")
     assert steps["step"] == list(range(500))
+    eventually(lambda: not list((tmp_path / "rings").iterdir()), "a recorder that takes all it made along")
 
 
 def test_a_resumed_run_shows_its_own_steps_and_a_requeue_is_a_new_attempt(collector: Collector, job: Job) -> None:

@@ -1,0 +1,142 @@
+"""`foreshock diagnose`: a recorded log through the same detection and diagnosis as live steps."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from foreshock_collector.board import Board
+from foreshock_collector.config import ConfigError, Parser
+from foreshock_collector.detection import Detector, Event
+from foreshock_collector.diagnosis import Verdict, diagnose
+from foreshock_collector.logs import LogError, Row, read_log
+from foreshock_collector.steps import ModelFacts, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a log shows."""
+
+    log: tuple[Row, ...]
+    events: tuple[Event, ...]
+    """Their `sequence` counts data rows from 1."""
+    verdict: Verdict
+    """On the first failure; `healthy` without one."""
+    first_nonfinite: int | None
+    """Its data row, from 0."""
+
+
+def replay(rows: Sequence[Row]) -> Replay:
+    """Take the rows through the detector, and diagnose the first row that is not finite. rows: at least one."""
+    detector, board, model = Detector(), Board(world_size=1, layers=0), ModelFacts()
+    steps = [_step(number, row) for number, row in enumerate(rows)]
+    events: list[Event] = []
+    verdict, first = None, None
+    for number, step in enumerate(steps):
+        finite_before, climbing = detector.finite_ever, detector.climbing
+        events += detector.update(
+            attempt=0,
+            sequence=step.sequence,
+            step=step.step,
+            norm=step.global_norm,
+            loss=step.loss,
+            nonfinite=len(step.nonfinite),
+        )
+        if verdict is None and step.nonfinite:
+            seen = steps[: number + 1]
+            verdict = diagnose(seen, events, board, model, finite_before=finite_before, climbing=climbing)
+            first = number
+    verdict = verdict or diagnose(steps, events, board, model, finite_before=True, climbing=0)
+    return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=first)
+
+
+def main(arguments: list[str]) -> int:
+    """0: healthy; 1: trouble found; 2: a file cannot be read."""
+    parser = Parser(
+        prog="foreshock diagnose",
+        description="What happened in a recorded training log, where it began, and what to try.",
+        epilog="Reads CSV (step,loss,grad_norm[,lr]), JSON lines, trainer_state.json, TensorBoard events and Foreshock "
+        "databases. Exit code 0: healthy, 1: trouble found, 2: a file cannot be read.",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--run", default="", help="of a Foreshock database: this run, not the newest")
+    parser.add_argument("--json", action="store_true", help="one object per file, one per line")
+    try:
+        options = parser.parse_args(arguments)
+    except ConfigError as error:
+        sys.stderr.write(f"foreshock diagnose: {error}\n")
+        return 2
+    code = 0
+    for path in options.files:
+        try:
+            found = replay(read_log(path, run=options.run))
+        except LogError as error:
+            sys.stderr.write(f"foreshock diagnose: {error}\n")
+            code = 2
+            continue
+        code = max(code, int(_trouble(found)))
+        sys.stdout.write(json.dumps(_as_json(path, found)) + "\n" if options.json else _as_text(path, found))
+    return code
+
+
+def _step(number: int, row: Row) -> Step:
+    loss, norm = row.loss, row.norm
+    return Step(
+        attempt=0,
+        sequence=number + 1,
+        step=int(row.step) if math.isfinite(row.step) else number,
+        wall_seconds=0.0,
+        duration_seconds=None,
+        learning_rate=math.nan if row.rate is None else row.rate,
+        loss=loss,
+        loss_scale=1.0,
+        global_norm=math.nan if norm is None else norm,
+        clip_coefficient=1.0,
+        skipped=False,
+        nan_loss=loss is not None and math.isnan(loss),
+        inf_loss=loss is not None and math.isinf(loss),
+        nan_gradient=norm is not None and math.isnan(norm),
+        inf_gradient=norm is not None and math.isinf(norm),
+        ranks=1,
+    )
+
+
+def _trouble(found: Replay) -> bool:
+    return found.verdict.cause != "healthy" or any(event.kind == "build_up" for event in found.events)
+
+
+def _as_json(path: Path, found: Replay) -> dict[str, Any]:
+    verdict, first = found.verdict, found.first_nonfinite
+    return {
+        "file": str(path),
+        "rows": len(found.log),
+        "events": [
+            {"row": event.sequence - 1, "step": event.step, "kind": event.kind, "score": event.score}
+            for event in found.events
+        ],
+        "verdict": {
+            "cause": verdict.cause,
+            "likely_root": getattr(verdict, "likely_root", None),
+            "first_nonfinite_row": first,
+            "lead_rows": None if first is None else verdict.lead_steps,
+            "confidence": verdict.confidence,
+            "summary": verdict.summary,
+            "try": list(verdict.try_),
+        },
+    }
+
+
+def _as_text(path: Path, found: Replay) -> str:
+    verdict = found.verdict
+    lines = [f"{path}: {len(found.log)} rows, {verdict.cause}", f"  {verdict.summary}"]
+    lines += [f"  seen: {line}" for line in verdict.evidence]
+    for event in found.events:
+        if event.kind == "build_up" and event.value is not None and event.usual is not None:
+            lines.append(f"  build-up from step {event.step}: norm {event.value:.3g}, usually {event.usual:.3g}")
+    lines += [f"  try:  {line}" for line in verdict.try_]
+    return "\n".join(lines) + "\n"

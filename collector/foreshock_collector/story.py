@@ -1,0 +1,29 @@
+"""An incident in words, for the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+
+def story(verdict: dict[str, Any]) -> RenderableType:
+    """What happened, where it began, what to try: a verdict as the API tells it."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    facts.add_row("what", Text(verdict["summary"]))
+    facts.add_row("verdict", f"{verdict['cause']}, confidence {verdict['confidence']:.0%}")
+    if verdict["onset_step"] is not None:
+        facts.add_row("began", f"step {verdict['onset_step']}")
+    facts.add_row("not finite", f"step {verdict['first_bad_step']}")
+    if verdict["lead_steps"]:
+        facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
+    facts.add_row("rank", "all alike" if verdict["rank"] is None else str(verdict["rank"]))
+    if verdict["layer"]:
+        facts.add_row("layer", Text(verdict["layer"]))
+    for name, lines in (("seen", verdict["evidence"]), ("try", verdict["try"])):
+        facts.add_row(name, Group(*(Text(line) for line in lines)))
+    return facts

@@ -1,0 +1,95 @@
+"""Runs that have ended: their series go after a while, their history stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import aiohttp
+
+from foreshock_collector.server import Server
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.collector.test_service import Stream, config, families, hello, serving, steps, value
+
+
+class Clock:
+    """Unix time that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def goodbye(last: int) -> pb.FromRecorder:
+    return pb.FromRecorder(goodbye=pb.Goodbye(instance="r-0", reason=pb.Goodbye.FINISHED, last_sequence=last))
+
+
+async def closed(stream: Stream) -> None:
+    while not (await stream.call.read()).positions[0].closed:
+        pass
+
+
+def test_the_series_of_an_ended_run_stay_for_a_while_and_go_its_history_stays(tmp_path: Path) -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        settings = config(tmp_path, metrics_cache_seconds=0.0)
+        async with Server(settings, clock) as server:
+            stream = Stream(server)
+            await stream.send(hello(), steps(1, [1.0] * 5), goodbye(5))
+            await closed(stream)
+            assert value(await families(server), "foreshock_run_active", run="r") == 0
+            clock.now += settings.retention_seconds - 1
+            assert value(await families(server), "foreshock_steps", run="r") == 5
+            clock.now += 2
+            assert (await families(server))["foreshock_steps"].samples == []
+            address = f"{server.url}/api/v1/runs/r/steps"
+            async with aiohttp.ClientSession() as session, session.get(address) as response:
+                assert (await response.json())["step"] == [0, 1, 2, 3, 4]
+            await stream.close()
+
+    serving(test())
+
+
+def test_a_run_that_falls_silent_is_over_after_a_while(tmp_path: Path) -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        settings = config(tmp_path, metrics_cache_seconds=0.0)
+        async with Server(settings, clock) as server:
+            stream = Stream(server)
+            await stream.send(hello(), steps(1, [1.0] * 5))
+            await stream.stored(5)
+            clock.now += settings.silent_seconds - 1
+            assert value(await families(server), "foreshock_run_active", run="r") == 1
+            clock.now += 2
+            assert value(await families(server), "foreshock_run_active", run="r") == 0
+            clock.now += settings.retention_seconds
+            assert (await families(server))["foreshock_run_active"].samples == []
+            await stream.close()
+
+    serving(test())
+
+
+def test_an_ended_run_that_comes_back_goes_on_counting_where_it_was(tmp_path: Path) -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        settings = config(tmp_path, metrics_cache_seconds=0.0)
+        async with Server(settings, clock) as server:
+            stream = Stream(server)
+            await stream.send(hello(), steps(1, [1.0] * 5), goodbye(5))
+            await closed(stream)
+            await stream.close()
+        clock.now += 10 * settings.retention_seconds
+        async with Server(settings, clock) as server:
+            assert (await families(server))["foreshock_steps"].samples == []
+            again = Stream(server)
+            await again.send(hello(instance="r-1", launch="second"), steps(1, [1.0] * 3, instance="r-1"))
+            await again.stored(3)
+            assert value(await families(server), "foreshock_steps", run="r") == 8
+            assert value(await families(server), "foreshock_run_active", run="r") == 1
+            await again.close()
+
+    serving(test())

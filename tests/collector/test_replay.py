@@ -1,0 +1,168 @@
+"""`foreshock diagnose`: every format says the same of the same training."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreshock_collector.cli import diagnose
+from foreshock_collector.server import Server
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.collector.test_service import Stream, config, hello, serving, steps
+
+Log = list[tuple[int, float, float]]
+"""Step, loss, gradient norm."""
+
+
+def healthy(count: int = 120) -> Log:
+    rng = random.Random(0)
+    return [(i, 3 * 0.99**i + 0.01 * rng.random(), math.exp(rng.gauss(0, 0.1))) for i in range(count)]
+
+
+def explosion() -> Log:
+    calm = healthy()
+    climb = [(120 + i, 1.0 + i, 4.0 ** (i + 1)) for i in range(6)]
+    return [*calm, *climb, (126, math.nan, math.nan), (127, math.nan, math.nan)]
+
+
+def csv(folder: Path, log: Log) -> Path:
+    path = folder / "log.csv"
+    path.write_text("step,loss,grad_norm,lr\n" + "".join(f"{s},{loss},{norm},0.1\n" for s, loss, norm in log))
+    return path
+
+
+def json_lines(folder: Path, log: Log) -> Path:
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "loss": loss, "grad_norm": norm}) + "\n" for s, loss, norm in log))
+    return path
+
+
+def trainer_state(folder: Path, log: Log) -> Path:
+    """With its default filter, which prints 0.0 for a loss of NaN, and an evaluation between the steps."""
+    history: list[dict[str, Any]] = [
+        {"step": s, "loss": 0.0 if math.isnan(loss) else loss, "grad_norm": norm, "learning_rate": 0.1}
+        for s, loss, norm in log
+    ]
+    history.insert(50, {"step": 50, "eval_loss": 2.0, "eval_runtime": 1.0})
+    path = folder / "trainer_state.json"
+    path.write_text(json.dumps({"log_history": history, "global_step": len(log)}, indent=2))
+    return path
+
+
+def tensorboard(folder: Path, log: Log) -> Path:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder / "logs"))
+    for step, loss, norm in log:
+        values = [
+            Summary.Value(tag=tag, simple_value=v) for tag, v in (("train/loss", loss), ("train/grad_norm", norm))
+        ]
+        writer.add_event(Event(step=step, wall_time=float(step), summary=Summary(value=values)))
+    writer.close()
+    return folder / "logs"
+
+
+def database(folder: Path, log: Log) -> Path:
+    async def record() -> None:
+        async with Server(config(folder)) as server:
+            stream = Stream(server)
+            losses = [loss for _, loss, _ in log]
+            flags = [pb.LOSS_OBSERVED] * len(log)
+            await stream.send(hello(), steps(1, [norm for _, _, norm in log], loss=losses, flags=flags))
+            await stream.stored(len(log))
+            await stream.close()
+
+    serving(record())
+    return folder / "db"
+
+
+FORMATS = [csv, json_lines, trainer_state, tensorboard, database]
+
+
+def told(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any]]:
+    code = diagnose([str(path), "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    answer: dict[str, Any] = json.loads(line)
+    return code, answer
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_an_explosion_is_found_in_every_format(
+    write: Callable[[Path, Log], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, explosion())
+    code, answer = told(path, capsys)
+    assert code == 1
+    assert (answer["file"], answer["rows"]) == (str(path), 128)
+    verdict = answer["verdict"]
+    assert (verdict["cause"], verdict["first_nonfinite_row"]) == ("exploding_gradients", 126)
+    assert 0 < verdict["lead_rows"] <= 6
+    assert verdict["try"]
+    build_up = next(event for event in answer["events"] if event["kind"] == "build_up")
+    assert 120 < build_up["row"] == build_up["step"] < 126
+
+
+@pytest.mark.parametrize("write", FORMATS)
+def test_a_healthy_log_is_left_alone_in_every_format(
+    write: Callable[[Path, Log], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, answer = told(write(tmp_path, healthy()), capsys)
+    assert code == 0
+    assert answer["verdict"]["cause"] == "healthy"
+    assert answer["verdict"]["first_nonfinite_row"] is answer["verdict"]["lead_rows"] is None
+    assert answer["events"] == []
+
+
+def test_an_empty_cell_is_not_logged_and_no_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sparse.csv"
+    path.write_text("step,loss,grad_norm\n" + "".join(f"{i},{2.0 if i % 10 == 0 else ''},1.0\n" for i in range(100)))
+    code, answer = told(path, capsys)
+    assert (code, answer["rows"], answer["verdict"]["cause"]) == (0, 100, "healthy")
+
+
+def test_people_read_what_happened_and_what_to_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diagnose([str(csv(tmp_path, explosion()))]) == 1
+    text = capsys.readouterr().out
+    assert "exploding_gradients" in text
+    assert "step 126" in text
+    assert "try:" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("missing.csv", None, "No such file"),
+        ("empty.csv", "", "neither a loss nor a gradient norm"),
+        ("other.csv", "a,b\n1,2\n", "found were a,b"),
+        ("word.csv", "step,loss\n1,high\n", "data row 0: loss is 'high', not a number"),
+        ("header.csv", "step,loss\n", "no rows"),
+        ("torn.jsonl", '{"loss": 1.0}\n{"loss": 1', "line 2"),
+        ("state.json", '{"log_history": 3}', "log_history is no list"),
+        ("bytes.csv", b"\xff\xfe\x00", "bytes.csv"),
+    ],
+)
+def test_what_cannot_be_read_gets_one_line_and_exit_code_2(
+    name: str, text: str | bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert diagnose([str(path), "--json"]) == 2
+    answer = capsys.readouterr()
+    assert answer.out == ""
+    assert answer.err.count("\n") == 1
+    assert says in answer.err
+
+
+def test_one_bad_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = csv(tmp_path, explosion())
+    assert diagnose([str(tmp_path / "none.csv"), str(good), "--json"]) == 2
+    assert json.loads(capsys.readouterr().out)["verdict"]["cause"] == "exploding_gradients"

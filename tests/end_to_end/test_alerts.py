@@ -1,0 +1,124 @@
+"""From a training job to a person: torchrun, recorder, collector, Prometheus, Alertmanager, a webhook."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.deploy.conftest import Webhook, listening, programs, request, start_alertmanager, with_receiver
+from tests.deploy.test_prometheus import faster
+from tests.end_to_end.conftest import Collector, Job, eventually
+from tests.end_to_end.test_path import left, said
+
+
+@dataclass(frozen=True)
+class Watch:
+    """All that stands between a rank and a person."""
+
+    collector: Collector
+    webhook: Webhook
+    alertmanager: str
+    prometheus: str
+
+    def alerts(self, run: str) -> dict[str, str]:
+        """What Alertmanager knows of a run: alert name to "active" or "suppressed"."""
+        found = request(self.alertmanager, "GET", f"/api/v2/alerts?filter=run%3D{run}")
+        return {alert["labels"]["alertname"]: alert["status"]["state"] for alert in found}
+
+    def told(self, run: str) -> list[dict[str, Any]]:
+        """What the webhook has heard of a run so far, resolved alerts left out; of others it is forgotten."""
+        found: list[dict[str, Any]] = []
+        while True:
+            try:
+                alert = self.webhook.alerts.get_nowait()
+            except queue.Empty:
+                return found
+            if alert["labels"].get("run") == run and alert["status"] == "firing":
+                found.append(alert)
+
+    def scraped(self, run: str, steps: int) -> bool:
+        """Prometheus has seen so many steps, and has judged its rules since."""
+        query = f"/api/v1/query?query=foreshock_steps_total%7Brun%3D%22{run}%22%7D"
+        result = request(self.prometheus, "GET", query)["data"]["result"]
+        groups = request(self.prometheus, "GET", "/api/v1/rules")["data"]["groups"]
+        if not result or float(result[0]["value"][1]) < steps:
+            return False
+        seen = time.time()
+        eventually(lambda: self._judged() > seen, "an evaluation of the rules")
+        return bool(groups)
+
+    def _judged(self) -> float:
+        groups = request(self.prometheus, "GET", "/api/v1/rules")["data"]["groups"]
+        times = [yaml.safe_load(group["lastEvaluation"]).timestamp() for group in groups]
+        return float(min(times))
+
+
+@pytest.fixture(scope="module")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    folder = tmp_path_factory.mktemp("watch")
+    with ExitStack() as stack:
+        collector = Collector(folder)
+        stack.callback(collector.stop)
+        webhook = stack.enter_context(listening())
+        start = stack.enter_context(programs())
+        alertmanager = start_alertmanager(start, with_receiver(webhook.url, folder), folder)
+        prometheus = start(
+            "prometheus",
+            f"--config.file={faster(folder, collector.url.removeprefix('http://'), alertmanager)}",
+            "--web.listen-address=127.0.0.1:0",
+            f"--storage.tsdb.path={folder / 'prometheus'}",
+        )
+        yield Watch(collector, webhook, alertmanager, prometheus)
+
+
+def test_a_paced_build_up_is_told_of_before_the_nan_step_is_taken(watch: Watch, job: Job) -> None:
+    process = job("paced", watch.collector.address, steps=110, explode_at=40, pace=0.5, pace_from=40)
+    first = watch.webhook.next()
+    heard = time.time()
+    assert (first["labels"]["alertname"], first["labels"]["run"]) == ("ForeshockGradientBuildUp", "paced")
+    said(process)
+    run = left(watch.collector, "paced")
+    (incident,) = run["incidents"]
+    steps = watch.collector.get("/api/v1/runs/paced/steps")
+    taken = steps["wall_seconds"][steps["step"].index(incident["verdict"]["first_bad_step"])]
+    assert heard < taken
+    explosion = watch.webhook.next()
+    assert explosion["labels"]["alertname"] == "ForeshockExplodingGradients"
+
+
+def test_at_full_speed_the_explosion_is_told_of_once_and_its_build_up_inhibited(watch: Watch, job: Job) -> None:
+    said(job("fast", watch.collector.address, steps=150, explode_at=40))
+    (incident,) = left(watch.collector, "fast")["incidents"]
+    eventually(lambda: watch.alerts("fast").get("ForeshockExplodingGradients") == "active", "the alert")
+    eventually(lambda: watch.alerts("fast").get("ForeshockGradientBuildUp") == "suppressed", "its build-up, inhibited")
+    told: list[dict[str, Any]] = eventually(lambda: watch.told("fast"), "the webhook")
+    assert [alert["labels"]["alertname"] for alert in told] == ["ForeshockExplodingGradients"]
+    assert incident["verdict"]["lead_steps"] > 0
+    assert f"{incident['verdict']['lead_steps']} steps after the first sign" in told[0]["annotations"]["description"]
+
+
+@pytest.mark.parametrize(("run", "step", "steps"), [("first", 0, 30), ("quiet", 200, 220)])
+def test_a_nan_out_of_nothing_is_told_of_as_that_alone(watch: Watch, job: Job, run: str, step: int, steps: int) -> None:
+    said(job(run, watch.collector.address, steps=steps, nan_at=step, nan_rank=1))
+    left(watch.collector, run)
+    (told,) = eventually(lambda: watch.told(run), "the webhook")
+    assert told["labels"]["alertname"] == "ForeshockSuddenNonFinite"
+    assert f"First non-finite step {step}" in told["annotations"]["description"]
+    assert "Worst rank 1" in told["annotations"]["description"]
+    eventually(lambda: watch.scraped(run, steps), "a scrape after the end")
+    assert watch.alerts(run) == {"ForeshockSuddenNonFinite": "active"}
+
+
+def test_of_a_healthy_run_nobody_is_told(watch: Watch, job: Job) -> None:
+    said(job("healthy", watch.collector.address, steps=500))
+    left(watch.collector, "healthy")
+    eventually(lambda: watch.scraped("healthy", 500), "a scrape after the end")
+    assert watch.alerts("healthy") == {}
+    assert watch.told("healthy") == []
