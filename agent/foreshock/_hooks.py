@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 class BucketWatcher(Protocol):
     """Who looks at a rank's gradients before they are reduced."""
 
-    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """One bucket is about to be reduced."""
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
+        """One bucket is about to be reduced, the first of its backward pass or a later one."""
 
     def last_bucket(self) -> None:
         """All buckets of this backward pass have been seen; their last one is not reduced yet."""
@@ -64,7 +64,7 @@ def before_reduction(state: BucketHook, bucket: GradBucket) -> Future[Tensor]:
 
     A hook turns off DDP's own division: `average` does it, before the sum, which would overflow in half precision.
     """
-    state.watcher.bucket(bucket.parameters(), bucket.gradients())
+    state.watcher.bucket(bucket.parameters(), bucket.gradients(), first=bucket.index() == 0)
     if bucket.is_last():
         # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
         state.watcher.last_bucket()
@@ -83,7 +83,11 @@ _installed: WeakKeyDictionary[nn.Module, BucketHook] = WeakKeyDictionary()
 
 def hook_taken(model: DistributedDataParallel) -> bool:
     """The script has put a communication hook of its own into the only place there is."""
-    return bool(model._comm_hooks) and model not in _installed
+    if model in _installed:
+        return False
+    # DDP lists hooks in Python; one of its built-in hooks leaves a trace in its logging data alone.
+    logged = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    return bool(model._comm_hooks or logged.get("comm_hook"))
 
 
 def watch_buckets(model: DistributedDataParallel, watcher: BucketWatcher) -> None:
