@@ -195,8 +195,10 @@ class _Ranks:
             self._group = getattr(_unwrapped(model), "process_group", None) or dist.group.WORLD
             self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
-    def agree(self, posting: Posting, *, run: str = "", launch: str = "", timeout: float = 0.0) -> Decision:
-        """One agreement of all. Rank 0 says why nobody watches."""
+    def agree(
+        self, posting: Posting, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
+    ) -> Decision:
+        """One agreement of all. Rank 0 says why nobody watches, unless it raises why."""
         assert self._group is not None
         _Ranks._agreements += 1
         store = PrefixStore(f"foreshock/{self._group.group_name}/{_Ranks._agreements}", _get_default_store())
@@ -209,7 +211,7 @@ class _Ranks:
             launch=launch,
             timeout=timeout,
         )
-        if decision.disabled:
+        if decision.disabled and not silent:
             announce(f"not watching: {decision.disabled}", rank=self.rank)
         return decision
 
@@ -217,7 +219,7 @@ class _Ranks:
         """Tell the others that this rank does not take part; waits for nobody."""
         if self._group is not None:
             with suppress(AttachError):
-                self.agree(posting)
+                self.agree(posting, silent=bool(posting.error))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
