@@ -35,6 +35,9 @@ class BucketHook:
         self.group: dist.ProcessGroup = model.process_group
         self.ranks = dist.get_world_size(self.group)
         self.watcher = watcher
+        self.works: list[dist.Work] = []
+        """Reductions of the newest backward pass. gloo's thread must not be the last to let go of one: that needs the
+        interpreter, and one that is about to end aborts the process."""
         self._places: dict[Tensor, int] = {}
         if model.gradient_as_bucket_view and self.ranks & (self.ranks - 1):
             # The wrapped module's forward: by then DDP has rebuilt its buckets, if it is going to.
@@ -64,11 +67,15 @@ def before_reduction(state: BucketHook, bucket: GradBucket) -> Future[Tensor]:
 
     A hook turns off DDP's own division: `average` does it, before the sum, which would overflow in half precision.
     """
-    state.watcher.bucket(bucket.parameters(), bucket.gradients(), first=bucket.index() == 0)
+    first = bucket.index() == 0
+    if first:
+        state.works.clear()
+    state.watcher.bucket(bucket.parameters(), bucket.gradients(), first=first)
     if bucket.is_last():
         # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
         state.watcher.last_bucket()
     work = dist.all_reduce(state.average(bucket), group=state.group, async_op=True)
+    state.works.append(work)
     future: Future[Tensor] = work.get_future().then(_reduced)
     return future
 

@@ -73,6 +73,8 @@ class LocalNorms:
 class _InFlight:
     values: Tensor
     work: dist.Work | None
+    """Kept until the next one takes its place: see `BucketHook.works`."""
+    taken: bool
     sequence: int
     scale: Tensor
     """What the loss of that step was multiplied by, as far as it is known."""
@@ -91,7 +93,7 @@ class RankSums:
         self._one = torch.ones((), dtype=torch.float64, device=device)
         self._scale = self._one
         self._ring = [
-            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, sequence=0, scale=self._one)
+            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, taken=True, sequence=0, scale=self._one)
             for _ in range(depth)
         ]
         self._turn = 0
@@ -130,7 +132,7 @@ class RankSums:
         if contribution is None:
             contribution = self.contribution(None, None)
         slot.values.copy_(contribution)
-        slot.sequence, slot.scale = sequence, self._scale
+        slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
 
     def scaled_by(self, scale: Tensor) -> None:
@@ -140,15 +142,19 @@ class RankSums:
     def collect(self) -> Tensor:
         """`newest`, brought up to date with what has finished by now. Waits for nothing."""
         for slot in self._ring:
-            if slot.work is None or not slot.work.is_completed():
+            if slot.work is None or slot.taken or not slot.work.is_completed():
                 continue
-            future, slot.work = slot.work.get_future(), None
-            if slot.sequence > self._newest_sequence and _succeeded(future):
+            slot.taken = True
+            if slot.sequence > self._newest_sequence and _succeeded(slot.work.get_future()):
                 self._newest_sequence = slot.sequence
                 self.newest[0] = slot.sequence
                 self.newest[1:] = slot.values
                 self.newest[1 + SUM_FIELDS.index("reduced_square_sum")] /= slot.scale.square()
         return self.newest
+
+    def under_way(self) -> bool:
+        """A sum has not finished."""
+        return any(slot.work is not None and not slot.work.is_completed() for slot in self._ring)
 
 
 def _succeeded(future: Future[list[Tensor]]) -> bool:

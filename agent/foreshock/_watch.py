@@ -26,6 +26,9 @@ from foreshock._records import Records
 from foreshock._summary import ParameterPlan
 from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell
 
+_SETTLE_SECONDS = 0.5
+"""For sums of a few numbers: only a rank that is gone takes longer."""
+
 
 class Watch:
     """Handle of an attached model. A context manager: leaving it detaches."""
@@ -149,7 +152,9 @@ class ActiveWatch(Watch):
         with self._guard:
             self._unedited = None
             self._take_back()
-            self._unedited = self._measure() if self._edits.seen else None
+            # The first time as well: nobody knows yet whether this script edits.
+            suspected = self._edits.seen or not self._records.sequence
+            self._unedited = self._measure() if suspected else None
             self._edits.backward_ended()
 
     def before_step(self) -> None:
@@ -213,8 +218,17 @@ class ActiveWatch(Watch):
             self._recorder.ensure()
             self._recorder.wait_for_farewell(self._records.ring)
 
+    def _settle(self) -> None:
+        """Bounded wait for the last sums: a process that ends with a collective under way may be aborted."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self._sums is not None and self._sums.under_way() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
     def leave_at_exit(self) -> None:
         """The interpreter ends, by itself or by an exception that nobody caught."""
+        with self._guard:
+            # A detached watch, too, takes part in every sum.
+            self._settle()
         error = getattr(sys, "last_value", None)
         if error is None:
             self.leave(Farewell.FINISHED)
@@ -320,7 +334,6 @@ class ActiveWatch(Watch):
         known = self._edits.seen
         edited = self._edits.before_step()
         if edited and not known:
-            # This time they are of what the script left over: it was not measured before the script got there.
             line = "the script changes gradients between backward and step (clip_grad_norm_ or the like)"
             advice = "; Foreshock does not clip them again: remove that call to let it" if self._clip else ""
             say_once("edited", line + advice)

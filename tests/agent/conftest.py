@@ -46,6 +46,8 @@ class Scenario:
 
     results: list[Any]
     said: list[list[str]]
+    stderr: str
+    """Of the whole job, launcher and C++ included."""
 
 
 def run_scenarios(
@@ -57,7 +59,9 @@ def run_scenarios(
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {
-        name: Scenario(results=[f[name]["result"] for f in found], said=[f[name]["said"] for f in found])
+        name: Scenario(
+            results=[f[name]["result"] for f in found], said=[f[name]["said"] for f in found], stderr=done.stderr
+        )
         for name in names
     }
 
