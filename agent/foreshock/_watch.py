@@ -320,6 +320,8 @@ class ActiveWatch(Watch):
             values["local_inf_parameters"] = local.inf_parameters
             values["first_nonfinite_local"] = local.first_nonfinite
             self._row[-layers:] = local.layers
+        else:
+            self._row[-layers:] = 0.0
         if self._sums is not None:
             self._sums.scaled_by(scale)
             names = ("reduced_sequence", *SUM_FIELDS)

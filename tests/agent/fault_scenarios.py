@@ -10,25 +10,27 @@ import torch.distributed as dist
 from torch import nn
 
 import foreshock
+from foreshock import _local, _watch
 from foreshock._edits import GradientEdits
-from foreshock._local import LocalNorms, RankSums
+from foreshock._local import RankSums
 from foreshock._records import Records
 from foreshock._watch import ActiveWatch
 from tests.agent.training import STEPS, alike, apart, main, make_model, make_optimizer, told, train
 
 SITES: dict[str, tuple[Any, str]] = {
-    "bucket": (LocalNorms, "measure"),
-    "last_bucket": (LocalNorms, "close"),
+    "bucket": (_local, "gradient_norms"),
+    "last_bucket": (_local, "summarize"),
     "contribution": (RankSums, "contribution"),
     "end_of_backward": (GradientEdits, "backward_ended"),
     "edits": (GradientEdits, "before_step"),
     "launch": (Records, "launch"),
-    "norms": (ActiveWatch, "_measure"),
+    "norms": (_watch, "gradient_norms"),
+    "summary": (ActiveWatch, "_measure"),
     "clip": (ActiveWatch, "_apply_clip"),
     "collect": (RankSums, "collect"),
     "row": (ActiveWatch, "_write_row"),
     "observe": (ActiveWatch, "_as_scalar"),
-    "give_back": (ActiveWatch, "_check_hook_order"),
+    "hook_order": (ActiveWatch, "_check_hook_order"),
 }
 """Call sites, one for each guard of the path of a step and more."""
 FAILING = 3
@@ -37,12 +39,12 @@ FAILING = 3
 def fails_at(site: str, *, fused: bool) -> dict[str, Any]:
     kind, name = SITES[site]
     whole = getattr(kind, name)
-    now = 0
+    now, fired = 0, False
 
     def broken(*arguments: Any, **options: Any) -> Any:
-        nonlocal now
-        if now == FAILING:
-            now = -1
+        nonlocal fired
+        if now == FAILING and not fired:
+            fired = True
             raise KeyError("a bug of ours")
         return whole(*arguments, **options)
 
@@ -65,7 +67,7 @@ def fails_at(site: str, *, fused: bool) -> dict[str, Any]:
     finally:
         setattr(kind, name, whole)
     return {
-        "fired": now == -1 or dist.get_rank() == 0,
+        "fired": fired,
         "apart": apart(stock, weights),
         "alike": alike(weights),
         "dropped": found["dropped"],

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.conftest import Scenario, run_scenarios
+from tests.agent.conftest import Job, Scenario, run_scenarios
 
 SCRIPT = "fault_scenarios.py"
 SITES = [
-    "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "clip", "collect", "row",
-    "observe", "give_back",
+    "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "summary", "clip",
+    "collect", "row", "observe", "hook_order",
 ]  # fmt: skip
 CASES = [f"{site}_{kind}" for site, kind in product(SITES, ("fused", "unfused"))]
 STEPS = [0, 1, 2, 3, 4, 5]
 FAILING = 3
-WITHOUT_ROW = {"norms", "clip", "collect", "row"}
+WITHOUT_ROW = {"norms", "summary", "clip", "collect", "row"}
 """Where the record of that step stays without its measured part; elsewhere it is whole."""
 
 
@@ -32,7 +32,7 @@ def test_an_error_inside_the_probe_on_one_rank_costs_a_record_and_nothing_else(
 ) -> None:
     site = case.rpartition("_")[0]
     good, bad = found[case].results
-    assert bad["fired"]
+    assert bad["fired"] and not good["fired"]
     # Clipped as stock on all ranks, at the step of the error too; one rank may have had to clip by other means.
     for result in (good, bad):
         assert result["apart"] < 1e-4 and result["alike"] < 1e-5
@@ -56,3 +56,9 @@ def test_a_training_says_no_warning_even_where_warnings_are_errors(tmp_path: Pat
     # Sums were taken, so their success was asked for.
     assert any(sequence > 0 for result in scenario.results for sequence in result)
     assert "warning" not in scenario.stderr.lower() and "deprecat" not in scenario.stderr.lower()
+
+
+def test_a_training_that_ends_right_after_a_backward_pass_ends_well(job: Job) -> None:
+    # A thread of gloo that lets go of a collective while the interpreter ends would abort the process.
+    done = job("ends_at_once.py")
+    assert done.returncode == 0, done.stderr
