@@ -23,8 +23,8 @@ class GradientEdits:
         self._smallest = min(parameters, key=Tensor.numel)
         self._versions: tuple[int, ...] | None = None
         self._norm: Tensor | None = None
-        self.scale = torch.ones((), dtype=torch.float64, device=parameters[0].device)
-        """Newest known: what the loss was multiplied by, where the gradients have been divided by it since."""
+        self.scale: Tensor | None = None
+        """Newest known: what the loss was multiplied by, where the gradients have been divided by it since. float64."""
         self.seen = False
         """The script edits gradients: it has been seen to."""
 
@@ -44,10 +44,17 @@ class GradientEdits:
             return True
         after = self._norm_now()
         if norm is not None and after is not None:
-            ratio = norm / after
-            power = ratio.log2().round().exp2()
-            self.scale = torch.where((ratio / power - 1).abs() < _TOLERANCE, power, self.scale)
+            self.scale = self._quotient(norm, after)
         return False
+
+    def _quotient(self, before: Tensor, after: Tensor) -> Tensor | None:
+        if before.is_cpu and float(before) == float(after):
+            # The usual case, and there a comparison is free.
+            return None
+        ratio = before / after
+        power = ratio.log2().round().exp2()
+        known = torch.ones_like(power) if self.scale is None else self.scale
+        return torch.where((ratio / power - 1).abs() < _TOLERANCE, power, known)
 
     def _now(self) -> tuple[int, ...]:
         return tuple(-1 if p.grad is None else p.grad._version for p in self._ends)

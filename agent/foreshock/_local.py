@@ -76,7 +76,7 @@ class _InFlight:
     """Kept until the next one takes its place: see `BucketHook.works`."""
     taken: bool
     sequence: int
-    scale: Tensor
+    scale: Tensor | None
     """What the loss of that step was multiplied by, as far as it is known."""
 
 
@@ -91,9 +91,9 @@ class RankSums:
         self._group = group
         self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self._one = torch.ones((), dtype=torch.float64, device=device)
-        self._scale = self._one
+        self._scale: Tensor | None = None
         self._ring = [
-            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, taken=True, sequence=0, scale=self._one)
+            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, taken=True, sequence=0, scale=None)
             for _ in range(depth)
         ]
         self._turn = 0
@@ -135,8 +135,8 @@ class RankSums:
         slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
 
-    def scaled_by(self, scale: Tensor) -> None:
-        """What the loss of the newest sum was multiplied by: float64 scalar, the same on every rank."""
+    def scaled_by(self, scale: Tensor | None) -> None:
+        """What the loss of the newest sum was multiplied by: float64 scalar, the same on every rank; None: nothing."""
         self._ring[self._turn - 1].scale = self._scale = scale
 
     def collect(self) -> Tensor:
@@ -149,7 +149,8 @@ class RankSums:
                 self._newest_sequence = slot.sequence
                 self.newest[0] = slot.sequence
                 self.newest[1:] = slot.values
-                self.newest[1 + SUM_FIELDS.index("reduced_square_sum")] /= slot.scale.square()
+                if slot.scale is not None:
+                    self.newest[1 + SUM_FIELDS.index("reduced_square_sum")] /= slot.scale.square()
         return self.newest
 
     def under_way(self) -> bool:

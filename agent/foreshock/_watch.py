@@ -297,12 +297,12 @@ class ActiveWatch(Watch):
         if ours is not None and getattr(self._optimizer, "grad_scale", None) is ours:
             self._optimizer.grad_scale = self._theirs  # type: ignore[attr-defined]
 
-    def _write_row(self, summary: NormSummary, scale: Tensor, coefficient: Tensor) -> None:
+    def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor) -> None:
         """Stage the record's row. scale: of the loss, float64 scalar; the local gradients were seen with it."""
-        zero, none = (self._constants[value] for value in (0.0, -1.0))
+        zero, one, none = (self._constants[value] for value in (0.0, 1.0, -1.0))
         found_inf = getattr(self._optimizer, "found_inf", None)
         values = {
-            "loss_scale": scale.reshape(()),
+            "loss_scale": one if scale is None else scale.reshape(()),
             "global_norm": summary.total,
             "clip_coefficient": coefficient,
             "global_nan_parameters": summary.nan_parameters,
@@ -314,7 +314,8 @@ class ActiveWatch(Watch):
         layers = len(self._plan.layers)
         local = None if self._local is None else self._local.summary
         if local is not None:
-            local = local.unscaled(scale)
+            if scale is not None:
+                local = local.unscaled(scale)
             values["local_norm"] = local.total
             values["local_nan_parameters"] = local.nan_parameters
             values["local_inf_parameters"] = local.inf_parameters
