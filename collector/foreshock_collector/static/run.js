@@ -56,7 +56,7 @@ async function refresh() {
   offset = gaps.size === 1 ? [...gaps][0] : 0;
   words();
   readout();
-  if (Date.now() - heatsAt > HEAT_GAP || !before) {
+  if (Date.now() - heatsAt > (known.world_size > 256 ? 4 : 1) * HEAT_GAP || !before) {
     const columns = width < 600 ? 120 : 240;
     const found = await Promise.all(HEATS.map((chart) => json(address(`heat/${chart.id}`, { columns }))));
     heats = Object.fromEntries(HEATS.map((chart, i) => [chart.id, found[i]]));
