@@ -14,6 +14,7 @@ from foreshock_collector import heat
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.baseline import Baselines
 from foreshock_collector.condition import condition
+from foreshock_collector.peaks import Peaks
 from foreshock_collector.recent import Recent
 from foreshock_collector.runs import Run, Runs
 from foreshock_collector.store import Store
@@ -34,6 +35,7 @@ class Api:
         self._clock = clock
         self._silent = silent
         self._baselines = Baselines(store)
+        self._peaks = Peaks(store)
         self._recent = Recent(store)
 
     def routes(self) -> list[web.RouteDef]:
@@ -99,8 +101,7 @@ class Api:
         attempt = _attempt_of(request, run)
         points = max(1, min(number(request, "points", 1000), _MOST_POINTS))
         first, last = max(1, number(request, "first", 1)), min(attempt.settled, number(request, "last", _NO_END))
-        stretch = max(1, -(-(last - first + 1) // points))
-        columns = self._store.peaks(run.name, attempt=attempt.number, first=first, last=last, stretch=stretch)
+        stretch, columns = await self._peaks.of(run.name, attempt.number, first=first, last=last, points=points)
         baseline = await self._baselines.upto(run.name, attempt.number, max(columns["sequence"], default=0))
         told = {"attempt": attempt.number, "newest": attempt.settled, "stretch": stretch}
         return answer({**told, **columns, **baseline.at(columns["sequence"])})

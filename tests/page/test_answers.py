@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,12 +83,33 @@ def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:
     run.train(99)
     run.stored()
     series = ask(f"{url}/api/v1/runs/long/series?points=100")
-    assert series["stretch"] == 11
+    assert series["stretch"] == 16
     assert 501 in series["sequence"]
     assert series["gradient_nonfinite"].count("nan") == 1
     assert len(series["usual_high"]) == len(series["sequence"]) <= 101
     part = ask(f"{url}/api/v1/runs/long/series?points=100&first=495&last=505")
     assert part["sequence"] == [*range(495, 506)]
+
+
+def test_a_history_that_is_carried_on_is_the_same_as_one_read_at_once(url: str, job: Jobs, tmp_path: Path) -> None:
+    run = job("grown", ranks=1)
+    run.train(11_000)
+    run.stored()
+    ask(f"{url}/api/v1/runs/grown/series?points=1000")
+    run.train(700)
+    run.train(1, nan=True)
+    run.train(4)
+    run.stored()
+    carried = ask(f"{url}/api/v1/runs/grown/series?points=1000")
+    store = sqlite3.connect(f"file:{tmp_path / 'db'}?mode=ro", uri=True)
+    rows = store.execute("SELECT sequence, global_norm FROM steps WHERE run='grown' ORDER BY sequence").fetchall()
+    store.close()
+    assert carried["stretch"] == 16
+    wanted = []
+    for start in range(0, len(rows), 16):
+        stretch = rows[start : start + 16]
+        wanted.append(max(stretch, key=lambda row: math.inf if row[1] == "nan" else row[1])[0])
+    assert carried["sequence"] == wanted
 
 
 def test_ranks_and_layers_over_steps_are_told_and_an_incident_outlives_its_run(url: str, job: Jobs) -> None:

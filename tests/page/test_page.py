@@ -261,7 +261,7 @@ def test_the_page_says_that_the_collector_is_gone_and_goes_on_when_it_is_back(
         browser.until("document.querySelector('#connection').dataset.state === 'live'", "the stream")
         run.leave()
     browser.until("document.querySelector('#connection').dataset.state === 'broken'", "the warning")
-    assert "What you see is old" in browser.text("#connection")
+    assert "the collector does not answer" in browser.text("#connection")
     with collector(tmp_path / "gone", http_port=int(url.rpartition(":")[2])):
         browser.until("document.querySelector('#connection').dataset.state === 'live'", "the stream again")
         assert all("ERR_" in error for error in browser.errors())
@@ -280,4 +280,19 @@ def test_without_a_stream_the_page_asks_again_and_again(url: str, job: Jobs, bro
     browser.drawn(35)
     assert browser.text("#connection") == "asking every 2 s"
     assert all("/api/v1/live" in error for error in browser.errors())
+    browser.open("about:blank")
+
+
+def test_a_run_that_has_only_said_hello_and_one_that_there_is_not_are_told_apart(
+    url: str, job: Jobs, browser: Browser
+) -> None:
+    job("silent").stored()
+    browser.open(f"{url}/run/silent")
+    browser.until("document.querySelector('[data-chart=norm] p:not([hidden])')", "words in place of a chart")
+    assert browser.text("[data-chart=norm] p") == "No steps yet."
+    assert "running" in browser.text("#condition")
+    assert browser.errors() == []
+    browser.open(f"{url}/run/nothing")
+    browser.until("document.querySelector('#condition').innerText.includes('no run of this name')", "words")
+    assert all("404" in error for error in browser.errors())
     browser.open("about:blank")

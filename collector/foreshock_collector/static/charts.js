@@ -1,6 +1,6 @@
 // Line charts over steps, drawn by plotly.js. All share one step axis, so a look down the page is one moment.
 
-import { el, svg } from "./text.js";
+import { el, number, svg } from "./text.js";
 
 export const LINES = [
   {
@@ -131,7 +131,7 @@ export async function drawLine(node, chart, { series, events, scope, offset }) {
   await Plotly.react(node, traces, layout(node.clientWidth, chart.height, scope, more), CONFIG);
 }
 
-// A decade at least, or a calm norm would look like noise; ticks at powers of ten once there are several.
+// A decade at least, or a calm norm would look like noise. Ticks at 1, 2 and 5 where there is room, else at powers.
 function logRange(columns) {
   const logs = columns.flat().filter((value) => value > 0).map(Math.log10);
   if (!logs.length) return {};
@@ -140,9 +140,13 @@ function logRange(columns) {
   const lack = Math.max(0, 1 - (high - low)) / 2;
   low -= lack; high += lack;
   const reach = high - low;
+  const digits = reach > 2.2 ? [1] : [1, 2, 5];
+  const every = Math.ceil(reach / 6);
+  const ticks = [];
+  for (let power = Math.floor(low); power <= high; power += 1) {
+    if (power % every === 0) ticks.push(...digits.map((digit) => Number(`${digit}e${power}`)));
+  }
   return {
-    range: [low - 0.04 * reach, high + 0.1 * reach],
-    tickfont: { size: reach > 2.5 ? 9 : 11 }, // Plotly enlarges what has an exponent
-    dtick: reach > 2.5 ? Math.ceil(reach / 6) : "D2",
+    range: [low - 0.04 * reach, high + 0.1 * reach], tickmode: "array", tickvals: ticks, ticktext: ticks.map(number),
   };
 }

@@ -7,7 +7,9 @@ const LEAST_GAP = 250; // between two refreshes, so that a busy run does not kee
 const QUIET = 25000; // the stream has a word every 10 s: after this long it is dead, whatever the browser thinks
 
 export async function json(url) {
-  const response = await fetch(url, { headers: { Accept: "application/json" } });
+  const response = await fetch(url, { headers: { Accept: "application/json" } }).catch(() => {
+    throw Object.assign(new Error("the collector does not answer"), { status: 0 });
+  });
   if (!response.ok) {
     const body = await response.json().catch(() => ({}));
     throw Object.assign(new Error(body.error ?? `HTTP ${response.status}`), { status: response.status });
@@ -25,28 +27,35 @@ export function follow(url, refresh) {
   async function update() {
     if (running) { again = true; return; }
     running = true;
-    do {
-      again = false;
-      try {
-        await refresh();
-        reached = Date.now();
-        broken = "";
-      } catch (error) {
-        if (!(error instanceof TypeError) && !error.status) throw error;
-        broken = error.status ? error.message : "the collector does not answer";
-      }
-      show();
-      await new Promise((resolve) => setTimeout(resolve, LEAST_GAP));
-    } while (again);
-    running = false;
+    try {
+      do {
+        again = false;
+        await attempt();
+        show();
+        await new Promise((resolve) => { setTimeout(resolve, LEAST_GAP); });
+      } while (again);
+    } finally {
+      running = false;
+    }
+  }
+
+  async function attempt() {
+    try {
+      await refresh();
+      reached = Date.now();
+      broken = "";
+    } catch (error) {
+      if (!("status" in error)) throw error; // a mistake of ours: the console shall have it
+      broken = error.message;
+    }
   }
 
   function open() {
     // Browsers allow six connections a host: tabs in the background give theirs back.
     if (document.hidden || stream) return;
     stream = new EventSource(url);
-    stream.addEventListener("news", () => { reached = Date.now(); update(); });
-    stream.addEventListener("word", () => { reached = Date.now(); broken = ""; });
+    // A word without news is looked up as well: how long ago things were is part of what is shown.
+    for (const kind of ["news", "word"]) stream.addEventListener(kind, () => { reached = Date.now(); update(); });
   }
 
   function close() {
@@ -63,7 +72,7 @@ export function follow(url, refresh) {
     const words = {
       live: "live",
       polling: `asking every ${span(POLL / 1000)}`,
-      broken: `not connected for ${span((Date.now() - reached) / 1000)}: ${broken}. What you see is old.`,
+      broken: `old since ${new Date(reached).toLocaleTimeString()}: ${broken}`,
     };
     if (connection.textContent !== words[state]) put("connection", el("span", {}, words[state]));
   }
@@ -71,7 +80,7 @@ export function follow(url, refresh) {
   document.addEventListener("visibilitychange", () => (document.hidden ? close() : (open(), update())));
   setInterval(() => {
     if (document.hidden) return;
-    if (!streaming() || Date.now() - reached > QUIET) {
+    if (broken || !streaming() || Date.now() - reached > QUIET) {
       // A stream that was refused closes itself for good; a new one is tried as we poll.
       if (stream && (stream.readyState === EventSource.CLOSED || Date.now() - reached > QUIET)) close();
       open();

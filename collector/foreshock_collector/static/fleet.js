@@ -22,7 +22,9 @@ function summary(runs) {
 
 function incidentLine(run) {
   const incident = (run.open_incidents ?? []).at(-1);
-  if (!incident) return null;
+  if (!incident) {
+    return run.verdict === "healthy" ? null : el("p", { class: "quiet" }, `last incident: ${verdictTitle(run.verdict).toLowerCase()}`);
+  }
   const { verdict } = incident;
   const where = [
     verdict.rank === null ? null : `rank ${verdict.rank}`,

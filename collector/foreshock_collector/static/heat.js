@@ -7,10 +7,11 @@ export const HEATS = [
   {
     id: "ranks", title: "Ranks", word: "rank",
     note: "local norm of each rank, before averaging, as a multiple of the median of all ranks at the same step",
+    alone: "local norm, before averaging, as a multiple of its median in view",
   },
   {
     id: "layers", title: "Layers", word: "layer",
-    note: "norm of each layer's averaged gradient, as a multiple of that layer's own median in view",
+    note: "norm of each layer's averaged gradient, against its usual share of what all layers have at the same step",
   },
 ];
 
@@ -22,16 +23,15 @@ const median = (values) => {
 };
 
 // log10 of each cell over what is usual; null where nothing is known or it is not finite.
+// A rank's usual is what the others have at that step. Layers differ by nature: a layer's is its own median, times what
+// all layers do at that step. So what is common to all stays grey (the norm above shows it), and what is not stands out.
 export function relative(heat, chart) {
   const { values } = heat;
-  const across = chart.id === "ranks" && values.length > 1;
-  const usual = across
-    ? heat.sequence.map((_, i) => median(values.map((row) => row[i])))
-    : values.map((row) => median(row));
-  return values.map((row, r) => row.map((value, i) => {
-    const base = across ? usual[i] : usual[r];
-    return Number.isFinite(value) && value > 0 && base ? Math.log10(value / base) : null;
-  }));
+  const own = chart.id === "layers" || values.length === 1;
+  const rows = values.map((row) => (own ? median(row) : 1));
+  const scaled = values.map((row, r) => row.map((value) => (Number.isFinite(value) && rows[r] ? value / rows[r] : null)));
+  const columns = heat.sequence.map((_, i) => (values.length > 1 ? median(scaled.map((row) => row[i])) : 1));
+  return scaled.map((row) => row.map((value, i) => (value > 0 && columns[i] ? Math.log10(value / columns[i]) : null)));
 }
 
 export async function drawHeat(node, chart, { heat, events, scope, offset }) {

@@ -56,7 +56,7 @@ async function refresh() {
   offset = gaps.size === 1 ? [...gaps][0] : 0;
   words();
   readout();
-  if (Date.now() - heatsAt > HEAT_GAP || !before) {
+  if (Date.now() - heatsAt > (known.world_size > 256 ? 4 : 1) * HEAT_GAP || !before) {
     const columns = width < 600 ? 120 : 240;
     const found = await Promise.all(HEATS.map((chart) => json(address(`heat/${chart.id}`, { columns }))));
     heats = Object.fromEntries(HEATS.map((chart, i) => [chart.id, found[i]]));
@@ -181,7 +181,7 @@ function build() {
     const heat = HEATS.includes(chart);
     const empty = el("p", { class: "quiet", hidden: true });
     parent.append(el("figure", { "data-chart": chart.id },
-      el("figcaption", {}, el("h2", {}, chart.title), el("span", { class: "quiet" }, chart.note), heat ? legend() : chart.marks ? markLegend(chart) : null), frame, empty));
+      el("figcaption", {}, el("h2", {}, chart.title), el("span", { class: "quiet note" }, chart.note), heat ? legend() : chart.marks ? markLegend(chart) : null), frame, empty));
     cursor.add({ chart, frame, node, empty, heat });
     frame.addEventListener("pointerdown", () => { pointerDown = true; });
   }
@@ -219,7 +219,8 @@ function draw() {
       await pause();
       if (mine !== turn || pointerDown) return;
       const heat = heats[plot.chart.id];
-      const why = plot.heat ? emptyHeat(plot.chart, heat) : series.sequence.length ? "" : "No steps yet.";
+      const why = !series.sequence.length ? "No steps yet." : plot.heat ? emptyHeat(plot.chart, heat) : "";
+      if (plot.heat) plot.frame.closest("figure").querySelector(".note").textContent = heat?.rows.length === 1 ? plot.chart.alone ?? plot.chart.note : plot.chart.note;
       plot.empty.hidden = !why;
       plot.empty.textContent = why;
       plot.frame.hidden = Boolean(why);
@@ -303,7 +304,7 @@ function readout(at = cursor.at, plot = null, y = null) {
   const value = (term, words) => el("span", {}, el("span", { class: "quiet" }, `${term} `), el("b", {}, words));
   const usual = series.usual_low[i] === null ? "" : ` (usually ${number(series.usual_low[i])} to ${number(series.usual_high[i])})`;
   const parts = [
-    value(at === null ? "newest step" : "step", whole(series.step[i])),
+    value(at === null ? "newest step shown" : "step", whole(series.step[i])),
     value("norm", (series.global_norm[i] === null ? number(series.gradient_nonfinite[i] || null) : number(series.global_norm[i])) + usual),
     value("loss", series.loss[i] === null ? number(series.loss_nonfinite[i] || null) : number(series.loss[i])),
     value("clip", number(series.clip_coefficient[i])),
@@ -340,8 +341,7 @@ async function tolerant() {
     await refresh();
   } catch (error) {
     if (error.status !== 404 || known) throw error;
-    put("readout");
-    put("condition", `There is no run of this name here. `, el("a", { href: "/" }, "All runs"));
+    put("condition", "There is no run of this name here, or not yet. ", el("a", { href: "/" }, "All runs"));
     throw error;
   }
 }
