@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,22 @@ SCRAPE_LABELS = {"job", "instance"}
 VALUES = {"verdict": set(VERDICTS), "reason": set(DROP_REASONS)}
 """Labels with a closed list of values."""
 QUERY = re.compile(r'printf ("(?:[^"\\]|\\.)*")((?: \$labels\.\w+)*) \| query')
+BASE = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
+_INCIDENT = {"run", "verdict", "since_step", "lead_steps", "worst_rank", "layer"}
+FACTS = {
+    "ForeshockGradientSpike": {"run", "newest_step", "worst_rank"},
+    "ForeshockGradientBuildUp": {"run", "newest_step", "worst_rank"},
+    "ForeshockLossSpike": {"run", "newest_step"},
+    "ForeshockExplodingGradients": _INCIDENT,
+    "ForeshockSuddenNonFinite": _INCIDENT,
+    "ForeshockStepsSkipped": {"run", "newest_step"},
+    "ForeshockRankSilent": {"run", "newest_step", "worst_rank"},
+    "ForeshockRanksMissing": {"run", "newest_step"},
+    "ForeshockRunStalled": {"run", "since_step"},
+    "ForeshockRecordsDropped": {"run", "newest_step"},
+    "ForeshockCollectorDown": set(),
+}
+"""What an alert says by itself, beside its text and its links."""
 Labels = set[str] | None
 """Of a vector; None for a scalar."""
 
@@ -99,26 +116,49 @@ def test_an_alert_names_only_series_of_the_catalogue_and_is_about_one_run(alert:
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
 def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) -> None:
-    description = alert["annotations"]["description"]
-    asked = QUERY.findall(description)
-    assert len(asked) == description.count("| query")
-    for text, arguments in asked:
-        query = json.loads(text)
-        assert query.count("%q") == len(arguments.split())
-        labels_of(promql.parse(query.replace("%q", '"x"')))
     known = {label for series in CATALOGUE for label in series.labels}
-    assert set(re.findall(r'\.Labels\.(\w+)|label "(\w+)"', description)) <= {
-        pair for label in known for pair in ((label, ""), ("", label))
-    }
+    for annotation in alert["annotations"].values():
+        asked = QUERY.findall(annotation)
+        assert len(asked) == annotation.count("| query")
+        for text, arguments in asked:
+            query = json.loads(text)
+            assert query.count("%q") == len(arguments.split())
+            labels_of(promql.parse(query.replace("%q", '"x"')))
+        assert set(re.findall(r'\.Labels\.(\w+)|label "(\w+)"', annotation)) <= {
+            pair for label in known for pair in ((label, ""), ("", label))
+        }
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
-def test_an_alert_says_one_fixed_sentence_and_where_its_runbook_is(alert: dict[str, Any]) -> None:
+def test_an_alert_says_one_fixed_sentence_and_what_is_known(alert: dict[str, Any]) -> None:
     said = alert["annotations"]
-    assert set(said) == {"summary", "description", "runbook_url"}
+    assert set(said) == {"summary", "description", "page_url", "runbook_url"} | FACTS[alert["alert"]]
     assert re.fullmatch(r"[A-Z][^{}]*\.", said["summary"])
-    assert said["runbook_url"] == f"http://127.0.0.1:{DEFAULT_HTTP_PORT}/runbooks/{alert['alert']}"
+    assert said.get("run", "{{ $labels.run }}") == "{{ $labels.run }}"
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_both_links_of_an_alert_start_with_the_same_address_and_nothing_else_has_it(alert: dict[str, Any]) -> None:
+    said = alert["annotations"]
+    run = "run/{{ $labels.run | urlquery" if "run" in said else ""
+    assert said["page_url"].startswith(f"{BASE}/{run}")
+    assert said["runbook_url"] == f"{BASE}/runbooks/{alert['alert']}"
     assert (ROOT / "docs/runbooks" / f"{alert['alert']}.md").is_file()
+    assert json.dumps(alert).count(BASE) == 2
+
+
+def test_one_sed_points_every_link_to_another_collector() -> None:
+    """The line is the one that docs/deploy.md gives."""
+    (line,) = re.findall(r"^sed .*foreshock\.rules\.yml$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    sed = [word for word in shlex.split(line) if word != "-i"][:-1]
+    done = subprocess.run([*sed, RULES], capture_output=True, text=True, timeout=60, check=True)
+    changed = yaml.safe_load(done.stdout)["groups"][0]["rules"]
+    for before, after in zip(ALERTS, changed, strict=True):
+        for link in ("page_url", "runbook_url"):
+            moved = before["annotations"][link].removeprefix(BASE)
+            assert after["annotations"].pop(link) == f"https://foreshock.example.org{moved}"
+            before = {**before, "annotations": {k: v for k, v in before["annotations"].items() if k != link}}
+        assert after == before
 
 
 def test_every_runbook_belongs_to_an_alert_and_answers_the_same_questions() -> None:
@@ -134,7 +174,9 @@ def test_every_runbook_belongs_to_an_alert_and_answers_the_same_questions() -> N
     ]
     for name, text in pages.items():
         assert text.startswith(f"# {name}\n"), name
-        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == questions, name
+        _, *sections = re.split(r"^## ", text, flags=re.MULTILINE)
+        assert [section.partition("\n")[0] for section in sections] == questions, name
+        assert all(section.partition("\n")[2].strip() for section in sections), name
 
 
 def test_critical_alerts_outlast_the_early_signs_of_the_same_event() -> None:
