@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.deploy.conftest import (
     PROMETHEUS_CONFIG,
     RULES,
@@ -57,12 +58,15 @@ def collector() -> Iterator[Collector]:
 
 
 def faster(folder: Path, collector: str, alertmanager: str) -> Path:
-    """The shipped configuration, every second instead of every five, pointed at this test's processes."""
+    """The shipped files, every second instead of every five, pointed at this test's processes, links included."""
     config = yaml.safe_load(PROMETHEUS_CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [collector]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
-    config["rule_files"] = [str(RULES)]
+    config["rule_files"] = [str(folder / RULES.name)]
+    (folder / RULES.name).write_text(
+        RULES.read_text().replace(f"http://127.0.0.1:{DEFAULT_HTTP_PORT}", f"http://{collector}")
+    )
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     return folder / "prometheus.yml"
 
