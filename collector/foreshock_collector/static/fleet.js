@@ -9,10 +9,9 @@ const ENDED_SHOWN = 20;
 let allEnded = false;
 let known = null;
 
-function summary(runs) {
+function summary({ runs, ended }) {
   const active = runs.filter((run) => run.state === "active");
-  if (!runs.length) return "No run has reported yet";
-  if (!active.length) return `No run is active; ${plural(runs.length, "has", "have")} ended`;
+  if (!active.length) return ended ? `No run is active, ${whole(ended)} ended` : "No run has reported yet";
   const bad = ORDER.slice(0, 4)
     .map((condition) => [condition, active.filter((run) => run.condition === condition).length])
     .filter(([, count]) => count)
@@ -69,22 +68,21 @@ function show() {
     .sort((a, b) => rank(a) - rank(b) || b.started_seconds - a.started_seconds);
   const ended = runs.filter((run) => run.state === "ended");
   const focused = document.activeElement?.getAttribute("href");
-  put("summary", summary(runs));
-  document.title = `${summary(runs)} · Foreshock`;
+  put("summary", summary(known));
+  document.title = `${summary(known)} · Foreshock`;
   put("active", active.length ? table(active, now) : null,
     runs.length ? null : el("p", {}, "Add two lines to a training script: ",
       el("code", {}, "watch = foreshock.attach(model, optimizer)"), " and, in the loop, ",
       el("code", {}, "watch.observe(loss=loss, step=step)"), "."));
-  const shown = allEnded ? ended : ended.slice(0, ENDED_SHOWN);
-  put("ended", shown.length ? [el("h2", {}, "Ended"), table(shown, now)] : null,
-    ended.length > shown.length
-      ? el("button", { type: "button", onclick: () => { allEnded = true; show(); } }, `Show all ${ended.length}`)
+  put("ended", ended.length ? [el("h2", {}, "Ended"), table(ended, now)] : null,
+    known.ended > ended.length
+      ? el("button", { type: "button", onclick: () => { allEnded = true; update(); } }, `Show all ${whole(known.ended)}`)
       : null);
   // The rows are new; whoever was on a link by keyboard still is.
   if (focused) document.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
 }
 
-follow("/api/v1/live", async () => {
-  known = await json("/api/v1/runs?recent=1");
+const update = follow("/api/v1/live", async () => {
+  known = await json(`/api/v1/runs?recent=1${allEnded ? "" : `&ended=${ENDED_SHOWN}`}`);
   show();
 });

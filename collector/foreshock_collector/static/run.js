@@ -176,7 +176,7 @@ const cursor = new Cursor({ moved: (at, plot, y) => readout(at, plot, y), zoom: 
 function build() {
   const parent = document.getElementById("charts");
   for (const chart of [...LINES, ...HEATS]) {
-    const node = el("div", { class: "plot" });
+    const node = el("div", { class: "plot", "aria-hidden": "true" });
     const frame = el("div", { class: "frame", tabindex: 0, role: "group", "aria-label": `${chart.title}: ${chart.note}` }, node);
     const heat = HEATS.includes(chart);
     const empty = el("p", { class: "quiet", hidden: true });
