@@ -38,7 +38,7 @@ function incidentLine(run) {
 
 function row(run, now) {
   const { newest, recent } = run;
-  const bad = recent?.global_norm.at(-1) === null;
+  const last = (what) => (what in newest && recent?.[what].at(-1) === null ? "not finite" : number(newest[what]));
   const cell = (label, ...content) => el("td", { "data-label": label }, ...content);
   const age = run.last_step_seconds ? `${span(Math.max(0, now - run.last_step_seconds))} ago` : "none yet";
   return el("tr", { "data-run": run.run, "data-condition": run.condition },
@@ -48,8 +48,8 @@ function row(run, now) {
       incidentLine(run)),
     cell("step", el("span", { class: "value" }, whole(newest.step))),
     cell("global norm", spark(recent?.global_norm, { logarithmic: true, name: "global norm" }),
-      el("span", { class: "value" }, bad ? "not finite" : number(newest.global_norm))),
-    cell("loss", spark(recent?.loss, { name: "loss" }), el("span", { class: "value" }, number(newest.loss))),
+      el("span", { class: "value" }, last("global_norm"))),
+    cell("loss", spark(recent?.loss, { name: "loss" }), el("span", { class: "value" }, last("loss"))),
     cell("ranks", el("span", { class: "value" }, `${run.ranks_reporting} of ${run.world_size}`)),
     cell("last step", el("span", { class: "value" }, age)));
 }
