@@ -2,15 +2,16 @@
 
 A hook issues a collective every step, so one rank that goes without it would hang the job: `if rank == 0: attach(...)`,
 a kill switch on one node, another clip on one rank. Every rank posts what it has to the process group's store, rank 0
-decides, and all hear the same decision.
+decides, and all hear the same decision. A rank that is disabled or has failed needs no decision: it posts that, and
+waits for nobody.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TypeVar
 
 from torch._C._distributed_c10d import Store
 
@@ -26,11 +27,12 @@ class Posting:
     """What one rank brings."""
 
     version: str
-    clip: str
-    local_norms: bool
-    disabled: bool
+    clip: str = ""
+    local_norms: bool = True
+    disabled: bool = False
+    """The kill switch is on."""
     error: str = ""
-    """Why this rank cannot attach; its own process raises."""
+    """Why this rank cannot attach."""
     hook_taken: bool = False
     """The model has a communication hook of the script's own."""
 
@@ -50,35 +52,28 @@ class Decision:
 
 
 def decide(postings: list[Posting | None], *, run: str, launch: str, timeout: float) -> Decision:
-    """One decision from what the ranks posted; None stands for a rank that did not."""
+    """One decision from what the ranks posted; None stands for a rank that did not.
+
+    What a rank has said goes before what is missing: one disabled or failed rank disables all.
+    """
     present = {rank: posting for rank, posting in enumerate(postings) if posting is not None}
-    missing = [rank for rank, posting in enumerate(postings) if posting is None]
-    if missing:
-        error = f"{_ranks(missing)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
-        return Decision(run=run, launch=launch, error=error)
     if disabled := [rank for rank, posting in present.items() if posting.disabled]:
         return Decision(run=run, launch=launch, disabled=f"FORESHOCK_DISABLED is set on {_ranks(disabled)}")
     if failed := [rank for rank, posting in present.items() if posting.error]:
         why = f"attach failed on {_ranks(failed)}: {present[failed[0]].error}"
         return Decision(run=run, launch=launch, disabled=why)
+    if missing := [rank for rank, posting in enumerate(postings) if posting is None]:
+        error = f"{_ranks(missing)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
+        return Decision(run=run, launch=launch, error=error)
     for setting in ("version", "clip", "local_norms"):
         values = {rank: getattr(posting, setting) for rank, posting in present.items()}
         other = [rank for rank, value in values.items() if value != values[0]]
         if other:
-            error = f"{setting} differs: {values[0]} on rank 0, {values[other[0]]} on {_ranks(other)}"
+            theirs = f"{values[other[0]]} on {_ranks(other)}"
+            error = f"{setting} differs: {values[0]} on rank 0, {theirs}; it must be the same on every rank"
             return Decision(run=run, launch=launch, error=error)
     taken = any(posting.hook_taken for posting in present.values())
-    return Decision(run=run, launch=launch, local_norms=postings_local(present) and not taken, hook_taken=taken)
-
-
-def postings_local(present: dict[int, Posting]) -> bool:
-    """Local norms are measured where every rank wants them."""
-    return all(posting.local_norms for posting in present.values())
-
-
-def post(store: Store, rank: int, posting: Posting) -> None:
-    """Tell the others."""
-    store.set(f"rank/{rank}", json.dumps(asdict(posting)))
+    return Decision(run=run, launch=launch, local_norms=present[0].local_norms and not taken, hook_taken=taken)
 
 
 def agree(
@@ -86,32 +81,53 @@ def agree(
 ) -> Decision:
     """Post, and hear the decision. Blocks until every rank has posted, at most `timeout` seconds (5 more off rank 0).
 
-    Raises `AttachError` where ranks are missing or contradict each other.
+    Raises `AttachError` where ranks are missing or contradict each other, or the store is gone.
     """
-    post(store, rank, posting)
-    if rank == 0:
-        _wait(store, [f"rank/{other}" for other in range(world_size)], timeout)
-        decision = decide(_postings(store, world_size), run=run, launch=launch, timeout=timeout)
-        store.set("decision", json.dumps(asdict(decision)))
-    elif _wait(store, ["decision"], timeout + _GRACE_SECONDS):
-        decision = Decision(**json.loads(store.get("decision")))
-    else:
-        decision = decide(_postings(store, world_size), run=run, launch=launch, timeout=timeout)
+    try:
+        decision = _ask(store, rank, world_size, posting, Decision(run=run, launch=launch), timeout)
+    except RuntimeError as error:
+        # Of the store: the process that serves it has ended.
+        raise AttachError(f"the ranks' store is gone, a rank has ended while the others attached ({error})") from error
     if decision.error:
         raise AttachError(decision.error)
     return decision
 
 
-def _postings(store: Store, world_size: int) -> list[Posting | None]:
-    return [
-        Posting(**json.loads(store.get(key))) if store.check([key]) else None
-        for key in (f"rank/{rank}" for rank in range(world_size))
-    ]
+def _ask(store: Store, rank: int, world_size: int, posting: Posting, names: Decision, timeout: float) -> Decision:
+    store.set(_keys(world_size)[rank], json.dumps(asdict(posting)))
+    out = bool(posting.disabled or posting.error)
+    if rank and not out and _wait(store, ["decision"], timeout + _GRACE_SECONDS):
+        return _read(Decision, store.get("decision"))
+    if rank == 0 and not out:
+        _wait(store, _keys(world_size), timeout)
+    postings = [_read(Posting, store.get(key)) if store.check([key]) else None for key in _keys(world_size)]
+    decision = decide(postings, run=names.run, launch=names.launch, timeout=timeout)
+    if out and rank:
+        return decision
+    if rank and not (decision.error or decision.disabled):
+        decision = replace(decision, error=f"rank 0 called foreshock.attach more than {timeout:g} s after others")
+    # The first decision stands: one that gives up waiting and rank 0 that is just done must not part ways.
+    return _read(Decision, store.compare_set("decision", "", json.dumps(asdict(decision))))
+
+
+def _keys(world_size: int) -> list[str]:
+    return [f"rank/{rank}" for rank in range(world_size)]
+
+
+_Kind = TypeVar("_Kind", Posting, Decision)
+
+
+def _read(kind: type[_Kind], text: bytes) -> _Kind:
+    # Ranks of another version may post more, and are to hear that the version differs.
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in json.loads(text).items() if name in known})
 
 
 def _wait(store: Store, keys: list[str], timeout: float) -> bool:
-    """Poll: `store.wait` breaks its connection when it times out, and the missing ranks are yet to be named."""
-    store.set_timeout(timedelta(seconds=timeout + 60))
+    """Poll: `store.wait` breaks its connection when it times out, and the missing ranks are yet to be named.
+
+    The store's own time-out is the job's, and stays as it is.
+    """
     deadline = time.monotonic() + timeout
     while not store.check(keys):
         if time.monotonic() > deadline:

@@ -6,29 +6,30 @@ import os
 import platform
 import secrets
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from multiprocessing.util import Finalize
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._agreement import Decision, Posting, agree, post
+from foreshock._agreement import Decision, Posting, agree
 from foreshock._clip import NormClip, ValueClip
-from foreshock._errors import SettingsError
+from foreshock._errors import AttachError, SettingsError
 from foreshock._hooks import hook_taken, watch_buckets
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._launch import RecorderProcess, announce
 from foreshock._records import Records
-from foreshock._settings import Settings, settings_from
+from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch, DisabledWatch, Watch, clips_in_kernel, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
-
-_attaches = 0
 
 
 def attach(
@@ -54,122 +55,189 @@ def attach(
     Blocks until every rank has called it, at most 60 seconds. Raises `SettingsError` for a wrong argument and
     `AttachError` where ranks are missing or disagree; never raises into training after that.
     """
-    ddp = _checked_model(model)
-    group = ddp.process_group
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    store = _store()
+    ranks = _Ranks(model)
     try:
-        settings = settings_from(
-            clip=clip, collector=collector, experiment=experiment, run=run, local_norms=local_norms
-        )
-        plan = _checked_plan(ddp, optimizer)
+        mine = None
+        if not kill_switch():
+            settings = settings_from(
+                clip=clip, collector=collector, experiment=experiment, run=run, local_norms=local_norms
+            )
+            ddp = _checked_model(model)
+            mine = _Mine(model=ddp, optimizer=optimizer, plan=_checked_plan(ddp, optimizer), settings=settings)
     except SettingsError as error:
         # The others must not wait for this rank, nor hook up without it.
-        post(store, rank, _posting(error=str(error)))
+        ranks.leave(Posting(version=__version__, error=str(error)))
         raise
-    decision = agree(
-        store,
-        rank=rank,
-        world_size=world_size,
-        posting=_posting(settings, hook_taken=hook_taken(ddp)),
-        run=run_name(settings.run, os.environ) if rank == 0 else "",
-        launch=launch_name() if rank == 0 else "",
+    if mine is None:
+        ranks.leave(Posting(version=__version__, disabled=True))
+        return DisabledWatch()
+    return _attach(mine, ranks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mine:
+    """What this rank was told, checked."""
+
+    model: DistributedDataParallel
+    optimizer: torch.optim.Optimizer
+    plan: ParameterPlan
+    settings: Settings
+
+    def posting(self, error: str = "") -> Posting:
+        return Posting(
+            version=__version__,
+            clip=str(self.settings.clip or "none"),
+            local_norms=self.settings.local_norms,
+            error=error,
+            hook_taken=hook_taken(self.model),
+        )
+
+
+def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
+    settings = mine.settings
+    decision = ranks.agree(
+        mine.posting(),
+        run=run_name(settings.run, os.environ) if ranks.rank == 0 else "",
+        launch=launch_name() if ranks.rank == 0 else "",
         timeout=settings.attach_timeout,
     )
     if decision.disabled:
-        announce(f"not watching: {decision.disabled}", rank=rank)
+        return DisabledWatch()
+    # What may fail on one machine and not on another comes before the second agreement, every hook after it.
+    folder = ring_folder(decision.run)
+    path = folder / ring_name(decision.launch, ranks.rank)
+    failure, records = "", None
+    try:
+        identity = _identity(mine, decision, ranks)
+        records = Records(Ring.create(path, identity, layers=len(mine.plan.layers)), mine.plan.device())
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error}"
+    ready = ranks.agree(mine.posting(failure), timeout=settings.attach_timeout)
+    if ready.disabled or records is None:
+        with suppress(OSError):
+            path.unlink()
         return DisabledWatch()
     if decision.hook_taken:
-        announce("the model has a communication hook already: no local norms, only global ones", rank=rank)
-    return _watch(ddp, optimizer, plan, settings, decision, rank=rank, world_size=world_size)
+        line = "the model has a communication hook already: no local norms, only global ones"
+        announce(line, rank=ranks.rank)
+    recorder = RecorderProcess(
+        folder, collector=settings.collector, python=settings.recorder_python, speaks=ranks.rank == 0
+    )
+    recorder.ensure()
+    watch = ActiveWatch(
+        model=mine.model,
+        optimizer=mine.optimizer,
+        plan=mine.plan,
+        clip=settings.clip,
+        local_norms=decision.local_norms,
+        records=records,
+        recorder=recorder,
+        strict=settings.strict,
+    )
+    if decision.local_norms:
+        watch_buckets(mine.model, watch)
+    # A finalizer of multiprocessing runs at the end of spawned processes too, where atexit does not.
+    Finalize(None, watch.leave_at_exit, exitpriority=100)
+    announce(_line(mine, decision, ranks.size), rank=ranks.rank)
+    return watch
 
 
-def _watch(
-    model: DistributedDataParallel,
-    optimizer: torch.optim.Optimizer,
-    plan: ParameterPlan,
-    settings: Settings,
-    decision: Decision,
-    *,
-    rank: int,
-    world_size: int,
-) -> Watch:
-    folder = ring_folder(decision.run)
-    summary = model_summary(model.module, plan)
-    local = local_rank(rank)
-    identity = {
+def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:
+    """What the ring's header says, for the recorder's `Hello`."""
+    optimizer = mine.optimizer
+    return {
         "schema_version": 1,
-        "instance": f"{decision.launch}-{rank}-{secrets.token_hex(4)}",
-        "experiment": settings.experiment,
+        "instance": f"{decision.launch}-{ranks.rank}-{secrets.token_hex(4)}",
+        "experiment": mine.settings.experiment,
         "run": decision.run,
         "launch": decision.launch,
         "started_seconds": time.time(),
-        "rank": rank,
-        "local_rank": local,
-        "world_size": world_size,
+        "rank": ranks.rank,
+        "local_rank": local_rank(ranks.rank),
+        "world_size": ranks.size,
         "node": node_name(),
-        "clip": str(settings.clip or "none"),
+        "clip": str(mine.settings.clip or "none"),
         "capabilities": ["local_norms"] if decision.local_norms else [],
         "versions": {
             "foreshock": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "model": summary,
+        "model": model_summary(mine.model.module, mine.plan),
         "optimizer": {"type": type(optimizer).__name__, "fused": clips_in_kernel(optimizer)},
-        "collector": settings.collector,
+        "collector": mine.settings.collector,
     }
-    ring = Ring.create(folder / ring_name(decision.launch, rank), identity, layers=len(plan.layers))
-    recorder = RecorderProcess(folder, collector=settings.collector, python=settings.recorder_python, speaks=rank == 0)
-    recorder.ensure()
-    watch = ActiveWatch(
-        model=model,
-        optimizer=optimizer,
-        plan=plan,
-        clip=settings.clip,
-        local_norms=decision.local_norms,
-        records=Records(ring, plan.device()),
-        recorder=recorder,
-        strict=settings.strict,
-    )
-    if decision.local_norms:
-        watch_buckets(model, watch)
-    # A finalizer of multiprocessing runs at the end of spawned processes too, where atexit does not.
-    Finalize(None, watch.leave_at_exit, exitpriority=100)
-    announce(_line(settings, decision, summary["type"], plan, world_size), rank=rank)
-    return watch
 
 
-def _line(settings: Settings, decision: Decision, model: str, plan: ParameterPlan, world_size: int) -> str:
+def _line(mine: _Mine, decision: Decision, size: int) -> str:
+    settings, plan = mine.settings, mine.plan
     clip = f"clipping by {settings.clip}" if settings.clip else "observing only"
     where = settings.collector or "this machine's collector"
-    ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+    ranks = f"{size} rank{'s' if size > 1 else ''}"
+    model = type(mine.model.module).__name__
     return (
         f"watching {model} ({len(plan.layers)} layers, {len(plan.parameters)} parameters) on {ranks}, {clip}; "
         f"run {decision.run} to {where}; foreshock status {decision.run}"
     )
 
 
-def _posting(settings: Settings | None = None, *, hook_taken: bool = False, error: str = "") -> Posting:
-    return Posting(
-        version=__version__,
-        clip="" if settings is None else str(settings.clip or "none"),
-        local_norms=settings is None or settings.local_norms,
-        disabled=settings is not None and settings.disabled,
-        error=error,
-        hook_taken=hook_taken,
-    )
+class _Ranks:
+    """The ranks that have to agree: those of the model's process group, through the job's own store."""
+
+    _agreements = 0
+    """Of this process: ranks agree in the same order, as with any collective, each time in a corner of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self.rank, self.size = 0, 1
+        if dist.is_available() and dist.is_initialized():
+            # A model that is none of DDP's is an error, and one that the default group's ranks have to hear.
+            self._group = getattr(_unwrapped(model), "process_group", None) or dist.group.WORLD
+            self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
+
+    def agree(
+        self, posting: Posting, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
+    ) -> Decision:
+        """One agreement of all. Rank 0 says why nobody watches, unless it raises why."""
+        assert self._group is not None
+        _Ranks._agreements += 1
+        store = PrefixStore(f"foreshock/{self._group.group_name}/{_Ranks._agreements}", _get_default_store())
+        decision = agree(
+            store,
+            rank=self.rank,
+            world_size=self.size,
+            posting=posting,
+            run=run,
+            launch=launch,
+            timeout=timeout,
+        )
+        if decision.disabled and not silent:
+            announce(f"not watching: {decision.disabled}", rank=self.rank)
+        return decision
+
+    def leave(self, posting: Posting) -> None:
+        """Tell the others that this rank does not take part; waits for nobody."""
+        if self._group is not None:
+            with suppress(AttachError):
+                self.agree(posting, silent=bool(posting.error))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    # torch.compile keeps the module that it wraps.
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, DistributedDataParallel) else model
 
 
 def _checked_model(model: nn.Module) -> DistributedDataParallel:
-    if not isinstance(model, DistributedDataParallel):
-        # torch.compile keeps the module that it wraps.
-        inner = getattr(model, "_orig_mod", None)
-        if not isinstance(inner, DistributedDataParallel):
-            wrap = "wrap it first: DistributedDataParallel(model)"
-            raise SettingsError(f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}")
-        model = inner
-    return model
+    inner = _unwrapped(model)
+    if not isinstance(inner, DistributedDataParallel):
+        wrap = "wrap it first: DistributedDataParallel(model)"
+        raise SettingsError(f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}")
+    if any(getattr(module, "sparse", False) is True for module in inner.module.modules()):
+        raise SettingsError(
+            "model: has an embedding with sparse gradients, whose norm is not measured; use sparse=False"
+        )
+    return inner
 
 
 def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> ParameterPlan:
@@ -187,10 +255,3 @@ def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimiz
     if is_watched(optimizer):
         raise SettingsError("optimizer: is being watched already; detach that watch first")
     return plan
-
-
-def _store() -> Store:
-    """A corner of the job's own store for this attach: ranks attach in the same order, as with any collective."""
-    global _attaches
-    _attaches += 1
-    return PrefixStore(f"foreshock/{_attaches}", _get_default_store())

@@ -60,20 +60,23 @@ class ValueClip:
 Clip = NormClip | ValueClip
 
 
-def clip_from(value: float | str | NormClip | ValueClip | None) -> Clip | None:
-    """The policy that an argument or FORESHOCK_CLIP stands for: a number is a `max_norm`, "none" is no clipping."""
+def clip_from(value: float | NormClip | ValueClip | None) -> Clip | None:
+    """The policy that the argument stands for: a number is a `max_norm`."""
     if value is None or isinstance(value, (NormClip, ValueClip)):
         return value
-    if isinstance(value, str):
-        if value.strip().lower() == "none":
-            return None
-        try:
-            value = float(value)
-        except ValueError:
-            raise SettingsError(f"clip: FORESHOCK_CLIP must be a number or 'none', not {value!r}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise SettingsError(f"clip: give a number (a largest norm), NormClip, ValueClip or None, not {value!r}")
     return NormClip(max_norm=float(value))
+
+
+def clip_from_text(name: str, text: str) -> Clip | None:
+    """The policy that an environment variable stands for: a number is a `max_norm`, "none" is no clipping."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return NormClip(max_norm=float(text))
+    except ValueError:
+        raise SettingsError(f"{name}: must be a positive number (a largest norm) or none, not {text!r}") from None
 
 
 def _check_positive(name: str, value: float) -> None:

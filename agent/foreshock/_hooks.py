@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 class BucketWatcher(Protocol):
     """Who looks at a rank's gradients before they are reduced."""
 
-    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-        """One bucket is about to be reduced."""
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
+        """One bucket is about to be reduced, the first of its backward pass or a later one."""
 
     def last_bucket(self) -> None:
         """All buckets of this backward pass have been seen; their last one is not reduced yet."""
@@ -35,6 +35,9 @@ class BucketHook:
         self.group: dist.ProcessGroup = model.process_group
         self.ranks = dist.get_world_size(self.group)
         self.watcher = watcher
+        self.works: list[dist.Work] = []
+        """Reductions of the newest backward pass. gloo's thread must not be the last to let go of one: that needs the
+        interpreter, and one that is about to end aborts the process."""
         self._places: dict[Tensor, int] = {}
         if model.gradient_as_bucket_view and self.ranks & (self.ranks - 1):
             # The wrapped module's forward: by then DDP has rebuilt its buckets, if it is going to.
@@ -64,11 +67,15 @@ def before_reduction(state: BucketHook, bucket: GradBucket) -> Future[Tensor]:
 
     A hook turns off DDP's own division: `average` does it, before the sum, which would overflow in half precision.
     """
-    state.watcher.bucket(bucket.parameters(), bucket.gradients())
+    first = bucket.index() == 0
+    if first:
+        state.works.clear()
+    state.watcher.bucket(bucket.parameters(), bucket.gradients(), first=first)
     if bucket.is_last():
         # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
         state.watcher.last_bucket()
     work = dist.all_reduce(state.average(bucket), group=state.group, async_op=True)
+    state.works.append(work)
     future: Future[Tensor] = work.get_future().then(_reduced)
     return future
 
@@ -83,7 +90,11 @@ _installed: WeakKeyDictionary[nn.Module, BucketHook] = WeakKeyDictionary()
 
 def hook_taken(model: DistributedDataParallel) -> bool:
     """The script has put a communication hook of its own into the only place there is."""
-    return bool(model._comm_hooks) and model not in _installed
+    if model in _installed:
+        return False
+    # DDP lists hooks in Python; one of its built-in hooks leaves a trace in its logging data alone.
+    logged = model._get_ddp_logging_data()  # type: ignore[no-untyped-call]
+    return bool(model._comm_hooks or logged.get("comm_hook"))
 
 
 def watch_buckets(model: DistributedDataParallel, watcher: BucketWatcher) -> None:

@@ -33,12 +33,12 @@ class RecorderProcess:
 
     def ensure(self) -> None:
         """Start a recorder unless one holds the lock. Training goes on without one, with one warning."""
-        if self._held() or self._starts == _STARTS:
-            return
-        self._starts += 1
         # The folder of the script must not shadow the recorder's own imports.
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
+            if self._starts == _STARTS or self._held():
+                return
+            self._starts += 1
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
             # misses it, and no socket of the job stays open with it.
             process = subprocess.Popen(

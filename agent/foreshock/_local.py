@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.futures import Future
 
 from foreshock._norms import NormSummary, gradient_norms, summarize
 from foreshock._summary import ParameterPlan
@@ -32,24 +33,31 @@ class LocalNorms:
         self._plan = plan
         self._norms: list[Tensor] = []
         self._order: list[int] = []
+        self._whole = True
         self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
         self.summary: NormSummary | None = None
-        """Of the newest whole backward pass; None before the first, or where none of ours took part."""
+        """Of the newest backward pass; None before the first, where none of ours took part, or one is missing."""
 
-    def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
         """One bucket: parameters and this rank's gradients of them, in the order of the bucket."""
+        if first:
+            # A backward pass that raised has left its part behind.
+            self._norms, self._order, self._whole = [], [], True
+        # Stays false if this bucket fails: a sum without it would look like a small gradient.
+        whole, self._whole = self._whole, False
         index = self._plan.index
         ours = [(index[p], g) for p, g in zip(parameters, gradients, strict=True) if p in index]
         if ours:
             self._norms.append(gradient_norms([g for _, g in ours]))
             self._order += [i for i, _ in ours]
+        self._whole = whole
 
     def close(self) -> None:
         """The last bucket has been measured: sum up, in the order of arrival, which is the backward order."""
         norms, order = self._norms, tuple(self._order)
         self._norms, self._order = [], []
         self.summary = None
-        if norms:
+        if norms and self._whole:
             indices, layer_of = self._index_tensors(order, norms[0].device)
             self.summary = summarize(torch.cat(norms), indices, layer_of, len(self._plan.layers))
 
@@ -65,7 +73,11 @@ class LocalNorms:
 class _InFlight:
     values: Tensor
     work: dist.Work | None
+    """Kept until the next one takes its place: see `BucketHook.works`."""
+    taken: bool
     sequence: int
+    scale: Tensor | None
+    """What the loss of that step was multiplied by, as far as it is known."""
 
 
 class RankSums:
@@ -77,20 +89,22 @@ class RankSums:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, depth: int = 4) -> None:
         self._group = group
+        self._zero = torch.zeros((), dtype=torch.float64, device=device)
+        self._one = torch.ones((), dtype=torch.float64, device=device)
+        self._scale: Tensor | None = None
         self._ring = [
-            _InFlight(values=torch.zeros(len(SUM_FIELDS), dtype=torch.float64, device=device), work=None, sequence=0)
+            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, taken=True, sequence=0, scale=None)
             for _ in range(depth)
         ]
         self._turn = 0
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
         self.newest = torch.zeros(1 + len(SUM_FIELDS), dtype=torch.float64, device=device)
         """The sequence number that issued the newest finished sum (0: none yet), then its values."""
         self._newest_sequence = 0
 
     def contribution(self, summary: NormSummary | None, loss: Tensor | None) -> Tensor:
-        """This rank's part. Sums stay finite: NaN and Inf are counted beside them."""
+        """This rank's part. Sums stay finite: NaN and Inf are counted beside them. Without a summary it is idle."""
         zero = self._zero
-        square, nan, inf, idle = zero, zero, zero, zero
+        square, nan, inf, idle = zero, zero, zero, self._one
         if summary is not None:
             total = summary.total
             square = torch.where(total.isfinite(), total.square(), zero)
@@ -116,21 +130,43 @@ class RankSums:
             # Four steps behind: leave that buffer to its collective rather than wait for it.
             slot.values = torch.empty_like(slot.values)
         if contribution is None:
-            slot.values.zero_()
-        else:
-            slot.values.copy_(contribution)
-        slot.sequence = sequence
+            contribution = self.contribution(None, None)
+        slot.values.copy_(contribution)
+        slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
+
+    def scaled_by(self, scale: Tensor | None) -> None:
+        """What the loss of the newest sum was multiplied by: float64 scalar, the same on every rank; None: nothing."""
+        self._ring[self._turn - 1].scale = self._scale = scale
 
     def collect(self) -> Tensor:
         """`newest`, brought up to date with what has finished by now. Waits for nothing."""
         for slot in self._ring:
-            # A failed collective is completed too, and its buffer stale: ask for both.
-            if slot.work is None or not slot.work.is_completed():
+            if slot.work is None or slot.taken or not slot.work.is_completed():
                 continue
-            if slot.sequence > self._newest_sequence and slot.work.is_success():
+            slot.taken = True
+            if slot.sequence > self._newest_sequence and _succeeded(slot.work.get_future()):
                 self._newest_sequence = slot.sequence
                 self.newest[0] = slot.sequence
                 self.newest[1:] = slot.values
-            slot.work = None
+                if slot.scale is not None:
+                    self.newest[1 + SUM_FIELDS.index("reduced_square_sum")] /= slot.scale.square()
         return self.newest
+
+    def under_way(self) -> bool:
+        """A sum has not finished."""
+        return any(slot.work is not None and not slot.work.is_completed() for slot in self._ring)
+
+
+def _succeeded(future: Future[list[Tensor]]) -> bool:
+    """Of a completed collective: a failed one is completed too, and its buffer stale. Waits for nothing.
+
+    NCCL does not tell a future of its failures; its watchdog ends the process.
+    """
+    try:
+        if future.done():
+            future.value()
+            return True
+    except RuntimeError:
+        pass
+    return False

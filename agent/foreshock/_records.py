@@ -59,15 +59,15 @@ class Records:
     def launch(self, *, step: int, learning_rate: float, edited: bool) -> None:
         """A step begins: open its record."""
         self._drain()
-        self._sequence += 1
         self.ring.launch(
-            self._sequence,
+            self._sequence + 1,
             step=step,
             wall=time.time(),
             monotonic=time.monotonic(),
             learning_rate=learning_rate,
             edited=edited,
         )
+        self._sequence += 1
 
     def measured(self, row: Tensor) -> None:
         """The newest record's row: float64, [columns], on the device."""

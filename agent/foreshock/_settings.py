@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from foreshock._clip import Clip, NormClip, ValueClip, clip_from
+from foreshock._clip import Clip, NormClip, ValueClip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
-CLIP = "FORESHOCK_CLIP"
-COLLECTOR = "FORESHOCK_COLLECTOR"
-EXPERIMENT = "FORESHOCK_EXPERIMENT"
-RUN = "FORESHOCK_RUN"
-LOCAL_NORMS = "FORESHOCK_LOCAL_NORMS"
-DISABLED = "FORESHOCK_DISABLED"
-ATTACH_TIMEOUT = "FORESHOCK_ATTACH_TIMEOUT"
-RECORDER_PYTHON = "FORESHOCK_RECORDER_PYTHON"
-STRICT = "FORESHOCK_STRICT"
-"""Set to 1 in tests: an internal error of the probe is raised instead of counted."""
-
 _NAME_LENGTH = 128
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +29,12 @@ class Settings:
     """Name of the run; empty: taken from the launcher, or made by rank 0."""
     local_norms: bool
     """Measure this rank's own gradient before the all-reduce, in DDP's communication hook."""
-    disabled: bool
-    """The kill switch."""
     attach_timeout: float
     """Seconds to wait for the other ranks to attach."""
     recorder_python: str
     """Python interpreter for the recorder; empty: this one."""
     strict: bool
-    """Raise internal errors."""
+    """Raise internal errors instead of counting them: for tests."""
 
 
 def settings_from(
@@ -56,52 +46,68 @@ def settings_from(
     run: str | None = None,
     local_norms: bool | None = None,
 ) -> Settings:
-    """Arguments win over the environment. Raises `SettingsError` naming what is wrong."""
+    """Arguments win over the environment, where FORESHOCK_CLIP is the twin of `clip` and so on; empty is not set.
+
+    Raises `SettingsError` naming the argument or the variable.
+    """
     env = os.environ if environment is None else environment
+
+    def told(argument: str, value: Any, default: Any) -> tuple[str, Any]:
+        name = f"FORESHOCK_{argument.upper()}"
+        return (argument, value) if value is not None else (name, env.get(name) or default)
+
     return Settings(
-        clip=clip_from(clip if clip is not None else env.get(CLIP)),
-        collector=_address(collector if collector is not None else env.get(COLLECTOR, "")),
-        experiment=_name("experiment", experiment if experiment is not None else env.get(EXPERIMENT, "default")),
-        run=_name("run", run if run is not None else env.get(RUN, ""), may_be_empty=True),
-        local_norms=_switch(LOCAL_NORMS, env.get(LOCAL_NORMS, "1")) if local_norms is None else local_norms,
-        disabled=_switch(DISABLED, env.get(DISABLED, "0")),
-        attach_timeout=_seconds(ATTACH_TIMEOUT, env.get(ATTACH_TIMEOUT, "60")),
-        recorder_python=env.get(RECORDER_PYTHON, ""),
-        strict=_switch(STRICT, env.get(STRICT, "0")),
+        clip=_clip(*told("clip", clip, None)),
+        collector=_address(*told("collector", collector, "")),
+        experiment=_name(*told("experiment", experiment, "default")),
+        run=_name(*told("run", run, ""), may_be_empty=True),
+        local_norms=_switch(*told("local_norms", local_norms, True)),
+        attach_timeout=_seconds(*told("attach_timeout", None, 60.0)),
+        recorder_python=env.get("FORESHOCK_RECORDER_PYTHON", ""),
+        strict=_switch(*told("strict", None, False)),
     )
 
 
-def _address(text: str) -> str:
-    if not text:
+def kill_switch(environment: Mapping[str, str] | None = None) -> bool:
+    """FORESHOCK_DISABLED is on: asked before any argument is looked at, so that it turns off a wrong one too."""
+    env = os.environ if environment is None else environment
+    return _switch("FORESHOCK_DISABLED", env.get("FORESHOCK_DISABLED") or False)
+
+
+def _clip(name: str, value: Any) -> Clip | None:
+    return clip_from(value) if name == "clip" or value is None else clip_from_text(name, value)
+
+
+def _address(name: str, text: Any) -> str:
+    if text == "":
         return ""
-    host, colon, port = text.rpartition(":")
-    bare = not host.startswith("[") and ":" in host
-    if not colon or not host or bare or "/" in text or not port.isdigit() or not 0 < int(port) < 65536:
-        raise SettingsError(f"collector: {text!r} is not an address; write host:port, as in 'monitor:4327'")
-    return text
+    match = _ADDRESS.fullmatch(text) if isinstance(text, str) else None
+    if match is None or not 0 < int(match[1]) < 65536:
+        raise SettingsError(f"{name}: {text!r} is not an address; write host:port, as in 'monitor:4327'")
+    return str(text)
 
 
-def _name(argument: str, text: str, *, may_be_empty: bool = False) -> str:
+def _name(name: str, text: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(text, str) or (not text and not may_be_empty) or len(text) > _NAME_LENGTH:
-        raise SettingsError(f"{argument}: must be a text of 1 to {_NAME_LENGTH} characters, not {text!r}")
+        raise SettingsError(f"{name}: must be a text of 1 to {_NAME_LENGTH} characters, not {text!r}")
     if not text.isprintable():
-        raise SettingsError(f"{argument}: {text!r} has characters that cannot be printed")
+        raise SettingsError(f"{name}: {text!r} has characters that cannot be printed")
     return text
 
 
-def _switch(name: str, text: str) -> bool:
+def _switch(name: str, value: Any) -> bool:
     known = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-    value = known.get(text.strip().lower() or "0")
-    if value is None:
-        raise SettingsError(f"{name} must be 1 or 0, not {text!r}")
-    return value
+    on = known.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(on, bool):
+        raise SettingsError(f"{name}: must be 1 or 0 (an argument: True or False), not {value!r}")
+    return on
 
 
-def _seconds(name: str, text: str) -> float:
+def _seconds(name: str, value: Any) -> float:
     try:
-        value = float(text)
+        seconds = float(value)
     except ValueError:
-        value = 0.0
-    if not 0 < value < 86400:
-        raise SettingsError(f"{name} must be a number of seconds, not {text!r}")
-    return value
+        seconds = 0.0
+    if not 0 < seconds < 86400:
+        raise SettingsError(f"{name}: must be a number of seconds, not {value!r}")
+    return seconds

@@ -11,11 +11,12 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock._clip import Clip, NormClip, ValueClip
 from foreshock._console import say_once
+from foreshock._edits import GradientEdits
 from foreshock._guard import Guard
 from foreshock._hooks import BackwardEnd, StepHooks
 from foreshock._launch import RecorderProcess
@@ -24,6 +25,9 @@ from foreshock._norms import NormSummary, gradient_norms, summarize
 from foreshock._records import Records
 from foreshock._summary import ParameterPlan
 from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell
+
+_SETTLE_SECONDS = 0.5
+"""For sums of a few numbers: only a rank that is gone takes longer."""
 
 
 class Watch:
@@ -89,9 +93,10 @@ class ActiveWatch(Watch):
         self._step = 0
         self._pending: tuple[int | None, Tensor | None] | None = None
         self._observes_after_step: bool | None = None
-        self._measure_at_backward = False
-        self._backward: tuple[tuple[int, ...], NormSummary | None] | None = None
-        self._restore: dict[str, Tensor | None] | None = None
+        self._edits = GradientEdits(plan.parameters)
+        self._unedited: NormSummary | None = None
+        self._ours: Tensor | None = None
+        self._theirs: Tensor | None = None
         self._step_hooks = StepHooks(optimizer, self)
         self._backward_end = BackwardEnd(plan.parameters, self.backward_ended)
         _watches.add(self)
@@ -122,11 +127,11 @@ class ActiveWatch(Watch):
 
     # -- the hooks, in the order of a step -----------------------------------------------------------------------
 
-    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
         """A bucket of this rank's own gradients, before its all-reduce."""
         if self.enabled and self._local is not None:
             with self._guard:
-                self._local.measure(parameters, gradients)
+                self._local.measure(parameters, gradients, first=first)
 
     def last_bucket(self) -> None:
         """Sum up this rank's gradients and start the sum over ranks: issued on every rank, whatever went wrong."""
@@ -145,36 +150,56 @@ class ActiveWatch(Watch):
         if not self.enabled or not self._model.require_backward_grad_sync:
             return
         with self._guard:
-            summary = self._measure() if self._measure_at_backward else None
-            self._backward = (self._versions(), summary)
+            self._unedited = None
+            self._take_back()
+            # The first time as well: nobody knows yet whether this script edits.
+            suspected = self._edits.seen or not self._records.sequence
+            self._unedited = self._measure() if suspected else None
+            self._edits.backward_ended()
 
     def before_step(self) -> None:
-        """The gradients are averaged and final: measure, clip, write the record."""
+        """The gradients are averaged and final: measure, clip, write the record.
+
+        Each part has a guard of its own, since an error on one rank must cost its record and nothing else: this rank
+        clips as the others do, and counts its steps as they do.
+        """
         if not self.enabled:
             return
+        edited, opened = self._edits.seen, False
+        summary, coefficient = None, None
         with self._guard:
+            self._take_back()
             self._backward_end.rearm()
-            edited, summary = self._edited()
-            step, loss = self._pending or (None, None)
+            edited = self._edited()
+        with self._guard:
             self._records.launch(step=self._step, learning_rate=self._learning_rate(), edited=edited)
-            summary = summary or self._measure()
-            scale = getattr(self._optimizer, "grad_scale", None)
+            opened = True
+        scale = getattr(self._optimizer, "grad_scale", None)
+        with self._guard:
+            summary = self._unedited if edited and self._unedited is not None else self._measure()
             if scale is not None:
                 summary = summary.unscaled(scale.double())
             coefficient = self._constants[1.0] if edited else self._apply_clip(summary, scale)
-            self._write_row(summary, scale, coefficient)
-            if self._pending is not None:
+        if coefficient is None and not edited:
+            with self._guard:
+                self._clip_by_itself(scale)
+        with self._guard:
+            if opened and summary is not None and coefficient is not None:
+                self._write_row(summary, self._edits.scale if scale is None else scale.double(), coefficient)
+        with self._guard:
+            if opened and self._pending is not None:
+                step, loss = self._pending
                 self._records.observed(self._records.sequence, step=step, loss=loss)
-            self._pending = None
-            self._step += 1
+        self._pending = None
+        self._step += 1
+        with self._guard:
             self._check_hook_order()
             self._recorder.check(self._records.ring, time.monotonic())
 
     def after_step(self) -> None:
-        """Put the optimizer back as it was: GradScaler deletes what it set there itself."""
-        restore, self._restore = self._restore, None
-        for name, value in (restore or {}).items():
-            setattr(self._optimizer, name, value)
+        """The optimizer has stepped."""
+        with self._guard:
+            self._take_back()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -193,8 +218,17 @@ class ActiveWatch(Watch):
             self._recorder.ensure()
             self._recorder.wait_for_farewell(self._records.ring)
 
+    def _settle(self) -> None:
+        """Bounded wait for the last sums: a process that ends with a collective under way may be aborted."""
+        deadline = time.monotonic() + _SETTLE_SECONDS
+        while self._sums is not None and self._sums.under_way() and time.monotonic() < deadline:
+            time.sleep(0.001)
+
     def leave_at_exit(self) -> None:
         """The interpreter ends, by itself or by an exception that nobody caught."""
+        with self._guard:
+            # A detached watch, too, takes part in every sum.
+            self._settle()
         error = getattr(sys, "last_value", None)
         if error is None:
             self.leave(Farewell.FINISHED)
@@ -210,7 +244,7 @@ class ActiveWatch(Watch):
             layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=device)
             self._indices = (present, torch.tensor(present, dtype=torch.int64, device=device), layer_of)
         gradients = [self._plan.parameters[i].grad for i in present]
-        norms = gradient_norms([g for g in gradients if g is not None])
+        norms = gradient_norms([g for g in gradients if g is not None]).to(self._row.device)
         return summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
 
     def _apply_clip(self, summary: NormSummary, scale: Tensor | None) -> Tensor:
@@ -229,19 +263,46 @@ class ActiveWatch(Watch):
         divisor = self._clip.divisor(summary.total)
         if divisor.is_cpu and float(divisor) == 1.0:
             return one
+        coefficient = divisor.reciprocal()
+        # Whatever may fail comes before this: gradients are touched last, once.
         if self._fused:
-            combined = divisor if scale is None else divisor * scale
-            self._restore = {"grad_scale": getattr(self._optimizer, "grad_scale", None)}
-            self._set("grad_scale", combined.to(torch.float32))
+            self._lend((divisor if scale is None else divisor * scale).to(torch.float32))
         else:
-            torch._foreach_mul_(self._gradients(), divisor.reciprocal())
-        return divisor.reciprocal()
+            torch._foreach_mul_(self._gradients(), coefficient)
+        return coefficient
+
+    def _clip_by_itself(self, scale: Tensor | None) -> None:
+        """Where measuring has failed on this rank: clip by other means than those, to rounding as the others do."""
+        gradients = self._gradients()
+        if isinstance(self._clip, ValueClip) and scale is None:
+            nn.utils.clip_grad_value_(self._plan.parameters, self._clip.clip_value)
+        elif isinstance(self._clip, NormClip) and gradients:
+            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
+            total = torch.linalg.vector_norm(norms)
+            divisor = self._clip.divisor(total if scale is None else total / scale)
+            torch._foreach_mul_(gradients, divisor.reciprocal())
+
+    def _lend(self, divisor: Tensor) -> None:
+        """Give the optimizer's kernel a divisor for this step."""
+        self._theirs = getattr(self._optimizer, "grad_scale", None)
+        self._ours = divisor
+        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+
+    def _take_back(self) -> None:
+        """Put the optimizer back as it was, also after a step that raised: the divisor would be taken for a scale.
+
+        Put back and not deleted: GradScaler deletes what it set there itself.
+        """
+        ours, self._ours = self._ours, None
+        if ours is not None and getattr(self._optimizer, "grad_scale", None) is ours:
+            self._optimizer.grad_scale = self._theirs  # type: ignore[attr-defined]
 
     def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor) -> None:
+        """Stage the record's row. scale: of the loss, float64 scalar; the local gradients were seen with it."""
         zero, one, none = (self._constants[value] for value in (0.0, 1.0, -1.0))
         found_inf = getattr(self._optimizer, "found_inf", None)
         values = {
-            "loss_scale": one if scale is None else scale.double().reshape(()),
+            "loss_scale": one if scale is None else scale.reshape(()),
             "global_norm": summary.total,
             "clip_coefficient": coefficient,
             "global_nan_parameters": summary.nan_parameters,
@@ -254,13 +315,16 @@ class ActiveWatch(Watch):
         local = None if self._local is None else self._local.summary
         if local is not None:
             if scale is not None:
-                local = local.unscaled(scale.double())
+                local = local.unscaled(scale)
             values["local_norm"] = local.total
             values["local_nan_parameters"] = local.nan_parameters
             values["local_inf_parameters"] = local.inf_parameters
             values["first_nonfinite_local"] = local.first_nonfinite
             self._row[-layers:] = local.layers
+        else:
+            self._row[-layers:] = 0.0
         if self._sums is not None:
+            self._sums.scaled_by(scale)
             names = ("reduced_sequence", *SUM_FIELDS)
             values |= dict(zip(names, self._sums.collect().unbind(), strict=True))
         columns = len(DEVICE_COLUMNS)
@@ -268,28 +332,18 @@ class ActiveWatch(Watch):
         self._row[columns : columns + layers] = summary.layers
         self._records.measured(self._row)
 
-    def _edited(self) -> tuple[bool, NormSummary | None]:
-        """Whether the script changed the gradients since backward; what they were before it did, if measured."""
-        backward, self._backward = self._backward, None
-        if backward is None or backward[0] == self._versions():
-            return False, None if backward is None else backward[1]
-        if not self._measure_at_backward:
-            # Its norms are of what the script left over: from the next step on, measure before it gets there.
-            self._measure_at_backward = True
-            line = "the script changes gradients between backward and step (clip_grad_norm_, unscale_, ...)"
+    def _edited(self) -> bool:
+        """The script changed the gradients since backward: its norms are then those at the end of backward."""
+        known = self._edits.seen
+        edited = self._edits.before_step()
+        if edited and not known:
+            line = "the script changes gradients between backward and step (clip_grad_norm_ or the like)"
             advice = "; Foreshock does not clip them again: remove that call to let it" if self._clip else ""
             say_once("edited", line + advice)
-        return True, backward[1]
-
-    def _versions(self) -> tuple[int, ...]:
-        grads = (p.grad for p in (self._plan.parameters[0], self._plan.parameters[-1]))
-        return tuple(-1 if g is None else g._version for g in grads)
+        return edited
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._plan.parameters if p.grad is not None]
-
-    def _set(self, name: str, value: Tensor) -> None:
-        setattr(self._optimizer, name, value)
 
     def _learning_rate(self) -> float:
         rate = self._optimizer.param_groups[0]["lr"]

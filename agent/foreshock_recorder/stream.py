@@ -21,6 +21,8 @@ _REFUSALS = (
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNIMPLEMENTED,
 )
+_LOST_STATUS = "Internal error from Core"
+"""What grpc.aio says where a write meets a stream that the other side is just ending: the true status is lost."""
 
 Send = Callable[[pb.FromRecorder], Awaitable[None]]
 """Waits while the collector takes nothing in."""
@@ -73,6 +75,8 @@ async def converse(address: str, talk: Callable[[Send], Awaitable[None]], hear: 
             raise UnreachableError(f"no answer for {ANSWER_SECONDS:g} s") from None
         except grpc.aio.AioRpcError as error:
             text = error.details() or error.code().name
+            if error.code() is grpc.StatusCode.INTERNAL and text.startswith(_LOST_STATUS):
+                text = "the collector has ended the stream"
             raise RefusedError(text) if error.code() in _REFUSALS else UnreachableError(text) from None
         finally:
             for task in tasks:

@@ -34,8 +34,15 @@ def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
         with urllib.request.urlopen(address, timeout=_SECONDS) as response:  # noqa: S310
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
-        text = json.load(error).get("error", error.reason) if error.code == 404 else error.reason
-        raise ClientError(str(text)) from error
+        raise ClientError(_reason(error)) from error
     except (OSError, ValueError) as error:
         raise ClientError(f"no collector at {url}: {error}") from error
     return answer
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """In the collector's own words, if it was one that answered."""
+    try:
+        return str(json.load(error)["error"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.url}: {error.code} {error.reason}"

@@ -17,7 +17,9 @@ from foreshock_collector.replay import Replay, replay
 
 _BEFORE, _AFTER = 96, 16
 """Steps around an incident that the heat maps show."""
-_MARKS = {"build_up": "build-up", "nonfinite": "not finite"}
+_MARKS = {"build_up": ("build-up", "top left"), "nonfinite": ("not finite", "top right")}
+"""What is written beside which events, and on which side: the two lie close together."""
+_MOST_MARKS = 20
 _COLOURS = {"line": "#2f6f9f", "mark": "#b5452c", "quiet": "#8a8f98"}
 _STYLE = """
 :root { color-scheme: light; }
@@ -66,7 +68,7 @@ def main(arguments: list[str]) -> int:
 
 def from_log(path: Path, found: Replay) -> Report:
     """Of a recorded log."""
-    columns = {
+    columns: dict[str, list[Any]] = {
         "step": [row.step for row in found.log],
         "loss": [row.loss for row in found.log],
         "global_norm": [row.norm for row in found.log],
@@ -145,20 +147,19 @@ def _charts(report: Report) -> list[str]:
             continue
         line = {"color": _COLOURS["line"], "width": 1.5}
         figure = go.Figure(go.Scattergl(x=report.columns["step"], y=values, mode="lines", line=line, name=name))
-        for kind, text in _MARKS.items():
-            for event in [event for event in report.events if event["kind"] == kind][:20]:
-                colour = _COLOURS["mark"] if kind == "nonfinite" else _COLOURS["quiet"]
-                figure.add_vline(
-                    x=event["step"], line_width=1, line_dash="dot", line_color=colour, annotation_text=text
-                )
+        for kind, (text, side) in _MARKS.items():
+            colour = _COLOURS["mark"] if kind == "nonfinite" else _COLOURS["quiet"]
+            look = {"line_width": 1, "line_dash": "dot", "line_color": colour, "annotation_position": side}
+            for event in [event for event in report.events if event["kind"] == kind][:_MOST_MARKS]:
+                figure.add_vline(x=event["step"], annotation_text=text, **look)
         if column == "global_norm":
             figure.update_yaxes(type="log")
         figures.append((name, figure))
     for by, cells in report.heat.items():
-        values = [[_logarithm(value) for value in row] for row in cells["values"]]
+        logarithms = [[_logarithm(value) for value in row] for row in cells["values"]]
         colours = {"title": "log10 norm"}
         figure = go.Figure(
-            go.Heatmap(x=cells["steps"], y=cells["rows"], z=values, colorscale="Cividis", colorbar=colours)
+            go.Heatmap(x=cells["steps"], y=cells["rows"], z=logarithms, colorscale="Cividis", colorbar=colours)
         )
         figure.update_yaxes(type="category")
         figures.append((f"norm by {by.removesuffix('s')}, around the incident", figure))

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,72 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.fixture
-def parity(tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run cases of parity.py on some ranks; what it found."""
+Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
-    def run(cases: list[dict[str, Any]], ranks: int = 2) -> list[dict[str, Any]]:
-        environment = {
+
+def run_job(
+    rings: Path, script: str, *arguments: str, ranks: int = 2, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of this folder under torchrun, to its end. A job that hangs fails by its time limit."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+         str(HERE / script), *arguments],
+        capture_output=True, text=True, timeout=150, check=False,
+        env={
             **os.environ,
-            "FORESHOCK_RING_DIR": str(tmp_path / "rings"),
+            "FORESHOCK_RING_DIR": str(rings),
             # Nothing listens there: training must not mind.
             "FORESHOCK_COLLECTOR": "127.0.0.1:9",
             "FORESHOCK_STRICT": "1",
             "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-             str(HERE / "parity.py"), json.dumps(cases)],
-            capture_output=True, text=True, timeout=150, check=False, env=environment,
-        )  # fmt: skip
+            "PYTHONPATH": str(HERE.parents[1]),
+            **environment,
+        },
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a scenario found on each rank, and the lines that it said there."""
+
+    results: list[Any]
+    said: list[list[str]]
+    stderr: str
+    """Of the whole job, launcher and C++ included."""
+
+
+def run_scenarios(
+    folder: Path, script: str, names: Iterable[str], *, ranks: int = 2, **environment: str
+) -> dict[str, Scenario]:
+    """Run scenarios of a script (see training.py) one after another in one job."""
+    names = list(names)
+    done = run_job(folder / "rings", script, str(folder), *names, ranks=ranks, **environment)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return {
+        name: Scenario(
+            results=[f[name]["result"] for f in found], said=[f[name]["said"] for f in found], stderr=done.stderr
+        )
+        for name in names
+    }
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Run a script of this folder under torchrun: job(script, *arguments, ranks=2, FORESHOCK_...="...")."""
+
+    def run(script: str, *arguments: str, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+        return run_job(tmp_path / "rings", script, *arguments, ranks=ranks, **environment)
+
+    return run
+
+
+@pytest.fixture
+def parity(job: Job) -> Callable[..., list[dict[str, Any]]]:
+    """Run cases of parity.py on some ranks; what it found."""
+
+    def run(cases: list[dict[str, Any]], ranks: int = 2) -> list[dict[str, Any]]:
+        done = job("parity.py", json.dumps(cases), ranks=ranks)
         assert done.returncode == 0, done.stderr
         line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT "))
         results: list[dict[str, Any]] = json.loads(line.removeprefix("RESULT "))

@@ -1,0 +1,64 @@
+"""Ranks that sum without waiting, one that is late and one that is gone. Run by torchrun; see test_local.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
+
+from foreshock._local import SUM_FIELDS, RankSums
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, store = dist.get_rank(), _get_default_store()
+group = dist.group.WORLD
+assert group is not None
+sums = RankSums(group, torch.device("cpu"))
+found: dict[str, Any] = {}
+
+
+def issue(sequence: int, loss: float) -> None:
+    sums.issue(sequence, sums.contribution(None, torch.tensor(loss, dtype=torch.float64)))
+
+
+def taken(newest: Tensor) -> list[float]:
+    """Sequence, losses' sum and count, idle ranks."""
+    names = ("reduced_loss_sum", "reduced_loss_count", "reduced_idle_ranks")
+    return [float(newest[0]), *(float(newest[1 + SUM_FIELDS.index(name)]) for name in names)]
+
+
+def finish() -> list[float]:
+    while sums.under_way():
+        time.sleep(0.001)
+    return taken(sums.collect())
+
+
+if rank == 1:
+    store.wait(["rank 0 has looked"])
+issue(1, 2.0 + rank)
+if rank == 0:
+    # Rank 1 has not issued its part yet: whoever waits here waits for ever.
+    found["rank 1 is late"] = taken(sums.collect())
+    store.set("rank 0 has looked", "")
+found["both are there"] = finish()
+sums.issue(2, None if rank == 1 else sums.contribution(None, torch.tensor(float("nan"), dtype=torch.float64)))
+found["an error on rank 1"] = finish()
+for sequence in range(3, 9):
+    issue(sequence, 1.0)
+found["six at once"] = finish()
+if rank == 1:
+    store.wait(["rank 0 has all"])
+    os._exit(0)
+store.set("rank 0 has all", "")
+issue(9, 5.0)
+found["rank 1 is gone"] = finish()
+sys.stdout.write("RESULT " + json.dumps(found) + "\n")
+sys.stdout.flush()
+os._exit(0)

@@ -1,0 +1,137 @@
+"""What is measured and clipped in odd circumstances, beside stock PyTorch on the same seeds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.agent.conftest import Scenario, run_scenarios
+
+NAMES = [
+    "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
+    "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler",
+    "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs",
+    "unused_parameters", "accumulated", "a_step_that_raised",
+]  # fmt: skip
+NOBODY = -1.0
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    return run_scenarios(tmp_path_factory.mktemp("gradients"), "gradient_scenarios.py", NAMES)
+
+
+def test_value_clipping_is_stock_value_clipping_bit_for_bit(found: dict[str, Scenario]) -> None:
+    assert found["value_clip"].results == [[True, True, True]] * 2
+
+
+def test_norms_of_a_bfloat16_model_are_accumulated_in_float32(found: dict[str, Scenario]) -> None:
+    for result in found["bfloat16"].results:
+        assert result["global"] == pytest.approx(result["double"], rel=5e-5)
+        assert result["local"] == pytest.approx(result["double"], rel=5e-5)
+        # What a norm in bfloat16 makes of the same gradients would not pass for that.
+        assert result["narrow"] != pytest.approx(result["double"], rel=5e-5)
+
+
+@pytest.mark.parametrize("how", ["fused", "unfused", "fused_unscaled_by_the_script"])
+def test_under_a_grad_scaler_norms_are_unscaled_and_clipping_is_stock(found: dict[str, Scenario], how: str) -> None:
+    scenario = found[f"scaler_{how}"]
+    # An optimizer that is not fused is not called at all for a step that overflowed.
+    overflow = [] if how == "unfused" else [3]
+    steps = [0, 1, 2, *overflow, 4, 5, 6, 7]
+    scales = [1024.0] * (3 + len(overflow)) + [512.0] * 4
+    for result in scenario.results:
+        assert result["apart"] < 1e-4 and result["dropped"] == {} and True not in result["edited"]
+        expected = [result["norms"][step] for step in steps]
+        # All ranks have the same batches here: local and global norms are the same.
+        for name in ("global_norm", "local_norm"):
+            assert result[name] == pytest.approx(expected, rel=1e-5, nan_ok=True), name
+        assert result["loss_scale"] == scales
+        assert result["skipped"] == [float(step == 3) for step in steps]
+        for step, norm, coefficient in zip(steps, expected, result["clip_coefficient"], strict=True):
+            assert coefficient == pytest.approx(1.0 if step == 3 else 0.5 / norm, rel=1e-5)
+        squares = [0.0 if step == 3 else 2 * norm**2 for step, norm in zip(steps, expected, strict=True)]
+        assert result["reduced_square_sum"] == pytest.approx(squares, rel=1e-5)
+    assert not any("changes gradients" in line for lines in scenario.said for line in lines)
+
+
+@pytest.mark.parametrize("how", ["clip_fused", "clip_unfused", "value_clip"])
+def test_a_scripts_own_clipping_is_never_doubled_and_said_once(found: dict[str, Scenario], how: str) -> None:
+    scenario = found[f"own_{how}"]
+    for result in scenario.results:
+        assert result["as alone"]
+        assert result["edited"] == [True] * 6 and result["coefficient"] == [1.0] * 6
+        # What is reported is from before the script's clipping.
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-6)
+    for lines in scenario.said:
+        assert sum("changes gradients between backward and step" in line for line in lines) == 1
+
+
+def test_a_script_that_unscales_and_clips_by_itself_trains_as_alone(found: dict[str, Scenario]) -> None:
+    scenario = found["own_clip_and_scaler"]
+    assert scenario.results == [{"as alone": True}] * 2
+    for lines in scenario.said:
+        assert sum("changes gradients between backward and step" in line for line in lines) == 1
+
+
+BAD = 2
+"""The step with the bad value."""
+
+
+def at_bad_step(result: dict[str, Any], *names: str) -> list[Any]:
+    return [result[name][BAD] for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "global_", "locals_", "ranks"),
+    [
+        # norm, NaN parameters, Inf parameters, first of them: in the model's order; each rank's own in backward order
+        ("nan_on_rank_1", ("nan", 2, 0, 2), [("4.87", 0, 0, NOBODY), ("nan", 2, 0, 4)], (1, 0)),
+        ("inf_on_rank_0", ("inf", 0, 2, 0), [("inf", 0, 2, 3), ("6.41", 0, 0, NOBODY)], (0, 1)),
+        ("nan_and_inf", ("nan", 1, 1, 1), [("inf", 0, 1, 1), ("nan", 1, 0, 3)], (1, 1)),
+        # Both ranks have an Inf, and their sum is a NaN that neither has.
+        ("inf_of_both_signs", ("nan", 1, 0, 5), [("inf", 0, 1, 5), ("inf", 0, 1, 5)], (0, 2)),
+    ],
+)
+def test_nan_and_inf_are_told_apart_and_the_rank_and_parameter_named(
+    found: dict[str, Scenario],
+    name: str,
+    global_: tuple[Any, ...],
+    locals_: list[tuple[Any, ...]],
+    ranks: tuple[int, int],
+) -> None:
+    for result, local in zip(found[name].results, locals_, strict=True):
+        assert result["global"][BAD] == global_[0] and result["local"][BAD].startswith(local[0])
+        assert at_bad_step(result, "global_nan_parameters", "global_inf_parameters", "first_nonfinite_global") == list(
+            global_[1:]
+        )
+        assert at_bad_step(result, "local_nan_parameters", "local_inf_parameters", "first_nonfinite_local") == list(
+            local[1:]
+        )
+        assert at_bad_step(result, "reduced_sequence", "reduced_nan_ranks", "reduced_inf_ranks") == [BAD + 1, *ranks]
+        # Clipping cures no gradient that is not finite, and does not try to.
+        assert result["clip_coefficient"][BAD] == 1.0
+        for step in range(BAD):
+            assert result["first_nonfinite_global"][step] == result["first_nonfinite_local"][step] == NOBODY
+            assert result["reduced_nan_ranks"][step] == result["reduced_inf_ranks"][step] == 0.0
+
+
+def test_unused_parameters_are_no_nan_and_clip_as_stock(found: dict[str, Scenario]) -> None:
+    for result in found["unused_parameters"].results:
+        assert result["apart"] < 1e-4 and result["dropped"] == {}
+        assert all(0 < norm < 100 for norm in result["norms"])
+        assert result["nan"] == 0.0 and result["first"] == [NOBODY]
+
+
+def test_accumulated_gradients_are_measured_as_a_whole(found: dict[str, Scenario]) -> None:
+    for result in found["accumulated"].results:
+        assert result["local"] == pytest.approx(result["expected local"], rel=1e-5)
+        assert result["global"] == pytest.approx(result["expected global"], rel=1e-5)
+        assert result["alike"] == 0.0
+
+
+def test_an_optimizer_that_raised_leaves_nothing_behind_for_the_next_step(found: dict[str, Scenario]) -> None:
+    for result in found["a_step_that_raised"].results:
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-6)
+        assert result["scale"] == [1.0] * 4 and result["left"] is None
