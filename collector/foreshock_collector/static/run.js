@@ -103,7 +103,9 @@ function words() {
   levels(now);
   const mine = known.events.filter((event) => event.attempt === view.attempt);
   keep("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
+  const scrolled = document.querySelector("#ranks .scroll")?.scrollTop ?? 0;
   put("ranks", el("h2", {}, `Ranks: ${known.ranks_reporting} of ${known.world_size} reporting`), rankTable(now));
+  document.querySelector("#ranks .scroll").scrollTop = scrolled;
   keep("facts", known.attempt, facts);
 }
 
