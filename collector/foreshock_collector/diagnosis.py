@@ -153,7 +153,7 @@ def _exploded(
         f"{max(climb, default=0):.3g}, and {lead} step{'s' if lead != 1 else ''} later, at step {bad.step}, "
         "it was no longer finite.",
         evidence=tuple(evidence),
-        try_=_against_explosion(steps, layer or growing, model),
+        try_=_against_explosion(steps, usual, layer or growing, model),
         alternatives=("the one spike was harmless, and the NaN sudden",) if lone else ("one bad batch set it off",),
     )
 
@@ -229,6 +229,8 @@ def _culprit(bad: Step, board: Board) -> tuple[int | None, list[str]]:
     """The one rank that was bad by itself, before the all-reduce mixed it into the others; and what was seen of it."""
     ranks, rows = board.records(bad.sequence)
     world = len(board.positions)
+    if not board.highest:
+        return None, []  # a recorded log has no ranks
     culprits = ranks[bad_locally(rows)]
     evidence = [] if len(ranks) == world else [f"{len(ranks)} of {world} ranks have told of step {bad.step}"]
     if len(culprits) == 1 and world > 1:
@@ -286,21 +288,23 @@ def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[i
     return None, 0.0
 
 
-def _against_explosion(steps: Sequence[Step], layer: str, model: ModelFacts) -> tuple[str, ...]:
+def _against_explosion(steps: Sequence[Step], usual: float, layer: str, model: ModelFacts) -> tuple[str, ...]:
     last = steps[-1]
+    norm = float(f"{usual:.1g}") if math.isfinite(usual) else 1.0
     clipped = any(s.clip_coefficient < 1 for s in steps)
     advice = ["go back to a checkpoint from before the first sign"]
     if clipped:
         advice.append("clip lower: clipping was on and did not hold it")
     else:
-        advice.append("clip by norm: foreshock.attach(model, optimizer, clip=1.0)")
-    advice.append(f"a smaller learning rate (it was {last.learning_rate:.3g}), with a warm-up over the first steps")
+        advice.append(f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={norm:g})")
+    rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
+    advice.append(f"a smaller learning rate{rate}, with a warm-up over the first steps")
     types = model.module_types
     if any(name in types for name in ("RNN", "RNNCell")):
         advice.append("LSTM or GRU in place of the plain RNN, and truncated backpropagation through time")
     elif any(name in types for name in _RECURRENT):
         advice.append("truncated backpropagation through time: detach the state more often")
-    if not any(name.startswith(_NORMALISATIONS) for name in types):
+    if types and not any(name.startswith(_NORMALISATIONS) for name in types):
         advice.append("a normalisation (LayerNorm, RMSNorm): the model has none")
     advice.append(f"a smaller initialisation{f', first of {layer}' if layer else ''}: see how its weights are scaled")
     return tuple(advice)
