@@ -60,9 +60,13 @@ class Collector:
         )  # fmt: skip
         eventually(ready.exists, "a collector that listens")
         places = json.loads(ready.read_text())
-        self.address: str = places["grpc"]
+        self._address: str = places["grpc"]
         self.url: str = places["http"]
-        self._ports = (self.address.rpartition(":")[2], self.url.rpartition(":")[2])
+        self._ports = (self._address.rpartition(":")[2], self.url.rpartition(":")[2])
+
+    @property
+    def address(self) -> str:
+        return self._address
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
