@@ -115,10 +115,15 @@ def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
 def test_an_alert_says_one_fixed_sentence_and_where_its_runbook_is(alert: dict[str, Any]) -> None:
     said = alert["annotations"]
-    assert set(said) == {"summary", "description", "runbook_url"}
+    of_a_run = alert["alert"] != "ForeshockCollectorDown"
+    assert set(said) == {"summary", "description", "runbook_url", "dashboard_url"} | (
+        {"page_url"} if of_a_run else set()
+    )
     assert re.fullmatch(r"[A-Z][^{}]*\.", said["summary"])
     assert said["runbook_url"] == f"http://127.0.0.1:{DEFAULT_HTTP_PORT}/runbooks/{alert['alert']}"
     assert (ROOT / "docs/runbooks" / f"{alert['alert']}.md").is_file()
+    if of_a_run:
+        assert said["page_url"].startswith(f"http://127.0.0.1:{DEFAULT_HTTP_PORT}/run/{{{{ $labels.run")
 
 
 def test_every_runbook_belongs_to_an_alert_and_answers_the_same_questions() -> None:
