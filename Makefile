@@ -44,6 +44,7 @@ static: $(INSTALLED) protos-drift ## format, lint, types, and whether generated 
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 	@$(BIN)/python docs/make_metrics.py --check
+	@$(BIN)/python -m grafana.make --check
 
 .PHONY: docs
 docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
@@ -52,6 +53,10 @@ docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
 .PHONY: screenshots
 screenshots: $(INSTALLED) chromium ## write docs/screenshots from a made-up run, in a real browser
 	@$(BIN)/python -m docs.make_screenshots
+
+.PHONY: dashboards
+dashboards: $(INSTALLED) ## write Grafana's dashboards and alert rules from the catalogue and the Prometheus rules
+	@$(BIN)/python -m grafana.make
 
 .PHONY: protos
 protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto

@@ -12,7 +12,7 @@ from tests.page.job import Job
 FOLDER = Path(__file__).parent / "screenshots"
 WIDE, NARROW = 1140, 390
 LOOKS = {"light": (WIDE, False), "dark": (WIDE, True), "phone": (NARROW, False), "phone-dark": (NARROW, True)}
-HEIGHT = {"fleet": 520, "run": 1400, "charts": 1230}
+HEIGHT = {"fleet": 600, "run": 1400, "charts": 1230}
 ON_A_PHONE = 844
 MOST_BYTES = 200_000
 

@@ -50,13 +50,17 @@ class Api:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
+        now = self._clock()
         runs = sorted(self._runs, key=Run.last_heard, reverse=True)
+        ended = [run for run in runs if not run.active(now, self._silent)]
+        left_out = set(ended[number(request, "ended", len(ended)) :])
+        runs = [run for run in runs if run not in left_out]
         briefs = [self._brief(run) for run in runs]
         if number(request, "recent", 0):
             for brief, run, columns in zip(briefs, runs, self._recent.of(runs), strict=True):
                 brief["recent"] = columns
                 brief["open_incidents"] = [each for each in run.incidents if each["closed_seconds"] is None]
-        return answer({"now_seconds": self._clock(), "runs": briefs})
+        return answer({"now_seconds": now, "ended": len(ended), "runs": briefs})
 
     async def _run(self, request: web.Request) -> web.Response:
         run = self._find(request)

@@ -78,6 +78,9 @@ class Live:
 
     def _state(self, run: Run) -> tuple[Any, ...]:
         """Differs as soon as the API would tell something else of this run than the time of its last word."""
+        if run.resting:
+            # At rest, or only greeted. Thousands of old runs must cost next to nothing.
+            return run.name, len(run.attempts)
         attempt = run.newest
         incident = run.incidents[-1] if run.incidents else None
         return (

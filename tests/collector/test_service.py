@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 import grpc
@@ -48,10 +48,17 @@ def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "",
     return pb.FromRecorder(steps=batch)
 
 
+class Listening(Protocol):
+    """A collector, in this process or in another."""
+
+    @property
+    def address(self) -> str: ...
+
+
 class Stream:
     """A raw stream: messages go as bytes, so that wrong ones can too."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Listening) -> None:
         self._channel = grpc.aio.insecure_channel(server.address)
         open_stream = self._channel.stream_stream(
             "/foreshock.v1.Telemetry/Stream", response_deserializer=pb.Ack.FromString

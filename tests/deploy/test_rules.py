@@ -25,7 +25,8 @@ SCRAPE_LABELS = {"job", "instance"}
 VALUES = {"verdict": set(VERDICTS), "reason": set(DROP_REASONS)}
 """Labels with a closed list of values."""
 QUERY = re.compile(r'printf ("(?:[^"\\]|\\.)*")((?: \$labels\.\w+)*) \| query')
-BASE = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
+COLLECTOR = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
+GRAFANA = "http://127.0.0.1:3000"
 _INCIDENT = {"run", "verdict", "since_step", "lead_steps", "worst_rank", "layer"}
 FACTS = {
     "ForeshockGradientSpike": {"run", "newest_step", "worst_rank"},
@@ -132,33 +133,50 @@ def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
 def test_an_alert_says_one_fixed_sentence_and_what_is_known(alert: dict[str, Any]) -> None:
     said = alert["annotations"]
-    assert set(said) == {"summary", "description", "page_url", "runbook_url"} | FACTS[alert["alert"]]
+    links = {"runbook_url", "dashboard_url"} | ({"page_url"} if "run" in said else set())
+    assert set(said) == {"summary", "description"} | links | FACTS[alert["alert"]]
     assert re.fullmatch(r"[A-Z][^{}]*\.", said["summary"])
     assert said.get("run", "{{ $labels.run }}") == "{{ $labels.run }}"
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
-def test_both_links_of_an_alert_start_with_the_same_address_and_nothing_else_has_it(alert: dict[str, Any]) -> None:
-    said = alert["annotations"]
-    run = "run/{{ $labels.run | urlquery" if "run" in said else ""
-    assert said["page_url"].startswith(f"{BASE}/{run}")
-    assert said["runbook_url"] == f"{BASE}/runbooks/{alert['alert']}"
+def test_a_link_names_its_address_once_and_nothing_else_names_one(alert: dict[str, Any]) -> None:
+    links = links_of(alert)
+    assert links["runbook_url"] == f"{COLLECTOR}/runbooks/{alert['alert']}"
     assert (ROOT / "docs/runbooks" / f"{alert['alert']}.md").is_file()
-    assert json.dumps(alert).count(BASE) == 2
+    if "run" in alert["annotations"]:
+        assert links["page_url"].startswith(f"{COLLECTOR}/run/{{{{ $labels.run | urlquery")
+    assert links["dashboard_url"].startswith(f"{GRAFANA}/d/foreshock-")
+    assert json.dumps(alert).count("http") == len(links)
 
 
-def test_one_sed_points_every_link_to_another_collector() -> None:
+def test_one_sed_points_every_link_to_other_addresses() -> None:
     """The line is the one that docs/deploy.md gives."""
-    (line,) = re.findall(r"^sed .*foreshock\.rules\.yml$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
-    sed = [word for word in shlex.split(line) if word != "-i"][:-1]
+    (line,) = re.findall(r"^ +(sed .*\n.*foreshock\.rules\.yml)$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    sed = [word for word in shlex.split(line.replace("\\\n", "")) if word != "-i"][:-1]
     done = subprocess.run([*sed, RULES], capture_output=True, text=True, timeout=60, check=True)
-    changed = yaml.safe_load(done.stdout)["groups"][0]["rules"]
-    for before, after in zip(ALERTS, changed, strict=True):
-        for link in ("page_url", "runbook_url"):
-            moved = before["annotations"][link].removeprefix(BASE)
-            assert after["annotations"].pop(link) == f"https://foreshock.example.org{moved}"
-            before = {**before, "annotations": {k: v for k, v in before["annotations"].items() if k != link}}
-        assert after == before
+    expected = {
+        alert["alert"]: {
+            name: link.replace(COLLECTOR, "https://foreshock.example.org").replace(
+                GRAFANA, "https://grafana.example.org"
+            )
+            for name, link in links_of(alert).items()
+        }
+        for alert in ALERTS
+    }
+    assert {rule["alert"]: links_of(rule) for rule in yaml.safe_load(done.stdout)["groups"][0]["rules"]} == expected
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_grafanas_alert_has_the_same_links_and_no_empty_annotation(alert: dict[str, Any]) -> None:
+    (group,) = yaml.safe_load((ROOT / "grafana/provisioning/alerting/foreshock.yml").read_text())["groups"]
+    (twin,) = (rule for rule in group["rules"] if rule["title"] == alert["alert"])
+    assert links_of(twin) == links_of(alert)
+    assert all(twin["annotations"].values())
+
+
+def links_of(alert: dict[str, Any]) -> dict[str, str]:
+    return {name: text for name, text in alert["annotations"].items() if name.endswith("_url")}
 
 
 def test_every_runbook_belongs_to_an_alert_and_answers_the_same_questions() -> None:

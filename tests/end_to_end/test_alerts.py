@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 import yaml
 
+from grafana.dashboards import DASHBOARDS
 from tests.deploy.conftest import Webhook, listening, programs, request, start_alertmanager, with_receiver
 from tests.deploy.test_prometheus import faster
 from tests.end_to_end.conftest import Collector, Job, eventually
@@ -102,6 +105,25 @@ def test_at_full_speed_the_explosion_is_told_of_once_and_its_build_up_inhibited(
     assert [alert["labels"]["alertname"] for alert in told] == ["ForeshockExplodingGradients"]
     assert incident["verdict"]["lead_steps"] > 0
     assert f"{incident['verdict']['lead_steps']} steps after the first sign" in told[0]["annotations"]["description"]
+    follow(told[0], watch, incident["verdict"])
+
+
+def follow(alert: dict[str, Any], watch: Watch, verdict: dict[str, Any]) -> None:
+    """From an alert as the webhook got it to what its links show: the same run, step and verdict."""
+    said, run = alert["annotations"], alert["labels"]["run"]
+    page, runbook, dashboard = (urlsplit(said[name]) for name in ("page_url", "runbook_url", "dashboard_url"))
+    assert unquote(page.path) == f"/run/{run}"
+    shown = watch.collector.get(f"/api/v1/runs/{page.path.removeprefix('/run/')}")
+    assert (shown["run"], shown["incidents"][-1]["verdict"]) == (run, verdict)
+    assert f"First non-finite step {verdict['first_bad_step']}" in said["description"]
+    for path, wanted in ((page.path, "<html"), (runbook.path, alert["labels"]["alertname"])):
+        request = Request(watch.collector.url + path, headers={"Accept": "text/html"})
+        with urlopen(request, timeout=30) as response:
+            assert wanted in response.read().decode()
+    built = {board["uid"]: board for board in (build() for build in DASHBOARDS.values())}
+    variables = {variable["name"] for variable in built[dashboard.path.rpartition("/")[2]]["templating"]["list"]}
+    assert parse_qs(dashboard.query) == {"var-run": [run]}
+    assert "run" in variables
 
 
 @pytest.mark.parametrize(("run", "step", "steps"), [("first", 0, 30), ("quiet", 200, 220)])

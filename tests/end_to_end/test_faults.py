@@ -18,7 +18,8 @@ from foreshock_recorder.reader import RingReader
 from tests.end_to_end.conftest import HERE, Collector, Job, eventually, recorders
 from tests.end_to_end.test_path import left, said
 
-SILENT_MEMORY_KIB = 8 * 1024
+SILENT_MEMORY_KIB = 3 * 1024
+"""Ten thousand records, kept as the recorder reads them, would be 8 MiB."""
 
 
 @pytest.fixture
@@ -55,24 +56,21 @@ def test_weights_are_the_same_with_a_collector_without_one_and_with_one_that_swa
         for rank in (0, 1):
             weights = torch.load(tmp_path / f"{name}-{rank}.pt")
             assert all(torch.equal(weights[key], plain[key]) for key in plain)
-    for pid in recorders(tmp_path / "rings"):
-        os.kill(pid, signal.SIGTERM)
 
 
 def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str, job: Job, tmp_path: Path) -> None:
     rings = tmp_path / "rings"
-    job("silent", black_hole, steps=10**9, pace=0.001)
+    job("silent", black_hole, ranks=1, steps=10**9)
     (log,) = eventually(lambda: list(rings.rglob("recorder.log")), "a recorder's log")
     eventually(lambda: "no answer" in log.read_text(), "its complaint")
     recorder = only_recorder(rings)
-    (ring, _) = sorted(rings.rglob("*.ring"))
+    (ring,) = rings.rglob("*.ring")
     reader = RingReader(ring)
     size, memory, launched = ring.stat().st_size, resident_kib(recorder), reader.launched
-    eventually(lambda: reader.launched > launched + 5000, "five thousand more steps")
+    eventually(lambda: reader.launched > launched + 10_000, "ten thousand more steps")
     reader.close()
     assert ring.stat().st_size == size <= 4 * 2**20
     assert resident_kib(recorder) - memory < SILENT_MEMORY_KIB
-    os.kill(recorder, signal.SIGTERM)
 
 
 def test_a_pipeline_ends_with_its_job_though_the_recorder_goes_on_trying(black_hole: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from foreshock_collector.baseline import Baseline
 from foreshock_collector.detection import GRADIENT_RULE, Channel
-from foreshock_collector.heat import MOST_ROWS, thinned
+from foreshock_collector.heat import MOST_ROWS, around_incident, thinned
 from tests.page.job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 
 Jobs = Callable[..., Job]
@@ -72,6 +72,18 @@ def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_i
     assert cells.shape == (len(found["rows"]), len(found["sequence"]))
     assert np.argwhere(cells == 9.0).tolist() == [[200 // 3, (500 - 10) // 10]]
     assert np.argwhere(cells == -1).tolist() == [[3 // 3, (700 - 10) // 10]]
+
+
+def test_of_a_run_at_rest_the_records_around_an_incident_are_shown() -> None:
+    good = {"local_nan_parameters": 0.0, "local_inf_parameters": 0.0}
+    bad = good | {"local_nan_parameters": 2.0}
+    records = [{"sequence": s, "rank": r, "local_norm": 10.0 * s + r, **good} for s in (7, 8) for r in (1, 5)]
+    records.append({"sequence": 9, "rank": 5, "local_norm": 1.0, **bad})
+    found = around_incident(records, columns=10)
+    assert found == {
+        "sequence": [7, 8, 9], "stretch": 1, "rows": ["1", "5"], "values": [[71.0, 81.0, None], [75.0, 85.0, "inf"]]
+    }  # fmt: skip
+    assert around_incident([], columns=10)["values"] == []
 
 
 def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:
@@ -182,3 +194,15 @@ def test_a_wrong_question_is_answered_by_name(url: str, job: Jobs, query: str) -
     status, body, _ = get(f"{url}/api/v1/runs/asked/series?{query}", "application/json")
     assert status in (400, 404)
     assert query.partition("=")[0] in json.loads(body)["error"]
+
+
+def test_of_many_ended_runs_only_as_many_are_told_as_are_wanted(url: str, job: Jobs) -> None:
+    for name in ("a", "b", "c"):
+        run = job(name, ranks=1)
+        run.train(3)
+        run.stored()
+        run.finish()
+    job("active").stored()
+    found = ask(f"{url}/api/v1/runs?recent=1&ended=1")
+    assert [each["run"] for each in found["runs"]] == ["active", "c"]
+    assert found["ended"] == 3

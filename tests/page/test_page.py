@@ -102,8 +102,11 @@ def test_the_fleet_names_what_is_wrong_first(url: str, job: Jobs, browser: Brows
     alarm = browser.text("tr[data-run=bad] .alarm")
     assert f"Exploding gradients at step 207, first sign at step 202, rank {LOUD_RANK}" in alarm
     assert browser.ask("document.querySelectorAll('tr[data-run=healthy] .spark .line').length") == 2
+    # A click that begins on a link ends on it, whatever has come in between.
+    browser.driver.execute_script("window.link = document.querySelector('tr[data-run=healthy] a')")
     healthy.train(10)
     browser.until("document.querySelector('tr[data-run=healthy] td[data-label=step]').innerText === '70'", "step 70")
+    assert browser.ask("window.link.isConnected")
     browser.driver.find_element(By.LINK_TEXT, "bad").click()
     browser.drawn(207)
     assert browser.text("h1") == "bad"

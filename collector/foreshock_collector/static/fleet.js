@@ -8,11 +8,11 @@ const ORDER = ["failing", "building up", "stalled", "ranks missing", "running", 
 const ENDED_SHOWN = 20;
 let allEnded = false;
 let known = null;
+const rows = new Map();
 
-function summary(runs) {
+function summary({ runs, ended }) {
   const active = runs.filter((run) => run.state === "active");
-  if (!runs.length) return "No run has reported yet";
-  if (!active.length) return `No run is active; ${plural(runs.length, "has", "have")} ended`;
+  if (!active.length) return ended ? `No run is active, ${whole(ended)} ended` : "No run has reported yet";
   const bad = ORDER.slice(0, 4)
     .map((condition) => [condition, active.filter((run) => run.condition === condition).length])
     .filter(([, count]) => count)
@@ -37,29 +37,62 @@ function incidentLine(run) {
     where.length ? `, ${where.join(", ")}` : "");
 }
 
-function row(run, now) {
-  const { newest, recent } = run;
-  const bad = recent?.global_norm.at(-1) === null;
-  const cell = (label, ...content) => el("td", { "data-label": label }, ...content);
-  const age = run.last_step_seconds ? `${span(Math.max(0, now - run.last_step_seconds))} ago` : "none yet";
-  return el("tr", { "data-run": run.run, "data-condition": run.condition },
-    cell("", conditionMark(run.condition)),
-    el("th", { scope: "row" },
-      el("a", { href: runUrl(run.run) }, run.run), el("span", { class: "quiet" }, ` ${run.experiment}`),
-      incidentLine(run)),
-    cell("step", el("span", { class: "value" }, whole(newest.step))),
-    cell("global norm", spark(recent?.global_norm, { logarithmic: true, name: "global norm" }),
-      el("span", { class: "value" }, bad ? "not finite" : number(newest.global_norm))),
-    cell("loss", spark(recent?.loss, { name: "loss" }), el("span", { class: "value" }, number(newest.loss))),
-    cell("ranks", el("span", { class: "value" }, `${run.ranks_reporting} of ${run.world_size}`)),
-    cell("last step", el("span", { class: "value" }, age)));
+// A row stays the same node for as long as its run is shown: a click that begins on a link must end on it, and whoever
+// is on one by keyboard stays there.
+function makeRow(run) {
+  const cell = (label) => el("td", { "data-label": label });
+  const condition = cell("");
+  const alarm = el("div");
+  const head = el("th", { scope: "row" },
+    el("a", { href: runUrl(run.run) }, run.run), el("span", { class: "quiet" }, ` ${run.experiment}`), alarm);
+  const [step, norm, loss, ranks, last] = ["step", "global norm", "loss", "ranks", "last step"].map(cell);
+  const node = el("tr", { "data-run": run.run }, condition, head, step, norm, loss, ranks, last);
+  return { node, condition, alarm, step, norm, loss, ranks, last, told: "" };
 }
 
-function table(runs, now) {
-  const heads = ["condition", "run", "step", "global norm", "loss", "ranks", "last step"];
-  return el("table", { class: "runs" },
-    el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))),
-    el("tbody", {}, runs.map((run) => row(run, now))));
+function row(run, now) {
+  if (!rows.has(run.run)) rows.set(run.run, makeRow(run));
+  const { newest, recent } = run;
+  const parts = rows.get(run.run);
+  const value = (text) => el("span", { class: "value" }, text);
+  const level = (what) => value(what in newest && recent?.[what].at(-1) === null ? "not finite" : number(newest[what]));
+  parts.node.dataset.condition = run.condition;
+  parts.condition.replaceChildren(conditionMark(run.condition));
+  const line = incidentLine(run) ?? "";
+  const told = line && line.textContent;
+  if (told !== parts.told) parts.alarm.replaceChildren(line);
+  parts.told = told;
+  parts.step.replaceChildren(value(whole(newest.step)));
+  parts.norm.replaceChildren(
+    spark(recent?.global_norm, { logarithmic: true, name: "global norm" }), level("global_norm"));
+  parts.loss.replaceChildren(spark(recent?.loss, { name: "loss" }), level("loss"));
+  parts.ranks.replaceChildren(value(`${run.ranks_reporting} of ${run.world_size}`));
+  parts.last.replaceChildren(
+    value(run.last_step_seconds ? `${span(Math.max(0, now - run.last_step_seconds))} ago` : "none yet"));
+  return parts.node;
+}
+
+function fill(id, runs, now, ...more) {
+  const section = document.getElementById(id);
+  if (!section.firstChild) {
+    const heads = ["condition", "run", "step", "global norm", "loss", "ranks", "last step"];
+    section.append(el("table", { class: "runs" },
+      el("thead", {}, el("tr", {}, heads.map((head) => el("th", { scope: "col" }, head)))), el("tbody")),
+    el("div"));
+    if (id === "ended") section.prepend(el("h2", {}, "Ended"));
+  }
+  section.querySelector("table").hidden = !runs.length;
+  if (id === "ended") section.querySelector("h2").hidden = !runs.length;
+  const body = section.querySelector("tbody");
+  const nodes = runs.map((run) => row(run, now));
+  if (nodes.length !== body.childElementCount || nodes.some((node, i) => node !== body.children[i])) {
+    const focused = document.activeElement;
+    body.replaceChildren(...nodes);
+    if (body.contains(focused)) focused.focus({ preventScroll: true });
+  }
+  const below = more.filter(Boolean);
+  const extra = section.lastElementChild;
+  if (extra.textContent !== below.map((node) => node.textContent).join("")) extra.replaceChildren(...below);
 }
 
 function show() {
@@ -68,23 +101,18 @@ function show() {
   const active = runs.filter((run) => run.state === "active")
     .sort((a, b) => rank(a) - rank(b) || b.started_seconds - a.started_seconds);
   const ended = runs.filter((run) => run.state === "ended");
-  const focused = document.activeElement?.getAttribute("href");
-  put("summary", summary(runs));
-  document.title = `${summary(runs)} · Foreshock`;
-  put("active", active.length ? table(active, now) : null,
-    runs.length ? null : el("p", {}, "Add two lines to a training script: ",
-      el("code", {}, "watch = foreshock.attach(model, optimizer)"), " and, in the loop, ",
-      el("code", {}, "watch.observe(loss=loss, step=step)"), "."));
-  const shown = allEnded ? ended : ended.slice(0, ENDED_SHOWN);
-  put("ended", shown.length ? [el("h2", {}, "Ended"), table(shown, now)] : null,
-    ended.length > shown.length
-      ? el("button", { type: "button", onclick: () => { allEnded = true; show(); } }, `Show all ${ended.length}`)
-      : null);
-  // The rows are new; whoever was on a link by keyboard still is.
-  if (focused) document.querySelector(`a[href="${CSS.escape(focused)}"]`)?.focus({ preventScroll: true });
+  const text = summary(known);
+  put("summary", text);
+  document.title = `${text} · Foreshock`;
+  fill("active", active, now, runs.length ? null : el("p", {}, "Add two lines to a training script: ",
+    el("code", {}, "watch = foreshock.attach(model, optimizer)"), " and, in the loop, ",
+    el("code", {}, "watch.observe(loss=loss, step=step)"), "."));
+  fill("ended", ended, now, known.ended > ended.length
+    ? el("button", { type: "button", onclick: () => { allEnded = true; update(); } }, `Show all ${whole(known.ended)}`)
+    : null);
 }
 
-follow("/api/v1/live", async () => {
-  known = await json("/api/v1/runs?recent=1");
+const update = follow("/api/v1/live", async () => {
+  known = await json(`/api/v1/runs?recent=1${allEnded ? "" : `&ended=${ENDED_SHOWN}`}`);
   show();
 });

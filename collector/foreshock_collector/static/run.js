@@ -103,7 +103,9 @@ function words() {
   levels(now);
   const mine = known.events.filter((event) => event.attempt === view.attempt);
   keep("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
+  const scrolled = document.querySelector("#ranks .scroll")?.scrollTop ?? 0;
   put("ranks", el("h2", {}, `Ranks: ${known.ranks_reporting} of ${known.world_size} reporting`), rankTable(now));
+  document.querySelector("#ranks .scroll").scrollTop = scrolled;
   keep("facts", known.attempt, facts);
 }
 
@@ -176,7 +178,7 @@ const cursor = new Cursor({ moved: (at, plot, y) => readout(at, plot, y), zoom: 
 function build() {
   const parent = document.getElementById("charts");
   for (const chart of [...LINES, ...HEATS]) {
-    const node = el("div", { class: "plot" });
+    const node = el("div", { class: "plot", "aria-hidden": "true" });
     const frame = el("div", { class: "frame", tabindex: 0, role: "group", "aria-label": `${chart.title}: ${chart.note}` }, node);
     const heat = HEATS.includes(chart);
     const empty = el("p", { class: "quiet", hidden: true });
