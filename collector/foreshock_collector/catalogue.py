@@ -55,7 +55,15 @@ VERDICTS = (
 )
 """The closed list of causes. An incident never carries `healthy`."""
 
-INCIDENT_VERDICTS = ("exploding_gradients", "first_step_nonfinite", "sudden_nonfinite")
+INCIDENT_VERDICTS = (
+    "exploding_gradients",
+    "first_step_nonfinite",
+    "sudden_nonfinite",
+    "nonfinite_gradient",
+    "bad_rank",
+    "amp_scale_collapse",
+    "unknown",
+)
 """The causes that this version tells apart; their counters exist at 0 from a run's first report."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")

@@ -54,6 +54,8 @@ class Rule:
 GRADIENT_RULE = Rule()
 LOSS_RULE = Rule(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
 """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
+COLLAPSE_AFTER = 10
+"""Overflows of a loss scale in a row that are no calibration any more; so is one below a scale of 1."""
 RECOVERED_AFTER = 50
 """Finite steps in a row that end a failure."""
 _LARGEST = 1e150
@@ -160,6 +162,8 @@ class Detector:
         """From a non-finite step until enough finite ones in a row: one failure is one incident."""
         self.finite_steps: int = state.get("finite_steps", 0)
         self.finite_ever: bool = state.get("finite_ever", False)
+        self.overflows: int = state.get("overflows", 0)
+        """Of the loss scale, in a row."""
         self.climbing: int = state.get("climbing", 0)
         """Sequence number of the last step that belonged to a build-up; 0: none did."""
 
@@ -171,14 +175,24 @@ class Detector:
             "failing": self.failing,
             "finite_steps": self.finite_steps,
             "finite_ever": self.finite_ever,
+            "overflows": self.overflows,
             "climbing": self.climbing,
         }
 
     def update(
-        self, *, attempt: int, sequence: int, step: int, norm: float, loss: float | None, nonfinite: int = 0
+        self,
+        *,
+        attempt: int,
+        sequence: int,
+        step: int,
+        norm: float,
+        loss: float | None,
+        nonfinite: int = 0,
+        overflow: bool = False,
     ) -> list[Event]:
         """One step, in order. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
 
+        overflow: only because of a GradScaler's scale, which is how it finds the right one: a few are no failure.
         Of a failure only the first step is an event.
         """
         events: list[Event] = []
@@ -187,6 +201,9 @@ class Detector:
             where = {"attempt": attempt, "sequence": sequence, "step": step}
             events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
 
+        self.overflows = self.overflows + 1 if overflow else 0
+        if overflow and self.overflows < COLLAPSE_AFTER:
+            return events
         if nonfinite:
             if not self.failing:
                 note("nonfinite", float(nonfinite))

@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
 
 import numpy as np
 
+from foreshock_collector.advice import USUAL_STEPS, after_quiet, against_explosion, likely_root
 from foreshock_collector.board import Board, bad_locally
 from foreshock_collector.detection import Event
 from foreshock_collector.steps import ModelFacts, Step
+from foreshock_collector.verdicts import Cause, Verdict
 
-Cause = Literal["exploding_gradients", "first_step_nonfinite", "sudden_nonfinite", "healthy"]
+SPARSE_STEPS = 50
+"""Records so far apart cannot show a climb of 3 to 8 steps."""
 LEAD_STEPS = 32
 """How many steps before the first non-finite one a spike or build-up still belongs to it."""
-_USUAL_STEPS = 50
 _OUTLIER_RATIO = 3.0
 """A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
-_RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
-_NORMALISATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What happened, where it began, and what to try."""
-
-    cause: Cause
-    attempt: int
-    first_bad_step: int
-    onset_step: int | None
-    """First spike or build-up that belongs to the failure."""
-    lead_steps: int
-    """Steps from the onset to the first non-finite one; 0 without an onset."""
-    rank: int | None
-    """The one rank that was bad before the all-reduce, or whose own gradient led an explosion; None: all alike."""
-    parameter: str
-    """First in backward order that was not finite; empty where that is not known, or means nothing."""
-    layer: str
-    """The parameter's, or the one whose norm grew most."""
-    confidence: float
-    """From 0 to 1, by rule of thumb."""
-    summary: str
-    evidence: tuple[str, ...]
-    try_: tuple[str, ...]
-    alternatives: tuple[str, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """For the API and the store."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        values["try"] = values.pop("try_")
-        return values
 
 
 def diagnose(
@@ -62,12 +29,13 @@ def diagnose(
     *,
     finite_before: bool,
     climbing: int,
+    apart: float = 1,
 ) -> Verdict:
     """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
     steps: the newest of one attempt, in order. events: of the same attempt. board: holds the ranks' records of these
     steps. finite_before: the attempt has had a finite step, be it among `steps` or before. climbing: sequence number of
-    the last step that belonged to a build-up, 0 if none did.
+    the last step that belonged to a build-up, 0 if none did. apart: steps from the record before to the last one.
     """
     bad = steps[-1]
     if not bad.nonfinite:
@@ -85,9 +53,19 @@ def diagnose(
     evidence += _loss_before(bad, events)
     if signs:
         return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
+    if bad.overflow:
+        return _quiet_before("amp_scale_collapse", bad, evidence, culprit, parameter, layer)
     if not finite_before and bad.step <= 1:
         return _not_from_the_start(bad, evidence, culprit, parameter, layer)
-    return _sudden(bad, evidence, culprit, parameter, layer)
+    if apart >= SPARSE_STEPS:
+        evidence.append(f"the record before is {apart:g} steps older")
+        return _quiet_before("unknown", bad, evidence, culprit, parameter, layer)
+    evidence.append(f"no spike or build-up in the {LEAD_STEPS} steps before")
+    if bad.loss is None or not math.isfinite(bad.loss):
+        return _quiet_before("sudden_nonfinite", bad, evidence, culprit, parameter, layer)
+    evidence.append("the loss was finite")
+    cause: Cause = "nonfinite_gradient" if culprit is None else "bad_rank"
+    return _quiet_before(cause, bad, evidence, culprit, parameter, layer)
 
 
 def _healthy(last: Step) -> Verdict:
@@ -121,10 +99,10 @@ def _exploded(
     bad = steps[-1]
     onset = min(signs, key=lambda sign: sign.sequence)
     lead = bad.sequence - onset.sequence
-    window = [s for s in steps if s.sequence >= onset.sequence - _USUAL_STEPS]
+    window = [s for s in steps if s.sequence >= onset.sequence - USUAL_STEPS]
     climb = [s.global_norm for s in window if s.sequence >= onset.sequence and math.isfinite(s.global_norm)]
     calm = [s.global_norm for s in steps if s.sequence < onset.sequence and math.isfinite(s.global_norm)]
-    usual = float(np.median(calm[-_USUAL_STEPS:])) if calm else onset.usual or math.nan
+    usual = float(np.median(calm[-USUAL_STEPS:])) if calm else onset.usual or math.nan
     evidence.insert(0, f"global norm about {usual:.3g} until step {onset.step}, then up to {max(climb, default=0):.3g}")
     spikes = sum(sign.kind == "spike" for sign in signs)
     build_ups = len(signs) - spikes
@@ -138,6 +116,7 @@ def _exploded(
     rates = [s.learning_rate for s in window]
     if rates and rates[-1] > 1.01 * min(rates):
         evidence.append(f"the learning rate was rising, from {min(rates):.3g} to {rates[-1]:.3g}")
+    root = likely_root(steps, onset, model)
     lone = not build_ups and spikes == 1
     return Verdict(
         cause="exploding_gradients",
@@ -153,7 +132,8 @@ def _exploded(
         f"{max(climb, default=0):.3g}, and {lead} step{'s' if lead != 1 else ''} later, at step {bad.step}, "
         "it was no longer finite.",
         evidence=tuple(evidence),
-        try_=_against_explosion(steps, usual, layer or growing, model),
+        try_=against_explosion(steps, usual, layer or growing, model, root),
+        likely_root=root,
         alternatives=("the one spike was harmless, and the NaN sudden",) if lone else ("one bad batch set it off",),
     )
 
@@ -182,20 +162,21 @@ def _not_from_the_start(bad: Step, evidence: list[str], culprit: int | None, par
     )
 
 
-def _sudden(bad: Step, evidence: list[str], culprit: int | None, parameter: str, layer: str) -> Verdict:
+def _quiet_before(
+    cause: Cause, bad: Step, evidence: list[str], culprit: int | None, parameter: str, layer: str
+) -> Verdict:
     where = "" if culprit is None else f" on rank {culprit}"
     first = "loss" if bad.nan_loss or bad.inf_loss else "gradient"
-    advice = [
-        f"look at the batch of step {bad.step}{where}: NaN, an empty or all-masked sample, a label out of range",
-        "look for an operation that this batch made unstable: log(0), sqrt at 0, division by zero",
-        "leave such a step out and go on, if it stays the only one",
-    ]
-    if bad.loss_scale != 1.0:
-        advice.append(f"use bfloat16, or a smaller loss scale than {bad.loss_scale:g}: float16 overflows beyond 65504")
-    if culprit is not None:
-        advice.append(f"if rank {culprit} is named again with other data, suspect its machine and move it to another")
+    summary = {
+        "sudden_nonfinite": f"The {first} was suddenly not finite at step {bad.step}{where}; all was quiet before.",
+        "nonfinite_gradient": f"The gradient was not finite at step {bad.step}, though the loss was.",
+        "bad_rank": f"At step {bad.step} the gradient of rank {culprit} alone was not finite, though its loss was.",
+        "amp_scale_collapse": f"The gradient still overflows at step {bad.step}, with the loss scale down to "
+        f"{bad.loss_scale:g}.",
+        "unknown": f"Not finite at step {bad.step}; the records are too sparse to tell what came before.",
+    }[cause]
     return Verdict(
-        cause="sudden_nonfinite",
+        cause=cause,
         attempt=bad.attempt,
         first_bad_step=bad.step,
         onset_step=None,
@@ -203,11 +184,15 @@ def _sudden(bad: Step, evidence: list[str], culprit: int | None, parameter: str,
         rank=culprit,
         parameter=parameter,
         layer=layer,
-        confidence=0.75 if culprit is None else 0.9,
-        summary=f"The {first} was suddenly not finite at step {bad.step}{where}; the norm was quiet before.",
-        evidence=(*evidence, f"no spike or build-up in the {LEAD_STEPS} steps before"),
-        try_=tuple(advice),
-        alternatives=("a faulty device of that rank",) if culprit is not None else ("overflow in half precision",),
+        confidence={"unknown": 0.3, "sudden_nonfinite": 0.75 if culprit is None else 0.9}.get(cause, 0.8),
+        summary=summary,
+        evidence=tuple(evidence),
+        try_=after_quiet(cause, bad, culprit, where),
+        alternatives={
+            "sudden_nonfinite": ("overflow in half precision" if culprit is None else "a faulty device of that rank",),
+            "bad_rank": ("an operation that this rank's batch made unstable in backward",),
+            "nonfinite_gradient": ("a fault in the all-reduce or in a compression hook",),
+        }.get(cause, ()),
     )
 
 
@@ -268,7 +253,7 @@ def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: Mo
     after = [norms for sequence, norms in known if sequence >= onset.sequence]
     if not before or not after or not len(after[-1]) or len(after[-1]) != len(model.layers):
         return "", 0.0
-    usual = np.median(before[-_USUAL_STEPS:], axis=0).astype(np.float64)
+    usual = np.median(before[-USUAL_STEPS:], axis=0).astype(np.float64)
     # A layer without gradient has not grown, whatever follows.
     growth = np.divide(after[-1], usual, out=np.zeros_like(usual), where=usual > 0)
     most = int(growth.argmax())
@@ -286,25 +271,3 @@ def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[i
         if others > 0 and norms[loudest] > _OUTLIER_RATIO * others:
             return loudest, float(norms[loudest]) / others
     return None, 0.0
-
-
-def _against_explosion(steps: Sequence[Step], usual: float, layer: str, model: ModelFacts) -> tuple[str, ...]:
-    last = steps[-1]
-    norm = float(f"{usual:.1g}") if math.isfinite(usual) else 1.0
-    clipped = any(s.clip_coefficient < 1 for s in steps)
-    advice = ["go back to a checkpoint from before the first sign"]
-    if clipped:
-        advice.append("clip lower: clipping was on and did not hold it")
-    else:
-        advice.append(f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={norm:g})")
-    rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
-    advice.append(f"a smaller learning rate{rate}, with a warm-up over the first steps")
-    types = model.module_types
-    if any(name in types for name in ("RNN", "RNNCell")):
-        advice.append("LSTM or GRU in place of the plain RNN, and truncated backpropagation through time")
-    elif any(name in types for name in _RECURRENT):
-        advice.append("truncated backpropagation through time: detach the state more often")
-    if types and not any(name.startswith(_NORMALISATIONS) for name in types):
-        advice.append("a normalisation (LayerNorm, RMSNorm): the model has none")
-    advice.append(f"a smaller initialisation{f', first of {layer}' if layer else ''}: see how its weights are scaled")
-    return tuple(advice)

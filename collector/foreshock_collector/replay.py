@@ -13,9 +13,10 @@ from typing import Any
 from foreshock_collector.board import Board
 from foreshock_collector.config import ConfigError, Parser
 from foreshock_collector.detection import Detector, Event
-from foreshock_collector.diagnosis import Verdict, diagnose
+from foreshock_collector.diagnosis import diagnose
 from foreshock_collector.logs import LogError, Row, read_log
 from foreshock_collector.steps import ModelFacts, Step
+from foreshock_collector.verdicts import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,12 @@ def replay(rows: Sequence[Row]) -> Replay:
             norm=step.global_norm,
             loss=step.loss,
             nonfinite=len(step.nonfinite),
+            overflow=step.overflow,
         )
         if verdict is None and step.nonfinite:
             seen = steps[: number + 1]
-            verdict = diagnose(seen, events, board, model, finite_before=finite_before, climbing=climbing)
+            apart = rows[number].step - rows[number - 1].step if number else 1
+            verdict = diagnose(seen, events, board, model, finite_before=finite_before, climbing=climbing, apart=apart)
             first = number
     verdict = verdict or diagnose(steps, events, board, model, finite_before=True, climbing=0)
     return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=first)
@@ -121,7 +124,7 @@ def _as_json(path: Path, found: Replay) -> dict[str, Any]:
         ],
         "verdict": {
             "cause": verdict.cause,
-            "likely_root": getattr(verdict, "likely_root", None),
+            "likely_root": verdict.likely_root,
             "first_nonfinite_row": first,
             "lead_rows": None if first is None else verdict.lead_steps,
             "confidence": verdict.confidence,

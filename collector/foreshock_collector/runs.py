@@ -176,7 +176,10 @@ class Run:
         detector = attempt.detector
         finite_before = detector.finite_ever
         where = {"attempt": attempt.number, "sequence": step.sequence, "step": step.step}
-        for event in detector.update(norm=step.global_norm, loss=step.loss, nonfinite=len(step.nonfinite), **where):
+        overflow = step.overflow and step.loss_scale >= 1
+        for event in detector.update(
+            norm=step.global_norm, loss=step.loss, nonfinite=len(step.nonfinite), overflow=overflow, **where
+        ):
             self.totals.add_event(event.kind, now)
             self._note(asdict(event), now)
             if event.kind == "recovered":

@@ -45,6 +45,12 @@ class Step:
         )
         return [what for is_so, what in found if is_so]
 
+    @property
+    def overflow(self) -> bool:
+        """The scale of a GradScaler drove a gradient beyond half precision: it leaves the step out, and halves."""
+        scaled = self.loss_scale > 0 and self.loss_scale != 1.0
+        return scaled and (self.nan_gradient or self.inf_gradient) and not (self.nan_loss or self.inf_loss)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:

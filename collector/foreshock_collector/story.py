@@ -16,6 +16,8 @@ def story(verdict: dict[str, Any]) -> RenderableType:
     facts.add_column()
     facts.add_row("what", Text(verdict["summary"]))
     facts.add_row("verdict", f"{verdict['cause']}, confidence {verdict['confidence']:.0%}")
+    if verdict.get("likely_root"):
+        facts.add_row("root", verdict["likely_root"].replace("_", " "))
     if verdict["onset_step"] is not None:
         facts.add_row("began", f"step {verdict['onset_step']}")
     facts.add_row("not finite", f"step {verdict['first_bad_step']}")

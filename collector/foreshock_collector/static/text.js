@@ -71,6 +71,10 @@ const VERDICTS = {
   exploding_gradients: "Exploding gradients",
   first_step_nonfinite: "Not finite from the first step",
   sudden_nonfinite: "Suddenly not finite",
+  nonfinite_gradient: "Gradient not finite",
+  bad_rank: "One bad rank",
+  amp_scale_collapse: "Loss scale collapsed",
+  unknown: "Not finite, cause not known",
 };
 
 export const verdictTitle = (cause) => VERDICTS[cause] ?? cause.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());

@@ -1,0 +1,101 @@
+"""What most likely made gradients explode, and what to try after each verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from foreshock_collector.detection import Event
+from foreshock_collector.steps import ModelFacts, Step
+from foreshock_collector.verdicts import Cause, Root
+
+USUAL_STEPS = 50
+"""Steps before a climb that show what was usual."""
+_EARLY_STEPS = 40
+"""A climb that begins so soon, with a steady learning rate, was there from the start."""
+_RISING = 1.2
+"""The learning rate before a climb over its least of the steps before."""
+_DEEP_LAYERS = 8
+_RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+_NORMALISATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
+
+
+def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
+    """What most likely made the factors grow: the first of these that the records show."""
+    before = [s.learning_rate for s in steps if 0 <= onset.sequence - s.sequence <= USUAL_STEPS]
+    rates = [rate for rate in before if math.isfinite(rate)]
+    if rates and rates[-1] > _RISING * min(rates):
+        return "learning_rate"
+    types = model.module_types
+    if types and onset.sequence <= _EARLY_STEPS:
+        return "initialization"
+    if any(name in types for name in _RECURRENT):
+        return "recurrent"
+    if len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALISATIONS) for name in types):
+        return "normalization"
+    return "unknown"
+
+
+def against_explosion(
+    steps: Sequence[Step], usual: float, layer: str, model: ModelFacts, root: Root
+) -> tuple[str, ...]:
+    """What to try after an explosion; the first follows from its likely root. usual: the norm of before."""
+    last = steps[-1]
+    norm = float(f"{usual:.1g}") if math.isfinite(usual) else 1.0
+    types = model.module_types
+    rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
+    of = f", first of {layer}" if layer else ""
+    plain = any(name in types for name in ("RNN", "RNNCell"))
+    advice: dict[str, str] = {
+        "learning_rate": f"a smaller learning rate{rate}, with a warm-up over the first steps",
+        "initialization": f"a smaller initialisation{of}: see how its weights are scaled",
+    }
+    if any(name in types for name in _RECURRENT):
+        advice["recurrent"] = (
+            "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
+            if plain
+            else "truncated backpropagation through time: detach the state more often"
+        )
+    if types and not any(name.startswith(_NORMALISATIONS) for name in types):
+        advice["normalization"] = "a normalisation (LayerNorm, RMSNorm): the model has none"
+    clipped = any(s.clip_coefficient < 1 for s in steps)
+    clip = (
+        "clip lower: clipping was on and did not hold it"
+        if clipped
+        else f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={norm:g})"
+    )
+    first = [advice.pop(root)] if root in advice else []
+    return (*first, clip, *advice.values(), "go back to a checkpoint from before the first sign")
+
+
+def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tuple[str, ...]:
+    """What to try where nothing preceded. where: " on rank 1", or nothing."""
+    batch = f"look at the batch of step {bad.step}{where}: NaN, an empty or all-masked sample, a label out of range"
+    if cause == "amp_scale_collapse":
+        return (
+            "use bfloat16: it has the range of float32, and needs no scaler",
+            "a smaller learning rate, and clipping by norm: a scale that only falls follows gradients that grow",
+            "keep losses, norms and softmax of large values in float32",
+        )
+    if cause == "bad_rank":
+        return (
+            f"move rank {culprit} to another machine, and look at that one's device: memory errors, heat",
+            "go back to the last checkpoint: this step's gradient was averaged into every rank",
+            batch,
+        )
+    if cause == "nonfinite_gradient":
+        return (
+            "find the operation: torch.autograd.set_detect_anomaly(True) on the batch of that step",
+            "look for what has no gradient at its edge: sqrt or norm at 0, x**p at 0, torch.where over a NaN branch",
+            "a gradient that is sent in half precision overflows beyond 65504: send it in bfloat16 or float32",
+        )
+    if cause == "unknown":
+        return ("log loss and gradient norm at every step: a climb takes 3 to 8 of them", batch)
+    advice = [
+        batch,
+        "look for an operation that this batch made unstable: log(0), sqrt at 0, division by zero",
+        "leave such a step out and go on, if it stays the only one",
+    ]
+    if culprit is not None:
+        advice.append(f"if rank {culprit} is named again with other data, suspect its machine and move it to another")
+    return tuple(advice)

@@ -1,0 +1,51 @@
+"""What diagnosis says: the named cause of a failure, what points to it, and what to try."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Cause = Literal[
+    "healthy",
+    "exploding_gradients",
+    "first_step_nonfinite",
+    "sudden_nonfinite",
+    "nonfinite_gradient",
+    "bad_rank",
+    "amp_scale_collapse",
+    "unknown",
+]
+Root = Literal["learning_rate", "initialization", "recurrent", "normalization", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What happened, where it began, and what to try."""
+
+    cause: Cause
+    attempt: int
+    first_bad_step: int
+    onset_step: int | None
+    """First spike or build-up that belongs to the failure."""
+    lead_steps: int
+    """Steps from the onset to the first non-finite one; 0 without an onset."""
+    rank: int | None
+    """The one rank that was bad before the all-reduce, or whose own gradient led an explosion; None: all alike."""
+    parameter: str
+    """First in backward order that was not finite; empty where that is not known, or means nothing."""
+    layer: str
+    """The parameter's, or the one whose norm grew most."""
+    confidence: float
+    """From 0 to 1, by rule of thumb."""
+    summary: str
+    evidence: tuple[str, ...]
+    try_: tuple[str, ...]
+    alternatives: tuple[str, ...]
+    likely_root: Root | None = None
+    """Of an explosion: what most likely made the factors grow."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For the API and the store."""
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        values["try"] = values.pop("try_")
+        return values

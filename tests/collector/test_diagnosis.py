@@ -1,0 +1,153 @@
+"""Which cause is named, from which evidence. The steps go through the detector, as live ones do."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+
+from foreshock_collector.board import Board, decode
+from foreshock_collector.detection import COLLAPSE_AFTER, Detector, Event
+from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.steps import ModelFacts, Step
+from foreshock_collector.verdicts import Verdict
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.collector.test_service import steps
+
+RECURRENT = ModelFacts(type="CharRNN", module_types={"RNN": 1, "Linear": 1}, layers=("rnn", "head"))
+DEEP = ModelFacts(type="MLP", module_types={"Linear": 12, "ReLU": 11}, layers=tuple(f"l{i}" for i in range(12)))
+PLAIN = ModelFacts(type="Net", module_types={"Linear": 2, "LayerNorm": 1}, layers=("a", "b"))
+
+
+def quiet(count: int = 100, **changes: Any) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    return [{"norm": math.exp(rng.gauss(0, 0.1)), "loss": 2.0 + 0.01 * rng.random()} | changes for _ in range(count)]
+
+
+def climb() -> list[dict[str, Any]]:
+    return [{"norm": 4.0**i, "loss": 2.0} for i in range(1, 7)]
+
+
+def verdict(
+    records: list[dict[str, Any]], *, model: ModelFacts = PLAIN, board: Board | None = None, apart: float = 1
+) -> Verdict:
+    """On the last record."""
+    detector, made, events = Detector(), list[Step](), list[Event]()
+    for sequence, record in enumerate(records, 1):
+        norm, loss = record["norm"], record["loss"]
+        step = Step(
+            attempt=0,
+            sequence=sequence,
+            step=sequence - 1,
+            wall_seconds=0.0,
+            duration_seconds=None,
+            learning_rate=record.get("rate", 0.1),
+            loss=loss,
+            loss_scale=record.get("scale", 1.0),
+            global_norm=norm,
+            clip_coefficient=1.0,
+            skipped=False,
+            nan_loss=loss is not None and math.isnan(loss),
+            inf_loss=loss is not None and math.isinf(loss),
+            nan_gradient=math.isnan(norm),
+            inf_gradient=math.isinf(norm),
+            ranks=1,
+        )
+        made.append(step)
+        known = (detector.finite_ever, detector.climbing)
+        where = {"attempt": 0, "sequence": sequence, "step": step.step}
+        bad = len(step.nonfinite)
+        events += detector.update(norm=norm, loss=loss, nonfinite=bad, overflow=step.overflow, **where)
+    board = board or Board(world_size=1, layers=len(model.layers))
+    return diagnose(made, events, board, model, finite_before=known[0], climbing=known[1], apart=apart)
+
+
+def ranks(sequence: int, **bad: Any) -> Board:
+    """A board on which, at this step, rank 1 of 2 says `bad` and rank 0 nothing."""
+    board = Board(world_size=2, layers=0, settled=sequence - 1)
+    for rank, told in enumerate(({}, bad)):
+        columns: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED], "loss": [2.0]} | {
+            name: [value] for name, value in told.items()
+        }
+        board.write(rank, decode(steps(sequence, [1.0], **columns).steps, 0), now=0.0)
+    return board
+
+
+NAN, INF = math.nan, math.inf
+
+
+@pytest.mark.parametrize(
+    ("records", "cause"),
+    [
+        (quiet(), "healthy"),
+        ([*quiet(), *climb(), {"norm": NAN, "loss": NAN}], "exploding_gradients"),
+        ([{"norm": NAN, "loss": NAN}], "first_step_nonfinite"),
+        ([*quiet(), {"norm": NAN, "loss": NAN}], "sudden_nonfinite"),
+        ([*quiet(), {"norm": NAN, "loss": None}], "sudden_nonfinite"),
+        ([*quiet(), {"norm": INF, "loss": 2.0}], "nonfinite_gradient"),
+        ([*quiet(scale=1024.0), *[{"norm": INF, "loss": 2.0, "scale": 2.0}] * COLLAPSE_AFTER], "amp_scale_collapse"),
+    ],
+)
+def test_the_cause_follows_from_what_came_before(records: list[dict[str, Any]], cause: str) -> None:
+    found = verdict(records)
+    assert found.cause == cause
+    assert (found.first_bad_step == len(records) - 1) == (cause != "healthy")
+    assert bool(found.try_) == (cause != "healthy")
+    assert (found.likely_root is None) == (cause != "exploding_gradients")
+
+
+def test_one_rank_whose_gradient_alone_is_bad_is_a_bad_rank() -> None:
+    records = [*quiet(), {"norm": NAN, "loss": 2.0}]
+    found = verdict(records, board=ranks(101, local_nan_parameters=1.0))
+    assert (found.cause, found.rank) == ("bad_rank", 1)
+    assert "rank 1" in found.try_[0]
+
+
+def test_one_rank_whose_loss_is_bad_has_a_bad_batch() -> None:
+    records = [*quiet(), {"norm": NAN, "loss": NAN}]
+    found = verdict(records, board=ranks(101, local_nan_parameters=1.0, loss=NAN))
+    assert (found.cause, found.rank) == ("sudden_nonfinite", 1)
+
+
+def test_sparse_records_cannot_tell() -> None:
+    records = [*quiet(), {"norm": NAN, "loss": NAN}]
+    assert verdict(records, apart=49).cause == "sudden_nonfinite"
+    found = verdict(records, apart=50)
+    assert (found.cause, found.confidence) == ("unknown", 0.3)
+
+
+def test_a_scaler_that_looks_for_its_scale_is_no_failure() -> None:
+    detector = Detector()
+    for sequence in range(1, COLLAPSE_AFTER):
+        where = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
+        assert detector.update(norm=INF, loss=2.0, nonfinite=1, overflow=True, **where) == []
+    where = {"attempt": 0, "sequence": COLLAPSE_AFTER, "step": COLLAPSE_AFTER - 1}
+    (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, overflow=True, **where)
+    assert event.kind == "nonfinite"
+
+
+def test_overflows_do_not_hide_a_nan_that_follows() -> None:
+    records = [*quiet(scale=1024.0), {"norm": INF, "loss": 2.0, "scale": 512.0}, {"norm": NAN, "loss": NAN}]
+    assert verdict(records).cause == "sudden_nonfinite"
+
+
+@pytest.mark.parametrize(
+    ("model", "before", "rates", "root", "first"),
+    [
+        (RECURRENT, 100, [0.1] * 60 + [0.1 + 0.01 * i for i in range(40)], "learning_rate", "learning rate"),
+        (DEEP, 30, [0.1] * 30, "initialization", "initialisation"),
+        (RECURRENT, 100, [0.1] * 100, "recurrent", "LSTM"),
+        (DEEP, 100, [0.1] * 100, "normalization", "LayerNorm"),
+        (PLAIN, 100, [0.1] * 100, "unknown", "clip by norm"),
+    ],
+)
+def test_the_first_thing_to_try_follows_from_the_likely_root(
+    model: ModelFacts, before: int, rates: list[float], root: str, first: str
+) -> None:
+    calm = [record | {"rate": rate} for record, rate in zip(quiet(before), rates, strict=True)]
+    blown = [record | {"rate": rates[-1]} for record in climb()]
+    found = verdict([*calm, *blown, {"norm": NAN, "loss": NAN, "rate": rates[-1]}], model=model)
+    assert (found.cause, found.likely_root) == ("exploding_gradients", root)
+    assert first in found.try_[0]
