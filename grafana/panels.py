@@ -100,7 +100,6 @@ def _labels(name: str, query: str, selection: Json) -> Json:
         "type": "query",
         "datasource": DATASOURCE,
         "query": {"query": query, "refId": name},
-        "definition": query,
         "refresh": 2,  # on a change of the time range: runs come and go
         "sort": 1,
         **selection,
@@ -119,39 +118,37 @@ def _annotations() -> list[Json]:
             "enable": True,
             "iconColor": colour,
             # The time stands in the value: Grafana places the mark there and not at the scrape.
-            "expr": f"{series}{{{LABELS}}} * 1000 > 0",
+            "target": {"refId": "Anno", "expr": f"{series}{{{LABELS}}} * 1000 > 0", "interval": "10s"},
             "useValueForTime": True,
             "titleFormat": f"{name}: {{{{run}}}}",
-            "step": "10s",
         }
         for name, series, colour in marks
     ]
 
 
 def _links(uid: str) -> list[Json]:
-    others: Json = {
-        "title": "Foreshock",
-        "type": "dashboards",
-        "tags": ["foreshock"],
+    of_all = uid == "foreshock-fleet"
+    page = "${page}/" if of_all else "${page}/run/${run:percentencode}"
+    return [
+        _link("Foreshock", "dashboards", tags=["foreshock"]),
+        _link("Page" if of_all else "Page of the run", "link", url=page, icon="external link", targetBlank=True),
+        _link("Runbooks", "link", url="${page}/runbooks", icon="doc", targetBlank=True),
+    ]
+
+
+def _link(title: str, kind: str, **changes: object) -> Json:
+    link: Json = {
+        "title": title,
+        "type": kind,
+        "icon": "dashboard",
+        "tooltip": "",
+        "tags": [],
         "asDropdown": False,
+        "targetBlank": False,
         "includeVars": True,
         "keepTime": True,
     }
-    page: Json = {
-        "title": "Page of the run" if uid != "foreshock-fleet" else "Page",
-        "type": "link",
-        "url": "${page}/run/${run:percentencode}" if uid != "foreshock-fleet" else "${page}/",
-        "icon": "external link",
-        "targetBlank": True,
-    }
-    runbooks: Json = {
-        "title": "Runbooks",
-        "type": "link",
-        "url": "${page}/runbooks",
-        "icon": "doc",
-        "targetBlank": True,
-    }
-    return [others, page, runbooks]
+    return link | changes
 
 
 def _placed(rows: Sequence[Sequence[Panel]]) -> list[Json]:

@@ -25,7 +25,7 @@ def expressions(dashboard: Dashboard) -> Iterator[tuple[str, str]]:
         for target in panel.get("targets", []):
             yield f"{panel['title']} {target['refId']}", filled(target["expr"])
     for mark in dashboard["annotations"]["list"]:
-        yield f"annotation {mark['name']}", filled(mark["expr"])
+        yield f"annotation {mark['name']}", filled(mark["target"]["expr"])
 
 
 def filled(expr: str, *, interval: str = "1m") -> str:
