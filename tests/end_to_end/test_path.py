@@ -110,5 +110,6 @@ def test_ranks_that_do_not_attach_are_named(tmp_path: Path, job: Job) -> None:
 
 def test_a_kill_switch_disables_every_rank(job: Job) -> None:
     text = said(job("off", "127.0.0.1:9", environment={"FORESHOCK_DISABLED": "1"}))
-    assert "not watching: FORESHOCK_DISABLED is set on ranks 0, 1" in text
+    # The first rank that is disabled waits for nobody, so it may know of itself alone.
+    assert "not watching: FORESHOCK_DISABLED is set on rank" in text
     assert "rank 1 done" in text
