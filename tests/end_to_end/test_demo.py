@@ -33,7 +33,7 @@ def test_the_three_acts_go_as_announced_with_alerts_and_leave_nothing_behind() -
     mark = uuid.uuid4().hex
     environment = {**os.environ, "FORESHOCK_TEST_MARK": mark}
     shown = subprocess.run(
-        [*COMMAND, "--seconds-per-step", "0.05"], env=environment, capture_output=True, text=True, timeout=380
+        [*COMMAND, "--seconds-per-step", "0.02"], env=environment, capture_output=True, text=True, timeout=380
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert shown.stdout.count("as announced") == 3

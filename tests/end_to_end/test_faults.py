@@ -18,8 +18,8 @@ from foreshock_recorder.reader import RingReader
 from tests.end_to_end.conftest import HERE, Collector, Job, eventually, recorders
 from tests.end_to_end.test_path import left, said
 
-SILENT_MEMORY_KIB = 3 * 1024
-"""Ten thousand records, kept as the recorder reads them, would be 8 MiB."""
+SILENT_MEMORY_KIB = 2 * 1024
+"""Six thousand records, kept as the recorder reads them, would be 5 MiB."""
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str
     (ring,) = rings.rglob("*.ring")
     reader = RingReader(ring)
     size, memory, launched = ring.stat().st_size, resident_kib(recorder), reader.launched
-    eventually(lambda: reader.launched > launched + 10_000, "ten thousand more steps")
+    eventually(lambda: reader.launched > launched + 6000, "six thousand more steps")
     reader.close()
     assert ring.stat().st_size == size <= 4 * 2**20
     assert resident_kib(recorder) - memory < SILENT_MEMORY_KIB
