@@ -45,7 +45,14 @@ def test_the_three_acts_go_as_announced_with_alerts_and_leave_nothing_behind() -
 def test_ctrl_c_ends_it_and_every_process_of_it() -> None:
     mark = uuid.uuid4().hex
     environment = {**os.environ, "FORESHOCK_TEST_MARK": mark}
-    process = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell without job control starts what it puts in the background with SIGINT ignored, and children keep that.
+    process = subprocess.Popen(
+        ["env", "--default-signal=INT", *COMMAND],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     # Collector, torchrun, two ranks, recorder, Prometheus, Alertmanager.
     eventually(lambda: len(processes(mark)) >= 7, "all parts of the demo")
     process.send_signal(signal.SIGINT)
