@@ -106,7 +106,7 @@ class Api:
         points = max(1, min(number(request, "points", 1000), _MOST_POINTS))
         first, last = max(1, number(request, "first", 1)), min(attempt.settled, number(request, "last", _NO_END))
         stretch, columns = await self._peaks.of(run.name, attempt.number, first=first, last=last, points=points)
-        baseline = await self._baselines.upto(run.name, attempt.number, max(columns["sequence"], default=0))
+        baseline = await self._baselines.upto(run.name, attempt.number, max(columns["sequence"], default=0), run.rules)
         told = {"attempt": attempt.number, "newest": attempt.settled, "stretch": stretch}
         return answer({**told, **columns, **baseline.at(columns["sequence"])})
 

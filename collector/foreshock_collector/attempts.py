@@ -12,6 +12,7 @@ import numpy as np
 
 from foreshock_collector.board import Board, Records, complete, trouble
 from foreshock_collector.detection import Detector
+from foreshock_collector.rules import Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -82,9 +83,9 @@ class Instance:
 
 
 class Attempt:
-    """One launch of a run. `hello`: the first that came of it."""
+    """One launch of a run. `hello`: the first that came of it. rules: of detection and diagnosis."""
 
-    def __init__(self, number: int, hello: pb.Hello, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, number: int, hello: pb.Hello, rules: Rules, state: dict[str, Any] | None = None) -> None:
         state = state or {}
         self.number = number
         self.launch = hello.launch
@@ -93,7 +94,7 @@ class Attempt:
         self.world_size = hello.topology.world_size
         self.model = ModelFacts.from_summary(hello.model)
         self.instances: dict[int, Instance] = {}
-        self.detector = Detector(state.get("detector"))
+        self.detector = Detector(state.get("detector"), rules)
         self.incident: int | None = state.get("incident")
         """Number of the incident that is still open."""
         self.settled: int = state.get("settled", 0)

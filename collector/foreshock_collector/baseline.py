@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from foreshock_collector.detection import GRADIENT_RULE, Channel
+from foreshock_collector.detection import Detector
+from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.store import Store
 
 _PAGE_STEPS = 2000
@@ -22,8 +23,8 @@ _MOST_KEPT = 8
 class Baseline:
     """Of one attempt, from its first step on: what was expected of each step before it came."""
 
-    def __init__(self) -> None:
-        self._channel = Channel()
+    def __init__(self, rules: Rules = DEFAULT) -> None:
+        self._detector = Detector(rules=rules)
         self._sequences, self._low, self._high = array("q"), array("d"), array("d")
 
     @property
@@ -33,15 +34,22 @@ class Baseline:
 
     def extend(self, columns: dict[str, list[Any]]) -> None:
         """Replay steps, in order; columns as `Store.steps` gives them."""
-        names = ("sequence", "global_norm", "loss_nonfinite", "gradient_nonfinite")
-        for sequence, norm, bad_loss, bad_gradient in zip(*(columns[name] for name in names), strict=True):
-            low, high = self._channel.band(GRADIENT_RULE) or (math.nan, math.nan)
+        names = ("sequence", "global_norm", "learning_rate", "loss_nonfinite", "gradient_nonfinite")
+        detector = self._detector
+        for sequence, norm, rate, bad_loss, bad_gradient in zip(*(columns[name] for name in names), strict=True):
+            low, high = detector.gradient.band(detector.rules.gradient) or (math.nan, math.nan)
             self._sequences.append(sequence)
             self._low.append(low)
             self._high.append(high)
-            # As `Detector.update` does: a step that is not finite is no history.
-            if norm is not None and not bad_loss and not bad_gradient:
-                self._channel.update(norm, GRADIENT_RULE)
+            detector.update(
+                attempt=0,
+                sequence=sequence,
+                step=0,
+                norm=math.nan if norm is None else norm,
+                loss=None,
+                rate=math.nan if rate is None else rate,
+                nonfinite=bool(bad_loss) + bool(bad_gradient),
+            )
 
     def at(self, sequences: Sequence[int]) -> dict[str, list[float | None]]:
         """Lower and upper edge at these steps; None while there was too little history."""
@@ -61,11 +69,11 @@ class Baselines:
         self._kept: dict[tuple[str, int], Baseline] = {}
         self._lock = asyncio.Lock()
 
-    async def upto(self, run: str, attempt: int, last: int) -> Baseline:
+    async def upto(self, run: str, attempt: int, last: int, rules: Rules) -> Baseline:
         """The baseline of an attempt, replayed at least to this sequence number, as far as steps are stored."""
         # One at a time: two viewers must not replay the same steps into one history.
         async with self._lock:
-            baseline = self._kept.pop((run, attempt), None) or Baseline()
+            baseline = self._kept.pop((run, attempt), None) or Baseline(rules)
             self._kept[run, attempt] = baseline
             while len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]

@@ -7,10 +7,12 @@ import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
+from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"
@@ -45,6 +47,17 @@ class Config:
     ready_file: str = ""
     """File to write the chosen ports to, as JSON, once they are listened on."""
 
+    runs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Rules of detection by run: a pattern of names ("llm-*"), and the rules that differ. In the file only."""
+
+    def rules_of(self, run: str) -> Rules:
+        """The rules of a run: the defaults, changed by every pattern that fits, in the order of the file."""
+        rules = DEFAULT
+        for pattern, overrides in self.runs.items():
+            if fnmatchcase(run, pattern):
+                rules = rules.with_overrides(overrides)
+        return rules
+
     def __post_init__(self) -> None:
         for name in ("grpc_port", "http_port"):
             if not 0 <= getattr(self, name) < 65536:
@@ -57,6 +70,11 @@ class Config:
         for name in ("host", "database"):
             if not getattr(self, name):
                 raise ConfigError(f"{_flag(name)} must not be empty")
+        for pattern, overrides in self.runs.items():
+            try:
+                DEFAULT.with_overrides(overrides)
+            except ValueError as error:
+                raise ConfigError(f"runs.{pattern}: {error}") from error
         if not _is_loopback(self.host) and not self.allow_unauthenticated:
             raise ConfigError(
                 f"--host {self.host} lets anybody on the network in: add --allow-unauthenticated if that is meant"
@@ -82,28 +100,35 @@ def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None 
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="X", help="TOML file with these settings, named as the flags are")
-    for field, help_ in _documented():
-        if field.type == "bool":
-            parser.add_argument(_flag(field.name), action="store_const", const="true", help=help_)
+    for setting, help_ in _documented():
+        if setting.type == "bool":
+            parser.add_argument(_flag(setting.name), action="store_const", const="true", help=help_)
         else:
-            parser.add_argument(_flag(field.name), metavar="X", help=f"{help_} (default: {field.default or 'none'})")
+            parser.add_argument(
+                _flag(setting.name), metavar="X", help=f"{help_} (default: {setting.default or 'none'})"
+            )
     options = vars(parser.parse_args(arguments))
     file = options["config"] or env.get(_PREFIX + "CONFIG")
     values: dict[str, Any] = _from_file(Path(file)) if file else {}
-    for field in fields(Config):
-        name = field.name
+    for setting in _flagged():
+        name = setting.name
         if (text := options[name] if options[name] is not None else env.get(_PREFIX + name.upper())) is not None:
-            values[name] = _parse(_flag(name), str(field.type), text)
+            values[name] = _parse(_flag(name), str(setting.type), text)
     return Config(**values)
+
+
+def _flagged() -> list[Any]:
+    """Fields that are one value each."""
+    return [setting for setting in fields(Config) if setting.name != "runs"]
 
 
 def _documented() -> list[tuple[Any, str]]:
     """Fields with the docstrings that stand under them."""
     text = Path(__file__).read_text()
     found = []
-    for field in fields(Config):
-        after = text[text.index(f"    {field.name}: ") :]
-        found.append((field, after.split('"""')[1].rstrip(".").replace("%", "%%")))
+    for setting in _flagged():
+        after = text[text.index(f"    {setting.name}: ") :]
+        found.append((setting, after.split('"""')[1].rstrip(".").replace("%", "%%")))
     return found
 
 
@@ -112,12 +137,15 @@ def _from_file(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
-    known = {field.name: str(field.type) for field in fields(Config)}
+    runs = values.pop("runs", {})
+    if not isinstance(runs, dict) or not all(isinstance(overrides, dict) for overrides in runs.values()):
+        raise ConfigError(f'--config {path}: runs must be tables by run: [runs."llm-*"]')
+    known = {setting.name: str(setting.type) for setting in _flagged()}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"--config {path}: unknown setting {name!r}; known are {', '.join(known)}")
+            raise ConfigError(f"--config {path}: unknown setting {name!r}; known are {', '.join((*known, 'runs'))}")
         values[name] = _parse(f"{path}: {name}", known[name], str(value))
-    return values
+    return values | {"runs": runs}
 
 
 def _parse(name: str, kind: str, text: str) -> Any:

@@ -1,65 +1,31 @@
-"""Sees a foreshock coming: a streaming rule over a run's steps. Pure: no clock, no I/O; a NaN never blinds it.
+"""Sees a foreshock coming: streaming rules over a run's steps. Pure: no clock, no I/O; a NaN never blinds them.
 
 The logarithm makes norms additive and their tails tame; an exponentially weighted mean and absolute deviation of it
 are the history, fed with clamped values, so that a spike does not hide the next. A lone spike is noted; only a climb,
-or spikes in quick succession, add up to a build-up (a one-sided CUSUM with capped steps).
+or spikes in quick succession, add up to a build-up: a one-sided CUSUM with capped steps, and a surge, some steps in a
+row that each stand far above the usual, which needs no deviation and so sees a run that explodes from its start.
 
 One episode is one build-up. It lasts until the sum has stayed at zero for some steps in a row: a norm that goes on
-climbing for a hundred steps is one warning and not twelve.
+climbing for a hundred steps is one warning and not twelve. The constants are in rules.py.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+from foreshock_collector import rules
+from foreshock_collector.rules import Rules
 
 EventKind = Literal["spike", "build_up", "loss_spike", "nonfinite", "recovered"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """Every constant of the rule, for one quantity."""
-
-    logarithmic: bool = True
-    """Judge the logarithm of a positive quantity; else the plain value, in proportion to its mean."""
-    alpha: float = 0.97
-    """Weight of the past in the running mean: a half-life of 23 steps (ZClip's)."""
-    ready_after: int = 25
-    """Steps of history before a step is judged (ZClip's)."""
-    least_sigma: float = 0.10
-    """Floor of the deviation: a calm run must not call a 6 % move six sigma."""
-    spike_z: float = 6.0
-    """Deviations above the mean that make a spike (OLMo-core's)..."""
-    spike_rise: float = math.log(3.0)
-    """... if it is also this far above: three times the usual norm."""
-    cusum_slack: float = 1.0
-    cusum_limit: float = 8.0
-    """Sum of (z - slack) that makes a build-up."""
-    cusum_cap: float = 6.0
-    """Most that z counts in it: a lone spike adds 5 and cannot reach the limit."""
-    clamp: float = 3.0
-    """Deviations to which values are clamped before they become history."""
-    first_deviation: float = 0.25
-    """Mean absolute deviation that is assumed of the first value."""
-    accept_after: int = 10
-    """Spikes in a row after which the new level is accepted..."""
-    accept_alpha: float = 0.8
-    accept_steps: int = 20
-    """... by forgetting faster for this many steps."""
-    quiet_steps: int = 10
-    """Steps in a row with a sum of zero that end a build-up."""
-
-
-GRADIENT_RULE = Rule()
-LOSS_RULE = Rule(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
-"""A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
-COLLAPSE_AFTER = 10
-"""Overflows of a loss scale in a row that are no calibration any more; so is one below a scale of 1."""
-RECOVERED_AFTER = 50
-"""Finite steps in a row that end a failure."""
 _LARGEST = 1e150
 """Values are cut here, so that differences and squares stay finite."""
+_LARGEST_LOG = math.log(1.7e308)
+_SIGMA = 1.2533
+"""sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +44,17 @@ class Event:
     """What it would have been by history."""
 
 
+class Finding(NamedTuple):
+    """What a channel found in one of the values."""
+
+    place: int
+    """Which of the values."""
+    kind: Literal["spike", "build_up"]
+    score: float
+    usual: float
+    """What history led one to expect."""
+
+
 @dataclass
 class Channel:
     """State of the rule on one quantity: a few numbers, so it can be stored beside the steps."""
@@ -90,34 +67,58 @@ class Channel:
     quiet: int = 0
     spikes_in_a_row: int = 0
     accepting: int = 0
+    high: list[float] = field(default_factory=list)
+    """How far the newest steps in a row stood above the usual, while each stood far above."""
+    first: list[float] = field(default_factory=list)
+    """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
 
-    def update(self, value: float, rule: Rule) -> tuple[float | None, float | None]:
-        """Take one step's value: (z if it is a spike, sum if a build-up begins here). Bad values change nothing."""
-        if not math.isfinite(value) or (rule.logarithmic and value <= 0):
-            return None, None
-        x = math.log(value) if rule.logarithmic else max(-_LARGEST, min(value, _LARGEST))
-        if self.count == 0:
-            self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
-            return None, None
-        scale = 1.0 if rule.logarithmic else abs(self.mean)
-        sigma = self._sigma(rule)
-        z = (x - self.mean) / sigma
-        ready = self.count >= rule.ready_after
-        spike = ready and z > rule.spike_z and x - self.mean > rule.spike_rise * scale
-        begins = self._add_up(z, rule) if ready else None
-        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
-        if self.spikes_in_a_row >= rule.accept_after:
-            self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
-        self._learn(x, sigma, rule, clamped=ready and not self.accepting)
-        return (z if spike else None), begins
+    def scan(self, values: Sequence[float], rule: rules.Channel) -> list[Finding]:
+        """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
 
-    def usual(self, rule: Rule) -> float | None:
+        Calm steps, nearly all of them, stay in this loop, which does for them what `_judge` does for every other.
+        """
+        found: list[Finding] = []
+        log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
+        beta, slack, limit, settled = 1 - rule.alpha, rule.cusum_slack, rule.cusum_limit, self._settled(rule)
+        mean, deviation, count, total, quiet = self.mean, self.deviation, self.count, self.total, self.quiet
+        calm = self._calm
+        for index, value in enumerate(values):
+            if calm and count >= settled and (plain or value > 0):
+                x = value if plain else log(value)
+                least = floor * abs(mean) if plain else floor
+                sigma = _SIGMA * deviation
+                if sigma < least:
+                    sigma = least
+                off = x - mean
+                size = off if off > 0 else -off
+                if size < clamp * sigma:
+                    sum_ = total + off / sigma - slack
+                    if sum_ < limit:
+                        deviation += beta * (size - deviation)
+                        mean += beta * off
+                        count += 1
+                        total = sum_ if sum_ > 0 else 0.0
+                        quiet = quiet + 1 if total == 0 else 0
+                        continue
+            self.mean, self.deviation, self.count, self.total, self.quiet = mean, deviation, count, total, quiet
+            self._judge(index, value, rule, found)
+            mean, deviation, count, total, quiet = self.mean, self.deviation, self.count, self.total, self.quiet
+            calm = self._calm
+        self.mean, self.deviation, self.count, self.total, self.quiet = mean, deviation, count, total, quiet
+        return found
+
+    def expect_change(self, rule: rules.Channel) -> None:
+        """What comes next was planned: follow it to its new level, and warn only of a surge."""
+        self.accepting, self.total = rule.accept_steps, 0.0
+        self.high.clear()
+
+    def usual(self, rule: rules.Channel) -> float | None:
         """The value that history leads one to expect; None without history."""
         if not self.count:
             return None
         return math.exp(self.mean) if rule.logarithmic else self.mean
 
-    def band(self, rule: Rule) -> tuple[float, float] | None:
+    def band(self, rule: rules.Channel) -> tuple[float, float] | None:
         """From where to where values are clamped before they become history; None while no step is judged yet."""
         if self.count < rule.ready_after:
             return None
@@ -125,22 +126,68 @@ class Channel:
         low, high = self.mean - reach, self.mean + reach
         return (math.exp(low), math.exp(high)) if rule.logarithmic else (low, high)
 
-    def _sigma(self, rule: Rule) -> float:
-        scale = 1.0 if rule.logarithmic else abs(self.mean)
-        # 1.2533 = sqrt(pi / 2) turns a mean absolute deviation into a standard deviation.
-        return max(1.2533 * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
+    @property
+    def _calm(self) -> bool:
+        return not (self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
-    def _add_up(self, z: float, rule: Rule) -> float | None:
+    def _settled(self, rule: rules.Channel) -> int:
+        """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
+        return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
+
+    def _judge(self, index: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
+        if not math.isfinite(value) or (rule.logarithmic and value <= 0):
+            return
+        x = math.log(value) if rule.logarithmic else max(-_LARGEST, min(value, _LARGEST))
+        if self.count == 0:
+            self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
+            self.first = [x]
+            return
+        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        sigma = self._sigma(rule)
+        ready = self.count >= rule.ready_after
+        usual = self.mean if ready else median(self.first)
+        off, z = x - usual, (x - self.mean) / sigma
+        expected = math.exp(min(usual, _LARGEST_LOG)) if rule.logarithmic else usual
+        spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
+        if spike:
+            found.append(Finding(index, "spike", z, expected))
+        score = self._add_up(z, rule) if ready and not self.accepting else None
+        surge = self._surge(off, rule) if rule.logarithmic else None
+        if score is None and surge is not None:
+            score = max(surge, rule.cusum_limit)
+        if score is not None:
+            if not self.in_build_up:
+                found.append(Finding(index, "build_up", score, expected))
+            self.in_build_up, self.total, self.quiet = True, 0.0, 0
+        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
+        if self.spikes_in_a_row >= rule.accept_after:
+            self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
+        self._learn(x, sigma, rule, clamped=ready and not self.accepting)
+
+    def _sigma(self, rule: rules.Channel) -> float:
+        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
+
+    def _add_up(self, z: float, rule: rules.Channel) -> float | None:
+        """The sum, where it has reached its limit."""
         self.total = max(0.0, self.total + min(z, rule.cusum_cap) - rule.cusum_slack)
         if self.total >= rule.cusum_limit:
-            begins = None if self.in_build_up else self.total
-            self.in_build_up, self.total, self.quiet = True, 0.0, 0
-            return begins
+            return self.total
         self.quiet = self.quiet + 1 if self.total == 0.0 else 0
         self.in_build_up = self.in_build_up and self.quiet < rule.quiet_steps
         return None
 
-    def _learn(self, x: float, sigma: float, rule: Rule, *, clamped: bool) -> None:
+    def _surge(self, off: float, rule: rules.Channel) -> float | None:
+        """How far the last of some steps in a row stands above the usual, if all do and it goes on upwards."""
+        if off < rule.spike_rise:
+            self.high.clear()
+            return None
+        self.high = [*self.high, off][-rule.surge_steps :]
+        if len(self.high) < rule.surge_steps:
+            return None
+        return off if off > rule.surge_rise or off == max(self.high) else None
+
+    def _learn(self, x: float, sigma: float, rule: rules.Channel, *, clamped: bool) -> None:
         if clamped:
             x = min(max(x, self.mean - rule.clamp * sigma), self.mean + rule.clamp * sigma)
         alpha = min(rule.alpha, 1 - 1 / (self.count + 1))
@@ -149,13 +196,15 @@ class Channel:
         self.deviation = alpha * self.deviation + (1 - alpha) * abs(x - self.mean)
         self.mean = alpha * self.mean + (1 - alpha) * x
         self.count += 1
+        self.first = [*self.first, x] if self.count < rule.ready_after else []
 
 
 class Detector:
     """Both channels of one attempt, and whether it is in a failure."""
 
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, state: dict[str, Any] | None = None, rules: Rules = rules.DEFAULT) -> None:
         state = state or {}
+        self.rules = rules
         self.gradient = Channel(**state.get("gradient", {}))
         self.loss = Channel(**state.get("loss", {}))
         self.failing: bool = state.get("failing", False)
@@ -166,6 +215,8 @@ class Detector:
         """Of the loss scale, in a row."""
         self.climbing: int = state.get("climbing", 0)
         """Sequence number of the last step that belonged to a build-up; 0: none did."""
+        self.rate: float | None = state.get("rate")
+        """Learning rate of the last step that told one."""
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -177,6 +228,7 @@ class Detector:
             "finite_ever": self.finite_ever,
             "overflows": self.overflows,
             "climbing": self.climbing,
+            "rate": self.rate,
         }
 
     def update(
@@ -187,10 +239,11 @@ class Detector:
         step: int,
         norm: float,
         loss: float | None,
+        rate: float = math.nan,
         nonfinite: int = 0,
         overflow: bool = False,
     ) -> list[Event]:
-        """One step, in order. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
+        """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
 
         overflow: only because of a GradScaler's scale, which is how it finds the right one: a few are no failure.
         Of a failure only the first step is an event.
@@ -201,8 +254,9 @@ class Detector:
             where = {"attempt": attempt, "sequence": sequence, "step": step}
             events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
 
+        self._expect(rate)
         self.overflows = self.overflows + 1 if overflow else 0
-        if overflow and self.overflows < COLLAPSE_AFTER:
+        if overflow and self.overflows < self.rules.collapse_after:
             return events
         if nonfinite:
             if not self.failing:
@@ -210,21 +264,27 @@ class Detector:
             self.failing, self.finite_steps = True, 0
             return events
         self.finite_ever = True
-        usual = self.gradient.usual(GRADIENT_RULE)
-        spike, begins = self.gradient.update(norm, GRADIENT_RULE)
-        if spike is not None:
-            note("spike", spike, norm, usual)
-        if begins is not None:
-            note("build_up", begins, norm, usual)
+        for found in self.gradient.scan((norm,), self.rules.gradient):
+            note(found.kind, found.score, norm, found.usual)
         if self.gradient.in_build_up:
             self.climbing = sequence
-        if loss is not None:
-            usual = self.loss.usual(LOSS_RULE)
-            spike, _ = self.loss.update(loss, LOSS_RULE)
-            if spike is not None:
-                note("loss_spike", spike, loss, usual)
+        for found in self.loss.scan((loss,), self.rules.loss) if loss is not None else ():
+            if found.kind == "spike":
+                note("loss_spike", found.score, loss, found.usual)
         self.finite_steps += 1
-        if self.failing and self.finite_steps >= RECOVERED_AFTER:
+        if self.failing and self.finite_steps >= self.rules.recovered_after:
             self.failing = False
             note("recovered", float(self.finite_steps))
         return events
+
+    def start_anew(self) -> None:
+        """What comes next is another series: no step before says what is usual."""
+        self.gradient, self.loss = Channel(), Channel()
+
+    def _expect(self, rate: float) -> None:
+        """A learning rate that jumps was changed on purpose, and the norm may follow it."""
+        if not math.isfinite(rate) or rate <= 0:
+            return
+        if self.rate is not None and abs(math.log(rate / self.rate)) > math.log(self.rules.planned_rate_change):
+            self.gradient.expect_change(self.rules.gradient)
+        self.rate = rate

@@ -10,13 +10,10 @@ import numpy as np
 from foreshock_collector.advice import USUAL_STEPS, after_quiet, against_explosion, likely_root
 from foreshock_collector.board import Board, bad_locally
 from foreshock_collector.detection import Event
+from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_collector.verdicts import Cause, Verdict
 
-SPARSE_STEPS = 50
-"""Records so far apart cannot show a climb of 3 to 8 steps."""
-LEAD_STEPS = 32
-"""How many steps before the first non-finite one a spike or build-up still belongs to it."""
 _OUTLIER_RATIO = 3.0
 """A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
 
@@ -30,6 +27,7 @@ def diagnose(
     finite_before: bool,
     climbing: int,
     apart: float = 1,
+    rules: Rules = DEFAULT,
 ) -> Verdict:
     """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
@@ -40,7 +38,7 @@ def diagnose(
     bad = steps[-1]
     if not bad.nonfinite:
         return _healthy(bad)
-    signs = _signs(bad, events, climbing)
+    signs = _signs(bad, events, climbing, rules)
     culprit, evidence = _culprit(bad, board)
     evidence.insert(0, _bad_values(bad))
     parameter, layer = _first_parameter(bad, culprit, board, model)
@@ -50,17 +48,17 @@ def diagnose(
         parameter = layer = ""
     elif parameter:
         evidence.append(f"first in backward order: {parameter}")
-    evidence += _loss_before(bad, events)
+    evidence += _loss_before(bad, events, rules)
     if signs:
         return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
     if bad.overflow:
         return _quiet_before("amp_scale_collapse", bad, evidence, culprit, parameter, layer)
     if not finite_before and bad.step <= 1:
         return _not_from_the_start(bad, evidence, culprit, parameter, layer)
-    if apart >= SPARSE_STEPS:
+    if apart >= rules.sparse_steps:
         evidence.append(f"the record before is {apart:g} steps older")
         return _quiet_before("unknown", bad, evidence, culprit, parameter, layer)
-    evidence.append(f"no spike or build-up in the {LEAD_STEPS} steps before")
+    evidence.append(f"no spike or build-up in the {rules.lead_steps} steps before")
     if bad.loss is None or not math.isfinite(bad.loss):
         return _quiet_before("sudden_nonfinite", bad, evidence, culprit, parameter, layer)
     evidence.append("the loss was finite")
@@ -196,9 +194,9 @@ def _quiet_before(
     )
 
 
-def _signs(bad: Step, events: Sequence[Event], climbing: int) -> list[Event]:
+def _signs(bad: Step, events: Sequence[Event], climbing: int, rules: Rules) -> list[Event]:
     """Spikes and build-ups that belong to the failure: those shortly before, and a climb that lasted until then."""
-    first = bad.sequence - LEAD_STEPS
+    first = bad.sequence - rules.lead_steps
     build_ups = [e.sequence for e in events if e.kind == "build_up"]
     if build_ups and climbing >= first:
         first = min(first, build_ups[-1])
@@ -240,8 +238,8 @@ def _first_parameter(bad: Step, culprit: int | None, board: Board, model: ModelF
     return "", ""
 
 
-def _loss_before(bad: Step, events: Sequence[Event]) -> list[str]:
-    spikes = [e for e in events if e.kind == "loss_spike" and 0 < bad.sequence - e.sequence <= LEAD_STEPS]
+def _loss_before(bad: Step, events: Sequence[Event], rules: Rules) -> list[str]:
+    spikes = [e for e in events if e.kind == "loss_spike" and 0 < bad.sequence - e.sequence <= rules.lead_steps]
     return [f"the loss spiked at step {e.step}: {e.value:.3g}, usually {e.usual:.3g}" for e in spikes[:1]]
 
 

@@ -7,14 +7,15 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.board import complete, decode
 from foreshock_collector.detection import Event
-from foreshock_collector.diagnosis import LEAD_STEPS, diagnose
+from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import Step
 from foreshock_collector.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -46,9 +47,10 @@ class Changes:
 class Run:
     """One run, over all its attempts."""
 
-    def __init__(self, experiment: str, name: str) -> None:
+    def __init__(self, experiment: str, name: str, rules: Rules = DEFAULT) -> None:
         self.experiment = experiment
         self.name = name
+        self.rules = rules
         self.attempts: list[Attempt] = []
         self.totals = Totals()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
@@ -73,7 +75,7 @@ class Run:
         attempt = next((a for a in self.attempts if a.launch == hello.launch), None)
         place = hello.topology
         if attempt is None:
-            attempt = Attempt(len(self.attempts), hello)
+            attempt = Attempt(len(self.attempts), hello, self.rules)
             self.attempts.append(attempt)
             self.changed().attempts.append(attempt)
         elif place.world_size != attempt.world_size:
@@ -178,7 +180,12 @@ class Run:
         where = {"attempt": attempt.number, "sequence": step.sequence, "step": step.step}
         overflow = step.overflow and step.loss_scale >= 1
         for event in detector.update(
-            norm=step.global_norm, loss=step.loss, nonfinite=len(step.nonfinite), overflow=overflow, **where
+            norm=step.global_norm,
+            loss=step.loss,
+            rate=step.learning_rate,
+            nonfinite=len(step.nonfinite),
+            overflow=overflow,
+            **where,
         ):
             self.totals.add_event(event.kind, now)
             self._note(asdict(event), now)
@@ -207,6 +214,7 @@ class Run:
             attempt.model,
             finite_before=finite_before,
             climbing=attempt.detector.climbing,
+            rules=self.rules,
         )
         number = 1 + sum(self.totals.incidents.values())
         incident = {
@@ -219,7 +227,7 @@ class Run:
         attempt.incident = number
         self.incidents.append(incident)
         self.changed().incidents[number] = incident
-        self.changed().windows[number] = attempt.window(steps[-1].sequence - LEAD_STEPS, steps[-1].sequence)
+        self.changed().windows[number] = attempt.window(steps[-1].sequence - self.rules.lead_steps, steps[-1].sequence)
         self.totals.add_incident(verdict.cause, now)
 
     def _close_incident(self, attempt: Attempt, now: float) -> None:
@@ -276,11 +284,11 @@ class Run:
         }
 
     @classmethod
-    def restored(cls, name: str, snapshot: dict[str, Any], hellos: list[pb.Hello]) -> Run:
+    def restored(cls, name: str, snapshot: dict[str, Any], hellos: list[pb.Hello], rules: Rules = DEFAULT) -> Run:
         """A run as it was when `snapshot` was taken; instances, events, incidents, steps and records follow."""
-        run = cls(snapshot["experiment"], name)
+        run = cls(snapshot["experiment"], name, rules)
         for number, (hello, state) in enumerate(zip(hellos, snapshot["attempts"], strict=True)):
-            run.attempts.append(Attempt(number, hello, state))
+            run.attempts.append(Attempt(number, hello, rules, state))
         run.totals = Totals.restored(snapshot["totals"])
         return run
 
@@ -293,9 +301,10 @@ class Run:
 
 
 class Runs:
-    """All runs, found by name or by instance."""
+    """All runs, found by name or by instance. rules_of: the rules of a run, by its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
+        self.rules_of = rules_of
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
 
@@ -326,7 +335,7 @@ class Runs:
                 raise ContradictionError("this instance has given another run, launch or rank before")
             run.hear(instance, now)
             return instance
-        run = self._runs.get(hello.run) or Run(hello.experiment, hello.run)
+        run = self._runs.get(hello.run) or Run(hello.experiment, hello.run, self.rules_of(hello.run))
         if run.experiment != hello.experiment:
             raise ContradictionError(
                 f"run {hello.run!r} belongs to experiment {run.experiment!r}, not {hello.experiment!r}: name it anew"

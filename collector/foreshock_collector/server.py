@@ -48,7 +48,7 @@ class Server:
             config, clock = self._config, self._clock
             store = Store(config.database)
             stack.callback(store.close)
-            runs = store.load(clock())
+            runs = store.load(clock(), config.rules_of)
             limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}
             registry = CollectorRegistry()
             registry.register(RunSeries(runs, clock, **limits))

@@ -10,12 +10,13 @@ import fcntl
 import json
 import sqlite3
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from foreshock_collector.attempts import WINDOW_STEPS, Attempt, Instance
+from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.runs import EVENTS_KEPT, Changes, Run, Runs
 from foreshock_collector.steps import Step, finite, kind_of
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -135,13 +136,13 @@ class Store:
         """The run has ended: its rank-level records go, but for those around incidents."""
         self._db.execute("DELETE FROM rank_window WHERE run=?", (run.name,))
 
-    def load(self, now: float) -> Runs:
+    def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
         """All runs, as they were committed."""
-        runs = Runs()
+        runs = Runs(rules_of)
         for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid").fetchall():
             query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
             hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
-            run = Run.restored(name, json.loads(snapshot), hellos)
+            run = Run.restored(name, json.loads(snapshot), hellos, rules_of(name))
             run.watched_since = now
             instances = {i.name: i for attempt in run.attempts for i in self._instances(run, attempt)}
             newest = "SELECT event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 
-from foreshock_collector.detection import Detector, Event
+import pytest
+
+from foreshock_collector.detection import Channel, Detector, Event
+from foreshock_collector.rules import DEFAULT
 
 
 def feed(norms: list[float], detector: Detector | None = None) -> list[Event]:
@@ -66,3 +70,60 @@ def test_the_state_survives_being_stored() -> None:
     for step, norm in enumerate(norms[30:]):
         again.update(attempt=0, sequence=31 + step, step=30 + step, norm=norm, loss=None, nonfinite=0)
     assert again.state() == first.state()
+
+
+def test_a_run_that_explodes_from_its_start_is_warned_of_before_any_warm_up_ends() -> None:
+    events = feed([1.0, 0.9, 1.1, 4.0, 40.0, 4e3, math.inf])
+    assert [event.kind for event in events] == ["build_up", "nonfinite"]
+    assert events[0].step == 5
+
+
+def test_a_planned_jump_of_the_learning_rate_is_followed_and_an_explosion_after_it_still_seen() -> None:
+    def judged(norms: list[float], rates: list[float]) -> list[str]:
+        detector, found = Detector(), []
+        for step, (norm, rate) in enumerate(zip(norms, rates, strict=True)):
+            bad = 0 if math.isfinite(norm) else 1
+            found += detector.update(
+                attempt=0, sequence=step + 1, step=step, norm=norm, loss=None, rate=rate, nonfinite=bad
+            )
+        return kinds(found)
+
+    rates = [0.1] * 100 + [0.5] * 100
+    calm = [*noise(100), *(5 * n for n in noise(100, 1))]
+    assert "build_up" not in judged(calm, rates)
+    assert "build_up" in judged(calm, [0.1] * 200)
+    assert judged([*noise(100), 5.0, 20.0, 300.0, math.inf], rates[:104])[-2:] == ["build_up", "nonfinite"]
+
+
+def test_a_batch_of_values_is_judged_as_its_values_one_by_one() -> None:
+    rng = random.Random(7)
+    values = [math.exp(rng.gauss(0, 0.3) + (3 if rng.random() < 0.01 else 0)) for _ in range(3000)]
+    values[700], values[800], values[900] = math.nan, 0.0, math.inf
+    values[1500:1506] = [10.0**i for i in range(6)]
+    values[2000:] = [30 * value for value in values[2000:]]
+    at_once, one_by_one = Channel(), Channel()
+    found = at_once.scan(values, DEFAULT.gradient)
+    again = []
+    for place, value in enumerate(values):
+        again += [event._replace(place=place) for event in one_by_one.scan((value,), DEFAULT.gradient)]
+    assert found == again
+    assert len(found) > 10
+    assert asdict(at_once) == asdict(one_by_one)
+
+
+def test_rules_are_changed_by_name_and_a_wrong_one_is_named() -> None:
+    rules = DEFAULT.with_overrides({"recovered_after": 100, "gradient": {"spike_z": 8}})
+    assert (rules.recovered_after, rules.gradient.spike_z, rules.loss) == (100, 8.0, DEFAULT.loss)
+    strict = DEFAULT.with_overrides({"gradient": {"spike_z": 1e6}})
+    assert kinds(feed([*noise(100), 50.0])) == ["spike"]
+    assert feed([*noise(100), 50.0], Detector(rules=strict)) == []
+    for wrong, says in (
+        ({"spike_z": 8}, "unknown rule spike_z"),
+        ({"gradient": {"spikes": 8}}, "unknown rule gradient.spikes"),
+        ({"gradient": 8}, "gradient is a group"),
+        ({"recovered_after": 2.5}, "recovered_after must be a whole number"),
+        ({"gradient": {"alpha": "high"}}, "gradient.alpha must be a number"),
+        ({"gradient": {"alpha": -1}}, "0 or more"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            DEFAULT.with_overrides(wrong)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from foreshock_collector.board import Board, decode
-from foreshock_collector.detection import COLLAPSE_AFTER, Detector, Event
+from foreshock_collector.detection import Detector, Event
 from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.rules import DEFAULT
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_collector.verdicts import Verdict
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -87,7 +88,10 @@ NAN, INF = math.nan, math.inf
         ([*quiet(), {"norm": NAN, "loss": NAN}], "sudden_nonfinite"),
         ([*quiet(), {"norm": NAN, "loss": None}], "sudden_nonfinite"),
         ([*quiet(), {"norm": INF, "loss": 2.0}], "nonfinite_gradient"),
-        ([*quiet(scale=1024.0), *[{"norm": INF, "loss": 2.0, "scale": 2.0}] * COLLAPSE_AFTER], "amp_scale_collapse"),
+        (
+            [*quiet(scale=1024.0), *[{"norm": INF, "loss": 2.0, "scale": 2.0}] * DEFAULT.collapse_after],
+            "amp_scale_collapse",
+        ),
     ],
 )
 def test_the_cause_follows_from_what_came_before(records: list[dict[str, Any]], cause: str) -> None:
@@ -120,10 +124,10 @@ def test_sparse_records_cannot_tell() -> None:
 
 def test_a_scaler_that_looks_for_its_scale_is_no_failure() -> None:
     detector = Detector()
-    for sequence in range(1, COLLAPSE_AFTER):
+    for sequence in range(1, DEFAULT.collapse_after):
         where = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
         assert detector.update(norm=INF, loss=2.0, nonfinite=1, overflow=True, **where) == []
-    where = {"attempt": 0, "sequence": COLLAPSE_AFTER, "step": COLLAPSE_AFTER - 1}
+    where = {"attempt": 0, "sequence": DEFAULT.collapse_after, "step": DEFAULT.collapse_after - 1}
     (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, overflow=True, **where)
     assert event.kind == "nonfinite"
 

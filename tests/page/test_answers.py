@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from foreshock_collector.baseline import Baseline
-from foreshock_collector.detection import GRADIENT_RULE, Channel
+from foreshock_collector.detection import Channel
 from foreshock_collector.heat import MOST_ROWS, around_incident, thinned
+from foreshock_collector.rules import DEFAULT
 from tests.page.job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 
 Jobs = Callable[..., Job]
@@ -41,20 +42,24 @@ def test_the_band_is_the_detectors_own_history_and_a_bad_step_is_none() -> None:
     norms = [math.exp(0.1 * math.sin(i)) for i in range(60)]
     channel = Channel()
     for norm in norms:
-        channel.update(norm, GRADIENT_RULE)
+        channel.scan((norm,), DEFAULT.gradient)
     baseline = Baseline()
     rows = len(norms) + 2
     # A step that is not finite follows, as the store tells it, and another.
     bad = ["", "nan"]
     columns = {"sequence": [*range(1, rows + 1)], "global_norm": [*norms, None, 1.0]}
-    columns |= {"loss_nonfinite": [""] * rows, "gradient_nonfinite": [*[""] * len(norms), *reversed(bad)]}
+    columns |= {
+        "learning_rate": [0.1] * rows,
+        "loss_nonfinite": [""] * rows,
+        "gradient_nonfinite": [*[""] * len(norms), *reversed(bad)],
+    }
     baseline.extend(columns)
-    expected = channel.band(GRADIENT_RULE)
+    expected = channel.band(DEFAULT.gradient)
     assert expected is not None
     found = baseline.at([10, 61, 62])
     assert found["usual_low"] == [None, expected[0], expected[0]]
     assert found["usual_high"] == [None, expected[1], expected[1]]
-    x, sigma = channel.mean, max(1.2533 * channel.deviation, GRADIENT_RULE.least_sigma)
+    x, sigma = channel.mean, max(1.2533 * channel.deviation, DEFAULT.gradient.least_sigma)
     assert expected == pytest.approx((math.exp(x - 3 * sigma), math.exp(x + 3 * sigma)))
 
 

@@ -1,0 +1,102 @@
+"""Every constant of detection and diagnosis, in one place. docs/detection.md says how they were chosen.
+
+A run may have its own: `[runs."NAME"]` in the collector's configuration, `--set` of `foreshock diagnose`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    """How one quantity is judged against its own history."""
+
+    logarithmic: bool = True
+    """Judge the logarithm of a positive quantity; else the plain value, in proportion to its mean."""
+    alpha: float = 0.97
+    """Weight of the past in the running mean: a half-life of 23 steps (ZClip's)."""
+    ready_after: int = 25
+    """Steps of history before a step is judged by its deviation (ZClip's). Until then only a surge is noticed."""
+    least_sigma: float = 0.10
+    """Floor of the deviation: a calm run must not call a 6 % move six sigma."""
+    spike_z: float = 6.0
+    """Deviations above the mean that make a spike (OLMo-core's)..."""
+    spike_rise: float = math.log(3.0)
+    """... if it is also this far above: three times the usual norm."""
+    cusum_slack: float = 1.0
+    cusum_limit: float = 8.0
+    """Sum of (z - slack) that makes a build-up..."""
+    cusum_cap: float = 6.0
+    """Most that z counts in it: a lone spike adds 5 and cannot reach the limit."""
+    surge_steps: int = 3
+    """Steps in a row, each above the spike's rise, that make a build-up whatever the deviation..."""
+    surge_rise: float = math.log(10.0)
+    """... if the last is this far above the usual, or above all before it."""
+    clamp: float = 3.0
+    """Deviations to which values are clamped before they become history."""
+    first_deviation: float = 0.25
+    """Mean absolute deviation that is assumed of the first value."""
+    accept_after: int = 10
+    """Spikes in a row after which the new level is accepted..."""
+    accept_alpha: float = 0.8
+    accept_steps: int = 20
+    """... by forgetting faster for this many steps. So it is after a planned change."""
+    quiet_steps: int = 10
+    """Steps in a row with a sum of zero that end a build-up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """All of them, for one run."""
+
+    gradient: Channel = field(default_factory=Channel)
+    loss: Channel = field(default_factory=lambda: Channel(logarithmic=False, least_sigma=0.005, spike_rise=0.1))
+    """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
+    planned_rate_change: float = 1.5
+    """A learning rate that changes by this factor from one step to the next was changed on purpose."""
+    interval_change: float = 3.0
+    """Records this many times further apart than before, or closer, are another series: history starts anew."""
+    collapse_after: int = 10
+    """Overflows of a loss scale in a row that are no calibration any more; so is one below a scale of 1."""
+    recovered_after: int = 50
+    """Finite steps in a row that end a failure."""
+    lead_steps: int = 32
+    """How many steps before the first non-finite one a spike or build-up still belongs to it."""
+    sparse_steps: int = 50
+    """Records so far apart cannot show a climb of 3 to 8 steps."""
+
+    def with_overrides(self, values: Mapping[str, Any]) -> Rules:
+        """Some of them changed, by name: {"recovered_after": 100, "gradient": {"spike_z": 8}}. Raises `ValueError`."""
+        changed: Rules = _changed(self, values, "")
+        return changed
+
+
+DEFAULT = Rules()
+
+
+def _changed(group: Any, values: Mapping[str, Any], path: str) -> Any:
+    known = {f.name: getattr(group, f.name) for f in fields(group)}
+    changes: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ValueError(f"unknown rule {path}{name}; known are {', '.join(path + k for k in known)}")
+        if isinstance(known[name], Channel):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"rule {path}{name} is a group: give {path}{name}.spike_z, for example")
+            changes[name] = _changed(known[name], value, f"{path}{name}.")
+        else:
+            changes[name] = _number(f"{path}{name}", known[name], value)
+    return replace(group, **changes)
+
+
+def _number(name: str, default: bool | int | float, value: Any) -> bool | int | float:
+    kind = type(default)
+    wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    exact = isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float))
+    if not exact or (kind is int and value != int(value)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"rule {name} must be {wanted}, 0 or more, not {value!r}")
+    return kind(value)
