@@ -59,7 +59,7 @@ class Api:
         if number(request, "recent", 0):
             for brief, run, columns in zip(briefs, runs, self._recent.of(runs), strict=True):
                 brief["recent"] = columns
-                brief["open_incidents"] = [each for each in run.incidents if each["closed_seconds"] is None]
+                brief["open_incidents"] = [each for each in run.incidents.kept if each["closed_seconds"] is None]
         return answer({"now_seconds": now, "ended": len(ended), "runs": briefs})
 
     async def _run(self, request: web.Request) -> web.Response:
@@ -76,7 +76,7 @@ class Api:
                 "attempts": [_attempt(each) for each in run.attempts],
                 "ranks": [_rank(instance) for instance in sorted(ranks, key=lambda instance: instance.rank)],
                 "events": list(run.events),
-                "incidents": list(run.incidents),
+                "incidents": list(run.incidents.kept),
                 "model": {
                     "type": model.type,
                     "module_types": model.module_types,
@@ -120,19 +120,18 @@ class Api:
         if not attempt.resting:
             found = heat.at_hand(attempt, by, first=first, last=last, columns=columns)
             return answer({"attempt": attempt.number, "kept": "newest", **found})
-        records: list[dict[str, Any]] = []
-        for incident in run.incidents if by == "ranks" else ():
-            if incident["attempt"] == attempt.number:
-                records = self._store.incident_records(run.name, incident["id"])
-        found = heat.around_incident([r for r in records if first <= r["sequence"] <= last], columns=columns)
+        of_it = [each["id"] for each in run.incidents.kept if each["attempt"] == attempt.number]
+        windows = (self._store.incident_window(run.name, number_) for number_ in reversed(of_it))
+        window = next((window for window in windows if window is not None), None)
+        found = heat.around_incident(window, attempt.model.layers, by, first=first, last=last, columns=columns)
         return answer({"attempt": attempt.number, "kept": "incident", **found})
 
     async def _incident(self, request: web.Request) -> web.Response:
         run = self._find(request)
-        for incident in run.incidents:
+        for incident in run.incidents.kept:
             if str(incident["id"]) == request.match_info["id"]:
-                records = self._store.incident_records(run.name, incident["id"])
-                return answer({**incident, "records": records})
+                window = self._store.incident_window(run.name, incident["id"])
+                return answer({**incident, "records": [] if window is None else window.loudest()})
         raise error(web.HTTPNotFound, f"run {run.name!r} has no incident {request.match_info['id'][:80]!r}")
 
     def _find(self, request: web.Request) -> Run:
@@ -144,7 +143,7 @@ class Api:
 
     def _brief(self, run: Run) -> dict[str, Any]:
         attempt = run.newest
-        newest = run.incidents[-1] if run.incidents else None
+        newest = run.incidents.newest
         now = self._clock()
         return {
             "run": run.name,
@@ -180,7 +179,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "world_size": attempt.world_size,
         "steps": attempt.settled,
         "over": attempt.over,
-        "incident": attempt.incident,
+        "incident": max(attempt.incidents.values(), default=None),
     }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from foreshock_collector.board import Board, Records, complete, trouble
 from foreshock_collector.detection import Detector
+from foreshock_collector.faults import Faults
 from foreshock_collector.rules import Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -55,6 +54,8 @@ class Instance:
     """Newest finite one."""
     dropped: dict[str, int] = field(default_factory=dict)
     """As told by the rank, cumulative since its attach: kept, so that nothing counts twice."""
+    lost_seconds: float = 0.0
+    """When its recorder saw that it had ended without a goodbye; 0: it has not."""
     told: list[str] = field(default_factory=list)
     """Kinds of events that it has told: a recorder repeats them after each reconnect."""
 
@@ -62,6 +63,11 @@ class Instance:
     def state(self) -> str:
         """As people read it: "there", or its goodbye: "finished", "detached", "exception", "lost"."""
         return self.closed.lower() or "there"
+
+    @property
+    def ended(self) -> str:
+        """Its goodbye, also before its last steps are settled."""
+        return self.closed or self.leaving
 
     @property
     def reporting(self) -> bool:
@@ -95,8 +101,17 @@ class Attempt:
         self.model = ModelFacts.from_summary(hello.model)
         self.instances: dict[int, Instance] = {}
         self.detector = Detector(state.get("detector"), rules)
-        self.incident: int | None = state.get("incident")
-        """Number of the incident that is still open."""
+        self.incidents: dict[str, int] = state.get("incidents", {})
+        """Numbers of the incidents that are still open, by what each is open under."""
+        self.failure: dict[str, Any] = state.get("failure", {})
+        """Of the newest step that began a failure: its number, and what was known of the steps before."""
+        self.lost_heard = 0.0
+        """When it was last heard of a rank that was lost."""
+        self.loss_judged: bool = state.get("loss_judged", False)
+        """It has been said why its ranks were lost."""
+        self.more_is_known = False
+        """Records of that step have come since it was judged."""
+        self.faults = Faults(state.get("faults"), rules)
         self.settled: int = state.get("settled", 0)
         """Sequence number up to which steps have been through detection."""
         self.steps: deque[Step] = deque(maxlen=WINDOW_STEPS)
@@ -104,7 +119,14 @@ class Attempt:
 
     def state(self) -> dict[str, Any]:
         """What must survive, as JSON."""
-        return {"detector": self.detector.state(), "incident": self.incident, "settled": self.settled}
+        return {
+            "detector": self.detector.state(),
+            "faults": self.faults.state(),
+            "incidents": self.incidents,
+            "failure": self.failure,
+            "loss_judged": self.loss_judged,
+            "settled": self.settled,
+        }
 
     @property
     def board(self) -> Board:
@@ -144,6 +166,8 @@ class Attempt:
         """Keep records of a rank; the caller has made room."""
         if len(records):
             self.board.write(instance.rank, records, now)
+            first, last = (int(records.rows["sequence"][end]) for end in (0, -1))
+            self.more_is_known |= first <= self.failure.get("sequence", 0) <= min(last, self.settled)
 
     def due(self, now: float) -> int:
         """Up to where steps may be put together."""
@@ -152,21 +176,9 @@ class Attempt:
             board.awaited[instance.rank] = not (instance.leaving or instance.closed)
         return board.due(now)
 
-    def put_together(self, upto: int) -> Iterable[Step]:
-        """Steps that are due, in order, each kept as it comes."""
-        for step in self.board.settle(self.number, upto):
-            self.settled = step.sequence
-            self.steps.append(step)
-            yield step
+    def put_together(self, upto: int) -> list[Step]:
+        """Steps that are due, in order, and kept."""
+        steps = list(self.board.settle(self.number, upto))
+        self.steps.extend(steps)
         self.settled = self.board.settled
-
-    def window(self, first: int, last: int, most_ranks: int = 16) -> list[dict[str, Any]]:
-        """Rank-level records of some steps, for people: of the ranks with the largest norms where there are many."""
-        found = []
-        for sequence in range(max(1, first), last + 1):
-            ranks, rows = self.board.records(sequence)
-            norms = np.where(np.isfinite(rows["local_norm"]), rows["local_norm"], math.inf)
-            chosen = np.sort(np.argsort(-norms, kind="stable")[:most_ranks])
-            for rank, row in zip(ranks[chosen], rows[chosen], strict=True):
-                found.append({"rank": int(rank)} | {name: row[name].item() for name in row.dtype.names or ()})
-        return found
+        return steps

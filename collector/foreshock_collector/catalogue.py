@@ -62,9 +62,15 @@ INCIDENT_VERDICTS = (
     "nonfinite_gradient",
     "bad_rank",
     "amp_scale_collapse",
+    "loss_divergence",
+    "vanishing_gradients",
+    "duplicate_data",
+    "replica_drift",
+    "stalled",
+    "rank_lost",
     "unknown",
 )
-"""The causes that this version tells apart; their counters exist at 0 from a run's first report."""
+"""All but `healthy` and `amp_overflow`, which need nobody; their counters exist at 0 from a run's first report."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")
 """Why a step record of a rank is missing: the probe failed on it; the ring was overwritten before it was read (the

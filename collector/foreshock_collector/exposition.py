@@ -102,8 +102,7 @@ class RunSeries(Collector):
                 _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
             if instance.local_norm is not None:
                 _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
-        if run.incidents:
-            incident = run.incidents[-1]
+        if (incident := run.incidents.newest) is not None:
             v = incident["verdict"]
             rank = "" if v["rank"] is None else str(v["rank"])
             facts_ = (str(incident["id"]), v["cause"], str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])

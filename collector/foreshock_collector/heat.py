@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from foreshock_collector.attempts import Attempt
 from foreshock_collector.steps import kind_of
+from foreshock_collector.window import Window
 
 MOST_ROWS = 128
 """More ranks or layers share rows: a row of fewer than two pixels says nothing."""
@@ -27,15 +28,22 @@ def at_hand(attempt: Attempt, by: str, *, first: int, last: int, columns: int) -
     return thinned(sequences, names, board.rank_norms(sequences), columns=columns)
 
 
-def around_incident(records: Sequence[dict[str, Any]], *, columns: int) -> dict[str, Any]:
-    """Local norms by rank from the records that are kept for good."""
-    sequences = np.unique(np.array([record["sequence"] for record in records], np.int64))
-    ranks = np.unique(np.array([record["rank"] for record in records], np.int64))
+def around_incident(
+    window: Window | None, layers: Sequence[str], by: str, *, first: int, last: int, columns: int
+) -> dict[str, Any]:
+    """Of the records that are kept for good; empty without a window. by: "ranks" or "layers"."""
+    if window is None:
+        return thinned(np.zeros(0, np.int64), [], np.zeros((0, 0)), columns=columns)
+    asked = (window.sequences >= first) & (window.sequences <= last)
+    if by == "layers":
+        norms = window.layer_norms[asked].astype(np.float64)
+        return thinned(window.sequences[asked], layers, norms, columns=columns)
+    rows = window.records[np.isin(window.records["sequence"], window.sequences[asked])]
+    sequences, steps = np.unique(rows["sequence"], return_inverse=True)
+    ranks, places = np.unique(rows["rank"], return_inverse=True)
     table = np.full((len(sequences), len(ranks)), math.nan)
-    for record in records:
-        norm, bad = record["local_norm"], record["local_nan_parameters"] + record["local_inf_parameters"] > 0
-        place = np.searchsorted(sequences, record["sequence"]), np.searchsorted(ranks, record["rank"])
-        table[place] = norm if math.isfinite(norm) and not bad else math.inf
+    bad = rows["local_nan_parameters"] + rows["local_inf_parameters"] > 0
+    table[steps, places] = np.where(np.isfinite(rows["local_norm"]) & ~bad, rows["local_norm"], math.inf)
     return thinned(sequences, [str(rank) for rank in ranks], table, columns=columns)
 
 

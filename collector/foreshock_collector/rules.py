@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 
@@ -50,12 +50,43 @@ class Channel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Faults:
+    """When a trouble that lasts is one, though every number is finite."""
+
+    begins_after: int = 20
+    """Steps in a row that must show it..."""
+    ends_after: int = 20
+    """... and that must not, before it is over."""
+    agreement: float = 0.998
+    """Ranks that agree so well see the same data: |mean gradient|^2 over the mean of |local gradient|^2..."""
+    spread: float = 2e-3
+    """... and their local norms differ by no more than this part of the largest."""
+    vanished: float = 1e-5
+    """A layer whose norm is this part of the largest layer's learns nothing..."""
+    vanishing_steps: int = 100
+    """... if it is so for this many steps in a row."""
+    faded: float = 1e-4
+    """So does a model whose norm is this part of that of its first steps, while its loss..."""
+    unlearnt: float = 0.5
+    """... is still this part of the loss of its first steps."""
+    divergence: float = 1.0
+    """A loss that stands above its best by this part of it..."""
+    divergence_steps: int = 100
+    """... for this many steps in a row..."""
+    divergence_rise: float = 0.05
+    """... and has risen by this part over them, diverges."""
+    lost_seconds: float = 3.0
+    """A rank that dies without a goodbye may have died of another's error: that long is waited for one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """All of them, for one run."""
 
     gradient: Channel = field(default_factory=Channel)
     loss: Channel = field(default_factory=lambda: Channel(logarithmic=False, least_sigma=0.005, spike_rise=0.1))
     """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
+    faults: Faults = field(default_factory=Faults)
     planned_rate_change: float = 1.5
     """A learning rate that changes by this factor from one step to the next was changed on purpose."""
     interval_change: float = 3.0
@@ -84,9 +115,9 @@ def _changed(group: Any, values: Mapping[str, Any], path: str) -> Any:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"unknown rule {path}{name}; known are {', '.join(path + k for k in known)}")
-        if isinstance(known[name], Channel):
+        if is_dataclass(known[name]):
             if not isinstance(value, Mapping):
-                raise ValueError(f"rule {path}{name} is a group: give {path}{name}.spike_z, for example")
+                raise ValueError(f"rule {path}{name} is a group: give one of its members")
             changes[name] = _changed(known[name], value, f"{path}{name}.")
         else:
             changes[name] = _number(f"{path}{name}", known[name], value)

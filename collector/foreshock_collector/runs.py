@@ -1,4 +1,4 @@
-"""State of every run: takes records in, hands steps to detection and diagnosis, counts.
+"""State of every run: takes records in, puts steps together, hands them to the judge.
 
 Clocks come in as arguments. What happens between two commits gathers in `Run.changes`; what may be seen from outside
 moves only in `Run.settle`, which is followed by a commit before anybody looks, so that counters never go back.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.board import complete, decode
-from foreshock_collector.detection import Event
-from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.incidents import Incidents
+from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import Step
 from foreshock_collector.totals import Totals
+from foreshock_collector.window import Window
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 EVENTS_KEPT = 200
@@ -40,8 +41,8 @@ class Changes:
     steps: list[Step] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
     incidents: dict[int, dict[str, Any]] = field(default_factory=dict)
-    windows: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
-    """Rank-level records around an incident, by its number."""
+    windows: dict[int, Window] = field(default_factory=dict)
+    """The records before an incident, by its number."""
 
 
 class Run:
@@ -54,9 +55,10 @@ class Run:
         self.attempts: list[Attempt] = []
         self.totals = Totals()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
-        self.incidents: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
+        self.incidents = Incidents(self.totals, self._keep_incident)
+        self._judge = Judge(rules, self.totals, self.incidents, self.events, note=self._note, keep=self._keep_window)
         self.watched_since = 0.0
-        """Silence counts from here: while the collector was away, nobody could report."""
+        """Silence counts from here: before the newest attempt, or while the collector was away, nobody could report."""
         self.changes: Changes | None = None
         """None: nothing has happened since the last commit."""
         self._missing: Counter[str] = Counter()
@@ -77,6 +79,7 @@ class Run:
         if attempt is None:
             attempt = Attempt(len(self.attempts), hello, self.rules)
             self.attempts.append(attempt)
+            self.watched_since = now
             self.changed().attempts.append(attempt)
         elif place.world_size != attempt.world_size:
             raise ContradictionError(
@@ -136,6 +139,8 @@ class Run:
         kind = pb.Event.Kind.Name(event.kind).lower()
         if kind not in instance.told:
             instance.told.append(kind)
+            if event.kind == pb.Event.RANK_LOST:
+                instance.lost_seconds, instance.attempt.lost_heard = event.wall_seconds or now, now
             who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}
             self._note({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
 
@@ -157,85 +162,37 @@ class Run:
         return any(not attempt.resting and attempt.board.overdue(now) for attempt in self.attempts)
 
     def settle(self, now: float, *, attempt: Attempt | None = None, at_least: int = 0) -> None:
-        """Take all that is due through detection. at_least: of this attempt, settle up to here in any case."""
+        """Take all that is due to the judge. at_least: of this attempt, settle up to here in any case."""
         for each in self.attempts:
+            newest = each is self.newest
             if not each.resting:
-                for step in each.put_together(max(each.due(now), at_least if each is attempt else 0)):
-                    self._detect(each, step, now)
+                steps = each.put_together(max(each.due(now), at_least if each is attempt else 0))
+                if steps:
+                    self.changed().steps.extend(steps)
+                self._judge.steps(each, steps, now, newest=newest)
+            self._judge.departures(each, now)
+            if newest:
+                self._judge.standstill(each, now, since=self.watched_since)
             for instance in each.instances.values():
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
-            if each.over and each.incident is not None:
-                self._close_incident(each, now)
-            if each is not self.newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
+            if each.over:
+                self.incidents.close_all(each, now)
+            if not newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
                 each.rest()
         self.totals.add_dropped(self._missing)
         self._missing.clear()
-
-    def _detect(self, attempt: Attempt, step: Step, now: float) -> None:
-        self.changed().steps.append(step)
-        self.totals.add_step(step, now, newest=attempt is self.newest)
-        detector = attempt.detector
-        finite_before = detector.finite_ever
-        where = {"attempt": attempt.number, "sequence": step.sequence, "step": step.step}
-        overflow = step.overflow and step.loss_scale >= 1
-        for event in detector.update(
-            norm=step.global_norm,
-            loss=step.loss,
-            rate=step.learning_rate,
-            nonfinite=len(step.nonfinite),
-            overflow=overflow,
-            **where,
-        ):
-            self.totals.add_event(event.kind, now)
-            self._note(asdict(event), now)
-            if event.kind == "recovered":
-                self._close_incident(attempt, now)
-            if event.kind == "nonfinite":
-                self._open_incident(attempt, now, finite_before=finite_before)
 
     def _note(self, event: dict[str, Any], now: float) -> None:
         event = {**event, "seen_seconds": now}
         self.events.append(event)
         self.changed().events.append(event)
 
-    def _open_incident(self, attempt: Attempt, now: float, *, finite_before: bool) -> None:
-        fields = Event.__dataclass_fields__
-        events = [
-            Event(**{name: e[name] for name in fields})
-            for e in self.events
-            if e["attempt"] == attempt.number and "score" in e
-        ]
-        steps = list(attempt.steps)
-        verdict = diagnose(
-            steps,
-            events,
-            attempt.board,
-            attempt.model,
-            finite_before=finite_before,
-            climbing=attempt.detector.climbing,
-            rules=self.rules,
-        )
-        number = 1 + sum(self.totals.incidents.values())
-        incident = {
-            "id": number,
-            "attempt": attempt.number,
-            "opened_seconds": now,
-            "closed_seconds": None,
-            "verdict": verdict.as_json(),
-        }
-        attempt.incident = number
-        self.incidents.append(incident)
-        self.changed().incidents[number] = incident
-        self.changed().windows[number] = attempt.window(steps[-1].sequence - self.rules.lead_steps, steps[-1].sequence)
-        self.totals.add_incident(verdict.cause, now)
+    def _keep_incident(self, incident: dict[str, Any]) -> None:
+        self.changed().incidents[incident["id"]] = incident
 
-    def _close_incident(self, attempt: Attempt, now: float) -> None:
-        for incident in self.incidents:
-            if incident["id"] == attempt.incident:
-                incident["closed_seconds"] = now
-                self.changed().incidents[incident["id"]] = incident
-        attempt.incident = None
+    def _keep_window(self, incident: int, window: Window) -> None:
+        self.changed().windows[incident] = window
 
     @property
     def resting(self) -> bool:
@@ -245,8 +202,7 @@ class Run:
     def rest(self, now: float) -> None:
         """The run has ended: let go of all that the store can do without."""
         for attempt in self.attempts:
-            if attempt.incident is not None:
-                self._close_incident(attempt, now)
+            self.incidents.close_all(attempt, now)
             attempt.rest()
 
     # -- out -----------------------------------------------------------------------------------------------------
@@ -289,7 +245,7 @@ class Run:
         run = cls(snapshot["experiment"], name, rules)
         for number, (hello, state) in enumerate(zip(hellos, snapshot["attempts"], strict=True)):
             run.attempts.append(Attempt(number, hello, rules, state))
-        run.totals = Totals.restored(snapshot["totals"])
+        run.totals.restore(snapshot["totals"])
         return run
 
     def recall(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:

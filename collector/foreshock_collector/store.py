@@ -19,6 +19,7 @@ from foreshock_collector.attempts import WINDOW_STEPS, Attempt, Instance
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.runs import EVENTS_KEPT, Changes, Run, Runs
 from foreshock_collector.steps import Step, finite, kind_of
+from foreshock_collector.window import Window
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 SCHEMA = 1
@@ -26,7 +27,7 @@ _APPLICATION = 0x464F5245  # "FORE"
 _STEP_COLUMNS = tuple(field.name for field in fields(Step))
 _INSTANCE_COLUMNS = (
     *("rank", "local_rank", "node", "pid", "layers", "position", "closed", "detail", "last_report", "last_step"),
-    *("last_finished", "loss", "local_norm", "dropped", "told"),
+    *("last_finished", "loss", "local_norm", "lost_seconds", "dropped", "told"),
 )
 _SHOWN_VALUES = (
     *("sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale", "global_norm"),
@@ -42,12 +43,12 @@ CREATE TABLE instances (instance TEXT PRIMARY KEY, run TEXT, attempt INTEGER, {"
 CREATE TABLE steps (run TEXT, {", ".join(_STEP_COLUMNS)}, PRIMARY KEY (run, attempt, sequence)) WITHOUT ROWID;
 CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT, event TEXT);
 CREATE INDEX events_by_run ON events (run, id);
-CREATE TABLE incidents (run TEXT, id INTEGER, incident TEXT, records TEXT, PRIMARY KEY (run, id)) WITHOUT ROWID;
+CREATE TABLE incidents (run TEXT, id INTEGER, incident TEXT, window BLOB, PRIMARY KEY (run, id)) WITHOUT ROWID;
 CREATE TABLE rank_window (id INTEGER PRIMARY KEY, run TEXT, attempt INTEGER, last_sequence INTEGER, instance TEXT,
   batch BLOB);
 CREATE INDEX rank_window_by_run ON rank_window (run, attempt, last_sequence);
 """
-"""The records of `incidents` are those of the ranks around it; `rank_window` holds batches as they came."""
+"""The window of `incidents` holds the records before it; `rank_window` holds batches as they came."""
 
 
 class StoreError(ValueError):
@@ -126,9 +127,11 @@ class Store:
             "INSERT INTO events (run, event) VALUES (?,?)", [(run.name, _json(event)) for event in changes.events]
         )
         for number, incident in changes.incidents.items():
+            window = changes.windows.get(number)
             self._db.execute(
-                "INSERT INTO incidents VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET incident = excluded.incident",
-                (run.name, number, _json(incident), json.dumps(changes.windows.get(number, []))),
+                "INSERT INTO incidents VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET incident = excluded.incident, "
+                "window = coalesce(excluded.window, window)",
+                (run.name, number, _json(incident), window and window.as_bytes()),
             )
         self._db.execute("INSERT OR REPLACE INTO runs VALUES (?,?)", (run.name, _json(run.snapshot())))
 
@@ -150,7 +153,7 @@ class Store:
                 json.loads(e) for (e,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
             )
             newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
-            run.incidents.extend(
+            run.incidents.kept.extend(
                 json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
             )
             waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
@@ -196,11 +199,10 @@ class Store:
         query = f"SELECT {_SHOWN}, {peak} FROM steps WHERE {where} GROUP BY (sequence - 1) / ? ORDER BY sequence"  # noqa: S608
         return _columns(self._db.execute(query, (run, attempt, first, last, stretch)).fetchall())
 
-    def incident_records(self, run: str, number: int) -> list[dict[str, Any]]:
-        """Rank-level records around an incident."""
-        found = self._db.execute("SELECT records FROM incidents WHERE run=? AND id=?", (run, number)).fetchone()
-        records: list[dict[str, Any]] = json.loads(found[0]) if found else []
-        return records
+    def incident_window(self, run: str, number: int) -> Window | None:
+        """The records before an incident; None if it has none."""
+        found = self._db.execute("SELECT window FROM incidents WHERE run=? AND id=?", (run, number)).fetchone()
+        return Window.from_bytes(found[0]) if found and found[0] else None
 
     def close(self) -> None:
         """Let go of the file."""

@@ -106,13 +106,10 @@ class Totals:
             **{name: getattr(self, name) for name in _SAVED},
         }
 
-    @classmethod
-    def restored(cls, state: dict[str, Any]) -> Totals:
-        """As it was when `state` was taken."""
-        totals = cls()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make it what it was when `state` was taken."""
         for group in _SAVED:
-            getattr(totals, group).update(state[group])
-        totals.norms.counts, totals.norms.total = state["norms"]
-        totals.durations.counts, totals.durations.total = state["durations"]
-        totals._recent.extend(state["recent"])
-        return totals
+            getattr(self, group).update(state[group])
+        self.norms.counts, self.norms.total = state["norms"]
+        self.durations.counts, self.durations.total = state["durations"]
+        self._recent.extend(state["recent"])

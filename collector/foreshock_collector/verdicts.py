@@ -12,7 +12,14 @@ Cause = Literal[
     "sudden_nonfinite",
     "nonfinite_gradient",
     "bad_rank",
+    "amp_overflow",
     "amp_scale_collapse",
+    "loss_divergence",
+    "vanishing_gradients",
+    "duplicate_data",
+    "replica_drift",
+    "stalled",
+    "rank_lost",
     "unknown",
 ]
 Root = Literal["learning_rate", "initialization", "recurrent", "normalization", "unknown"]

@@ -15,9 +15,13 @@ import numpy as np
 import pytest
 
 from foreshock_collector.baseline import Baseline
+from foreshock_collector.board import Board, decode
 from foreshock_collector.detection import Channel
 from foreshock_collector.heat import MOST_ROWS, around_incident, thinned
 from foreshock_collector.rules import DEFAULT
+from foreshock_collector.window import Window
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.collector.test_service import steps
 from tests.page.job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 
 Jobs = Callable[..., Job]
@@ -79,16 +83,24 @@ def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_i
     assert np.argwhere(cells == -1).tolist() == [[3 // 3, (700 - 10) // 10]]
 
 
-def test_of_a_run_at_rest_the_records_around_an_incident_are_shown() -> None:
-    good = {"local_nan_parameters": 0.0, "local_inf_parameters": 0.0}
-    bad = good | {"local_nan_parameters": 2.0}
-    records = [{"sequence": s, "rank": r, "local_norm": 10.0 * s + r, **good} for s in (7, 8) for r in (1, 5)]
-    records.append({"sequence": 9, "rank": 5, "local_norm": 1.0, **bad})
-    found = around_incident(records, columns=10)
-    assert found == {
-        "sequence": [7, 8, 9], "stretch": 1, "rows": ["1", "5"], "values": [[71.0, 81.0, None], [75.0, 85.0, "inf"]]
-    }  # fmt: skip
-    assert around_incident([], columns=10)["values"] == []
+def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
+    board = Board(world_size=2, layers=2)
+    for rank in (0, 1):
+        norms: dict[str, Any] = {"local_norm": [70.0 + rank, 80.0 + rank, 1.0], "flags": [pb.LOCAL_NORMS] * 3}
+        norms |= {"local_nan_parameters": [0.0, 0.0, 2.0 * rank]}
+        batch = steps(7, [1.0, 2.0, 3.0], **norms).steps
+        batch.global_layer_norms.extend([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
+        board.write(rank, decode(batch, 2), now=0.0)
+    window = Window.from_bytes(Window.of(board, 7, 9).as_bytes())
+    asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
+    ranks = around_incident(window, ("a", "b"), "ranks", **asked)
+    assert (ranks["sequence"], ranks["rows"]) == ([7, 8, 9], ["0", "1"])
+    assert ranks["values"] == [[70.0, 80.0, 1.0], [71.0, 81.0, "inf"]]
+    layers = around_incident(window, ("a", "b"), "layers", **asked)
+    assert (layers["rows"], layers["values"]) == (["a", "b"], [[1.0, 3.0, 5.0], [2.0, 4.0, "inf"]])
+    assert around_incident(window, ("a", "b"), "ranks", first=8, last=8, columns=10)["values"] == [[80.0], [81.0]]
+    assert around_incident(None, (), "ranks", **asked)["values"] == []
+    assert [(row["sequence"], row["rank"]) for row in window.loudest()] == [(s, r) for s in (7, 8, 9) for r in (0, 1)]
 
 
 def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:

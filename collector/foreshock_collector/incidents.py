@@ -1,0 +1,80 @@
+"""Incidents of a run: one per failure however many ranks, opened, kept up to date, closed."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from foreshock_collector.attempts import Attempt
+from foreshock_collector.totals import Totals
+from foreshock_collector.verdicts import Verdict
+
+INCIDENTS_KEPT = 200
+"""Of a run, at hand; the store has them all."""
+FAILURE = "failure"
+"""What the incident of a step that was not finite is open under; any other under its cause."""
+
+
+class Incidents:
+    """Those of one run, newest last. Each change is told to `changed`, for the next commit."""
+
+    def __init__(self, totals: Totals, changed: Callable[[dict[str, Any]], None]) -> None:
+        self._totals = totals
+        self._changed = changed
+        self.kept: deque[dict[str, Any]] = deque(maxlen=INCIDENTS_KEPT)
+
+    @property
+    def newest(self) -> dict[str, Any] | None:
+        """The one that was opened last."""
+        return self.kept[-1] if self.kept else None
+
+    def open(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> int:
+        """A new one; its number. One of a key may be open at a time."""
+        assert key not in attempt.incidents
+        number = 1 + sum(self._totals.incidents.values())
+        incident = {
+            "id": number,
+            "attempt": attempt.number,
+            "opened_seconds": now,
+            "updated_seconds": now,
+            "closed_seconds": None,
+            "bad_steps": 1,
+            "last_bad_step": verdict.first_bad_step,
+            "verdict": verdict.as_json(),
+        }
+        attempt.incidents[key] = number
+        self.kept.append(incident)
+        self._totals.add_incident(verdict.cause, now)
+        self._changed(incident)
+        return number
+
+    def goes_on(self, attempt: Attempt, key: str, step: int, now: float) -> None:
+        """One more step was as bad."""
+        if (incident := self._find(attempt, key)) is not None:
+            incident |= {"updated_seconds": now, "bad_steps": incident["bad_steps"] + 1, "last_bad_step": step}
+            self._changed(incident)
+
+    def judge_anew(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> None:
+        """More is known by now than when it was opened. A verdict that changes counts once more, as the new one."""
+        if (incident := self._find(attempt, key)) is not None and incident["verdict"] != verdict.as_json():
+            if incident["verdict"]["cause"] != verdict.cause:
+                self._totals.add_incident(verdict.cause, now)
+            incident |= {"updated_seconds": now, "verdict": verdict.as_json()}
+            self._changed(incident)
+
+    def close(self, attempt: Attempt, key: str, now: float) -> None:
+        """It is over, if it was open."""
+        if (incident := self._find(attempt, key)) is not None:
+            incident["closed_seconds"] = now
+            self._changed(incident)
+        attempt.incidents.pop(key, None)
+
+    def close_all(self, attempt: Attempt, now: float) -> None:
+        """The attempt is over."""
+        for key in list(attempt.incidents):
+            self.close(attempt, key, now)
+
+    def _find(self, attempt: Attempt, key: str) -> dict[str, Any] | None:
+        number = attempt.incidents.get(key)
+        return next((incident for incident in self.kept if incident["id"] == number), None)
