@@ -77,6 +77,14 @@ def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tup
             "a smaller learning rate, and clipping by norm: a scale that only falls follows gradients that grow",
             "keep losses, norms and softmax of large values in float32",
         )
+    if cause == "amp_overflow":
+        return ("nothing, while it stays rare: a GradScaler halves its scale and goes on",)
+    if cause == "loss_divergence":
+        return (
+            "a smaller learning rate, or one that decays: small steps in a bad direction add up",
+            "look at what changed where the loss began to climb: data, loss weights, a schedule",
+            "go back to a checkpoint from before it",
+        )
     if cause == "bad_rank":
         return (
             f"move rank {culprit} to another machine, and look at that one's device: memory errors, heat",

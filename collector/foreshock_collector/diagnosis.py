@@ -14,6 +14,13 @@ from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_collector.verdicts import Cause, Verdict
 
+_CONFIDENCE: dict[Cause, float] = {
+    "unknown": 0.3,
+    "loss_divergence": 0.6,
+    "amp_overflow": 0.7,
+    "sudden_nonfinite": 0.75,
+}
+"""Where it is quiet before and no rank is named; by rule of thumb."""
 _OUTLIER_RATIO = 3.0
 """A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
 
@@ -27,6 +34,8 @@ def diagnose(
     finite_before: bool,
     climbing: int,
     apart: float = 1,
+    left_out: int = 0,
+    diverging: bool = False,
     rules: Rules = DEFAULT,
 ) -> Verdict:
     """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
@@ -34,6 +43,8 @@ def diagnose(
     steps: the newest of one attempt, in order. events: of the same attempt. board: holds the ranks' records of these
     steps. finite_before: the attempt has had a finite step, be it among `steps` or before. climbing: sequence number of
     the last step that belonged to a build-up, 0 if none did. apart: steps from the record before to the last one.
+    left_out: so many gradients in a row, from the last of `steps` on, were not finite while the loss stays so: a scaler
+    has left their steps out. diverging: the loss has been climbing for long, at a calm norm.
     """
     bad = steps[-1]
     if not bad.nonfinite:
@@ -51,6 +62,11 @@ def diagnose(
     evidence += _loss_before(bad, events, rules)
     if signs:
         return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
+    if left_out and not bad.overflow:
+        collapsed = left_out >= rules.collapse_after
+        evidence.append(f"the loss stays finite, so {left_out} step(s) were left out, as a GradScaler does")
+        cause: Cause = "amp_scale_collapse" if collapsed else "amp_overflow"
+        return _quiet_before(cause, bad, evidence, culprit, parameter, layer)
     if bad.overflow:
         return _quiet_before("amp_scale_collapse", bad, evidence, culprit, parameter, layer)
     if not finite_before and bad.step <= 1:
@@ -58,11 +74,18 @@ def diagnose(
     if apart >= rules.sparse_steps:
         evidence.append(f"the record before is {apart:g} steps older")
         return _quiet_before("unknown", bad, evidence, culprit, parameter, layer)
-    evidence.append(f"no spike or build-up in the {rules.lead_steps} steps before")
+    if math.isnan(max((s.global_norm for s in steps if not math.isnan(s.global_norm)), default=math.nan)):
+        evidence.append("no gradient norm was told")
+        diverging |= bool(_loss_before(bad, events, rules))
+    else:
+        evidence.append(f"no spike or build-up in the {rules.lead_steps} steps before")
+    if diverging:
+        evidence.append("the loss had been climbing")
+        return _quiet_before("loss_divergence", bad, evidence, culprit, parameter, layer)
     if bad.loss is None or not math.isfinite(bad.loss):
         return _quiet_before("sudden_nonfinite", bad, evidence, culprit, parameter, layer)
     evidence.append("the loss was finite")
-    cause: Cause = "nonfinite_gradient" if culprit is None else "bad_rank"
+    cause = "nonfinite_gradient" if culprit is None else "bad_rank"
     return _quiet_before(cause, bad, evidence, culprit, parameter, layer)
 
 
@@ -170,7 +193,13 @@ def _quiet_before(
         "nonfinite_gradient": f"The gradient was not finite at step {bad.step}, though the loss was.",
         "bad_rank": f"At step {bad.step} the gradient of rank {culprit} alone was not finite, though its loss was.",
         "amp_scale_collapse": f"The gradient still overflows at step {bad.step}, with the loss scale down to "
-        f"{bad.loss_scale:g}.",
+        f"{bad.loss_scale:g}."
+        if bad.overflow
+        else f"From step {bad.step} on the gradient overflows again and again, and every step is left out.",
+        "amp_overflow": f"The gradient overflowed at step {bad.step}, the step was left out, and training went on: "
+        "that is how a GradScaler finds its scale.",
+        "loss_divergence": f"The loss climbed until it was no longer finite at step {bad.step}; "
+        "no gradient build-up was seen.",
         "unknown": f"Not finite at step {bad.step}; the records are too sparse to tell what came before.",
     }[cause]
     return Verdict(
@@ -182,12 +211,14 @@ def _quiet_before(
         rank=culprit,
         parameter=parameter,
         layer=layer,
-        confidence={"unknown": 0.3, "sudden_nonfinite": 0.75 if culprit is None else 0.9}.get(cause, 0.8),
+        confidence=_CONFIDENCE.get(cause, 0.8) if culprit is None else 0.9,
         summary=summary,
         evidence=tuple(evidence),
         try_=after_quiet(cause, bad, culprit, where),
         alternatives={
             "sudden_nonfinite": ("overflow in half precision" if culprit is None else "a faulty device of that rank",),
+            "amp_overflow": ("one bad batch, whose step was left out",),
+            "loss_divergence": ("gradients exploded between two records",),
             "bad_rank": ("an operation that this rank's batch made unstable in backward",),
             "nonfinite_gradient": ("a fault in the all-reduce or in a compression hook",),
         }.get(cause, ()),

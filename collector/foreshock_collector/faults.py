@@ -143,6 +143,11 @@ class Faults:
         course = {name: _stored(value) for name, value in asdict(self._course).items()}
         return {"course": course, "streaks": {cause: asdict(streak) for cause, streak in self._streaks.items()}}
 
+    @property
+    def diverging(self) -> bool:
+        """The loss has been climbing for long."""
+        return "loss_divergence" in self._streaks and self._streaks["loss_divergence"].on
+
     def update(self, step: Step, seen: Seen, *, building_up: bool) -> list[Change]:
         """One step, in order. building_up: the norm is climbing, which explains a climbing loss."""
         if step.nonfinite:

@@ -101,6 +101,7 @@ class Judge:
             attempt.model,
             finite_before=failure["finite_before"],
             climbing=failure["climbing"],
+            diverging="loss_divergence" in attempt.incidents,
             rules=self._rules,
         )
 

@@ -14,10 +14,16 @@ from foreshock_collector.board import Board
 from foreshock_collector.config import Parser
 from foreshock_collector.detection import Detector, Event
 from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.fault_verdicts import verdict_on_fault
+from foreshock_collector.faults import Faults, Seen
 from foreshock_collector.logs import LogError, Row, read_log
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_collector.verdicts import Verdict
+
+_BOARD, _MODEL = Board(world_size=1, layers=0), ModelFacts()
+_UNSEEN = Seen(math.nan, math.nan, -1, math.nan)
+"""A log tells nothing of ranks and layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +40,21 @@ class Replay:
 
 
 def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
-    """Take the rows through the detector, and diagnose the first row that is not finite. rows: at least one."""
-    detector, board, model = Detector(rules=rules), Board(world_size=1, layers=0), ModelFacts()
+    """Take the rows through detection, and diagnose the first failure that is one. rows: at least one.
+
+    Without a failure, a trouble that lasts may be named, or an overflow that a scaler took care of.
+    """
+    detector, faults = Detector(rules=rules), Faults(rules=rules)
     steps = [_step(number, row) for number, row in enumerate(rows)]
     events: list[Event] = []
-    verdict, first = None, None
+    failure: tuple[Verdict, int] | None = None
+    trouble: Verdict | None = None
     for number, step in enumerate(steps):
-        finite_before, climbing = detector.finite_ever, detector.climbing
+        finite_before, climbing, diverging = detector.finite_ever, detector.climbing, faults.diverging
         gap, last_gap = _gap(rows, number), _gap(rows, number - 1)
-        if gap > rules.interval_change * last_gap or last_gap > rules.interval_change * gap > 0:
+        if gap > rules.interval_change * last_gap > 0 or last_gap > rules.interval_change * gap > 0:
             detector.start_anew()
+        was_failing = detector.failing
         events += detector.update(
             attempt=0,
             sequence=step.sequence,
@@ -54,22 +65,28 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
             nonfinite=len(step.nonfinite),
             overflow=step.overflow,
         )
-        if verdict is None and step.nonfinite:
-            seen = steps[: number + 1]
-            apart = rows[number].step - rows[number - 1].step if number else 1
+        for change in faults.update(step, _UNSEEN, building_up=detector.gradient.in_build_up):
+            if change.begins and trouble is None:
+                trouble = verdict_on_fault(change, 0, _MODEL)
+        benign = failure is not None and failure[0].cause == "amp_overflow"
+        if step.nonfinite and not was_failing and (failure is None or benign):
             verdict = diagnose(
-                seen,
+                steps[: number + 1],
                 events,
-                board,
-                model,
+                _BOARD,
+                _MODEL,
+                apart=gap or 1,
+                left_out=_left_out(steps, number),
                 finite_before=finite_before,
                 climbing=climbing,
-                apart=apart,
+                diverging=diverging,
                 rules=rules,
             )
-            first = number
-    verdict = verdict or diagnose(steps, events, board, model, finite_before=True, climbing=0)
-    return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=first)
+            failure = failure if benign and verdict.cause == "amp_overflow" else (verdict, number)
+    if trouble is not None and (failure is None or failure[0].cause == "amp_overflow"):
+        return Replay(log=tuple(rows), events=tuple(events), verdict=trouble, first_nonfinite=None)
+    verdict = failure[0] if failure else diagnose(steps, events, _BOARD, _MODEL, finite_before=True, climbing=0)
+    return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=failure and failure[1])
 
 
 def main(arguments: list[str]) -> int:
@@ -107,6 +124,18 @@ def main(arguments: list[str]) -> int:
         code = max(code, int(_trouble(found)))
         sys.stdout.write(json.dumps(_as_json(path, found)) + "\n" if options.json else _as_text(path, found))
     return code
+
+
+def _left_out(steps: Sequence[Step], first: int) -> int:
+    """How many gradients from here on are not finite in a row, where no loss is, and training goes on; else 0."""
+    for number in range(first, len(steps)):
+        step = steps[number]
+        if step.nan_loss or step.inf_loss or step.loss is None:
+            return 0
+        if not step.nonfinite:
+            return number - first
+    # The log ends with them: of one nobody can tell, many with a finite loss were left out.
+    return len(steps) - first if len(steps) - first >= DEFAULT.collapse_after else 0
 
 
 def _gap(rows: Sequence[Row], number: int) -> float:
@@ -152,7 +181,9 @@ def _step(number: int, row: Row) -> Step:
 
 
 def _trouble(found: Replay) -> bool:
-    return found.verdict.cause != "healthy" or any(event.kind == "build_up" for event in found.events)
+    return found.verdict.cause not in ("healthy", "amp_overflow") or any(
+        event.kind == "build_up" for event in found.events
+    )
 
 
 def _as_json(path: Path, found: Replay) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from foreshock_collector.cli import diagnose
+from foreshock_collector.logs import Row
+from foreshock_collector.replay import replay
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps
@@ -166,3 +168,54 @@ def test_one_bad_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.Ca
     good = csv(tmp_path, explosion())
     assert diagnose([str(tmp_path / "none.csv"), str(good), "--json"]) == 2
     assert json.loads(capsys.readouterr().out)["verdict"]["cause"] == "exploding_gradients"
+
+
+def rows(*log: tuple[float | None, float | None], step: int = 1, rate: float | None = None) -> list[Row]:
+    """Of (loss, norm)."""
+    return [Row(step=step * i, loss=loss, norm=norm, rate=rate) for i, (loss, norm) in enumerate(log)]
+
+
+CALM = [(loss, norm) for _, loss, norm in healthy(60)]
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("log", "cause", "first"),
+    [
+        ([*CALM, (1.5, INF), *CALM], "amp_overflow", 60),
+        ([(1.5, INF), (1.5, NAN), *CALM], "amp_overflow", 0),
+        ([(1.5, INF), *CALM, (1.5, 5.0), (1.5, 50.0), (1.5, 900.0), (NAN, NAN)], "exploding_gradients", 64),
+        ([*CALM, *[(1.5, INF)] * 12], "amp_scale_collapse", 60),
+        ([*CALM, (1.5, NAN)], "nonfinite_gradient", 60),
+        ([*CALM, (1.5, NAN), (NAN, NAN)], "nonfinite_gradient", 60),
+        ([*CALM, *[(1.5 + 0.1 * i, 1.0) for i in range(300)]], "loss_divergence", None),
+        ([*CALM, *[(1.5 + 0.1 * i, 1.0) for i in range(300)], (INF, INF)], "loss_divergence", 360),
+        ([*CALM, *[(1.5, 1e-7)] * 200], "vanishing_gradients", None),
+        ([*[(2.0, None)] * 60, (9.0, None), (40.0, None), (NAN, None)], "loss_divergence", 62),
+        ([*[(2.0, None)] * 60, (NAN, None)], "sudden_nonfinite", 60),
+    ],
+)
+def test_a_log_alone_tells_these_apart(
+    log: list[tuple[float | None, float | None]], cause: str, first: int | None
+) -> None:
+    found = replay(rows(*log))
+    assert (found.verdict.cause, found.first_nonfinite) == (cause, first)
+
+
+def test_a_change_of_the_interval_begins_a_new_series() -> None:
+    """Every step, and then every 500: what changed in between is no spike."""
+    rare = [(0.3, 12.0 + 0.1 * i) for i in range(40)]
+    close = rows(*CALM)
+    far = [Row(step=559 + 500 * i, loss=loss, norm=norm, rate=None) for i, (loss, norm) in enumerate(rare)]
+    assert replay([*close, *far]).events == ()
+    assert [event.kind for event in replay([*close, *rows(*rare)]).events] != []
+
+
+def test_a_rule_may_be_set_and_a_wrong_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = csv(tmp_path, explosion())
+    surge = ["--set", "gradient.surge_steps=1000", "--set", "gradient.cusum_limit=1e9"]
+    assert diagnose([str(path), "--json", *surge]) == 1
+    assert "build_up" not in capsys.readouterr().out
+    for wrong in ("spike=1", "gradient.spike_z", "gradient.spike_z=high"):
+        assert diagnose([str(path), "--set", wrong]) == 2
+        assert wrong.split("=")[0] in capsys.readouterr().err
