@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TypeVar
 
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from foreshock._errors import AttachError
 
@@ -81,10 +81,13 @@ def agree(
 ) -> Decision:
     """Post, and hear the decision. Blocks until every rank has posted, at most `timeout` seconds (5 more off rank 0).
 
-    Raises `AttachError` where ranks are missing or contradict each other, or the store is gone.
+    Ranks agree in the same order, as with any collective, each time in a corner of its own: the store counts, since a
+    process may have attached before, in a group that is gone. Raises `AttachError` where ranks are missing or
+    contradict each other, or the store is gone.
     """
     try:
-        decision = _ask(store, rank, world_size, posting, Decision(run=run, launch=launch), timeout)
+        corner = PrefixStore(str(store.add(f"agreements/{rank}", 1)), store)
+        decision = _ask(corner, rank, world_size, posting, Decision(run=run, launch=launch), timeout)
     except RuntimeError as error:
         # Of the store: the process that serves it has ended.
         raise AttachError(f"the ranks' store is gone, a rank has ended while the others attached ({error})") from error

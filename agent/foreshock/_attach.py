@@ -184,9 +184,6 @@ def _line(mine: _Mine, decision: Decision, size: int) -> str:
 class _Ranks:
     """The ranks that have to agree: those of the model's process group, through the job's own store."""
 
-    _agreements = 0
-    """Of this process: ranks agree in the same order, as with any collective, each time in a corner of its own."""
-
     def __init__(self, model: nn.Module) -> None:
         self._group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
@@ -200,8 +197,7 @@ class _Ranks:
     ) -> Decision:
         """One agreement of all. Rank 0 says why nobody watches, unless it raises why."""
         assert self._group is not None
-        _Ranks._agreements += 1
-        store = PrefixStore(f"foreshock/{self._group.group_name}/{_Ranks._agreements}", _get_default_store())
+        store = PrefixStore(f"foreshock/{self._group.group_name}", _get_default_store())
         decision = agree(
             store,
             rank=self.rank,

@@ -13,10 +13,14 @@ USUAL_STEPS = 50
 """Steps before a climb that show what was usual."""
 _EARLY_STEPS = 40
 """A climb that begins so soon, with a steady learning rate, was there from the start."""
+_LARGE_NORM, _LARGE_LOSS = 50.0, 30.0
+"""A first step beyond these comes of the weights that training began with: the norm of a sane start is about 1 to 10,
+and no cross entropy starts above 30."""
 _RISING = 1.2
 """The learning rate before a climb over its least of the steps before."""
 _DEEP_LAYERS = 8
-_RECURRENT = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+_PLAIN = ("RNN", "RNNCell")
+_RECURRENT = (*_PLAIN, "LSTM", "GRU", "LSTMCell", "GRUCell")
 _NORMALISATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
 
 
@@ -27,13 +31,18 @@ def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
     if rates and rates[-1] > _RISING * min(rates):
         return "learning_rate"
     types = model.module_types
-    if types and onset.sequence <= _EARLY_STEPS:
+    early = onset.sequence <= _EARLY_STEPS and steps[0].sequence == 1
+    deep = len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALISATIONS) for name in types)
+    first = steps[0]
+    if early and not deep and (first.global_norm > _LARGE_NORM or (first.loss or 0.0) > _LARGE_LOSS):
         return "initialization"
-    if any(name in types for name in _RECURRENT):
+    if any(name in types for name in _PLAIN):
         return "recurrent"
-    if len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALISATIONS) for name in types):
+    if deep:
         return "normalization"
-    return "unknown"
+    if early and rates:
+        return "learning_rate"
+    return "recurrent" if any(name in types for name in _RECURRENT) else "unknown"
 
 
 def against_explosion(
@@ -45,7 +54,7 @@ def against_explosion(
     types = model.module_types
     rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
     of = f", first of {layer}" if layer else ""
-    plain = any(name in types for name in ("RNN", "RNNCell"))
+    plain = any(name in types for name in _PLAIN)
     advice: dict[str, str] = {
         "learning_rate": f"a smaller learning rate{rate}, with a warm-up over the first steps",
         "initialization": f"a smaller initialisation{of}: see how its weights are scaled",

@@ -23,7 +23,6 @@ from foreshock_collector.rules import Rules
 EventKind = Literal["spike", "build_up", "loss_spike", "nonfinite", "recovered"]
 _LARGEST = 1e150
 """Values are cut here, so that differences and squares stay finite."""
-_LARGEST_LOG = math.log(1.7e308)
 _SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
@@ -63,12 +62,15 @@ class Channel:
     deviation: float = 0.0
     count: int = 0
     total: float = 0.0
+    """The sum of high steps..."""
+    peak: float = 0.0
+    """... and how far the highest of them stood above the usual."""
     in_build_up: bool = False
     quiet: int = 0
     spikes_in_a_row: int = 0
     accepting: int = 0
     high: list[float] = field(default_factory=list)
-    """How far the newest steps in a row stood above the usual, while each stood far above."""
+    """How far the newest steps stood above the usual, while each in a row rose as a spike does."""
     first: list[float] = field(default_factory=list)
     """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
 
@@ -79,38 +81,33 @@ class Channel:
         """
         found: list[Finding] = []
         log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
-        beta, slack, limit, settled = 1 - rule.alpha, rule.cusum_slack, rule.cusum_limit, self._settled(rule)
-        mean, deviation, count, total, quiet = self.mean, self.deviation, self.count, self.total, self.quiet
+        beta, rise, settled = 1 - rule.alpha, rule.high_rise, self._settled(rule)
+        mean, deviation, count = self.mean, self.deviation, self.count
         calm = self._calm
-        for index, value in enumerate(values):
+        for place, value in enumerate(values):
             if calm and count >= settled and (plain or value > 0):
                 x = value if plain else log(value)
-                least = floor * abs(mean) if plain else floor
+                scale = abs(mean) if plain else 1.0
                 sigma = _SIGMA * deviation
-                if sigma < least:
-                    sigma = least
+                if sigma < floor * scale:
+                    sigma = floor * scale
                 off = x - mean
                 size = off if off > 0 else -off
-                if size < clamp * sigma:
-                    sum_ = total + off / sigma - slack
-                    if sum_ < limit:
-                        deviation += beta * (size - deviation)
-                        mean += beta * off
-                        count += 1
-                        total = sum_ if sum_ > 0 else 0.0
-                        quiet = quiet + 1 if total == 0 else 0
-                        continue
-            self.mean, self.deviation, self.count, self.total, self.quiet = mean, deviation, count, total, quiet
-            self._judge(index, value, rule, found)
-            mean, deviation, count, total, quiet = self.mean, self.deviation, self.count, self.total, self.quiet
+                if size < clamp * sigma and off < rise * scale:
+                    deviation += beta * (size - deviation)
+                    mean += beta * off
+                    count += 1
+                    continue
+            self.mean, self.deviation, self.count = mean, deviation, count
+            self._judge(place, value, rule, found)
+            mean, deviation, count = self.mean, self.deviation, self.count
             calm = self._calm
-        self.mean, self.deviation, self.count, self.total, self.quiet = mean, deviation, count, total, quiet
+        self.mean, self.deviation, self.count = mean, deviation, count
         return found
 
     def expect_change(self, rule: rules.Channel) -> None:
         """What comes next was planned: follow it to its new level, and warn only of a surge."""
-        self.accepting, self.total = rule.accept_steps, 0.0
-        self.high.clear()
+        self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
 
     def usual(self, rule: rules.Channel) -> float | None:
         """The value that history leads one to expect; None without history."""
@@ -128,13 +125,14 @@ class Channel:
 
     @property
     def _calm(self) -> bool:
-        return not (self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
+        """Nothing is under way: a step that is not high leaves all but the history as it is."""
+        return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
     def _settled(self, rule: rules.Channel) -> int:
         """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
         return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
 
-    def _judge(self, index: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
+    def _judge(self, place: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
         x = math.log(value) if rule.logarithmic else max(-_LARGEST, min(value, _LARGEST))
@@ -147,18 +145,15 @@ class Channel:
         ready = self.count >= rule.ready_after
         usual = self.mean if ready else median(self.first)
         off, z = x - usual, (x - self.mean) / sigma
-        expected = math.exp(min(usual, _LARGEST_LOG)) if rule.logarithmic else usual
+        expected = math.exp(usual) if rule.logarithmic else usual
         spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
         if spike:
-            found.append(Finding(index, "spike", z, expected))
-        score = self._add_up(z, rule) if ready and not self.accepting else None
-        surge = self._surge(off, rule) if rule.logarithmic else None
-        if score is None and surge is not None:
-            score = max(surge, rule.cusum_limit)
+            found.append(Finding(place, "spike", z, expected))
+        score = self._add_up(z, off / scale if scale else 0.0, rule, judged=ready and not self.accepting)
         if score is not None:
             if not self.in_build_up:
-                found.append(Finding(index, "build_up", score, expected))
-            self.in_build_up, self.total, self.quiet = True, 0.0, 0
+                found.append(Finding(place, "build_up", score, expected))
+            self.in_build_up, self.total, self.peak, self.quiet = True, 0.0, 0.0, 0
         self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
         if self.spikes_in_a_row >= rule.accept_after:
             self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
@@ -168,24 +163,21 @@ class Channel:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
 
-    def _add_up(self, z: float, rule: rules.Channel) -> float | None:
-        """The sum, where it has reached its limit."""
-        self.total = max(0.0, self.total + min(z, rule.cusum_cap) - rule.cusum_slack)
-        if self.total >= rule.cusum_limit:
-            return self.total
-        self.quiet = self.quiet + 1 if self.total == 0.0 else 0
-        self.in_build_up = self.in_build_up and self.quiet < rule.quiet_steps
-        return None
-
-    def _surge(self, off: float, rule: rules.Channel) -> float | None:
-        """How far the last of some steps in a row stands above the usual, if all do and it goes on upwards."""
-        if off < rule.spike_rise:
-            self.high.clear()
-            return None
-        self.high = [*self.high, off][-rule.surge_steps :]
-        if len(self.high) < rule.surge_steps:
-            return None
-        return off if off > rule.surge_rise or off == max(self.high) else None
+    def _add_up(self, z: float, off: float, rule: rules.Channel, *, judged: bool) -> float | None:
+        """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
+        steep, highest = off >= rule.steep_rise, off >= self.peak
+        self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
+        surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high))
+        if judged:
+            self.total = max(
+                0.0, self.total + (min(z, rule.cusum_cap) if off >= rule.high_rise else 0) - rule.cusum_slack
+            )
+            self.quiet = self.quiet + 1 if self.total == 0.0 else 0
+            self.peak = max(self.peak, off) if self.total else 0.0
+            self.in_build_up = self.in_build_up and self.quiet < rule.quiet_steps
+        climbs = self.total >= rule.cusum_limit and steep and highest
+        lasts = self.total >= rule.lasting_limit and off >= rule.spike_rise
+        return max(self.total, rule.cusum_limit) if climbs or lasts or surge else None
 
     def _learn(self, x: float, sigma: float, rule: rules.Channel, *, clamped: bool) -> None:
         if clamped:

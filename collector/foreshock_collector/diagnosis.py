@@ -21,6 +21,8 @@ _CONFIDENCE: dict[Cause, float] = {
     "sudden_nonfinite": 0.75,
 }
 """Where it is quiet before and no rank is named; by rule of thumb."""
+_BLOWN_RATIO = 1000.0
+"""A rank whose norm is this many times the largest of the others' has a fault of its own: no batch makes so much."""
 _OUTLIER_RATIO = 3.0
 """A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
 
@@ -49,7 +51,7 @@ def diagnose(
     bad = steps[-1]
     if not bad.nonfinite:
         return _healthy(bad)
-    signs = _signs(bad, events, climbing, rules)
+    signs = _signs(bad, events, climbing, rules) or _early_signs(steps, rules)
     culprit, evidence = _culprit(bad, board)
     evidence.insert(0, _bad_values(bad))
     parameter, layer = _first_parameter(bad, culprit, board, model)
@@ -61,6 +63,10 @@ def diagnose(
         evidence.append(f"first in backward order: {parameter}")
     evidence += _loss_before(bad, events, rules)
     if signs:
+        loud = None if culprit is not None else _lone_rank(signs, board)
+        if loud is not None:
+            evidence.append(f"at step {signs[0].step} the local norm of rank {loud} alone stood far above the others'")
+            return _quiet_before("bad_rank", bad, evidence, loud, parameter, layer)
         return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
     if left_out and not bad.overflow:
         collapsed = left_out >= rules.collapse_after
@@ -191,7 +197,7 @@ def _quiet_before(
     summary = {
         "sudden_nonfinite": f"The {first} was suddenly not finite at step {bad.step}{where}; all was quiet before.",
         "nonfinite_gradient": f"The gradient was not finite at step {bad.step}, though the loss was.",
-        "bad_rank": f"At step {bad.step} the gradient of rank {culprit} alone was not finite, though its loss was.",
+        "bad_rank": f"The gradient of rank {culprit} alone went wrong by step {bad.step}, though its loss had not.",
         "amp_scale_collapse": f"The gradient still overflows at step {bad.step}, with the loss scale down to "
         f"{bad.loss_scale:g}."
         if bad.overflow
@@ -232,6 +238,41 @@ def _signs(bad: Step, events: Sequence[Event], climbing: int, rules: Rules) -> l
     if build_ups and climbing >= first:
         first = min(first, build_ups[-1])
     return [e for e in events if e.kind in ("spike", "build_up") and first <= e.sequence < bad.sequence]
+
+
+def _early_signs(steps: Sequence[Step], rules: Rules) -> list[Event]:
+    """Of a run that ends before its history can judge: the steps at its end that stand far above those before."""
+    norms = [s.global_norm for s in steps[:-1]]
+    if steps[0].sequence > 1 or not 2 <= len(norms) <= rules.gradient.ready_after or not np.isfinite(norms).all():
+        return []
+    usual = float(np.median(norms[:-1]))
+    if norms[-1] < math.exp(rules.gradient.steep_rise) * usual:
+        return []
+    # The first is the usual of a run of two steps.
+    high = [s for s in steps[1:-1] if s.global_norm > math.exp(rules.gradient.spike_rise) * usual] or [steps[-2]]
+    return [
+        Event(
+            kind="spike",
+            attempt=s.attempt,
+            sequence=s.sequence,
+            step=s.step,
+            score=rules.gradient.spike_z,
+            value=s.global_norm,
+            usual=usual,
+        )
+        for s in high
+    ]
+
+
+def _lone_rank(signs: Sequence[Event], board: Board) -> int | None:
+    """The one rank whose own norm blew up where the trouble began: data and weights blow up on all."""
+    onset = min(signs, key=lambda sign: sign.sequence)
+    (norms,) = board.local_norms(np.array([onset.sequence], np.int64))
+    if len(norms) < 2 or np.isnan(norms).any():
+        return None
+    loudest = int(norms.argmax())
+    others = np.delete(norms, loudest)
+    return loudest if norms[loudest] > _BLOWN_RATIO * float(others.max()) else None
 
 
 def _bad_values(bad: Step) -> str:

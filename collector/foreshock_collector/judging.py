@@ -130,7 +130,7 @@ class Judge:
 
     def standstill(self, attempt: Attempt, now: float, *, since: float) -> None:
         """It makes no step though its ranks are there, by the run's own pace. since: at least so long watched."""
-        quiet = now - max(self._totals.last["step"], attempt.started_seconds, since)
+        quiet = now - max(self._totals.last["step"], since)
         there = [i for i in attempt.instances.values() if not i.closed and now - i.last_report < _HEARD_SECONDS]
         usual = self._totals.stall_after()
         if quiet <= usual or not there:

@@ -27,15 +27,20 @@ class Channel:
     """Deviations above the mean that make a spike (OLMo-core's)..."""
     spike_rise: float = math.log(3.0)
     """... if it is also this far above: three times the usual norm."""
+    high_rise: float = math.log(2.0)
+    """A step this far above the usual is high. Only such steps add to the sum: a norm that drifts is no build-up."""
     cusum_slack: float = 1.0
-    cusum_limit: float = 8.0
-    """Sum of (z - slack) that makes a build-up..."""
+    """What each step takes off the sum, high or not."""
     cusum_cap: float = 6.0
-    """Most that z counts in it: a lone spike adds 5 and cannot reach the limit."""
+    """Most that a step's z adds to it: a lone spike adds 5."""
+    cusum_limit: float = 8.0
+    """A sum that makes a build-up, if the step is the highest since the sum was zero, and steep..."""
+    steep_rise: float = math.log(10.0)
+    """... that is, so far above the usual. A norm that comes down again from a spike does not climb..."""
+    lasting_limit: float = 16.0
+    """... nor need it, at a sum that takes four spikes."""
     surge_steps: int = 3
-    """Steps in a row, each above the spike's rise, that make a build-up whatever the deviation..."""
-    surge_rise: float = math.log(10.0)
-    """... if the last is this far above the usual, or above all before it."""
+    """Spikes' rises in a row that make a build-up whatever the deviation, if the last is steep or the highest."""
     clamp: float = 3.0
     """Deviations to which values are clamped before they become history."""
     first_deviation: float = 0.25

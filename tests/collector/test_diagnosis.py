@@ -138,19 +138,21 @@ def test_overflows_do_not_hide_a_nan_that_follows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "before", "rates", "root", "first"),
+    ("model", "calm", "rates", "root", "first"),
     [
-        (RECURRENT, 100, [0.1] * 60 + [0.1 + 0.01 * i for i in range(40)], "learning_rate", "learning rate"),
-        (DEEP, 30, [0.1] * 30, "initialization", "initialisation"),
-        (RECURRENT, 100, [0.1] * 100, "recurrent", "LSTM"),
-        (DEEP, 100, [0.1] * 100, "normalization", "LayerNorm"),
-        (PLAIN, 100, [0.1] * 100, "unknown", "clip by norm"),
+        (RECURRENT, quiet(), [0.1] * 60 + [0.1 + 0.01 * i for i in range(40)], "learning_rate", "learning rate"),
+        (PLAIN, [{"norm": 900.0, "loss": 2.0}, *quiet(30)], [0.1] * 31, "initialization", "initialisation"),
+        (PLAIN, quiet(30), [0.1] * 30, "learning_rate", "learning rate"),
+        (DEEP, quiet(30), [0.1] * 30, "normalization", "LayerNorm"),
+        (RECURRENT, quiet(), [0.1] * 100, "recurrent", "LSTM"),
+        (DEEP, quiet(), [0.1] * 100, "normalization", "LayerNorm"),
+        (PLAIN, quiet(), [0.1] * 100, "unknown", "clip by norm"),
     ],
 )
 def test_the_first_thing_to_try_follows_from_the_likely_root(
-    model: ModelFacts, before: int, rates: list[float], root: str, first: str
+    model: ModelFacts, calm: list[dict[str, Any]], rates: list[float], root: str, first: str
 ) -> None:
-    calm = [record | {"rate": rate} for record, rate in zip(quiet(before), rates, strict=True)]
+    calm = [record | {"rate": rate} for record, rate in zip(calm, rates, strict=True)]
     blown = [record | {"rate": rates[-1]} for record in climb()]
     found = verdict([*calm, *blown, {"norm": NAN, "loss": NAN, "rate": rates[-1]}], model=model)
     assert (found.cause, found.likely_root) == ("exploding_gradients", root)

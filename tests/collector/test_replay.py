@@ -213,7 +213,14 @@ def test_a_change_of_the_interval_begins_a_new_series() -> None:
 
 def test_a_rule_may_be_set_and_a_wrong_one_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = csv(tmp_path, explosion())
-    surge = ["--set", "gradient.surge_steps=1000", "--set", "gradient.cusum_limit=1e9"]
+    surge = [
+        "--set",
+        "gradient.surge_steps=1000",
+        "--set",
+        "gradient.steep_rise=1e9",
+        "--set",
+        "gradient.lasting_limit=1e9",
+    ]
     assert diagnose([str(path), "--json", *surge]) == 1
     assert "build_up" not in capsys.readouterr().out
     for wrong in ("spike=1", "gradient.spike_z", "gradient.spike_z=high"):

@@ -1,0 +1,127 @@
+"""One rank of one case: an ordinary DDP script, with `foreshock.attach` and a fault put in."""
+
+from __future__ import annotations
+
+import copy
+import os
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import foreshock
+from benchmarks.faults.cases import Case
+from benchmarks.faults.causes import fault_of
+from benchmarks.faults.models import build
+from benchmarks.faults.tasks import Task
+
+_TIME_OUT = timedelta(seconds=60)
+_STEPS_AFTER = 3
+"""Steps that a job goes on after its weights are no longer finite."""
+
+
+def train(case: Case, rank: int, store: str, collector: str) -> None:
+    """store: path of a file by which the ranks meet."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(case.ranks)}
+    torch.manual_seed(case.seed)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.ranks, timeout=_TIME_OUT)
+    try:
+        fault = fault_of(case, rank)
+        task = Task(
+            case.model,
+            case.loss,
+            seed=case.seed,
+            stream=fault.stream(),
+            length=case.length,
+            noise=case.noise,
+            tail=case.tail,
+        )
+        module = build(case.model, task.outputs)
+        fault.model(module)
+        model = DistributedDataParallel(module, find_unused_parameters=False)
+        optimizer = _optimizer(case, model)
+        with foreshock.attach(
+            model, optimizer, clip=case.clip, collector=collector, run=case.name, experiment="faults"
+        ) as watch:
+            Loop(case, rank, fault, task, model, optimizer, watch).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def _optimizer(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
+    parameters = model.parameters()
+    if case.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=case.rate, fused=True)
+    momentum = 0.9 if case.optimizer == "momentum" else 0.0
+    return torch.optim.SGD(parameters, lr=case.rate, momentum=momentum, fused=True)
+
+
+class Loop:
+    """The steps of a job."""
+
+    def __init__(
+        self, case: Case, rank: int, fault: Any, task: Task, model: Any, optimizer: Any, watch: foreshock.Watch
+    ) -> None:
+        self.case, self.rank, self.fault, self.task = case, rank, fault, task
+        self.model, self.optimizer, self.watch = model, optimizer, watch
+        half = case.precision == "fp16"
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=case.loss_scale, enabled=half)
+        kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
+        kind = kinds.get(case.precision)
+        self.cast = nullcontext() if kind is None else torch.autocast("cpu", dtype=kind)
+        self.saved = self._state()
+
+    def run(self) -> None:
+        case, spoilt = self.case, 0
+        step = 0
+        while step < case.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = case.rate_at(step)
+            self.fault.process(step)
+            self._step(step)
+            self.fault.weights(step, self.model)
+            step += 1
+            if case.checkpoint_every and step % case.checkpoint_every == 0 and self._finite():
+                self.saved = self._state()
+            if not self._finite():
+                spoilt += 1
+                if case.checkpoint_every:
+                    self._restore()
+                elif spoilt > _STEPS_AFTER:
+                    return
+            if step in case.restarts:
+                self._restore()
+
+    def _step(self, step: int) -> None:
+        case, total = self.case, None
+        pieces = case.pieces_at(step)
+        for piece in range(pieces):
+            x, target = self.fault.batch(step, self.task.batch(case.batch_at(step)))
+            last = piece == pieces - 1
+            with nullcontext() if last else self.model.no_sync():
+                with self.cast:
+                    output = self.model(x)
+                loss = self.task.value(output.float(), target)
+                loss = self.fault.loss(step, output.float(), target, loss) / pieces
+                total = loss.detach() if total is None else total + loss.detach()
+                self.scaler.scale(loss).backward()
+        self.watch.observe(loss=total, step=step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def _finite(self) -> bool:
+        """Weights are alike on all ranks, so all ranks decide alike."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
+
+    def _state(self) -> dict[str, Any]:
+        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def _restore(self) -> None:
+        """From the last checkpoint."""
+        saved = copy.deepcopy(self.saved)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])

@@ -1,0 +1,70 @@
+"""A collector that also keeps what recorders send, message by message: the corpus is recorded through the real path."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from foreshock_collector.intake import Intake
+from foreshock_collector.runs import Runs
+from foreshock_collector.service import Telemetry, make_server
+from foreshock_collector.store import Store
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+_ACK_SECONDS = 0.2
+
+
+class Tape(Intake):
+    """Everything that was taken, in order, by run."""
+
+    def __init__(self, runs: Runs, store: Store, clock: Callable[[], float]) -> None:
+        super().__init__(runs, store, clock, ended_seconds=1e6, silent=1e6)
+        self.messages: dict[str, list[pb.FromRecorder]] = defaultdict(list)
+        self._runs_of: dict[str, str] = {}
+
+    def take(self, message: pb.FromRecorder, greeted: set[str]) -> None:
+        super().take(message, greeted)
+        which = message.WhichOneof("message")
+        if which == "hello":
+            self._runs_of[message.hello.instance] = message.hello.run
+        content = getattr(message, which)
+        self.messages[self._runs_of[content.instance]].append(message)
+
+
+class TapeServer:
+    """In a thread of its own, on loopback."""
+
+    def __init__(self) -> None:
+        self.tape: Tape
+        self.address = ""
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def __enter__(self) -> TapeServer:
+        self._thread.start()
+        self._ready.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _serve(self) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        store = Store(":memory:")
+        self.tape = Tape(Runs(), store, time.time)
+        telemetry = Telemetry(self.tape, store.epoch, ack_seconds=_ACK_SECONDS, page_url=lambda: "")
+        server: Any = make_server(telemetry)
+        self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        committer = asyncio.create_task(telemetry.committer())
+        self._ready.set()
+        await self._stop.wait()
+        committer.cancel()
+        await asyncio.wait([committer])
+        await server.stop(1.0)
+        store.close()
