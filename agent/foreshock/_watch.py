@@ -20,11 +20,13 @@ from foreshock._edits import GradientEdits
 from foreshock._guard import Guard
 from foreshock._hooks import BackwardEnd, StepHooks
 from foreshock._launch import RecorderProcess
-from foreshock._local import SUM_FIELDS, LocalNorms, RankSums
+from foreshock._local import LocalNorms, RankSums
 from foreshock._norms import NormSummary, gradient_norms, summarize
 from foreshock._records import Records
+from foreshock._rows import Row
 from foreshock._summary import ParameterPlan
-from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell
+from foreshock._weights import Weights
+from foreshock_recorder.ring import Farewell
 
 _SETTLE_SECONDS = 0.5
 """For sums of a few numbers: only a rank that is gone takes longer."""
@@ -83,10 +85,8 @@ class ActiveWatch(Watch):
         self._recorder = recorder
         self._guard = Guard(records.ring, strict=strict)
         device = plan.device()
-        self._constants = {
-            value: torch.full((), value, dtype=torch.float64, device=device) for value in (-1.0, 0.0, 1.0)
-        }
-        self._row = torch.zeros(records.ring.layout.columns, dtype=torch.float64, device=device)
+        self._row = Row(records.ring.layout.columns, len(plan.layers), device)
+        self._weights = Weights(plan.parameters)
         self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
         self._local = LocalNorms(plan) if local_norms else None
         self._sums = RankSums(model.process_group, device) if local_norms else None
@@ -179,7 +179,7 @@ class ActiveWatch(Watch):
             summary = self._unedited if edited and self._unedited is not None else self._measure()
             if scale is not None:
                 summary = summary.unscaled(scale.double())
-            coefficient = self._constants[1.0] if edited else self._apply_clip(summary, scale)
+            coefficient = self._row.constants[1.0] if edited else self._apply_clip(summary, scale)
         if coefficient is None and not edited:
             with self._guard:
                 self._clip_by_itself(scale)
@@ -249,7 +249,7 @@ class ActiveWatch(Watch):
 
     def _apply_clip(self, summary: NormSummary, scale: Tensor | None) -> Tensor:
         """Clip by the policy; the coefficient that the optimizer will have applied, float64 scalar."""
-        one = self._constants[1.0]
+        one = self._row.constants[1.0]
         if isinstance(self._clip, ValueClip):
             if scale is not None:
                 say_once("scaler", "ValueClip cannot clip gradients that GradScaler has still scaled; use NormClip")
@@ -298,39 +298,17 @@ class ActiveWatch(Watch):
             self._optimizer.grad_scale = self._theirs  # type: ignore[attr-defined]
 
     def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor) -> None:
-        """Stage the record's row. scale: of the loss, float64 scalar; the local gradients were seen with it."""
-        zero, one, none = (self._constants[value] for value in (0.0, 1.0, -1.0))
-        found_inf = getattr(self._optimizer, "found_inf", None)
-        values = {
-            "loss_scale": one if scale is None else scale.reshape(()),
-            "global_norm": summary.total,
-            "clip_coefficient": coefficient,
-            "global_nan_parameters": summary.nan_parameters,
-            "global_inf_parameters": summary.inf_parameters,
-            "first_nonfinite_global": summary.first_nonfinite,
-            "first_nonfinite_local": none,
-            "skipped": zero if found_inf is None else found_inf.double().reshape(()),
-        }
-        layers = len(self._plan.layers)
-        local = None if self._local is None else self._local.summary
-        if local is not None:
-            if scale is not None:
-                local = local.unscaled(scale)
-            values["local_norm"] = local.total
-            values["local_nan_parameters"] = local.nan_parameters
-            values["local_inf_parameters"] = local.inf_parameters
-            values["first_nonfinite_local"] = local.first_nonfinite
-            self._row[-layers:] = local.layers
-        else:
-            self._row[-layers:] = 0.0
-        if self._sums is not None:
-            self._sums.scaled_by(scale)
-            names = ("reduced_sequence", *SUM_FIELDS)
-            values |= dict(zip(names, self._sums.collect().unbind(), strict=True))
-        columns = len(DEVICE_COLUMNS)
-        torch.stack([values.get(name, zero) for name in DEVICE_COLUMNS], out=self._row[:columns])
-        self._row[columns : columns + layers] = summary.layers
-        self._records.measured(self._row)
+        """Stage the record's row. scale: of the loss, float64 scalar."""
+        row = self._row.filled(
+            summary,
+            scale=scale,
+            coefficient=coefficient,
+            found_inf=getattr(self._optimizer, "found_inf", None),
+            local=None if self._local is None else self._local.summary,
+            sums=self._sums,
+            weights=self._weights.look(self._records.sequence),
+        )
+        self._records.measured(row)
 
     def _edited(self) -> bool:
         """The script changed the gradients since backward: its norms are then those at the end of backward."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 MAX_RING_BYTES = 4 * 2**20
 """A container often has 64 MB of shared memory for eight ranks."""
 MAX_SLOTS = 4096
@@ -58,6 +58,9 @@ DEVICE_COLUMNS = (
     "reduced_loss_count",
     "reduced_nan_losses",
     "reduced_inf_losses",
+    "parameter_fingerprint",
+    "parameter_norm",
+    "update_ratio",
 )
 """Named as in `StepBatch`, but for `skipped`, which travels as a flag."""
 

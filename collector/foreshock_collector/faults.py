@@ -14,8 +14,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from foreshock_collector.board import Board
+from foreshock_collector.board import Board, Rows
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import Step
 from foreshock_collector.verdicts import Cause
@@ -37,6 +38,8 @@ class Seen(NamedTuple):
     """The layer with the smallest norm that is not zero (one without a gradient is frozen); -1: not known."""
     weakness: float
     """Its norm as part of the largest layer's."""
+    unlike: tuple[int, ...] | None = None
+    """Ranks whose weights differ from those of most; None: not known, or not looked at on this step."""
 
 
 class Change(NamedTuple):
@@ -88,6 +91,7 @@ def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
     norms = np.array([step.global_norm for step in steps])
     local = board.local_norms(sequences)
     layers = board.layer_norms_of(sequences)
+    unlike = [_unlike(*board.records(step.sequence), local.shape[1]) for step in steps]
     found = []
     with np.errstate(all="ignore"):
         mean_squares = np.square(local / norms[:, None]).mean(axis=1)
@@ -100,8 +104,19 @@ def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
         if finite[place] and np.isfinite(layers[place]).any():
             weakest = int(layers[place].argmin())
             weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
-        found.append(Seen(float(agreements[place]), float(spreads[place]), weakest, weakness))
+        found.append(Seen(float(agreements[place]), float(spreads[place]), weakest, weakness, unlike[place]))
     return found
+
+
+def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
+    """Ranks whose fingerprint is not that of most; of two that differ, both."""
+    prints = rows["parameter_fingerprint"]
+    if len(rows) < world or world < 2 or (prints < 0).any():
+        return None
+    values, counts = np.unique(prints, return_counts=True)
+    most = counts == counts.max()
+    usual = values[most] if most.sum() == 1 else values[:0]
+    return tuple(ranks[~np.isin(prints, usual)].tolist())
 
 
 @dataclass
@@ -136,12 +151,18 @@ class Faults:
         state = state or {}
         self._rules = rules.faults
         self._course = Course(**{name: _restored(value) for name, value in state.get("course", {}).items()})
+        self._alike_step: int = state.get("alike_step", -1)
+        """The last at which all ranks had the same weights; -1: none was."""
         self._streaks = {cause: Streak(**streak) for cause, streak in state.get("streaks", {}).items()}
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
         course = {name: _stored(value) for name, value in asdict(self._course).items()}
-        return {"course": course, "streaks": {cause: asdict(streak) for cause, streak in self._streaks.items()}}
+        return {
+            "course": course,
+            "alike_step": self._alike_step,
+            "streaks": {cause: asdict(streak) for cause, streak in self._streaks.items()},
+        }
 
     @property
     def diverging(self) -> bool:
@@ -153,7 +174,12 @@ class Faults:
         if step.nonfinite:
             return []
         self._course.take(step.global_norm, step.loss)
-        found = (self._duplicate(step, seen), self._vanishing(step, seen), self._diverging(step, building_up))
+        found = (
+            self._duplicate(step, seen),
+            self._drifting(step, seen),
+            self._vanishing(step, seen),
+            self._diverging(step, building_up),
+        )
         return [change for change in found if change is not None]
 
     def _duplicate(self, step: Step, seen: Seen) -> Change | None:
@@ -167,6 +193,20 @@ class Faults:
             f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
             f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
         )
+
+    def _drifting(self, step: Step, seen: Seen) -> Change | None:
+        if seen.unlike is None:
+            return None
+        told = "the weights of all ranks differ in their bits"
+        if len(seen.unlike) == 1:
+            told = f"the weights of rank {seen.unlike[0]} differ from the others' in their bits"
+        before = self._alike_step
+        if not seen.unlike:
+            self._alike_step = step.step
+        since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
+        rank = seen.unlike[0] if len(seen.unlike) == 1 else -1
+        change = self._count("replica_drift", bool(seen.unlike), step, told, since, after=1, ends_after=1)
+        return None if change is None else change._replace(rank=rank)
 
     def _vanishing(self, step: Step, seen: Seen) -> Change | None:
         rules, course = self._rules, self._course
@@ -208,11 +248,12 @@ class Faults:
         step: Step,
         *evidence: str,
         after: int = 0,
+        ends_after: int = 0,
         layer: int = -1,
     ) -> Change | None:
         streak = self._streaks.setdefault(cause, Streak())
         after = after or self._rules.begins_after
-        begins = streak.count(shows, step, begins_after=after, ends_after=self._rules.ends_after)
+        begins = streak.count(shows, step, begins_after=after, ends_after=ends_after or self._rules.ends_after)
         if begins is None:
             return None
         return Change(cause, begins, streak.sequence, streak.step, evidence, layer)

@@ -114,7 +114,7 @@ class OptimizerSummary(_message.Message):
     def __init__(self, type: _Optional[str] = ..., fused: bool = ...) -> None: ...
 
 class StepBatch(_message.Message):
-    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "dropped")
+    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "parameter_fingerprint", "parameter_norm", "update_ratio", "dropped")
     class DroppedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -151,6 +151,9 @@ class StepBatch(_message.Message):
     REDUCED_INF_LOSSES_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_NORM_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_RATIO_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
     instance: str
     first_sequence: int
@@ -181,8 +184,11 @@ class StepBatch(_message.Message):
     reduced_inf_losses: _containers.RepeatedScalarFieldContainer[float]
     global_layer_norms: _containers.RepeatedScalarFieldContainer[float]
     local_layer_norms: _containers.RepeatedScalarFieldContainer[float]
+    parameter_fingerprint: _containers.RepeatedScalarFieldContainer[float]
+    parameter_norm: _containers.RepeatedScalarFieldContainer[float]
+    update_ratio: _containers.RepeatedScalarFieldContainer[float]
     dropped: _containers.ScalarMap[str, int]
-    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("instance", "kind", "step", "wall_seconds", "detail")

@@ -1,0 +1,77 @@
+"""The weights themselves, looked at now and then: are they the same on every rank, how large, how fast do they move.
+
+On the device and without a sync. One kernel per parameter, so not every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from foreshock._norms import gradient_norms
+
+EVERY_STEPS = 100
+"""Weights are looked at on the first step and on every hundredth after it, the same on all ranks."""
+_MODULUS = 2**52
+"""Fingerprints travel as float64, which holds whole numbers below 2^53."""
+_SAMPLES = 4096
+"""Elements of a parameter, evenly spread, by which its movement is measured: a copy of all would cost memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFacts:
+    """Of one step. Float64 scalars on the weights' device; None: not measured on this step."""
+
+    fingerprint: Tensor | None = None
+    """A whole number below 2^52: the same on two ranks if and, but for chance, only if all bits of all weights are."""
+    norm: Tensor | None = None
+    """L2 norm over all parameters."""
+    update_ratio: Tensor | None = None
+    """How far the step before moved them: norm of the movement over the norm, of a sample of at most 4096 elements of
+    each parameter."""
+
+
+class Weights:
+    """Those of one rank. parameters: in the model's order, so in the same order on every rank."""
+
+    def __init__(self, parameters: tuple[nn.Parameter, ...]) -> None:
+        self._parameters = [p.detach() for p in parameters]
+        self._before: list[Tensor] | None = None
+
+    def look(self, sequence: int) -> WeightFacts:
+        """Before the step that this record is of. sequence: its number, from 1."""
+        ratio = None if self._before is None else self._movement(self._before)
+        self._before = None
+        if (sequence - 1) % EVERY_STEPS:
+            return WeightFacts(update_ratio=ratio)
+        self._before = self._samples()
+        norm = gradient_norms(self._parameters).square().sum().sqrt()
+        return WeightFacts(fingerprint=fingerprint(self._parameters), norm=norm, update_ratio=ratio)
+
+    def _samples(self) -> list[Tensor]:
+        flat = (p.reshape(-1) for p in self._parameters)
+        return [p[:: -(-p.numel() // _SAMPLES)].to(torch.float64, copy=True) if p.numel() else p for p in flat]
+
+    def _movement(self, before: list[Tensor]) -> Tensor:
+        after = self._samples()
+        moved = torch.stack([(a - b).square().sum() for a, b in zip(after, before, strict=True)]).sum()
+        size = torch.stack([b.square().sum() for b in before]).sum()
+        return torch.where(size > 0, (moved / size.clamp_min(1e-300)).sqrt(), 0.0)
+
+
+def fingerprint(parameters: list[Tensor]) -> Tensor:
+    """Exact, and free of the order of addition: a sum of the bit patterns as whole numbers, each parameter by a weight
+    of its own, so that two that have changed places show. Float64 scalar.
+    """
+    sums = torch.stack([_bits(p).sum(dtype=torch.int64) for p in parameters])
+    odd = 2 * torch.arange(len(parameters), dtype=torch.int64, device=sums.device) + 1
+    # int64 wraps around, which is arithmetic modulo 2^64; the mask makes it modulo 2^52.
+    return ((sums * odd).sum() & (_MODULUS - 1)).to(torch.float64)
+
+
+def _bits(parameter: Tensor) -> Tensor:
+    # Pieces of at most 32 bits: a flip of any of them is less than the modulus.
+    width = {1: torch.int8, 2: torch.int16}.get(parameter.element_size(), torch.int32)
+    return parameter.contiguous().reshape(-1).view(width)
