@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,10 @@ from foreshock_collector.totals import Totals
 from foreshock_collector.verdicts import Verdict
 from foreshock_collector.window import Window
 
+_LOST_PEER = re.compile(
+    r"gloo|nccl|DistBackendError|connection (closed|reset|refused)|broken pipe|store", re.IGNORECASE
+)
+"""What the exceptions of a process group say when another rank has gone."""
 _HEARD_SECONDS = 60.0
 """A rank that was heard of so lately is alive: its recorder says so every second."""
 
@@ -123,8 +128,9 @@ class Judge:
         if not lost or attempt.loss_judged or now - attempt.lost_heard < self._rules.faults.lost_seconds:
             return
         attempt.loss_judged = True
-        explained = FAILURE in attempt.incidents or any(i.ended == "EXCEPTION" for i in attempt.instances.values())
-        if not explained:
+        errors = (i.detail for i in attempt.instances.values() if i.ended == "EXCEPTION")
+        # Ranks that wait for a dead one in a collective end with an error of their own.
+        if FAILURE not in attempt.incidents and all(_LOST_PEER.search(error) for error in errors):
             verdict = verdict_on_loss(attempt.number, lost, attempt.world_size)
             self._open(attempt, "rank_lost", verdict, attempt.settled, now)
 

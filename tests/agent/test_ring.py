@@ -209,7 +209,9 @@ def test_a_file_that_is_no_ring_is_refused(tmp_path: Path) -> None:
 
 def test_a_ring_of_another_layout_is_refused_and_says_so(ring: Ring) -> None:
     ring.memory[8] = LAYOUT_VERSION + 1
-    with pytest.raises(ValueError, match=rf"not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock\?"):
+    with pytest.raises(
+        ValueError, match=rf"not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock\?"
+    ):
         RingReader(ring.path)
 
 

@@ -72,12 +72,11 @@ class Job:
         told = pb.Event(instance=f"r-{rank}", kind=kind, wall_seconds=self.now + seconds)
         self.run.happened(home[1], told, self.now)
 
-    def leave(self, rank: int, reason: pb.Goodbye.Reason) -> None:
+    def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
         home = self.runs.home(f"r-{rank}")
         assert home is not None
-        self.run.leave(
-            home[1], pb.Goodbye(instance=f"r-{rank}", reason=reason, last_sequence=self.sent[rank]), self.now
-        )
+        goodbye = pb.Goodbye(instance=f"r-{rank}", reason=reason, detail=detail, last_sequence=self.sent[rank])
+        self.run.leave(home[1], goodbye, self.now)
 
     def hear(self) -> None:
         for rank in range(len(self.sent)):
@@ -188,10 +187,20 @@ def test_a_rank_that_was_killed_is_named_first_of_those_that_followed_it() -> No
     assert job.causes() == ["rank_lost"]
 
 
+def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    job.event(1, pb.Event.RANK_LOST)
+    job.settle(10.0)
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("rank_lost", 1)
+
+
 def test_ranks_that_die_of_anothers_error_or_of_a_nan_are_not_lost() -> None:
     error = Job(ranks=2)
     error.train(30)
-    error.leave(0, pb.Goodbye.EXCEPTION)
+    error.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
     error.event(1, pb.Event.RANK_LOST)
     error.settle(10.0)
     assert error.causes() == []
