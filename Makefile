@@ -66,6 +66,14 @@ protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from teleme
 bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARGS="--json" and others
 	@$(BIN)/python benchmarks/step.py $(ARGS)
 
+.PHONY: bench-detection
+bench-detection: $(INSTALLED) ## how well detection does on recorded faults, beside other rules; ARGS="--json --part tune"
+	@$(BIN)/python -m benchmarks.detection $(ARGS)
+
+.PHONY: faults
+faults: $(INSTALLED) ## record the fault corpus anew (10 minutes); ARGS="--only 'bit_flip-*'"
+	@$(BIN)/python -m benchmarks.faults $(ARGS)
+
 .PHONY: wheel-check
 wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own
 	@PYTHON=$(PYTHON) .ci/wheel-check

@@ -1,4 +1,4 @@
-"""The dashboards: all runs, one run, its ranks, the collector. Layers are on the collector's page."""
+"""The dashboards: all runs, one run, its ranks, its layers, the collector."""
 
 from __future__ import annotations
 
@@ -256,6 +256,57 @@ def ranks() -> Json:
     return dashboard("foreshock-ranks", title, text, variables(one_run=True), rows)
 
 
+def layers() -> Json:
+    """The layers of one run."""
+    norms = _of(c.LAYER_GRADIENT_NORM)
+    growth = f"{norms} / avg_over_time({norms}[30m])"
+    by_run = "by (experiment, run)"
+    rows = [
+        [
+            Panel(
+                title="Norm of each layer, as a multiple of its own mean of half an hour",
+                description="Of the 16 layers with the largest norms. A row that lights up before the others is where "
+                "an explosion began; all at once is a learning rate, or the data.",
+                kind="status-history",
+                queries=(Query(expr=growth, legend="{{layer}}"),),
+                width=24,
+                height=12,
+                thresholds=((3, "yellow"), (10, "orange"), (100, "red")),
+            )
+        ],
+        [
+            Panel(
+                title="Norm of each layer",
+                description=c.LAYER_GRADIENT_NORM.help,
+                kind="timeseries",
+                queries=(Query(expr=norms, legend="{{layer}}"),),
+                logarithmic=True,
+            ),
+            Panel(
+                title="Layers that grow most",
+                description="The five whose norm is the largest multiple of its own mean of half an hour.",
+                kind="timeseries",
+                queries=(Query(expr=f"topk(5, {growth})", legend="{{layer}}"),),
+                logarithmic=True,
+                thresholds=((10, "orange"),),
+            ),
+        ],
+        [
+            _INCIDENTS,
+            Panel(
+                title="Smallest of these over the largest",
+                description="One that falls towards 1e-5 means that some layers learn nothing: vanishing gradients.",
+                kind="timeseries",
+                queries=(Query(expr=f"min {by_run} ({norms}) / max {by_run} ({norms})", legend="{{run}}"),),
+                logarithmic=True,
+                width=8,
+            ),
+        ],
+    ]
+    title, text = "Foreshock: layers", "Which layer grows, and since when; which ones learn nothing."
+    return dashboard("foreshock-layers", title, text, variables(one_run=True), rows)
+
+
 def collector() -> Json:
     """The collector itself."""
     rows = [
@@ -343,5 +394,5 @@ def _shares(title: str, *shares: tuple[str, str]) -> Panel:
     )
 
 
-DASHBOARDS = {"fleet": fleet, "run": run, "ranks": ranks, "collector": collector}
+DASHBOARDS = {"fleet": fleet, "run": run, "ranks": ranks, "layers": layers, "collector": collector}
 """By file name."""

@@ -18,8 +18,10 @@ from benchmarks.faults.outcome import disagreement
 from benchmarks.faults.tape import TapeServer
 from benchmarks.faults.traces import from_messages, path_of, save
 
-_LANES = 2
+LANES = 2
 """Cases at a time."""
+_STALL_SECONDS = 45.0
+"""After so long a job that stands still has done so."""
 _QUIET_SECONDS = 3.0
 """A job whose ranks have stopped telling of steps has stalled, or is over."""
 _LONGEST_SECONDS = 300.0
@@ -58,7 +60,7 @@ class Lane:
             self._ranks.append((process, ours))
         for rank, (_, pipe) in enumerate(self._ranks[: case.ranks]):
             pipe.send((case, rank, str(folder / f"{case.name}.store"), collector))
-        deadline = time.monotonic() + (20.0 if case.fault == "stalled_rank" else _LONGEST_SECONDS)
+        deadline = time.monotonic() + (_STALL_SECONDS if case.fault == "stalled_rank" else _LONGEST_SECONDS)
         said = [self._hear(pipe, deadline) for _, pipe in self._ranks[: case.ranks]]
         if any(said):
             self.close()
@@ -88,7 +90,7 @@ def record(chosen: Sequence[Case]) -> list[str]:
     with TapeServer() as server, tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["FORESHOCK_RING_DIR"] = str(folder / "rings")
-        lanes = [Lane() for _ in range(_LANES)]
+        lanes = [Lane() for _ in range(LANES)]
         queue = list(reversed(chosen))
 
         def work(lane: Lane) -> None:
@@ -114,6 +116,6 @@ def record(chosen: Sequence[Case]) -> list[str]:
                 sys.stderr.write(f"[{done}/{len(chosen)}] {case.part} {case.name} {took:.1f} s{note}\n")
             lane.close()
 
-        with ThreadPoolExecutor(_LANES) as pool:
+        with ThreadPoolExecutor(LANES) as pool:
             list(pool.map(work, lanes))
     return wrong

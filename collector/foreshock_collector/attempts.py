@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,8 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 WINDOW_STEPS = 512
 """Steps that are kept at hand, and those whose rank-level records outlive a restart."""
+_MOST_LAYERS, _LAYER_STEPS = 16, 64
+"""Layers that become series, and the steps by whose largest norms they are chosen: few, and seldom others."""
 PEACEFUL = ("FINISHED", "DETACHED")
 """Goodbyes that nobody needs to worry about."""
 
@@ -168,6 +171,19 @@ class Attempt:
             self.board.write(instance.rank, records, now)
             first, last = (int(records.rows["sequence"][end]) for end in (0, -1))
             self.more_is_known |= first <= self.failure.get("sequence", 0) <= min(last, self.settled)
+
+    def largest_layers(self) -> list[tuple[str, float]]:
+        """Names and newest finite norms of the layers that had the largest ones lately, in the model's order."""
+        if self._board is None or not self.model.layers:
+            return []
+        first = max(1, self.settled - _LAYER_STEPS + 1)
+        norms = self._board.layer_norms_of(np.arange(first, self.settled + 1))
+        finite = np.isfinite(norms)
+        known = np.flatnonzero(finite.any(axis=0)) if len(norms) else np.zeros(0, np.int64)
+        peaks = np.where(finite, norms, -math.inf).max(axis=0, initial=-math.inf)
+        chosen = sorted(known[np.argsort(-peaks[known], kind="stable")[:_MOST_LAYERS]].tolist())
+        newest = len(norms) - 1 - finite[::-1].argmax(axis=0)
+        return [(self.model.layers[layer], float(norms[newest[layer], layer])) for layer in chosen]
 
     def due(self, now: float) -> int:
         """Up to where steps may be put together."""

@@ -97,6 +97,12 @@ LOCAL_GRADIENT_NORM = _gauge(
     "L2 norm of a rank's own gradient before the all-reduce, at its newest step where it was finite.",
     labels=(*RUN, "rank"),
 )
+LAYER_GRADIENT_NORM = _gauge(
+    "foreshock_layer_gradient_norm",
+    "L2 norm of the averaged gradient of a layer, at its newest step where it was finite: of at most 16 layers, those "
+    "with the largest in the last 64 steps.",
+    labels=(*RUN, "layer"),
+)
 GRADIENT_NORM = Series(
     name="foreshock_gradient_norm",
     kind=Kind.HISTOGRAM,
@@ -141,6 +147,13 @@ LAST_BUILD_UP = _gauge(
 )
 LAST_LOSS_SPIKE = _gauge(
     "foreshock_last_loss_spike_timestamp_seconds", "When the collector saw the last loss spike; 0 if never.", "seconds"
+)
+LAST_SPIKE_STEP = _gauge("foreshock_last_spike_step", "Step of the last spike; not there before the first.")
+LAST_BUILD_UP_STEP = _gauge(
+    "foreshock_last_build_up_step", "Step at which the last build-up began; not there before the first."
+)
+LAST_LOSS_SPIKE_STEP = _gauge(
+    "foreshock_last_loss_spike_step", "Step of the last loss spike; not there before the first."
 )
 LAST_NONFINITE = _gauge(
     "foreshock_last_nonfinite_timestamp_seconds",

@@ -24,6 +24,7 @@ _LEVELS = {
     "loss_scale": c.LOSS_SCALE,
     "step": c.STEP,
 }
+_STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_spike": c.LAST_LOSS_SPIKE_STEP}
 _COUNTERS = {
     "steps": c.STEPS,
     "clipped": c.CLIPPED_STEPS,
@@ -76,6 +77,9 @@ class RunSeries(Collector):
                 _gauge(families, series, labels, totals.levels[name])
         for name, series in _TIMES.items():
             _gauge(families, series, labels, totals.last[name])
+        for name, series in _STEPS.items():
+            if name in totals.event_steps:
+                _gauge(families, series, labels, float(totals.event_steps[name]))
         for name, series in _COUNTERS.items():
             _counter(families, series, labels, totals.counters[name])
         for key, count in totals.nonfinite.items():
@@ -102,6 +106,8 @@ class RunSeries(Collector):
                 _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
             if instance.local_norm is not None:
                 _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
+        for layer, norm in attempt.largest_layers():
+            _gauge(families, c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
         if (incident := run.incidents.newest) is not None:
             v = incident["verdict"]
             rank = "" if v["rank"] is None else str(v["rank"])

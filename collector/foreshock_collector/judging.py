@@ -20,9 +20,7 @@ from foreshock_collector.totals import Totals
 from foreshock_collector.verdicts import Verdict
 from foreshock_collector.window import Window
 
-_LOST_PEER = re.compile(
-    r"gloo|nccl|DistBackendError|connection (closed|reset|refused)|broken pipe|store", re.IGNORECASE
-)
+_LOST_PEER = re.compile(r"gloo|nccl|DistBackendError|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
 """What the exceptions of a process group say when another rank has gone."""
 _HEARD_SECONDS = 60.0
 """A rank that was heard of so lately is alive: its recorder says so every second."""
@@ -72,7 +70,7 @@ class Judge:
             nonfinite=len(step.nonfinite),
             overflow=step.overflow and step.loss_scale >= 1,
         ):
-            self._totals.add_event(event.kind, now)
+            self._totals.add_event(event.kind, event.step, now)
             self._note(asdict(event), now)
             if event.kind == "recovered":
                 self._incidents.close(attempt, FAILURE, now)

@@ -15,7 +15,7 @@ from foreshock_collector.steps import Step
 NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS = 20, 600.0
-_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "levels")
+_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels")
 
 
 @dataclass
@@ -47,6 +47,8 @@ class Totals:
         self.last_incident: dict[str, float] = dict.fromkeys(INCIDENT_VERDICTS, 0.0)
         self.last: dict[str, float] = dict.fromkeys((*COUNTED_EVENTS, "nonfinite", "step"), 0.0)
         """When each kind of event was last seen."""
+        self.event_steps: dict[str, int] = {}
+        """Step of the last of each kind; none before the first."""
         self.levels: dict[str, float] = {}
         """Newest finite value of each gauge, of the newest attempt."""
         self.norms = Histogram(GRADIENT_NORM.buckets)
@@ -78,11 +80,12 @@ class Totals:
             }
             self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
 
-    def add_event(self, kind: str, now: float) -> None:
+    def add_event(self, kind: str, step: int, now: float) -> None:
         """Count what the detector has found."""
         if kind in COUNTED_EVENTS:
             self.counters[kind] += 1
             self.last[kind] = now
+            self.event_steps[kind] = step
 
     def add_incident(self, verdict: str, now: float) -> None:
         """Count an incident."""

@@ -43,6 +43,9 @@ def test_a_wrong_call_gets_one_line_and_exit_code_2(arguments: list[str], says: 
         ("grpc_port = 'x'", "grpc_port must be a whole number, not 'x'"),
         ("port = 1", "unknown setting 'port'"),
         ("[", "file.toml"),
+        ("runs = 1", "runs must be tables by run"),
+        ('[runs."llm-*"]\nspike_z = 8', "runs.llm-*: unknown rule spike_z"),
+        ('[runs."llm-*".gradient]\nspike_z = "high"', "rule gradient.spike_z must be a number"),
     ],
 )
 def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str) -> None:

@@ -15,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from foreshock_collector.catalogue import CATALOGUE, INCIDENT_VERDICTS
 from foreshock_collector.config import Config, ConfigError, config_from
+from foreshock_collector.rules import DEFAULT
 from foreshock_collector.server import Server
 from foreshock_collector.store import Store, StoreError
 from foreshock_protos import SCHEMA_VERSION
@@ -127,6 +128,30 @@ def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
             await good.stored(3)
             await good.close()
             await bad.close()
+
+    serving(test())
+
+
+def test_a_run_has_the_rules_of_every_pattern_that_fits_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "collector.toml"
+    file.write_text(
+        '[runs."llm-*"]\nrecovered_after = 100\n[runs."llm-*".gradient]\nspike_z = 8\n[runs."*-7b"]\nlead_steps = 64\n'
+    )
+    chosen = config_from(["--config", str(file)], {})
+    rules = chosen.rules_of("llm-7b")
+    assert (rules.recovered_after, rules.gradient.spike_z, rules.lead_steps) == (100, 8.0, 64)
+    assert chosen.rules_of("other") == DEFAULT
+
+    async def test() -> None:
+        async with Server(config(tmp_path, runs={"quiet": {"gradient": {"spike_z": 1e9}}})) as server:
+            stream = Stream(server)
+            for run in ("quiet", "usual"):
+                await stream.send(hello(run), steps(1, [*[1.0] * 60, 50.0, 1.0], run=run))
+            await stream.stored(62)
+            found = await families(server)
+            assert value(found, "foreshock_gradient_spikes", run="quiet") == 0
+            assert value(found, "foreshock_gradient_spikes", run="usual") == 1
+            await stream.close()
 
     serving(test())
 

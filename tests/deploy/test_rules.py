@@ -29,11 +29,12 @@ COLLECTOR = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 GRAFANA = "http://127.0.0.1:3000"
 _INCIDENT = {"run", "verdict", "since_step", "lead_steps", "worst_rank", "layer"}
 FACTS = {
-    "ForeshockGradientSpike": {"run", "newest_step", "worst_rank"},
-    "ForeshockGradientBuildUp": {"run", "newest_step", "worst_rank"},
-    "ForeshockLossSpike": {"run", "newest_step"},
+    "ForeshockGradientSpike": {"run", "since_step", "newest_step", "worst_rank"},
+    "ForeshockGradientBuildUp": {"run", "since_step", "newest_step", "worst_rank"},
+    "ForeshockLossSpike": {"run", "since_step", "newest_step"},
     "ForeshockExplodingGradients": _INCIDENT,
     "ForeshockSuddenNonFinite": _INCIDENT,
+    "ForeshockTrainingFault": _INCIDENT - {"lead_steps"},
     "ForeshockStepsSkipped": {"run", "newest_step"},
     "ForeshockRankSilent": {"run", "newest_step", "worst_rank"},
     "ForeshockRanksMissing": {"run", "newest_step"},
@@ -57,6 +58,7 @@ def test_the_alerts_are_these() -> None:
         "ForeshockLossSpike": "info",
         "ForeshockExplodingGradients": "critical",
         "ForeshockSuddenNonFinite": "critical",
+        "ForeshockTrainingFault": "warning",
         "ForeshockStepsSkipped": "warning",
         "ForeshockRankSilent": "warning",
         "ForeshockRanksMissing": "warning",

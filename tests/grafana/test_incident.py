@@ -24,6 +24,7 @@ from tests.grafana.linting import filled
 from tests.grafana.test_dashboards import RULES
 
 WORLD = 2
+LAYERS = ("embedding", "head")
 PORTION = 20
 """Steps between two scrapes, so that rates and increases have something to show."""
 
@@ -53,7 +54,8 @@ async def feed(server: Collector, recorded: Recorded) -> None:
     streams = [Stream(server) for _ in range(WORLD)]
     for rank, stream in enumerate(streams):
         place = pb.Topology(rank=rank, world_size=WORLD)
-        await stream.send(hello("boom", instance=f"boom-{rank}", topology=place))
+        model = pb.ModelSummary(layers=LAYERS)
+        await stream.send(hello("boom", instance=f"boom-{rank}", topology=place, model=model))
     values = norms()
     for start in range(0, len(values), PORTION):
         portion = values[start : start + PORTION]
@@ -61,6 +63,8 @@ async def feed(server: Collector, recorded: Recorded) -> None:
             told = {"local_norm": [n * (1 + rank) for n in portion], "loss": portion, "learning_rate": [0.1] * PORTION}
             flags = [pb.LOSS_OBSERVED | pb.LOCAL_NORMS] * PORTION
             message = steps(start + 1, portion, run="boom", instance=f"boom-{rank}", flags=flags, **told)
+            if rank == 0:
+                message.steps.global_layer_norms.extend(norm * share for norm in portion for share in (0.6, 0.8))
             await stream.send(message)
         for stream in streams:
             await stream.stored(start + PORTION)

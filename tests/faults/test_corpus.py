@@ -1,0 +1,117 @@
+"""The fault corpus: the committed traces show what they are there for, and detection does on them what it promises."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+
+from benchmarks.detection import builds_up, measure
+from benchmarks.faults.cases import Case, Part, cases
+from benchmarks.faults.outcome import bad_steps, disagreement
+from benchmarks.faults.record import record
+from benchmarks.faults.traces import Trace, all_traces, load, path_of, save
+from foreshock_collector.catalogue import VERDICTS
+
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@cache
+def traces(part: Part) -> list[Trace]:
+    return all_traces(part)
+
+
+@cache
+def figures(part: Part) -> dict[str, Any]:
+    return measure(part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_case_has_a_trace_that_shows_it(part: Part) -> None:
+    found = {trace.case.name: trace for trace in traces(part)}
+    assert found.keys() == {case.name for case in cases(part)}
+    assert {name: told for name, trace in found.items() if (told := disagreement(trace))} == {}
+    assert [trace.case for trace in found.values()] == sorted(cases(part), key=lambda case: case.name)
+
+
+def test_each_cause_fails_often_enough_and_healthy_runs_are_as_many() -> None:
+    for part in PARTS:
+        failing: Counter[str] = Counter()
+        faults: Counter[str] = Counter()
+        kinds: Counter[str] = Counter()
+        for trace in traces(part):
+            kinds[trace.case.kind] += 1
+            if trace.case.kind == "failing" or trace.case.cause == "amp_overflow":
+                failing[trace.case.cause] += 1
+                faults[trace.case.fault] += 1
+        assert min(failing.values()) >= 4 and min(faults.values()) >= 4
+        assert kinds["healthy"] + kinds["recovering"] >= kinds["failing"]
+        told = set(VERDICTS) - {"healthy", "unknown", "nonfinite_gradient"}
+        assert failing.keys() >= told, "every verdict that a run of its own can have"
+
+
+def test_the_test_part_is_large_and_holds_what_tuning_has_not_seen() -> None:
+    steps: dict[str, int] = defaultdict(int)
+    for trace in traces("test"):
+        steps[trace.case.kind] += len(trace.records)
+    assert steps["healthy"] >= 100_000
+    assert steps["recovering"] >= 20_000
+    models = {part: {case.model for case in cases(part)} for part in PARTS}
+    assert len(models["test"] - models["tune"]) >= 2
+    assert not {case.seed for case in cases("tune")} & {case.seed for case in cases("test")}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_detection_warns_of_every_build_up_and_is_quiet_otherwise(part: Part) -> None:
+    found = figures(part)["rules"]["Foreshock"]
+    assert figures(part)["building_up"] >= 10
+    assert found["missed"] == []
+    assert found["alarms_per_10000_healthy_steps"] <= 0.5
+    assert found["alarms_per_10000_recovering_steps"] <= 10
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_verdicts_and_roots_are_right_nearly_always(part: Part) -> None:
+    assert figures(part)["verdicts"]["share"] >= 0.95, figures(part)["wrong"]
+    assert figures(part)["roots"]["share"] >= 0.80, figures(part)["wrong"]
+
+
+def test_building_up_is_three_steps_in_a_row_at_three_times_the_median() -> None:
+    calm = [1.0] * 60
+    bad = [*[False] * 63, True]
+    assert builds_up([*calm, 3.0, 3.0, 3.0, np.nan], bad)
+    assert not builds_up([*calm, 3.0, 2.9, 3.0, np.nan], bad)
+    assert not builds_up([*calm, 3.0, 3.0, 3.0, 1.0], [False] * 64)
+
+
+def test_a_trace_is_the_same_after_it_was_saved(tmp_path: Path) -> None:
+    trace = next(trace for trace in traces("tune") if trace.case.cause == "bad_rank")
+    save(trace, tmp_path / "trace.xz")
+    again = load(tmp_path / "trace.xz")
+    assert again.case == trace.case and again.ends == trace.ends
+    assert again.hello == trace.hello
+    for column in trace.records.dtype.names or ():
+        np.testing.assert_array_equal(again.records[column], trace.records[column])
+    np.testing.assert_array_equal(again.layer_norms, trace.layer_norms)
+
+
+def test_a_case_that_is_recorded_again_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the real probe, recorder and wire; the second case's ranks have attached unequally often before."""
+    monkeypatch.setattr("benchmarks.faults.record.path_of", lambda case: tmp_path / f"{case.name}.xz")
+    monkeypatch.setattr("benchmarks.faults.record.LANES", 1)
+    by_fault: dict[str, Case] = {case.fault: case for case in cases("tune")}
+    alone, together = by_fault["missing_value"], by_fault["bad_batch"]
+    alone = replace(alone, ranks=1, steps=40, at=20, kind="failing", cause="sudden_nonfinite", checkpoint_every=0)
+    assert together.ranks > 1
+    assert record([alone, together]) == []
+    known, again = load(path_of(together)), load(tmp_path / f"{together.name}.xz")
+    for column in ("sequence", "step", "loss", "local_norm", "global_norm", "parameter_fingerprint"):
+        np.testing.assert_array_equal(again.records[column], known.records[column])
+    first = int(bad_steps(again).argmax())
+    rows = again.records[first]
+    assert np.isnan(rows["loss"]).tolist() == [False] * (together.ranks - 1) + [True]
