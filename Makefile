@@ -9,6 +9,7 @@ BIN := .venv/bin
 PIP := -m pip --quiet --disable-pip-version-check install
 INSTALLED := .venv/.installed
 PROTOC_INSTALLED := .protos-venv/.installed
+GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
 GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
@@ -32,7 +33,7 @@ demo: $(INSTALLED) ## train a small model until it explodes, and read why; sets 
 	@$(BIN)/foreshock demo $(ARGS)
 
 .PHONY: test
-test: $(INSTALLED) prometheus chromium ## run the tests; sets everything up; ARGS="-k name" goes to pytest
+test: $(INSTALLED) prometheus chromium $(GRAFANA_SCHEMA) ## run the tests; sets everything up; ARGS="-k name" goes to pytest
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
@@ -91,6 +92,14 @@ chromium:
 	@for tool in chromium chromedriver; do \
 	  command -v $$tool >/dev/null || { $(call apt-install,The tests of the page run a real browser,chromium chromium-driver); break; }; \
 	done
+
+# Grafana publishes the dashboard's types; a JSON schema of them is made here, to the exact version.
+$(GRAFANA_SCHEMA): tests/grafana/tsconfig.json Makefile
+	@command -v npm >/dev/null || { $(call apt-install,The dashboards are held against Grafana's own types,npm); }
+	@npm install --silent --no-save --no-audit --no-fund --prefix $(@D) \
+	  @grafana/schema@13.2.3 ts-json-schema-generator@2.4.0 typescript@5.9.3
+	@$(@D)/node_modules/.bin/ts-json-schema-generator --tsconfig $< --no-type-check --type Dashboard --out $@ \
+	  --path $(@D)/node_modules/@grafana/schema/dist/types/raw/dashboard/x/types.gen.d.ts
 
 .PHONY: protos-drift
 protos-drift: $(PROTOC_INSTALLED)
