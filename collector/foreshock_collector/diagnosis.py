@@ -98,6 +98,7 @@ def diagnose(
 def _healthy(last: Step) -> Verdict:
     return Verdict(
         cause="healthy",
+        finite=True,
         attempt=last.attempt,
         first_bad_step=-1,
         onset_step=None,

@@ -10,12 +10,14 @@ from foreshock_collector.verdicts import Cause, Verdict
 
 _SUMMARIES: dict[Cause, str] = {
     "duplicate_data": "From step {step} on, all ranks compute the same gradient: they see the same data.",
+    "bad_rank": "Since step {step} the gradient of rank {rank} is out of all proportion to the others'.",
     "replica_drift": "At step {step} the weights of the ranks differ: they train different models{who}.",
     "vanishing_gradients": "Since step {step} gradients have all but vanished{where}.",
     "loss_divergence": "The loss has climbed since step {step}, and no gradient build-up explains it.",
 }
 _CONFIDENCE: dict[Cause, float] = {
     "duplicate_data": 0.9,
+    "bad_rank": 0.8,
     "replica_drift": 0.95,
     "vanishing_gradients": 0.8,
     "loss_divergence": 0.7,
@@ -25,6 +27,11 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
         "give the DataLoader a DistributedSampler, or split the data by rank yourself",
         "call sampler.set_epoch(epoch) at each epoch",
         "seed what draws the batches by rank, not alike everywhere",
+    ),
+    "bad_rank": (
+        "look at the data of that rank: another scale, another file, labels that do not belong to it",
+        "look for what that rank does by itself: another loss weight, precision or batch size",
+        "move it to another machine; if the fault stays behind, it is the device",
     ),
     "replica_drift": (
         "stop, and go back to a checkpoint from before that step: what is saved now is one rank's model",
@@ -54,6 +61,7 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
 }
 _ALTERNATIVES: dict[Cause, tuple[str, ...]] = {
     "duplicate_data": ("batches so large that ranks differ by less than rounding",),
+    "bad_rank": ("data that are meant to be harder on that rank",),
     "vanishing_gradients": ("layers that are meant to learn nothing",),
     "loss_divergence": ("data that became harder for good",),
     "rank_lost": ("somebody ended the job on purpose",),
@@ -73,7 +81,7 @@ def verdict_on_fault(change: Change, attempt: int, model: ModelFacts) -> Verdict
         rank=change.rank if change.rank >= 0 else None,
         layer=layer,
         confidence=_CONFIDENCE[change.cause],
-        summary=_SUMMARIES[change.cause].format(step=change.step, where=where, who=who),
+        summary=_SUMMARIES[change.cause].format(step=change.step, where=where, who=who, rank=change.rank),
         evidence=change.evidence,
     )
 
@@ -133,6 +141,7 @@ def _verdict(
         first_bad_step=step,
         onset_step=None,
         lead_steps=0,
+        finite=True,
         rank=rank,
         parameter="",
         layer=layer,

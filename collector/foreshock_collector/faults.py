@@ -38,6 +38,10 @@ class Seen(NamedTuple):
     """The layer with the smallest norm that is not zero (one without a gradient is frozen); -1: not known."""
     weakness: float
     """Its norm as part of the largest layer's."""
+    loudest: int = -1
+    """The rank with the largest local norm; -1: not known..."""
+    loudness: float = math.nan
+    """... and how many times the median of the others that is."""
     unlike: tuple[int, ...] | None = None
     """Ranks whose weights differ from those of most; None: not known, or not looked at on this step."""
 
@@ -104,8 +108,27 @@ def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
         if finite[place] and np.isfinite(layers[place]).any():
             weakest = int(layers[place].argmin())
             weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
-        found.append(Seen(float(agreements[place]), float(spreads[place]), weakest, weakness, unlike[place]))
+        loudest, loudness = _loudest(local[place])
+        found.append(
+            Seen(
+                agreement=float(agreements[place]),
+                spread=float(spreads[place]),
+                weakest=weakest,
+                weakness=weakness,
+                loudest=loudest,
+                loudness=loudness,
+                unlike=unlike[place],
+            )
+        )
     return found
+
+
+def _loudest(norms: NDArray[np.float64]) -> tuple[int, float]:
+    if len(norms) < 2 or not np.isfinite(norms).all():
+        return -1, math.nan
+    loudest = int(norms.argmax())
+    others = float(np.median(np.delete(norms, loudest)))
+    return (loudest, float(norms[loudest]) / others) if others > 0 else (-1, math.nan)
 
 
 def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
@@ -176,6 +199,7 @@ class Faults:
         self._course.take(step.global_norm, step.loss)
         found = (
             self._duplicate(step, seen),
+            self._outlying(step, seen),
             self._drifting(step, seen),
             self._vanishing(step, seen),
             self._diverging(step, building_up),
@@ -193,6 +217,14 @@ class Faults:
             f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
             f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
         )
+
+    def _outlying(self, step: Step, seen: Seen) -> Change | None:
+        if seen.loudest < 0:
+            return None
+        shows = seen.loudness > self._rules.outlier
+        told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
+        change = self._count("bad_rank", shows, step, told)
+        return None if change is None else change._replace(rank=seen.loudest)
 
     def _drifting(self, step: Step, seen: Seen) -> Change | None:
         if seen.unlike is None:

@@ -29,13 +29,14 @@ class Incidents:
         """The one that was opened last."""
         return self.kept[-1] if self.kept else None
 
-    def open(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> int:
-        """A new one; its number. One of a key may be open at a time."""
+    def open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> int:
+        """A new one, seen at the step of this sequence number; its own number. One of a key may be open at a time."""
         assert key not in attempt.incidents
         number = 1 + sum(self._totals.incidents.values())
         incident = {
             "id": number,
             "attempt": attempt.number,
+            "sequence": sequence,
             "opened_seconds": now,
             "updated_seconds": now,
             "closed_seconds": None,

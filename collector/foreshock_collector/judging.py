@@ -147,7 +147,7 @@ class Judge:
             self._open(attempt, "stalled", verdict, attempt.settled, now)
 
     def _open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> None:
-        number = self._incidents.open(attempt, key, verdict, now)
+        number = self._incidents.open(attempt, key, verdict, sequence, now)
         if not attempt.resting:
             self._keep_window(attempt, number, sequence)
 

@@ -75,7 +75,7 @@ def from_log(path: Path, found: Replay) -> Report:
         "learning_rate": [row.rate for row in found.log],
     }
     events = [{"kind": event.kind, "step": event.step} for event in found.events]
-    verdicts = [] if found.first_nonfinite is None else [found.verdict.as_json()]
+    verdicts = [] if found.verdict.cause == "healthy" else [found.verdict.as_json()]
     return Report(title=path.name, columns=columns, events=events, verdicts=verdicts, heat={})
 
 
@@ -174,7 +174,10 @@ def _charts(report: Report) -> list[str]:
 
 
 def _facts(verdict: dict[str, Any]) -> list[tuple[str, str]]:
-    facts = [("confidence", f"{verdict['confidence']:.0%}"), ("first non-finite step", str(verdict["first_bad_step"]))]
+    facts = [
+        ("confidence", f"{verdict['confidence']:.0%}"),
+        ("since step" if verdict.get("finite") else "first non-finite step", str(verdict["first_bad_step"])),
+    ]
     if verdict["onset_step"] is not None:
         facts.append(("began at step", f"{verdict['onset_step']}, {verdict['lead_steps']} steps before"))
     if verdict["rank"] is not None:

@@ -66,6 +66,8 @@ class Faults:
     """Ranks that agree so well see the same data: |mean gradient|^2 over the mean of |local gradient|^2..."""
     spread: float = 2e-3
     """... and their local norms differ by no more than this part of the largest."""
+    outlier: float = 10.0
+    """A rank whose local norm is this many times the median of the others', step after step, is not like them."""
     vanished: float = 1e-5
     """A layer whose norm is this part of the largest layer's learns nothing..."""
     vanishing_steps: int = 100

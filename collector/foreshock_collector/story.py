@@ -20,7 +20,7 @@ def story(verdict: dict[str, Any]) -> RenderableType:
         facts.add_row("root", verdict["likely_root"].replace("_", " "))
     if verdict["onset_step"] is not None:
         facts.add_row("began", f"step {verdict['onset_step']}")
-    facts.add_row("not finite", f"step {verdict['first_bad_step']}")
+    facts.add_row("since" if verdict.get("finite") else "not finite", f"step {verdict['first_bad_step']}")
     if verdict["lead_steps"]:
         facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
     facts.add_row("rank", "all alike" if verdict["rank"] is None else str(verdict["rank"]))

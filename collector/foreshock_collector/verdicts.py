@@ -25,6 +25,20 @@ Cause = Literal[
 Root = Literal["learning_rate", "initialization", "recurrent", "normalization", "unknown"]
 
 
+RUNBOOKS: dict[Cause, str] = {
+    "exploding_gradients": "ForeshockExplodingGradients",
+    "loss_divergence": "ForeshockTrainingFault",
+    "vanishing_gradients": "ForeshockTrainingFault",
+    "duplicate_data": "ForeshockTrainingFault",
+    "replica_drift": "ForeshockTrainingFault",
+    "stalled": "ForeshockRunStalled",
+    "rank_lost": "ForeshockRanksMissing",
+}
+"""The page that says more."""
+_RUNBOOK = "ForeshockSuddenNonFinite"
+"""That of every other cause."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What happened, where it began, and what to try."""
@@ -48,6 +62,8 @@ class Verdict:
     evidence: tuple[str, ...]
     try_: tuple[str, ...]
     alternatives: tuple[str, ...]
+    finite: bool = False
+    """Every number has stayed finite: `first_bad_step` is the first that showed the trouble."""
     likely_root: Root | None = None
     """Of an explosion: what most likely made the factors grow."""
 
@@ -55,4 +71,5 @@ class Verdict:
         """For the API and the store."""
         values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
         values["try"] = values.pop("try_")
+        values["runbook"] = "" if self.cause == "healthy" else RUNBOOKS.get(self.cause, _RUNBOOK)
         return values

@@ -135,6 +135,19 @@ def test_ranks_that_see_the_same_data_are_named_once_until_they_no_longer_do() -
     assert job.causes(only_open=True) == []
 
 
+def test_a_rank_out_of_all_proportion_is_a_bad_one_though_nothing_is_infinite() -> None:
+    job = Job(ranks=3)
+    job.train(60)
+    assert job.causes() == []
+    for rank in range(3):
+        job.tell(rank, [1.0] * 60, local_norm=[40.0 if rank == 1 else 1.0 + 0.1 * rank] * 60)
+    job.settle(1.0)
+    (incident,) = job.run.incidents.kept
+    verdict = incident["verdict"]
+    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("bad_rank", 1, 60)
+    assert verdict["runbook"] == "ForeshockSuddenNonFinite"
+
+
 def test_one_rank_is_never_its_own_duplicate() -> None:
     job = Job(ranks=1)
     job.train(100, alike=True)

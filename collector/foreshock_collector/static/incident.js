@@ -2,8 +2,6 @@
 
 import { clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
 
-const RUNBOOKS = { exploding_gradients: "ForeshockExplodingGradients" };
-
 export function age(incident, now) {
   return incident.closed_seconds === null
     ? `open for ${span(Math.max(0, now - incident.opened_seconds))}` : `over since ${clock(incident.closed_seconds)}`;
@@ -11,7 +9,6 @@ export function age(incident, now) {
 
 export function incidentCard(incident, show) {
   const { verdict } = incident;
-  const runbook = RUNBOOKS[verdict.cause] ?? "ForeshockSuddenNonFinite";
   const fact = (term, ...words) => el("div", {}, el("dt", {}, term), el("dd", {}, ...words));
   const list = (kind, items) => el(kind, {}, items.map((item) => el("li", {}, item)));
   const open = incident.closed_seconds === null;
@@ -20,8 +17,8 @@ export function incidentCard(incident, show) {
       // The card is read out when it comes; its age is not, each time it grows.
       el("span", { class: "quiet", "aria-live": "off" }, ` incident ${incident.id}, `, el("span", { id: "incident-age" }))),
     el("dl", { class: "where" },
-      fact("not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
-      fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
+      fact(verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
+      verdict.finite ? null : fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
         verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
       fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
       fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
@@ -29,7 +26,7 @@ export function incidentCard(incident, show) {
     el("p", { class: "summary" }, verdict.summary),
     el("div", { class: "columns" },
       el("div", {}, el("h3", {}, "Try"), list("ol", verdict.try),
-        el("p", {}, el("a", { class: "button", href: `/runbooks/${runbook}` }, "Open the runbook"), " ",
+        el("p", {}, el("a", { class: "button", href: `/runbooks/${verdict.runbook}` }, "Open the runbook"), " ",
           el("button", { type: "button", onclick: () => show(incident) }, "Show these steps"))),
       el("div", {}, el("h3", {}, "Seen"), list("ul", verdict.evidence),
         verdict.alternatives.length ? el("p", { class: "quiet" }, `It could also be: ${verdict.alternatives.join("; ")}.`) : null)));

@@ -81,9 +81,7 @@ function settle() {
 }
 
 function sequenceOf(incident) {
-  const event = known.events.find((each) =>
-    each.kind === "nonfinite" && each.attempt === incident.attempt && each.step === incident.verdict.first_bad_step);
-  return event?.sequence ?? null;
+  return incident.sequence ?? null;
 }
 
 // -- what is shown
@@ -95,7 +93,7 @@ function words() {
   attempts();
   const shown = known.incidents.filter((incident) => incident.attempt === view.attempt);
   const newest = shown.at(-1);
-  keep("incident", `${newest?.id} ${newest?.closed_seconds} ${known.incidents.length}`, () => [
+  keep("incident", `${newest?.id} ${newest?.closed_seconds} ${newest?.verdict.summary} ${known.incidents.length}`, () => [
     newest ? incidentCard(newest, showIncident) : null,
     earlier(known.incidents.filter((incident) => incident !== newest).reverse(), showIncident),
   ]);
