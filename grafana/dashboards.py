@@ -251,6 +251,21 @@ def ranks() -> Json:
                 ),
             ),
         ],
+        [
+            _gauge(
+                "Agreement of the ranks",
+                c.RANK_AGREEMENT,
+                "Steadily 1 on real data: is there a DistributedSampler?",
+                queries=(Query(expr=_of(c.RANK_AGREEMENT), legend="{{run}}", may_be_empty=True),),
+            ),
+            _gauge(
+                "Gradient noise scale, in batches of one rank",
+                c.NOISE_SCALE,
+                "It grows as training goes on.",
+                queries=(Query(expr=_of(c.NOISE_SCALE), legend="{{run}}", may_be_empty=True),),
+                logarithmic=True,
+            ),
+        ],
     ]
     title, text = "Foreshock: ranks", "Which rank differs from the others, and which has fallen silent."
     return dashboard("foreshock-ranks", title, text, variables(one_run=True), rows)

@@ -12,6 +12,7 @@ import numpy as np
 from foreshock_collector.board import Board, Records, complete, trouble
 from foreshock_collector.detection import Detector
 from foreshock_collector.faults import Faults
+from foreshock_collector.noise import NoiseScale
 from foreshock_collector.rules import Rules
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -114,6 +115,7 @@ class Attempt:
         """It has been said why its ranks were lost."""
         self.more_is_known = False
         """Records of that step have come since it was judged."""
+        self.noise = NoiseScale(**state.get("noise", {}))
         self.faults = Faults(state.get("faults"), rules)
         self.settled: int = state.get("settled", 0)
         """Sequence number up to which steps have been through detection."""
@@ -125,6 +127,7 @@ class Attempt:
         return {
             "detector": self.detector.state(),
             "faults": self.faults.state(),
+            "noise": self.noise.state(),
             "incidents": self.incidents,
             "failure": self.failure,
             "loss_judged": self.loss_judged,

@@ -103,6 +103,17 @@ LAYER_GRADIENT_NORM = _gauge(
     "with the largest in the last 64 steps.",
     labels=(*RUN, "layer"),
 )
+RANK_AGREEMENT = _gauge(
+    "foreshock_rank_agreement_ratio",
+    "Square norm of the averaged gradient over the mean square norm of the ranks' own, at the newest step that told: "
+    "1 means that all ranks see the same data, 1 over the world size that they share nothing but noise.",
+    "ratio",
+)
+NOISE_SCALE = _gauge(
+    "foreshock_gradient_noise_scale",
+    "Gradient noise scale, in batches of one rank, smoothed over some hundred steps: far more ranks than this, or far "
+    "larger batches, buy little.",
+)
 GRADIENT_NORM = Series(
     name="foreshock_gradient_norm",
     kind=Kind.HISTOGRAM,

@@ -106,6 +106,10 @@ class RunSeries(Collector):
                 _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
             if instance.local_norm is not None:
                 _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
+        if math.isfinite(attempt.noise.agreement):
+            _gauge(families, c.RANK_AGREEMENT, labels, attempt.noise.agreement)
+        if (scale := attempt.noise.value) is not None:
+            _gauge(families, c.NOISE_SCALE, labels, scale)
         for layer, norm in attempt.largest_layers():
             _gauge(families, c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
         if (incident := run.incidents.newest) is not None:

@@ -53,6 +53,8 @@ class Judge:
             self._totals.add_step(step, now, newest=newest)
             self._detect(attempt, step, now)
             self._lasting(attempt, step, seen, now)
+            if not step.nonfinite:
+                attempt.noise.take(seen.agreement, step.global_norm, attempt.world_size)
         if attempt.more_is_known:
             self._judge_anew(attempt, now)
 

@@ -1,0 +1,53 @@
+"""The gradient noise scale: how many ranks' batches it takes until the gradient is more signal than noise.
+
+A rank's gradient is the true one and noise; the average over W ranks has a W-th of that noise. From the mean square
+norm of the local gradients, l2, and the square norm of the averaged one, g2, both parts follow (McCandlish, Kaplan,
+Amodei et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1, with the rank's batch as the unit):
+
+    signal = (W g2 - l2) / (W - 1)        noise = (l2 - g2) / (1 - 1 / W)        scale = noise / signal
+
+Each is noisy itself, so both are averaged over steps before they are divided. Pure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+ALPHA = 0.99
+"""Weight of the past in both means: a half-life of 69 steps."""
+
+
+@dataclass
+class NoiseScale:
+    """Of one attempt."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    weight: float = 0.0
+    """Of what has been taken in, of 1: the means begin at 0."""
+    agreement: float = math.nan
+    """Of the newest step that told: g2 / l2, from 1 / W (all noise) to 1 (the same data on every rank)."""
+
+    def take(self, agreement: float, global_norm: float, world_size: int) -> None:
+        """A finite step. agreement: g2 / l2; NaN where it is not known."""
+        if math.isnan(agreement) or agreement <= 0 or world_size < 2 or not 0 < global_norm < 1e100:
+            return
+        self.agreement = min(agreement, 1.0)
+        g2 = global_norm**2
+        l2 = g2 / agreement
+        self.signal = ALPHA * self.signal + (1 - ALPHA) * (world_size * g2 - l2) / (world_size - 1)
+        self.noise = ALPHA * self.noise + (1 - ALPHA) * (l2 - g2) / (1 - 1 / world_size)
+        self.weight = ALPHA * self.weight + (1 - ALPHA)
+
+    @property
+    def value(self) -> float | None:
+        """In batches of one rank; None before there is enough to tell, or where the signal drowns."""
+        if self.weight < 0.2 or self.signal <= 0:
+            return None
+        return max(0.0, self.noise / self.signal)
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}
