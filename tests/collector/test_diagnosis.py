@@ -157,3 +157,25 @@ def test_the_first_thing_to_try_follows_from_the_likely_root(
     found = verdict([*calm, *blown, {"norm": NAN, "loss": NAN, "rate": rates[-1]}], model=model)
     assert (found.cause, found.likely_root) == ("exploding_gradients", root)
     assert first in found.try_[0]
+
+
+def test_a_run_too_young_for_a_history_has_exploded_if_its_last_norm_says_so() -> None:
+    young = [{"norm": norm, "loss": 2.0} for norm in (8.0, 79.0, 1e6)]
+    found = verdict([*young, {"norm": NAN, "loss": NAN}], model=DEEP)
+    assert (found.cause, found.onset_step, found.lead_steps) == ("exploding_gradients", 2, 1)
+    calm = [{"norm": norm, "loss": 2.0} for norm in (8.0, 7.0, 9.0)]
+    assert verdict([*calm, {"norm": NAN, "loss": NAN}], model=DEEP).cause == "sudden_nonfinite"
+
+
+def test_a_spike_of_one_rank_alone_before_the_nan_is_that_ranks_fault() -> None:
+    def after_spike(local: tuple[float, float]) -> Verdict:
+        board = Board(world_size=2, layers=0, settled=100)
+        for rank, norm in enumerate(local):
+            columns = {"flags": [pb.LOCAL_NORMS | pb.LOSS_OBSERVED] * 2, "local_norm": [norm, NAN]}
+            batch = steps(101, [1e30, NAN], loss=[2.0, NAN], local_nan_parameters=[0.0, 3.0], **columns).steps
+            board.write(rank, decode(batch, 0), now=0.0)
+        return verdict([*quiet(), {"norm": 1e30, "loss": 2.0}, {"norm": NAN, "loss": NAN}], board=board)
+
+    found = after_spike((1.0, 2e30))
+    assert (found.cause, found.rank, found.first_bad_step) == ("bad_rank", 1, 101)
+    assert after_spike((1e30, 2e30)).cause == "exploding_gradients"

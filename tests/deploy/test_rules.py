@@ -29,8 +29,8 @@ COLLECTOR = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
 GRAFANA = "http://127.0.0.1:3000"
 _INCIDENT = {"run", "verdict", "since_step", "lead_steps", "worst_rank", "layer"}
 FACTS = {
-    "ForeshockGradientSpike": {"run", "since_step", "newest_step", "worst_rank"},
-    "ForeshockGradientBuildUp": {"run", "since_step", "newest_step", "worst_rank"},
+    "ForeshockGradientSpike": {"run", "since_step", "newest_step", "worst_rank", "layer"},
+    "ForeshockGradientBuildUp": {"run", "since_step", "newest_step", "worst_rank", "layer"},
     "ForeshockLossSpike": {"run", "since_step", "newest_step"},
     "ForeshockExplodingGradients": _INCIDENT,
     "ForeshockSuddenNonFinite": _INCIDENT,
