@@ -171,7 +171,7 @@ def test_a_spike_of_one_rank_alone_before_the_nan_is_that_ranks_fault() -> None:
     def after_spike(local: tuple[float, float]) -> Verdict:
         board = Board(world_size=2, layers=0, settled=100)
         for rank, norm in enumerate(local):
-            columns = {"flags": [pb.LOCAL_NORMS | pb.LOSS_OBSERVED] * 2, "local_norm": [norm, NAN]}
+            columns: dict[str, Any] = {"flags": [pb.LOCAL_NORMS | pb.LOSS_OBSERVED] * 2, "local_norm": [norm, NAN]}
             batch = steps(101, [1e30, NAN], loss=[2.0, NAN], local_nan_parameters=[0.0, 3.0], **columns).steps
             board.write(rank, decode(batch, 0), now=0.0)
         return verdict([*quiet(), {"norm": 1e30, "loss": 2.0}, {"norm": NAN, "loss": NAN}], board=board)
