@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from foreshock_collector import catalogue as c
-from grafana.panels import LABELS, Json, Panel, Query, dashboard, variables
+from grafana.panels import Json, Panel, Query, dashboard, variables
+from grafana.series_panels import RATE, gauge, increase, of, rate, shares, stat
 
 _RUN_LINK = (
     "/d/foreshock-run?${__url_time_range}&var-run=${__data.fields.run}&var-experiment=${__data.fields.experiment}"
 )
 _PAGE_LINK = "${page}/run/${__data.fields.run:percentencode}"
-_RATE = "$__rate_interval"
-
-
-def _of(series: c.Series, extra: str = "", suffix: str = "") -> str:
-    """A selector of one run's series."""
-    return f"{series.name}{suffix}{{{LABELS}{', ' + extra if extra else ''}}}"
-
-
-def _gauge(title: str, series: c.Series, description: str, **changes: object) -> Panel:
-    values: dict[str, object] = {
-        "title": title,
-        "description": f"{series.help} {description}".strip(),
-        "kind": "timeseries",
-        "queries": (Query(expr=_of(series), legend="{{run}}"),),
-        "width": 12,
-    }
-    return Panel(**(values | changes))  # type: ignore[arg-type]
 
 
 _ALERTS = Panel(
@@ -40,7 +24,7 @@ _INCIDENTS = Panel(
     description="What went wrong, at which step, how many steps after its first sign, on which rank and layer. "
     "The run's page has the evidence and what to try.",
     kind="table",
-    queries=(Query(expr=_of(c.INCIDENT_INFO), instant=True, may_be_empty=True),),
+    queries=(Query(expr=of(c.INCIDENT_INFO), instant=True, may_be_empty=True),),
     width=16,
     columns={
         "run": "run",
@@ -52,31 +36,31 @@ _INCIDENTS = Panel(
     },
     links=(("Page of the run", _PAGE_LINK),),
 )
-_NORM = _gauge(
+_NORM = gauge(
     "Global gradient norm",
     c.GLOBAL_GRADIENT_NORM,
     "A climb over several steps is the sign of an explosion; a lone spike mostly is not.",
     logarithmic=True,
 )
-_LOSS = _gauge("Loss", c.LOSS, "One that climbs while the norm is flat diverges without exploding.")
+_LOSS = gauge("Loss", c.LOSS, "One that climbs while the norm is flat diverges without exploding.")
 
 
 def fleet() -> Json:
     """All runs."""
-    active = f"{_of(c.RUN_ACTIVE)} == 1"
-    missing = f"sum(({_of(c.RANKS_EXPECTED)} - {_of(c.RANKS_REPORTING)}) and on (experiment, run) ({active}))"
-    recent = f"count(time() - {_of(c.LAST_BUILD_UP)} < 3600)"
-    opened = f"count(time() - (max by (experiment, run) ({_of(c.LAST_INCIDENT)})) < 86400)"
+    active = f"{of(c.RUN_ACTIVE)} == 1"
+    missing = f"sum(({of(c.RANKS_EXPECTED)} - {of(c.RANKS_REPORTING)}) and on (experiment, run) ({active}))"
+    recent = f"count(time() - {of(c.LAST_BUILD_UP)} < 3600)"
+    opened = f"count(time() - (max by (experiment, run) ({of(c.LAST_INCIDENT)})) < 86400)"
     runs = Panel(
         title="Runs",
         description="Runs that report, or have ended lately. Seconds since the last step say which ones stand still.",
         kind="table",
         queries=(
-            Query(expr=_of(c.STEP), instant=True),
-            Query(expr=_of(c.GLOBAL_GRADIENT_NORM), instant=True),
-            Query(expr=_of(c.LOSS), instant=True, may_be_empty=True),
-            Query(expr=f"time() - {_of(c.LAST_STEP)}", instant=True),
-            Query(expr=_of(c.RANKS_REPORTING), instant=True),
+            Query(expr=of(c.STEP), instant=True),
+            Query(expr=of(c.GLOBAL_GRADIENT_NORM), instant=True),
+            Query(expr=of(c.LOSS), instant=True, may_be_empty=True),
+            Query(expr=f"time() - {of(c.LAST_STEP)}", instant=True),
+            Query(expr=of(c.RANKS_REPORTING), instant=True),
         ),
         width=24,
         columns={
@@ -92,17 +76,17 @@ def fleet() -> Json:
     )
     rows = [
         [
-            _stat("Active runs", f"sum({_of(c.RUN_ACTIVE)})", "Runs with a rank that is there."),
-            _stat("Runs that failed, 24 h", f"{opened} or vector(0)", "Runs with an incident within a day.", red=1),
-            _stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm has climbed lately.", orange=1),
-            _stat("Ranks missing", f"{missing} or vector(0)", "Of active runs: ranks that do not report.", orange=1),
+            stat("Active runs", f"sum({of(c.RUN_ACTIVE)})", "Runs with a rank that is there."),
+            stat("Runs that failed, 24 h", f"{opened} or vector(0)", "Runs with an incident within a day.", red=1),
+            stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm has climbed lately.", orange=1),
+            stat("Ranks missing", f"{missing} or vector(0)", "Of active runs: ranks that do not report.", orange=1),
         ],
         [_INCIDENTS, _ALERTS],
         [runs],
         [_NORM, _LOSS],
         [
-            _rate("Steps per second", c.STEPS, "Optimizer steps that the collector has seen.", unit="ops"),
-            _increase("Steps that were not finite", c.NONFINITE_STEPS, "By run, in the time of one point."),
+            rate("Steps per second", c.STEPS, "Optimizer steps that the collector has seen.", unit="ops"),
+            increase("Steps that were not finite", c.NONFINITE_STEPS, "By run, in the time of one point."),
         ],
     ]
     title, text = "Foreshock: fleet", "All runs: which fail, which are about to, which stand still."
@@ -111,15 +95,15 @@ def fleet() -> Json:
 
 def run() -> Json:
     """One run."""
-    quantile = f"histogram_quantile(0.99, sum by (le) (rate({_of(c.GRADIENT_NORM, suffix='_bucket')}[{_RATE}])))"
+    quantile = f"histogram_quantile(0.99, sum by (le) (rate({of(c.GRADIENT_NORM, suffix='_bucket')}[{RATE}])))"
     norm = Panel(
         title="Global gradient norm",
         description=f"{_NORM.description} The 99th percentile shows what happened between two scrapes.",
         kind="timeseries",
         queries=(
-            Query(expr=_of(c.GLOBAL_GRADIENT_NORM), legend="newest step"),
+            Query(expr=of(c.GLOBAL_GRADIENT_NORM), legend="newest step"),
             Query(expr=quantile, legend="99th percentile of all steps", may_be_empty=True),
-            Query(expr=f"max(topk(1, {_of(c.LOCAL_GRADIENT_NORM)}))", legend="largest local norm", may_be_empty=True),
+            Query(expr=f"max(topk(1, {of(c.LOCAL_GRADIENT_NORM)}))", legend="largest local norm", may_be_empty=True),
         ),
         logarithmic=True,
     )
@@ -128,7 +112,7 @@ def run() -> Json:
         description="Lone spikes are mostly harmless. A build-up warns: see its runbook.",
         kind="timeseries",
         queries=tuple(
-            Query(expr=f"increase({_of(series)}[{_RATE}])", legend=legend)
+            Query(expr=f"increase({of(series)}[{RATE}])", legend=legend)
             for series, legend in (
                 (c.GRADIENT_SPIKES, "spikes"),
                 (c.GRADIENT_BUILD_UPS, "build-ups"),
@@ -136,24 +120,24 @@ def run() -> Json:
             )
         ),
     )
-    clipped = f"rate({_of(c.CLIPPED_STEPS)}[{_RATE}]) / rate({_of(c.STEPS)}[{_RATE}])"
-    skipped = f"rate({_of(c.SKIPPED_STEPS)}[{_RATE}]) / rate({_of(c.STEPS)}[{_RATE}])"
-    durations = _of(c.STEP_DURATION, suffix="_bucket")
+    clipped = f"rate({of(c.CLIPPED_STEPS)}[{RATE}]) / rate({of(c.STEPS)}[{RATE}])"
+    skipped = f"rate({of(c.SKIPPED_STEPS)}[{RATE}]) / rate({of(c.STEPS)}[{RATE}])"
+    durations = of(c.STEP_DURATION, suffix="_bucket")
     rows = [
         [
-            _stat(
+            stat(
                 "Running",
-                _of(c.RUN_ACTIVE),
+                of(c.RUN_ACTIVE),
                 "Whether a rank is there.",
                 states={"0": ("ended", "text"), "1": ("active", "green")},
             ),
-            _stat("Step", _of(c.STEP), "The newest one. Prometheus has no step axis: the page has."),
-            _stat(
-                "Since the last step", f"time() - {_of(c.LAST_STEP)}", "Ten minutes are a stall.", unit="s", orange=600
+            stat("Step", of(c.STEP), "The newest one. Prometheus has no step axis: the page has."),
+            stat(
+                "Since the last step", f"time() - {of(c.LAST_STEP)}", "Ten minutes are a stall.", unit="s", orange=600
             ),
-            _stat(
+            stat(
                 "Ranks missing",
-                f"{_of(c.RANKS_EXPECTED)} - {_of(c.RANKS_REPORTING)}",
+                f"{of(c.RANKS_EXPECTED)} - {of(c.RANKS_REPORTING)}",
                 "Ranks that do not report.",
                 red=1,
             ),
@@ -162,26 +146,24 @@ def run() -> Json:
         [norm, _LOSS],
         [
             events,
-            _increase(
+            increase(
                 "Steps that were not finite", c.NONFINITE_STEPS, "NaN and Inf, of loss and gradient.", by="source, kind"
             ),
         ],
         [
-            _gauge("Clip coefficient", c.CLIP_COEFFICIENT, "1: not clipped.", unit="percentunit", width=8),
-            _shares("Steps clipped and skipped", (clipped, "clipped"), (skipped, "skipped")),
-            _gauge(
-                "Learning rate", c.LEARNING_RATE, "An explosion while it rises calls for a longer warm-up.", width=8
-            ),
+            gauge("Clip coefficient", c.CLIP_COEFFICIENT, "1: not clipped.", unit="percentunit", width=8),
+            shares("Steps clipped and skipped", (clipped, "clipped"), (skipped, "skipped")),
+            gauge("Learning rate", c.LEARNING_RATE, "An explosion while it rises calls for a longer warm-up.", width=8),
         ],
         [
-            _gauge("Step", c.STEP, "A flat line is a run that stands still.", width=8),
+            gauge("Step", c.STEP, "A flat line is a run that stands still.", width=8),
             Panel(
                 title="Duration of a step",
                 description=f"{c.STEP_DURATION.help} Slow steps are often a slow rank, or the data.",
                 kind="timeseries",
                 queries=tuple(
                     Query(
-                        expr=f"histogram_quantile({q}, sum by (le) (rate({durations}[{_RATE}])))",
+                        expr=f"histogram_quantile({q}, sum by (le) (rate({durations}[{RATE}])))",
                         legend=legend,
                         may_be_empty=True,
                     )
@@ -190,7 +172,7 @@ def run() -> Json:
                 unit="s",
                 width=8,
             ),
-            _gauge("Loss scale", c.LOSS_SCALE, "One that halves again and again has collapsed.", width=8),
+            gauge("Loss scale", c.LOSS_SCALE, "One that halves again and again has collapsed.", width=8),
         ],
     ]
     title, text = "Foreshock: run", "One run: is it about to die, and since when."
@@ -199,7 +181,7 @@ def run() -> Json:
 
 def ranks() -> Json:
     """The ranks of one run."""
-    norms = _of(c.LOCAL_GRADIENT_NORM)
+    norms = of(c.LOCAL_GRADIENT_NORM)
     median = f"quantile by (experiment, run) (0.5, {norms})"
     ratio = f"{norms} / on (experiment, run) group_left () {median}"
     rows = [
@@ -237,7 +219,7 @@ def ranks() -> Json:
                 description="Ranks report about every second, steps or not. A minute is silence.",
                 kind="timeseries",
                 queries=(
-                    Query(expr=f"topk(5, time() - {_of(c.LAST_REPORT)})", legend="rank {{rank}}", may_be_empty=True),
+                    Query(expr=f"topk(5, time() - {of(c.LAST_REPORT)})", legend="rank {{rank}}", may_be_empty=True),
                 ),
                 unit="s",
             ),
@@ -246,23 +228,23 @@ def ranks() -> Json:
                 description="Expected, and reporting.",
                 kind="timeseries",
                 queries=(
-                    Query(expr=_of(c.RANKS_EXPECTED), legend="expected"),
-                    Query(expr=_of(c.RANKS_REPORTING), legend="reporting"),
+                    Query(expr=of(c.RANKS_EXPECTED), legend="expected"),
+                    Query(expr=of(c.RANKS_REPORTING), legend="reporting"),
                 ),
             ),
         ],
         [
-            _gauge(
+            gauge(
                 "Agreement of the ranks",
                 c.RANK_AGREEMENT,
                 "Steadily 1 on real data: is there a DistributedSampler?",
-                queries=(Query(expr=_of(c.RANK_AGREEMENT), legend="{{run}}", may_be_empty=True),),
+                queries=(Query(expr=of(c.RANK_AGREEMENT), legend="{{run}}", may_be_empty=True),),
             ),
-            _gauge(
+            gauge(
                 "Gradient noise scale, in batches of one rank",
                 c.NOISE_SCALE,
                 "It grows as training goes on.",
-                queries=(Query(expr=_of(c.NOISE_SCALE), legend="{{run}}", may_be_empty=True),),
+                queries=(Query(expr=of(c.NOISE_SCALE), legend="{{run}}", may_be_empty=True),),
                 logarithmic=True,
             ),
         ],
@@ -273,7 +255,7 @@ def ranks() -> Json:
 
 def layers() -> Json:
     """The layers of one run."""
-    norms = _of(c.LAYER_GRADIENT_NORM)
+    norms = of(c.LAYER_GRADIENT_NORM)
     growth = f"{norms} / avg_over_time({norms}[30m])"
     by_run = "by (experiment, run)"
     rows = [
@@ -326,10 +308,10 @@ def collector() -> Json:
     """The collector itself."""
     rows = [
         [
-            _stat("Up for", f"time() - {c.COLLECTOR_START.name}", "Since its process started.", unit="s"),
-            _stat("Runs at hand", f"count({_of(c.RUN_ACTIVE)})", "Active, or ended within the retention."),
-            _stat("Ranks at hand", f"sum({_of(c.RANKS_REPORTING)})", "That report, over all runs."),
-            _stat("Steps per second", f"sum(rate({_of(c.STEPS)}[5m]))", "Over all runs.", unit="ops"),
+            stat("Up for", f"time() - {c.COLLECTOR_START.name}", "Since its process started.", unit="s"),
+            stat("Runs at hand", f"count({of(c.RUN_ACTIVE)})", "Active, or ended within the retention."),
+            stat("Ranks at hand", f"sum({of(c.RANKS_REPORTING)})", "That report, over all runs."),
+            stat("Steps per second", f"sum(rate({of(c.STEPS)}[5m]))", "Over all runs.", unit="ops"),
         ],
         [
             Panel(
@@ -337,7 +319,7 @@ def collector() -> Json:
                 description=f"{c.RECORDS_DROPPED.help} By reason; see ForeshockRecordsDropped.",
                 kind="timeseries",
                 queries=(
-                    Query(expr=f"sum by (reason) (increase({_of(c.RECORDS_DROPPED)}[{_RATE}]))", legend="{{reason}}"),
+                    Query(expr=f"sum by (reason) (increase({of(c.RECORDS_DROPPED)}[{RATE}]))", legend="{{reason}}"),
                 ),
             ),
             _ALERTS,
@@ -349,7 +331,7 @@ def collector() -> Json:
                 kind="timeseries",
                 queries=(
                     Query(
-                        expr=f"max by (experiment, run) (time() - {_of(c.LAST_REPORT)})",
+                        expr=f"max by (experiment, run) (time() - {of(c.LAST_REPORT)})",
                         legend="{{run}}",
                         may_be_empty=True,
                     ),
@@ -361,52 +343,6 @@ def collector() -> Json:
     ]
     title, text = "Foreshock: collector", "Whether the collector hears everybody, and loses nothing."
     return dashboard("foreshock-collector", title, text, variables(one_run=False), rows)
-
-
-def _stat(
-    title: str,
-    expr: str,
-    description: str,
-    *,
-    unit: str = "short",
-    orange: float | None = None,
-    red: float | None = None,
-    states: dict[str, tuple[str, str]] | None = None,
-) -> Panel:
-    limits = ((orange, "orange"), (red, "red"))
-    return Panel(
-        title=title,
-        description=description,
-        kind="stat",
-        queries=(Query(expr=expr, instant=True),),
-        unit=unit,
-        width=6,
-        height=4,
-        thresholds=tuple((value, colour) for value, colour in limits if value is not None),
-        mappings=states or {},
-    )
-
-
-def _rate(title: str, series: c.Series, description: str, *, unit: str) -> Panel:
-    query = Query(expr=f"sum by (experiment, run) (rate({_of(series)}[{_RATE}]))", legend="{{run}}")
-    return Panel(title=title, description=description, kind="timeseries", queries=(query,), unit=unit)
-
-
-def _increase(title: str, series: c.Series, description: str, *, by: str = "experiment, run") -> Panel:
-    legend = "{{source}} {{kind}}" if by == "source, kind" else "{{run}}"
-    query = Query(expr=f"sum by ({by}) (increase({_of(series)}[{_RATE}]))", legend=legend)
-    return Panel(title=title, description=description, kind="timeseries", queries=(query,))
-
-
-def _shares(title: str, *shares: tuple[str, str]) -> Panel:
-    return Panel(
-        title=title,
-        description="Shares of all steps. More than one in twenty skipped is an alert.",
-        kind="timeseries",
-        queries=tuple(Query(expr=expr, legend=legend, may_be_empty=True) for expr, legend in shares),
-        unit="percentunit",
-        width=8,
-    )
 
 
 DASHBOARDS = {"fleet": fleet, "run": run, "ranks": ranks, "layers": layers, "collector": collector}
