@@ -167,7 +167,7 @@ class Channel:
         """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
         steep, highest = off >= rule.steep_rise, off >= self.peak
         self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
-        surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high))
+        surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high) - rule.high_rise)
         if judged:
             self.total = max(
                 0.0, self.total + (min(z, rule.cusum_cap) if off >= rule.high_rise else 0) - rule.cusum_slack

@@ -37,10 +37,10 @@ class Channel:
     """A sum that makes a build-up, if the step is the highest since the sum was zero, and steep..."""
     steep_rise: float = math.log(10.0)
     """... that is, so far above the usual. A norm that comes down again from a spike does not climb..."""
-    lasting_limit: float = 16.0
-    """... nor need it, at a sum that takes four spikes."""
+    lasting_limit: float = 15.0
+    """... nor need it, at a sum that takes three spikes in a row."""
     surge_steps: int = 3
-    """Spikes' rises in a row that make a build-up whatever the deviation, if the last is steep or the highest."""
+    """Spikes' rises in a row that make a build-up whatever the deviation, if the last is steep or half the highest."""
     clamp: float = 3.0
     """Deviations to which values are clamped before they become history."""
     first_deviation: float = 0.25
