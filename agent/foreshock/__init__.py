@@ -13,11 +13,12 @@ from foreshock._version import __version__
 
 if TYPE_CHECKING:
     from foreshock._attach import attach
-    from foreshock._clip import NormClip, ValueClip
+    from foreshock._clip import AdaptiveClip, NormClip, ValueClip
     from foreshock._errors import AttachError, ForeshockError, SettingsError
     from foreshock._watch import Watch
 
 __all__ = [
+    "AdaptiveClip",
     "AttachError",
     "ForeshockError",
     "NormClip",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AdaptiveClip": "_clip",
     "AttachError": "_errors",
     "ForeshockError": "_errors",
     "NormClip": "_clip",

@@ -28,6 +28,9 @@ class Posting:
 
     version: str
     clip: str = ""
+    skip: bool = False
+    shadow: bool = False
+    experiment: str = ""
     local_norms: bool = True
     disabled: bool = False
     """The kill switch is on."""
@@ -65,7 +68,7 @@ def decide(postings: list[Posting | None], *, run: str, launch: str, timeout: fl
     if missing := [rank for rank, posting in enumerate(postings) if posting is None]:
         error = f"{_ranks(missing)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
         return Decision(run=run, launch=launch, error=error)
-    for setting in ("version", "clip", "local_norms"):
+    for setting in ("version", "clip", "skip", "shadow", "experiment", "local_norms"):
         values = {rank: getattr(posting, setting) for rank, posting in present.items()}
         other = [rank for rank, value in values.items() if value != values[0]]
         if other:

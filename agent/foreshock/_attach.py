@@ -19,16 +19,17 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock._agreement import Decision, Posting, agree
-from foreshock._clip import NormClip, ValueClip
+from foreshock._clip import Clip
 from foreshock._errors import AttachError, SettingsError
 from foreshock._hooks import hook_taken, watch_buckets
 from foreshock._identity import launch_name, local_rank, node_name, run_name
+from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
 from foreshock._records import Records
 from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters
 from foreshock._version import __version__
-from foreshock._watch import ActiveWatch, DisabledWatch, Watch, clips_in_kernel, is_watched
+from foreshock._watch import ActiveWatch, DisabledWatch, Watch, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
 
 
@@ -36,7 +37,9 @@ def attach(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     *,
-    clip: float | NormClip | ValueClip | None = None,
+    clip: float | Clip | None = None,
+    skip: bool | None = None,
+    shadow: bool | None = None,
     collector: str | None = None,
     experiment: str | None = None,
     run: str | None = None,
@@ -45,7 +48,11 @@ def attach(
     """Watch a DDP model's gradients, on every rank, from the next step on. Call it once, after making the optimizer.
 
     model: a `DistributedDataParallel` on one device. optimizer: holds its parameters.
-    clip: largest L2 norm, `NormClip`, `ValueClip`, or None to observe only. A script's own clipping must go.
+    clip: largest L2 norm, `NormClip`, `ValueClip`, `AdaptiveClip`, or None to observe only. A script's own clipping
+    must go.
+    skip: leave out steps whose gradient is not finite or far beyond the run's history, three in a row and five in a
+    hundred at most (default no; needs a fused optimizer). See `Watch.tripped`.
+    shadow: do neither, and count what would have been done (default no). See `Watch.shadow_counts`.
     collector: host:port; default this machine. experiment, run: names; the run's default comes from the launcher.
     local_norms: measure each rank's gradient before the all-reduce (default yes; needs DDP's communication hook).
 
@@ -60,10 +67,18 @@ def attach(
         mine = None
         if not kill_switch():
             settings = settings_from(
-                clip=clip, collector=collector, experiment=experiment, run=run, local_norms=local_norms
+                clip=clip,
+                skip=skip,
+                shadow=shadow,
+                collector=collector,
+                experiment=experiment,
+                run=run,
+                local_norms=local_norms,
             )
             ddp = _checked_model(model)
-            mine = _Mine(model=ddp, optimizer=optimizer, plan=_checked_plan(ddp, optimizer), settings=settings)
+            plan = _checked_plan(ddp, optimizer)
+            _check_skip(optimizer, settings)
+            mine = _Mine(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
     except SettingsError as error:
         # The others must not wait for this rank, nor hook up without it.
         ranks.leave(Posting(version=__version__, error=str(error)))
@@ -87,6 +102,9 @@ class _Mine:
         return Posting(
             version=__version__,
             clip=str(self.settings.clip or "none"),
+            skip=self.settings.skip,
+            shadow=self.settings.shadow,
+            experiment=self.settings.experiment,
             local_norms=self.settings.local_norms,
             error=error,
             hook_taken=hook_taken(self.model),
@@ -129,6 +147,8 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         optimizer=mine.optimizer,
         plan=mine.plan,
         clip=settings.clip,
+        skip=settings.skip,
+        shadow=settings.shadow,
         local_norms=decision.local_norms,
         records=records,
         recorder=recorder,
@@ -171,7 +191,9 @@ def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:
 
 def _line(mine: _Mine, decision: Decision, size: int) -> str:
     settings, plan = mine.settings, mine.plan
-    clip = f"clipping by {settings.clip}" if settings.clip else "observing only"
+    does = [f"clipping by {settings.clip}"] if settings.clip else []
+    does += ["leaving out broken steps"] if settings.skip else []
+    clip = ("trying " if settings.shadow else "") + " and ".join(does) if does else "observing only"
     where = settings.collector or "this machine's collector"
     ranks = f"{size} rank{'s' if size > 1 else ''}"
     model = type(mine.model.module).__name__
@@ -251,3 +273,8 @@ def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimiz
     if is_watched(optimizer):
         raise SettingsError("optimizer: is being watched already; detach that watch first")
     return plan
+
+
+def _check_skip(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
+    if settings.skip and not settings.shadow and (why := why_not_skipped(optimizer)):
+        raise SettingsError(f"skip: {why}; shadow=True only counts")

@@ -1,13 +1,16 @@
 """Clipping policies: pure arithmetic on the device, no read-back.
 
-Both treat the symptom of an exploding gradient; docs/runbooks name the causes. Clipping never cures a gradient that
+All treat the symptom of an exploding gradient; docs/runbooks name the causes. Clipping never cures a gradient that
 is not finite: such a gradient goes through as it is, and is counted.
+
+A policy answers two questions. `divisor`: what the whole gradient is divided by. `bend`: what becomes of its elements.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,19 +25,27 @@ EPSILON = 1e-6
 class NormClip:
     """Scale the whole gradient down to `max_norm` where its L2 norm is larger. Keeps its direction."""
 
+    bends_elements: ClassVar[bool] = False
+    """Changes elements one by one, each by its own value."""
+
     max_norm: float
     """Largest L2 norm of the averaged gradient, over all parameters of the optimizer. Positive and finite."""
 
     def __post_init__(self) -> None:
         _check_positive("max_norm", self.max_norm)
 
-    def divisor(self, norm: Tensor) -> Tensor:
+    def divisor(self, norm: Tensor, _: Tensor | None = None) -> Tensor:
         """What the gradient is divided by: at least 1, and exactly 1 where the norm is not finite.
 
         norm: float64, scalar, unscaled. Returns float64, scalar, on the same device.
         """
-        divisor = ((norm + EPSILON) / self.max_norm).clamp(min=1.0)
-        return torch.where(norm.isfinite(), divisor, 1.0)
+        return _divisor(norm, self.max_norm)
+
+    def bend(self, gradients: list[Tensor]) -> None:
+        """Elements keep their proportions."""
+
+    def bends(self, _: list[Tensor], __: Tensor | float = 1.0) -> Tensor | None:
+        """None: never."""
 
     def __str__(self) -> str:
         return f"norm {self.max_norm:g}"
@@ -47,36 +58,100 @@ class ValueClip:
     Takes a pass over the gradients of its own. There is no one factor to report: the clip coefficient stays 1.
     """
 
+    bends_elements: ClassVar[bool] = True
+    """Changes elements one by one, each by its own value."""
+
     clip_value: float
     """Largest absolute value of an element. Positive and finite."""
 
     def __post_init__(self) -> None:
         _check_positive("clip_value", self.clip_value)
 
+    def divisor(self, _: Tensor, __: Tensor | None = None) -> None:
+        """None: the gradient is not scaled as a whole."""
+
+    def bend(self, gradients: list[Tensor]) -> None:
+        """Clamp every element in place, as `torch.nn.utils.clip_grad_value_` does. Unscaled gradients."""
+        torch._foreach_clamp_min_(gradients, -self.clip_value)
+        torch._foreach_clamp_max_(gradients, self.clip_value)
+
+    def bends(self, gradients: list[Tensor], scale: Tensor | float = 1.0) -> Tensor | None:
+        """Whether it would change any element: bool, scalar. A pass over the gradients of its own.
+
+        scale: that the gradients carry.
+        """
+        largest = torch.stack([g.abs().max().double() for g in gradients if g.numel()])
+        return (largest > self.clip_value * scale).any()
+
     def __str__(self) -> str:
         return f"value {self.clip_value:g}"
 
 
-Clip = NormClip | ValueClip
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveClip:
+    """Scale the whole gradient down where its norm stands above the run's own history: the mean plus three deviations
+    of the norm's logarithm, over the last hundred steps or so. Never above `max_norm`, which alone holds for the first
+    25 steps.
+    """
+
+    bends_elements: ClassVar[bool] = False
+    """Changes elements one by one, each by its own value."""
+
+    max_norm: float | None = None
+    """Largest L2 norm whatever history says; positive and finite, or None for no such limit."""
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None:
+            _check_positive("max_norm", self.max_norm)
+
+    def divisor(self, norm: Tensor, ceiling: Tensor | None = None) -> Tensor:
+        """As `NormClip.divisor`. ceiling: what history allows, float64, scalar; Inf before there is any."""
+        assert ceiling is not None
+        return _divisor(norm, ceiling if self.max_norm is None else ceiling.clamp(max=self.max_norm))
+
+    def bend(self, gradients: list[Tensor]) -> None:
+        """Elements keep their proportions."""
+
+    def bends(self, _: list[Tensor], __: Tensor | float = 1.0) -> Tensor | None:
+        """None: never."""
+
+    def __str__(self) -> str:
+        return "adaptive" if self.max_norm is None else f"adaptive {self.max_norm:g}"
 
 
-def clip_from(value: float | NormClip | ValueClip | None) -> Clip | None:
+Clip = NormClip | ValueClip | AdaptiveClip
+
+
+def clip_from(value: float | Clip | None) -> Clip | None:
     """The policy that the argument stands for: a number is a `max_norm`."""
-    if value is None or isinstance(value, (NormClip, ValueClip)):
+    if value is None or isinstance(value, (NormClip, ValueClip, AdaptiveClip)):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingsError(f"clip: give a number (a largest norm), NormClip, ValueClip or None, not {value!r}")
+        kinds = "a number (a largest norm), NormClip, ValueClip, AdaptiveClip or None"
+        raise SettingsError(f"clip: give {kinds}, not {value!r}")
     return NormClip(max_norm=float(value))
 
 
 def clip_from_text(name: str, text: str) -> Clip | None:
-    """The policy that an environment variable stands for: a number is a `max_norm`, "none" is no clipping."""
-    if text.strip().lower() == "none":
-        return None
+    """The policy that an environment variable stands for: a number is a `max_norm`, "none" is no clipping.
+
+    "adaptive", or "adaptive 1.0" with a `max_norm`.
+    """
+    kind, _, limit = text.strip().lower().partition(" ")
     try:
+        if kind == "none" and not limit:
+            return None
+        if kind == "adaptive":
+            return AdaptiveClip(max_norm=float(limit) if limit else None)
         return NormClip(max_norm=float(text))
     except ValueError:
-        raise SettingsError(f"{name}: must be a positive number (a largest norm) or none, not {text!r}") from None
+        forms = "a positive number (a largest norm), adaptive, or none"
+        raise SettingsError(f"{name}: must be {forms}, not {text!r}") from None
+
+
+def _divisor(norm: Tensor, limit: Tensor | float) -> Tensor:
+    divisor = ((norm + EPSILON) / limit).clamp(min=1.0)
+    return torch.where(norm.isfinite(), divisor, 1.0)
 
 
 def _check_positive(name: str, value: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foreshock._clip import Clip, NormClip, ValueClip, clip_from, clip_from_text
+from foreshock._clip import Clip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
 _NAME_LENGTH = 128
@@ -21,6 +21,10 @@ class Settings:
 
     clip: Clip | None
     """Clipping policy; None only observes."""
+    skip: bool
+    """Leave out steps whose gradient is not finite or far beyond the run's history, within a budget."""
+    shadow: bool
+    """Clip and leave out nothing, and count what would have been."""
     collector: str
     """host:port of the collector's gRPC service; empty: this machine, default port."""
     experiment: str
@@ -40,7 +44,9 @@ class Settings:
 def settings_from(
     environment: Mapping[str, str] | None = None,
     *,
-    clip: float | NormClip | ValueClip | None = None,
+    clip: float | Clip | None = None,
+    skip: bool | None = None,
+    shadow: bool | None = None,
     collector: str | None = None,
     experiment: str | None = None,
     run: str | None = None,
@@ -56,8 +62,10 @@ def settings_from(
         name = f"FORESHOCK_{argument.upper()}"
         return (argument, value) if value is not None else (name, env.get(name) or default)
 
-    return Settings(
+    settings = Settings(
         clip=_clip(*told("clip", clip, None)),
+        skip=_switch(*told("skip", skip, False)),
+        shadow=_switch(*told("shadow", shadow, False)),
         collector=_address(*told("collector", collector, "")),
         experiment=_name(*told("experiment", experiment, "default")),
         run=_name(*told("run", run, ""), may_be_empty=True),
@@ -66,6 +74,9 @@ def settings_from(
         recorder_python=env.get("FORESHOCK_RECORDER_PYTHON", ""),
         strict=_switch(*told("strict", None, False)),
     )
+    if settings.shadow and settings.clip is None and not settings.skip:
+        raise SettingsError("shadow: there is nothing to try; give clip or skip too")
+    return settings
 
 
 def kill_switch(environment: Mapping[str, str] | None = None) -> bool:

@@ -11,19 +11,23 @@ from types import TracebackType
 from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._clip import Clip, NormClip, ValueClip
+from foreshock._averaged import AveragedGradient
+from foreshock._clip import Clip
 from foreshock._console import say_once
 from foreshock._edits import GradientEdits
 from foreshock._guard import Guard
 from foreshock._hooks import BackwardEnd, StepHooks
-from foreshock._launch import RecorderProcess
+from foreshock._kernel import Kernel
+from foreshock._launch import RecorderProcess, announce
 from foreshock._local import LocalNorms, RankSums
-from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._norms import NormSummary
+from foreshock._policies import Policies, Ruling
 from foreshock._records import Records
 from foreshock._rows import Row
+from foreshock._shadow import Shadow
 from foreshock._summary import ParameterPlan
 from foreshock._weights import Weights
 from foreshock_recorder.ring import Farewell
@@ -43,6 +47,21 @@ class Watch:
         loss: a device tensor (scalar, or averaged), never read back here. step: of the optimizer; a resumed run says
         where it resumes. Both optional.
         """
+
+    @property
+    def tripped(self) -> bool:
+        """With `skip`: a step that had to be left out was not, since too many had been. Time to save and stop.
+
+        Eight steps late, and for that the same on every rank at the same step, and without waiting for the device.
+        """
+        return False
+
+    def shadow_counts(self) -> dict[str, int]:
+        """With `shadow`: "steps" so far, and how many of them would have been "clipped" and "skipped".
+
+        Waits for the device: not for every step. Empty without `shadow`.
+        """
+        return {}
 
     def detach(self) -> None:
         """Stop watching. DDP's communication hook stays and goes on averaging, so ranks may detach at any time."""
@@ -70,6 +89,8 @@ class ActiveWatch(Watch):
         optimizer: torch.optim.Optimizer,
         plan: ParameterPlan,
         clip: Clip | None,
+        skip: bool,
+        shadow: bool,
         local_norms: bool,
         records: Records,
         recorder: RecorderProcess,
@@ -80,14 +101,16 @@ class ActiveWatch(Watch):
         self._optimizer = optimizer
         self._plan = plan
         self._clip = clip
-        self._fused = clips_in_kernel(optimizer)
         self._records = records
         self._recorder = recorder
         self._guard = Guard(records.ring, strict=strict)
         device = plan.device()
         self._row = Row(records.ring.layout.columns, len(plan.layers), device)
         self._weights = Weights(plan.parameters)
-        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._averaged = AveragedGradient(plan)
+        self._policies = Policies(clip=clip, skip=skip, device=device)
+        self._kernel = Kernel(optimizer, clip)
+        self._shadow = Shadow(clip, device) if shadow else None
         self._local = LocalNorms(plan) if local_norms else None
         self._sums = RankSums(model.process_group, device) if local_norms else None
         self._step = 0
@@ -95,8 +118,6 @@ class ActiveWatch(Watch):
         self._observes_after_step: bool | None = None
         self._edits = GradientEdits(plan.parameters)
         self._unedited: NormSummary | None = None
-        self._ours: Tensor | None = None
-        self._theirs: Tensor | None = None
         self._step_hooks = StepHooks(optimizer, self)
         self._backward_end = BackwardEnd(plan.parameters, self.backward_ended)
         _watches.add(self)
@@ -117,6 +138,13 @@ class ActiveWatch(Watch):
             else:
                 self._pending = (step, value)
                 self._step = self._step if step is None else step
+
+    @property
+    def tripped(self) -> bool:
+        return self._policies.tripped
+
+    def shadow_counts(self) -> dict[str, int]:
+        return {} if self._shadow is None else self._shadow.counts()
 
     def detach(self) -> None:
         self.leave(Farewell.DETACHED)
@@ -151,41 +179,45 @@ class ActiveWatch(Watch):
             return
         with self._guard:
             self._unedited = None
-            self._take_back()
+            self._kernel.take_back()
             # The first time as well: nobody knows yet whether this script edits.
             suspected = self._edits.seen or not self._records.sequence
-            self._unedited = self._measure() if suspected else None
+            self._unedited = self._averaged.measure() if suspected else None
             self._edits.backward_ended()
 
     def before_step(self) -> None:
-        """The gradients are averaged and final: measure, clip, write the record.
+        """The gradients are averaged and final: measure, rule, clip, write the record.
 
         Each part has a guard of its own, since an error on one rank must cost its record and nothing else: this rank
         clips as the others do, and counts its steps as they do.
         """
         if not self.enabled:
             return
-        edited, opened = self._edits.seen, False
-        summary, coefficient = None, None
+        edited, opened, followed = self._edits.seen, False, False
+        summary, ruling, row = None, None, None
+        rate = float("nan")
         with self._guard:
-            self._take_back()
+            self._kernel.take_back()
             self._backward_end.rearm()
             edited = self._edited()
         with self._guard:
-            self._records.launch(step=self._step, learning_rate=self._learning_rate(), edited=edited)
+            rate = self._learning_rate()
+            self._records.launch(step=self._step, learning_rate=rate, edited=edited)
             opened = True
-        scale = getattr(self._optimizer, "grad_scale", None)
+        scale = self._kernel.scale
         with self._guard:
-            summary = self._unedited if edited and self._unedited is not None else self._measure()
+            summary = self._unedited if edited and self._unedited is not None else self._averaged.measure()
             if scale is not None:
                 summary = summary.unscaled(scale.double())
-            coefficient = self._row.constants[1.0] if edited else self._apply_clip(summary, scale)
-        if coefficient is None and not edited:
+            ruling = self._rule(summary.total, rate, edited=edited)
+            row = self._act(ruling, scale)
+            followed = True
+        if not followed:
             with self._guard:
-                self._clip_by_itself(scale)
+                self._act_plainly(ruling, rate, scale, edited=edited)
         with self._guard:
-            if opened and summary is not None and coefficient is not None:
-                self._write_row(summary, self._edits.scale if scale is None else scale.double(), coefficient)
+            if opened and summary is not None and row is not None:
+                self._write_row(summary, self._edits.scale if scale is None else scale.double(), *row)
         with self._guard:
             if opened and self._pending is not None:
                 step, loss = self._pending
@@ -199,7 +231,7 @@ class ActiveWatch(Watch):
     def after_step(self) -> None:
         """The optimizer has stepped."""
         with self._guard:
-            self._take_back()
+            self._kernel.take_back()
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -214,6 +246,8 @@ class ActiveWatch(Watch):
             self.after_step()
         with self._guard:
             self._records.flush()
+            if self._shadow is not None:
+                announce(self._shadow.line(), rank=self._model.process_group.rank())
             self._records.ring.farewell(reason, detail)
             self._recorder.ensure()
             self._recorder.wait_for_farewell(self._records.ring)
@@ -237,73 +271,34 @@ class ActiveWatch(Watch):
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
-    def _measure(self) -> NormSummary:
-        present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
-        if self._indices is None or self._indices[0] != present:
-            device = self._row.device
-            layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=device)
-            self._indices = (present, torch.tensor(present, dtype=torch.int64, device=device), layer_of)
-        gradients = [self._plan.parameters[i].grad for i in present]
-        norms = gradient_norms([g for g in gradients if g is not None]).to(self._row.device)
-        return summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+    def _rule(self, norm: Tensor, rate: float, *, edited: bool) -> Ruling:
+        ruling = self._policies.rule(norm, learning_rate=rate, left_out=self._kernel.found_inf)
+        # What the script has clipped is not clipped again; it may be left out all the same.
+        return Ruling(skip=ruling.skip) if edited else ruling
 
-    def _apply_clip(self, summary: NormSummary, scale: Tensor | None) -> Tensor:
-        """Clip by the policy; the coefficient that the optimizer will have applied, float64 scalar."""
-        one = self._row.constants[1.0]
-        if isinstance(self._clip, ValueClip):
-            if scale is not None:
-                say_once("scaler", "ValueClip cannot clip gradients that GradScaler has still scaled; use NormClip")
-                return one
-            gradients = self._gradients()
-            torch._foreach_clamp_min_(gradients, -self._clip.clip_value)
-            torch._foreach_clamp_max_(gradients, self._clip.clip_value)
-            return one
-        if not isinstance(self._clip, NormClip):
-            return one
-        divisor = self._clip.divisor(summary.total)
-        if divisor.is_cpu and float(divisor) == 1.0:
-            return one
-        coefficient = divisor.reciprocal()
-        # Whatever may fail comes before this: gradients are touched last, once.
-        if self._fused:
-            self._lend((divisor if scale is None else divisor * scale).to(torch.float32))
-        else:
-            torch._foreach_mul_(self._gradients(), coefficient)
-        return coefficient
+    def _act(self, ruling: Ruling, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Do what was ruled, or only count it. Float64 scalars: the clip coefficient, and the column `shadow`."""
+        gradients = self._averaged.gradients()
+        if self._shadow is not None:
+            return self._row.constants[1.0], self._shadow.count(ruling, gradients, scale)
+        coefficient = self._kernel.follow(ruling, gradients, scale)
+        return self._row.constants[1.0] if coefficient is None else coefficient, self._row.constants[0.0]
 
-    def _clip_by_itself(self, scale: Tensor | None) -> None:
-        """Where measuring has failed on this rank: clip by other means than those, to rounding as the others do."""
-        gradients = self._gradients()
-        if isinstance(self._clip, ValueClip) and scale is None:
-            nn.utils.clip_grad_value_(self._plan.parameters, self._clip.clip_value)
-        elif isinstance(self._clip, NormClip) and gradients:
-            norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients])
-            total = torch.linalg.vector_norm(norms)
-            divisor = self._clip.divisor(total if scale is None else total / scale)
-            torch._foreach_mul_(gradients, divisor.reciprocal())
+    def _act_plainly(self, ruling: Ruling | None, rate: float, scale: Tensor | None, *, edited: bool) -> None:
+        """Where that has failed on this rank: the same by other means, to rounding."""
+        if ruling is None:
+            ruling = self._rule(self._averaged.plain_norm(scale), rate, edited=edited)
+        if self._shadow is None:
+            self._kernel.follow_plainly(ruling, self._averaged.gradients(), scale)
 
-    def _lend(self, divisor: Tensor) -> None:
-        """Give the optimizer's kernel a divisor for this step."""
-        self._theirs = getattr(self._optimizer, "grad_scale", None)
-        self._ours = divisor
-        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-
-    def _take_back(self) -> None:
-        """Put the optimizer back as it was, also after a step that raised: the divisor would be taken for a scale.
-
-        Put back and not deleted: GradScaler deletes what it set there itself.
-        """
-        ours, self._ours = self._ours, None
-        if ours is not None and getattr(self._optimizer, "grad_scale", None) is ours:
-            self._optimizer.grad_scale = self._theirs  # type: ignore[attr-defined]
-
-    def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor) -> None:
+    def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor, shadow: Tensor) -> None:
         """Stage the record's row. scale: of the loss, float64 scalar."""
         row = self._row.filled(
             summary,
             scale=scale,
             coefficient=coefficient,
-            found_inf=getattr(self._optimizer, "found_inf", None),
+            found_inf=self._kernel.found_inf,
+            shadow=shadow,
             local=None if self._local is None else self._local.summary,
             sums=self._sums,
             weights=self._weights.look(self._records.sequence),
@@ -319,9 +314,6 @@ class ActiveWatch(Watch):
             advice = "; Foreshock does not clip them again: remove that call to let it" if self._clip else ""
             say_once("edited", line + advice)
         return edited
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self._plan.parameters if p.grad is not None]
 
     def _learning_rate(self) -> float:
         rate = self._optimizer.param_groups[0]["lr"]
@@ -339,12 +331,6 @@ class ActiveWatch(Watch):
         if self._clip is not None and not self._step_hooks.is_last():
             line = "another step pre-hook was registered after attach: what it does to gradients is not clipped"
             say_once("hook order", line)
-
-
-def clips_in_kernel(optimizer: torch.optim.Optimizer) -> bool:
-    """The optimizer's kernel divides by `grad_scale` itself: fused Adam, AdamW, SGD and Adagrad."""
-    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
-    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def is_watched(optimizer: torch.optim.Optimizer) -> bool:

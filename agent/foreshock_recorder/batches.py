@@ -10,7 +10,8 @@ from foreshock_recorder.reader import Record
 from foreshock_recorder.ring import DEVICE_COLUMNS
 
 _POSITION = {name: i for i, name in enumerate(DEVICE_COLUMNS)}
-_WIRE_COLUMNS = tuple(name for name in DEVICE_COLUMNS if name != "skipped")
+_FLAG_COLUMNS = ("skipped", "shadow")
+_WIRE_COLUMNS = tuple(name for name in DEVICE_COLUMNS if name not in _FLAG_COLUMNS)
 _COUNTS_OF_BAD = ("global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters")
 _JUMP = 3.0
 """A norm this many times the largest of the batch before does not wait for the next one."""
@@ -90,6 +91,8 @@ class Columns:
         flags = pb.LOCAL_NORMS if self._local_norms else 0
         flags |= pb.EDITED if record.edited else 0
         flags |= pb.SKIPPED if record.measured[_POSITION["skipped"]] > 0 else 0
+        shadow = int(record.measured[_POSITION["shadow"]])
+        flags |= (pb.SHADOW_CLIPPED if shadow & 1 else 0) | (pb.SHADOW_SKIPPED if shadow & 2 else 0)
         return flags | (0 if record.loss is None else pb.LOSS_OBSERVED)
 
 

@@ -10,9 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 import foreshock
-from foreshock import _local, _watch
+from foreshock import _averaged, _local
+from foreshock._averaged import AveragedGradient
 from foreshock._edits import GradientEdits
+from foreshock._kernel import Kernel
 from foreshock._local import RankSums
+from foreshock._policies import Policies
 from foreshock._records import Records
 from foreshock._watch import ActiveWatch
 from tests.agent.training import STEPS, alike, apart, main, make_model, make_optimizer, told, train
@@ -24,9 +27,10 @@ SITES: dict[str, tuple[Any, str]] = {
     "end_of_backward": (GradientEdits, "backward_ended"),
     "edits": (GradientEdits, "before_step"),
     "launch": (Records, "launch"),
-    "norms": (_watch, "gradient_norms"),
-    "summary": (ActiveWatch, "_measure"),
-    "clip": (ActiveWatch, "_apply_clip"),
+    "norms": (_averaged, "gradient_norms"),
+    "summary": (AveragedGradient, "measure"),
+    "clip": (Kernel, "follow"),
+    "rule": (Policies, "rule"),
     "collect": (RankSums, "collect"),
     "row": (ActiveWatch, "_write_row"),
     "observe": (ActiveWatch, "_as_scalar"),

@@ -57,7 +57,7 @@ def measure(ring: Ring, sequence: int, **columns: float) -> None:
     """A row whose values tell which record and column they belong to."""
     values = {name: sequence + i / 100 for i, name in enumerate(DEVICE_COLUMNS)}
     values |= dict.fromkeys((name for name in DEVICE_COLUMNS if "nan_" in name or "inf_" in name), 0.0)
-    values |= {"skipped": 0.0} | columns
+    values |= {"skipped": 0.0, "shadow": 0.0} | columns
     row = [*values.values(), *(sequence + 0.5 + layer for layer in range(2 * LAYERS))]
     ring.open_measured(sequence)
     offset = ring.measured_offset(sequence)

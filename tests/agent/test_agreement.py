@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import HashStore
 from foreshock._agreement import Decision, Posting, agree, decide
 from foreshock._errors import AttachError
 
-GOOD = Posting(version="1.0", clip="norm 1", local_norms=True)
+GOOD = Posting(version="1.0", clip="norm 1", experiment="digits", local_norms=True)
 
 
 def decided(*postings: Posting | None) -> Decision:
@@ -51,7 +51,16 @@ def test_what_a_rank_has_said_goes_before_what_is_missing_or_differs(spoken: Pos
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("clip", "norm 2"), ("local_norms", False), ("version", "2.0")], ids=lambda v: str(v)
+    ("setting", "value"),
+    [
+        ("clip", "norm 2"),
+        ("skip", True),
+        ("shadow", True),
+        ("experiment", "other"),
+        ("local_norms", False),
+        ("version", "2.0"),
+    ],
+    ids=lambda v: str(v),
 )
 def test_a_setting_that_differs_is_named_with_both_values_and_ranks(setting: str, value: Any) -> None:
     other = replace(GOOD, **{setting: value})

@@ -12,12 +12,12 @@ from tests.agent.conftest import Job, Scenario, run_scenarios
 SCRIPT = "fault_scenarios.py"
 SITES = [
     "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "summary", "clip",
-    "collect", "row", "observe", "hook_order",
+    "rule", "collect", "row", "observe", "hook_order",
 ]  # fmt: skip
 CASES = [f"{site}_{kind}" for site, kind in product(SITES, ("fused", "unfused"))]
 STEPS = [0, 1, 2, 3, 4, 5]
 FAILING = 3
-WITHOUT_ROW = {"norms", "summary", "clip", "collect", "row"}
+WITHOUT_ROW = {"norms", "summary", "clip", "rule", "collect", "row"}
 """Where the record of that step stays without its measured part; elsewhere it is whole."""
 
 

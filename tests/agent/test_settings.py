@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
-from foreshock._clip import NormClip, ValueClip
+from foreshock._clip import AdaptiveClip, NormClip, ValueClip
 from foreshock._errors import SettingsError
 from foreshock._settings import Settings, kill_switch, settings_from
 
 TWINS: list[tuple[str, str, Any]] = [
     ("clip", "0.5", NormClip(max_norm=0.5)),
     ("clip", "none", None),
+    ("clip", "adaptive", AdaptiveClip()),
+    ("clip", "Adaptive 0.5", AdaptiveClip(max_norm=0.5)),
+    ("skip", "1", True),
     ("collector", "monitor:4327", "monitor:4327"),
     ("collector", "[::1]:4327", "[::1]:4327"),
     ("experiment", "digits", "digits"),
@@ -28,6 +31,8 @@ TWINS: list[tuple[str, str, Any]] = [
 def test_without_anything_said_the_defaults_hold() -> None:
     assert settings_from({}) == Settings(
         clip=None,
+        skip=False,
+        shadow=False,
         collector="",
         experiment="default",
         run="",
@@ -50,6 +55,7 @@ def test_an_empty_variable_is_not_set(setting: str) -> None:
 
 ARGUMENTS: list[tuple[str, Any, str]] = [
     ("clip", ValueClip(clip_value=1.0), "9"),
+    ("skip", True, "0"),
     ("collector", "here:1", "there:2"),
     ("experiment", "mine", "theirs"),
     ("run", "mine", "theirs"),
@@ -66,6 +72,10 @@ def test_an_argument_wins_over_its_twin(setting: str, value: Any, text: str) -> 
 WRONG: list[tuple[str, Any]] = [
     ("clip", "a lot"),
     ("clip", "-1"),
+    ("clip", "adaptive -1"),
+    ("clip", "none 1"),
+    ("skip", "some"),
+    ("shadow", "grey"),
     ("collector", "monitor"),
     ("collector", "monitor:"),
     ("collector", ":4327"),
@@ -109,6 +119,14 @@ def test_a_wrong_variable_without_an_argument_is_named_too(variable: str, wrong:
 def test_an_argument_of_another_type_is_an_error_too(setting: str, wrong: Any) -> None:
     with pytest.raises(SettingsError, match=rf"^{setting}: "):
         settings_from({}, **{setting: wrong})
+
+
+@pytest.mark.parametrize("policy", [{"clip": "1.0"}, {"skip": "1"}], ids=str)
+def test_a_shadow_needs_something_to_try(policy: dict[str, str]) -> None:
+    environment = {f"FORESHOCK_{name.upper()}": text for name, text in policy.items()}
+    assert settings_from(environment, shadow=True).shadow
+    with pytest.raises(SettingsError, match=r"^shadow: there is nothing to try; give clip or skip too"):
+        settings_from({}, shadow=True)
 
 
 @pytest.mark.parametrize(

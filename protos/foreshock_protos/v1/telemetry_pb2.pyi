@@ -14,12 +14,16 @@ class RecordFlag(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EDITED: _ClassVar[RecordFlag]
     SKIPPED: _ClassVar[RecordFlag]
     LOCAL_NORMS: _ClassVar[RecordFlag]
+    SHADOW_CLIPPED: _ClassVar[RecordFlag]
+    SHADOW_SKIPPED: _ClassVar[RecordFlag]
 RECORD_FLAG_NONE: RecordFlag
 LOSS_OBSERVED: RecordFlag
 INCOMPLETE: RecordFlag
 EDITED: RecordFlag
 SKIPPED: RecordFlag
 LOCAL_NORMS: RecordFlag
+SHADOW_CLIPPED: RecordFlag
+SHADOW_SKIPPED: RecordFlag
 
 class FromRecorder(_message.Message):
     __slots__ = ("hello", "steps", "event", "goodbye")

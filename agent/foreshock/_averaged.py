@@ -1,0 +1,37 @@
+"""The averaged gradient of one step: the same on every rank, as the optimizer is about to see it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._summary import ParameterPlan
+
+
+class AveragedGradient:
+    """Of the parameters of a plan."""
+
+    def __init__(self, plan: ParameterPlan) -> None:
+        self._plan = plan
+        self._device = plan.device()
+        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+
+    def measure(self) -> NormSummary:
+        """Its norms, as they are now: scaled where the loss was."""
+        present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
+        if self._indices is None or self._indices[0] != present:
+            layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=self._device)
+            self._indices = (present, torch.tensor(present, dtype=torch.int64, device=self._device), layer_of)
+        norms = gradient_norms(self.gradients()).to(self._device)
+        return summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [p.grad for p in self._plan.parameters if p.grad is not None]
+
+    def plain_norm(self, scale: Tensor | None) -> Tensor:
+        """The norm by other means than `measure`, float64 scalar, unscaled: where that has failed on this rank."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.gradients()]
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+        return total if scale is None else total / scale

@@ -1,0 +1,126 @@
+"""What the optimizer's own kernel is asked to do on one step: divide the gradient, or leave the parameters alone.
+
+Fused Adam, AdamW, SGD and Adagrad take `grad_scale`, a float32 divisor, and `found_inf`, which must be exactly 1.0 to
+leave a step out (2.0 would run it, and drive Adam's count negative). GradScaler speaks to them in the same way, and
+before us; what it said is composed with, and put back.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foreshock._clip import Clip
+from foreshock._policies import Ruling
+
+
+class Kernel:
+    """Of one optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: Clip | None) -> None:
+        self._optimizer = optimizer
+        self._clip = clip
+        self._fused = clips_in_kernel(optimizer)
+        self._lent: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    @property
+    def scale(self) -> Tensor | None:
+        """GradScaler's, which the gradients still carry; None without one, or where they are unscaled already."""
+        return getattr(self._optimizer, "grad_scale", None)
+
+    @property
+    def found_inf(self) -> Tensor | None:
+        """Not zero where the step is to be left out."""
+        return getattr(self._optimizer, "found_inf", None)
+
+    def follow(self, ruling: Ruling, gradients: list[Tensor], scale: Tensor | None) -> Tensor | None:
+        """Do as ruled; the clip coefficient, float64 scalar, or None where the gradient is not scaled."""
+        divisor = ruling.divisor
+        if divisor is not None and divisor.is_cpu and float(divisor) == 1.0:
+            divisor = None
+        coefficient = None if divisor is None else divisor.reciprocal()
+        # Whatever may fail comes before this: gradients are touched last, once.
+        if ruling.skip is not None:
+            self._leave_out(ruling.skip)
+        if self._clip is not None:
+            self._bend(self._clip, gradients, scale)
+        if divisor is not None and coefficient is not None:
+            if self._fused:
+                self._lend("grad_scale", (divisor if scale is None else divisor * scale).to(torch.float32))
+            else:
+                torch._foreach_mul_(gradients, coefficient)
+        return coefficient
+
+    def follow_plainly(self, ruling: Ruling, gradients: list[Tensor], scale: Tensor | None) -> None:
+        """The same by other means, to rounding: where `follow` has failed on this rank."""
+        self.take_back()
+        if ruling.skip is not None:
+            self._leave_out(ruling.skip)
+        if self._clip is not None:
+            self._bend(self._clip, gradients, scale)
+        if ruling.divisor is not None:
+            for gradient in gradients:
+                gradient.mul_(ruling.divisor.reciprocal())
+
+    def take_back(self) -> None:
+        """Put the optimizer back as it was, also after a step that raised: the divisor would be taken for a scale.
+
+        Put back and not deleted: GradScaler deletes what it set there itself.
+        """
+        lent, self._lent = self._lent, {}
+        for name, (ours, theirs) in lent.items():
+            if getattr(self._optimizer, name, None) is ours:
+                setattr(self._optimizer, name, theirs)
+
+    def _leave_out(self, skip: Tensor) -> None:
+        self._guard_momentum()
+        if skip.is_cpu and not bool(skip):
+            return
+        theirs = self.found_inf
+        either = skip if theirs is None else skip | (theirs.reshape(()) > 0)
+        self._lend("found_inf", either.to(torch.float32))
+
+    def _bend(self, clip: Clip, gradients: list[Tensor], scale: Tensor | None) -> None:
+        if scale is not None and clip.bends_elements:
+            # GradScaler leaves it to the kernel to unscale: elements have to be unscaled before they are compared.
+            torch._foreach_mul_(gradients, scale.double().reciprocal())
+            self._lend("grad_scale", None)
+        clip.bend(gradients)
+
+    def _lend(self, name: str, value: Tensor | None) -> None:
+        self._lent[name] = (value, getattr(self._optimizer, name, None))
+        setattr(self._optimizer, name, value)
+
+    def _guard_momentum(self) -> None:
+        """Fused SGD makes its momentum on its first step, and leaves it uninitialised where that is left out.
+
+        Zeros, made before, come to the same without dampening; with it, attach refuses to leave steps out.
+        """
+        if not isinstance(self._optimizer, torch.optim.SGD):
+            return
+        state = self._optimizer.state
+        for group in self._optimizer.param_groups:
+            present = (p for p in group["params"] if p.grad is not None)
+            first = next(present, None) if group["momentum"] else None
+            if first is not None and state[first].get("momentum_buffer") is None:
+                for parameter in (first, *present):
+                    state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+
+
+def why_not_skipped(optimizer: torch.optim.Optimizer) -> str:
+    """Why a step of this optimizer cannot be left out on the device; empty if it can."""
+    kind = type(optimizer).__name__
+    if not clips_in_kernel(optimizer):
+        return (
+            f"{kind} is not fused, so a step cannot be left out without a read-back; "
+            "make it Adam, AdamW, SGD or Adagrad with fused=True"
+        )
+    if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
+        return f"{kind} with dampening starts from a first step that may not be left out; use dampening=0"
+    return ""
+
+
+def clips_in_kernel(optimizer: torch.optim.Optimizer) -> bool:
+    """The optimizer's kernel divides by `grad_scale` itself: fused Adam, AdamW, SGD and Adagrad."""
+    supports = getattr(optimizer, "_step_supports_amp_scaling", False)
+    return bool(supports) and all(group.get("fused") for group in optimizer.param_groups)

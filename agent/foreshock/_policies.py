@@ -1,0 +1,111 @@
+"""What is to be done about a step: divide its gradient, leave it out, or nothing. Decides on the device, and acts not.
+
+Every rank has the same averaged gradient, hence the same norm, history and budget: all rule alike without a word.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foreshock._clip import AdaptiveClip, Clip
+from foreshock._history import History, Standing
+
+SKIPS_IN_A_ROW = 3
+SKIPS_IN_WINDOW = 5
+WINDOW = 100
+"""A run that would have to leave out more steps than these, of the last hundred, has a fault that skipping hides."""
+TRIP_LAG = 8
+"""Steps by which `watch.tripped` is late: the device is further behind than that only where it is the bottleneck of
+steps so small that waiting for one costs nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruling:
+    """On one step."""
+
+    divisor: Tensor | None = None
+    """Float64 scalar, at least 1: of the whole gradient. None: it is not scaled."""
+    skip: Tensor | None = None
+    """Bool scalar: leave the step out. None: never."""
+
+
+class Policies:
+    """Those of one rank."""
+
+    def __init__(self, *, clip: Clip | None, skip: bool, device: torch.device) -> None:
+        self._clip = clip
+        self._history = History(device) if skip or isinstance(clip, AdaptiveClip) else None
+        self._budget = Budget(device) if skip else None
+
+    def rule(self, norm: Tensor, *, learning_rate: float, left_out: Tensor | None) -> Ruling:
+        """norm: of the averaged gradient, unscaled, float64 scalar.
+
+        left_out: not zero where a GradScaler leaves this step out by itself, which is no fault.
+        """
+        standing = None if self._history is None else self._history.take(norm, learning_rate)
+        divisor = None
+        if self._clip is not None:
+            divisor = self._clip.divisor(norm, None if standing is None else standing.ceiling)
+        return Ruling(divisor=divisor, skip=self._skip(norm, standing, left_out))
+
+    def _skip(self, norm: Tensor, standing: Standing | None, left_out: Tensor | None) -> Tensor | None:
+        if self._budget is None or standing is None:
+            return None
+        bad = ~norm.isfinite() | standing.far
+        return self._budget.grant(bad if left_out is None else bad & (left_out.reshape(()) == 0))
+
+    @property
+    def tripped(self) -> bool:
+        """The budget has run out, some steps ago: the same answer on every rank at the same step."""
+        return self._budget is not None and self._budget.tripped
+
+
+class Budget:
+    """How many steps may be left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Of the newest steps, whether each was left out; bad steps in a row; whether it has ever run out.
+        self._state = torch.zeros(WINDOW + 2, dtype=torch.float64, device=device)
+        self._turn = 0
+        self._pinned = None if device.type == "cpu" else torch.zeros(TRIP_LAG + 1, dtype=torch.float64, pin_memory=True)
+        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=TRIP_LAG + 1)
+        self._tripped = False
+
+    def grant(self, bad: Tensor) -> Tensor:
+        """Whether a step that is bad may be left out. bad: bool scalar, as the result."""
+        state, turn = self._state.clone(), self._turn % WINDOW
+        state[turn] = 0.0
+        in_a_row, out = state[WINDOW], state[WINDOW + 1]
+        granted = bad & (in_a_row < SKIPS_IN_A_ROW) & (state[:WINDOW].sum() < SKIPS_IN_WINDOW)
+        denied = torch.maximum(out, (bad & ~granted).to(out.dtype))
+        state[WINDOW:] = torch.stack((torch.where(bad, in_a_row + 1, 0.0), denied))
+        state[turn] = granted
+        self._hand_over(denied)
+        self._state, self._turn = state, self._turn + 1
+        return granted
+
+    def _hand_over(self, denied: Tensor) -> None:
+        if self._pinned is None:
+            self._flags.append((denied, None))
+            return
+        host = self._pinned[self._turn % (TRIP_LAG + 1)]
+        host.copy_(denied, non_blocking=True)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._flags.append((host, arrived))
+
+    @property
+    def tripped(self) -> bool:
+        """As of `TRIP_LAG` steps ago. Ranks that asked for the newest that has arrived would hear different answers,
+        and one of them would stop alone: so it is always that step, and it is waited for if it is not there yet.
+        """
+        if not self._tripped and len(self._flags) > TRIP_LAG:
+            flag, arrived = self._flags[0]
+            if arrived is not None:
+                arrived.synchronize()
+            self._tripped = bool(flag)
+        return self._tripped

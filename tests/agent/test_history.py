@@ -1,0 +1,145 @@
+"""The history on the device decides as the collector's does."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from foreshock import _history
+from foreshock._history import SKIP_RISE, History
+from foreshock._policies import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
+from foreshock_collector import rules
+from foreshock_collector.detection import Detector
+
+NEAR = 1e-3
+"""So near a limit the two may differ, by rounding..."""
+MOST_NEAR = 1e-3
+"""... on no more than this part of all steps."""
+Series = list[tuple[float, float]]
+"""Norm and learning rate of each step."""
+
+
+def test_its_constants_are_the_collectors() -> None:
+    rule = rules.DEFAULT.gradient
+    ours = (
+        _history.ALPHA, _history.READY_AFTER, _history.LEAST_SIGMA, _history.SPIKE_Z, _history.SPIKE_RISE,
+        _history.CLAMP, _history.FIRST_DEVIATION, _history.ACCEPT_AFTER, _history.ACCEPT_ALPHA, _history.ACCEPT_STEPS,
+        _history.PLANNED_RATE_CHANGE,
+    )  # fmt: skip
+    assert ours == (
+        rule.alpha, rule.ready_after, rule.least_sigma, rule.spike_z, rule.spike_rise,
+        rule.clamp, rule.first_deviation, rule.accept_after, rule.accept_alpha, rule.accept_steps,
+        rules.DEFAULT.planned_rate_change,
+    )  # fmt: skip
+
+
+def random_series(seed: int, steps: int = 1500) -> Series:
+    """A drifting level with noise, spikes, climbs, values that are not finite, and planned changes."""
+    chance = random.Random(seed)
+    level, noise, rate = chance.uniform(-5, 5), chance.choice([0.02, 0.1, 0.5]), 1e-3
+    series: Series = []
+    height = 0.0
+    for _ in range(steps):
+        level += chance.gauss(0, 0.01)
+        if chance.random() < 0.01:
+            height = chance.uniform(0, 9)
+        elif chance.random() < 0.3:
+            height = 0.0
+        if chance.random() < 0.002:
+            level += chance.choice([-3, 3])
+        if chance.random() < 0.003:
+            rate *= chance.choice([0.1, 10.0, 1.2])
+        norm = math.exp(level + height + chance.gauss(0, noise))
+        series.append((chance.choice([math.nan, math.inf, 0.0]) if chance.random() < 0.005 else norm, rate))
+    return series
+
+
+def real_series(seed: int) -> Series:
+    """A small model in training, whose learning rate is raised until it explodes."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    series: Series = []
+    for step in range(700):
+        x = torch.randn(16, 8)
+        optimizer.zero_grad()
+        (model(x) - x.sum(1, keepdim=True) * (40.0 if step % 97 == 96 else 1.0)).square().mean().backward()
+        norm = float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+        series.append((norm, optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if step > 500:
+            optimizer.param_groups[0]["lr"] *= 1.03
+    return series
+
+
+def compared(series: Series) -> Iterator[tuple[bool, bool]]:
+    """Of each step: whether the two decide alike, and whether it is so near a limit that they need not."""
+    history, detector = History(torch.device("cpu")), Detector()
+    rule = detector.rules.gradient
+    for sequence, (norm, rate) in enumerate(series, 1):
+        _, high = detector.gradient.band(rule) or (0.0, math.inf)
+        usual, sigma = detector.gradient.mean, detector.gradient._sigma(rule)
+        bad = not math.isfinite(norm)
+        events = detector.update(
+            attempt=0, sequence=sequence, step=sequence, norm=norm, loss=None, rate=rate, nonfinite=int(bad)
+        )
+        rise = math.log(norm) - usual if norm > 0 and not bad else -math.inf
+        spike = any(event.kind == "spike" for event in events)
+        theirs = (norm > high, spike and rise > SKIP_RISE)
+        standing = history.take(torch.tensor(norm, dtype=torch.float64), rate)
+        ours = (norm > float(standing.ceiling), bool(standing.far))
+        limits = (rise - rule.clamp * sigma, rise - rule.spike_z * sigma, rise - SKIP_RISE)
+        yield ours == theirs, any(abs(limit) < NEAR for limit in limits)
+
+
+def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = [o for seed in range(12) for o in compared(random_series(seed))]
+    outcomes += [o for seed in range(3) for o in compared(real_series(seed))]
+    differ = [near for alike, near in outcomes if not alike]
+    with capsys.disabled():
+        sys.stdout.write(f"\ndevice and collector decide differently on {len(differ)} of {len(outcomes)} steps\n")
+    assert all(differ), "a decision far from any limit differs"
+    assert len(differ) <= MOST_NEAR * len(outcomes)
+
+
+def test_the_series_hold_something_to_decide() -> None:
+    clipped = skipped = 0
+    for series in (*map(random_series, range(12)), *map(real_series, range(3))):
+        history = History(torch.device("cpu"))
+        for norm, rate in series:
+            standing = history.take(torch.tensor(norm, dtype=torch.float64), rate)
+            clipped += norm > float(standing.ceiling)
+            skipped += bool(standing.far)
+    assert clipped > 500 and skipped > 50
+
+
+def granted(bad: list[bool]) -> tuple[list[bool], list[bool]]:
+    """Which steps are left out, and what `tripped` says after each."""
+    budget = Budget(torch.device("cpu"))
+    steps = [(bool(budget.grant(torch.tensor(b))), budget.tripped) for b in bad]
+    return [step[0] for step in steps], [step[1] for step in steps]
+
+
+def test_no_more_than_three_bad_steps_in_a_row_are_left_out() -> None:
+    left_out, _ = granted([False, True, True, True, True, True, False, True])
+    assert left_out == [False, True, True, True, False, False, False, True]
+
+
+def test_no_more_than_five_of_the_last_hundred_steps_are_left_out() -> None:
+    bad = [step % 10 == 0 for step in range(2 * WINDOW + 20)]
+    left_out, _ = granted(bad)
+    assert [step for step, out in enumerate(left_out) if out][:11] == [0, 10, 20, 30, 40, 100, 110, 120, 130, 140, 200]
+    assert all(sum(left_out[end - WINDOW : end]) <= SKIPS_IN_WINDOW for end in range(WINDOW, len(left_out)))
+
+
+def test_a_run_trips_eight_steps_after_its_budget_has_run_out_and_stays_so() -> None:
+    _, tripped = granted([True] * SKIPS_IN_A_ROW + [False] * 20)
+    assert not any(tripped)
+    _, tripped = granted([True] * (SKIPS_IN_A_ROW + 1) + [False] * 20)
+    assert tripped == [step >= SKIPS_IN_A_ROW + TRIP_LAG for step in range(24)]
