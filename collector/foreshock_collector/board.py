@@ -259,6 +259,8 @@ class Board:
             nan_gradient=_any(rows, "global_nan_parameters", "local_nan_parameters") or math.isnan(norm),
             inf_gradient=_any(rows, "global_inf_parameters", "local_inf_parameters") or math.isinf(norm),
             ranks=len(ranks),
+            shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
+            shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
         )
 
     def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:

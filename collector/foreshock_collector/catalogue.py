@@ -132,6 +132,12 @@ STEP = _gauge("foreshock_step", "The newest optimizer step.")
 STEPS = _counter("foreshock_steps_total", "Optimizer steps seen.")
 CLIPPED_STEPS = _counter("foreshock_clipped_steps_total", "Steps whose gradient was scaled down.")
 SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer was told to leave out.")
+SHADOW_CLIPPED_STEPS = _counter(
+    "foreshock_shadow_clipped_steps_total", "Steps that would have been clipped, in shadow mode."
+)
+SHADOW_SKIPPED_STEPS = _counter(
+    "foreshock_shadow_skipped_steps_total", "Steps that would have been left out, in shadow mode."
+)
 GRADIENT_SPIKES = _counter("foreshock_gradient_spikes_total", "Steps whose global norm stood far above its history.")
 GRADIENT_BUILD_UPS = _counter(
     "foreshock_gradient_build_ups_total", "Climbs of the global norm over several steps, or spikes in quick succession."

@@ -203,8 +203,8 @@ class Detector:
         """From a non-finite step until enough finite ones in a row: one failure is one incident."""
         self.finite_steps: int = state.get("finite_steps", 0)
         self.finite_ever: bool = state.get("finite_ever", False)
-        self.overflows: int = state.get("overflows", 0)
-        """Of the loss scale, in a row."""
+        self.left_out: int = state.get("left_out", 0)
+        """Steps in a row."""
         self.climbing: int = state.get("climbing", 0)
         """Sequence number of the last step that belonged to a build-up; 0: none did."""
         self.rate: float | None = state.get("rate")
@@ -218,7 +218,7 @@ class Detector:
             "failing": self.failing,
             "finite_steps": self.finite_steps,
             "finite_ever": self.finite_ever,
-            "overflows": self.overflows,
+            "left_out": self.left_out,
             "climbing": self.climbing,
             "rate": self.rate,
         }
@@ -233,11 +233,11 @@ class Detector:
         loss: float | None,
         rate: float = math.nan,
         nonfinite: int = 0,
-        overflow: bool = False,
+        left_out: bool = False,
     ) -> list[Event]:
         """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
 
-        overflow: only because of a GradScaler's scale, which is how it finds the right one: a few are no failure.
+        left_out: by a GradScaler that looks for its scale, or by `skip`: a few of these in a row are no failure.
         Of a failure only the first step is an event.
         """
         events: list[Event] = []
@@ -247,8 +247,8 @@ class Detector:
             events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
 
         self._expect(rate)
-        self.overflows = self.overflows + 1 if overflow else 0
-        if overflow and self.overflows < self.rules.collapse_after:
+        self.left_out = self.left_out + 1 if left_out else 0
+        if left_out and nonfinite and self.left_out < self.rules.collapse_after:
             return events
         if nonfinite:
             if not self.failing:

@@ -29,6 +29,8 @@ _COUNTERS = {
     "steps": c.STEPS,
     "clipped": c.CLIPPED_STEPS,
     "skipped": c.SKIPPED_STEPS,
+    "shadow_clipped": c.SHADOW_CLIPPED_STEPS,
+    "shadow_skipped": c.SHADOW_SKIPPED_STEPS,
     "spike": c.GRADIENT_SPIKES,
     "build_up": c.GRADIENT_BUILD_UPS,
     "loss_spike": c.LOSS_SPIKES,

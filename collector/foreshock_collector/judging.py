@@ -70,7 +70,7 @@ class Judge:
             loss=step.loss,
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
-            overflow=step.overflow and step.loss_scale >= 1,
+            left_out=step.left_out,
         ):
             self._totals.add_event(event.kind, event.step, now)
             self._note(asdict(event), now)

@@ -63,7 +63,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
             loss=step.loss,
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
-            overflow=step.overflow,
+            left_out=step.overflow,
         )
         for change in faults.update(step, _UNSEEN, building_up=detector.gradient.in_build_up):
             if change.begins and trouble is None:

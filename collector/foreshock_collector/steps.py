@@ -33,6 +33,10 @@ class Step:
     inf_gradient: bool
     ranks: int
     """How many had reported it when it was put together."""
+    shadow_clipped: bool = False
+    """In shadow mode: would have been clipped."""
+    shadow_skipped: bool = False
+    """In shadow mode: would have been left out."""
 
     @property
     def nonfinite(self) -> list[tuple[str, str]]:
@@ -48,8 +52,16 @@ class Step:
     @property
     def overflow(self) -> bool:
         """The scale of a GradScaler drove a gradient beyond half precision: it leaves the step out, and halves."""
-        scaled = self.loss_scale > 0 and self.loss_scale != 1.0
-        return scaled and (self.nan_gradient or self.inf_gradient) and not (self.nan_loss or self.inf_loss)
+        return self._scaled and (self.nan_gradient or self.inf_gradient) and not (self.nan_loss or self.inf_loss)
+
+    @property
+    def left_out(self) -> bool:
+        """So that it did no harm: by a GradScaler that looks for its scale, or by `skip`, which has a budget."""
+        return (self.overflow and self.loss_scale >= 1) or (self.skipped and not self._scaled)
+
+    @property
+    def _scaled(self) -> bool:
+        return self.loss_scale > 0 and self.loss_scale != 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

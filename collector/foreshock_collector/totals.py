@@ -13,6 +13,7 @@ from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_
 from foreshock_collector.steps import Step
 
 NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
+COUNTED_STEPS = ("steps", "clipped", "skipped", "shadow_clipped", "shadow_skipped")
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS = 20, 600.0
 _SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels")
@@ -40,7 +41,7 @@ class Totals:
     """All of it. Counters only grow; times are Unix seconds, 0: never."""
 
     def __init__(self) -> None:
-        self.counters: dict[str, int] = dict.fromkeys(("steps", "clipped", "skipped", *COUNTED_EVENTS), 0)
+        self.counters: dict[str, int] = dict.fromkeys((*COUNTED_STEPS, *COUNTED_EVENTS), 0)
         self.nonfinite: dict[str, int] = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS}
         self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
         self.incidents: dict[str, int] = dict.fromkeys(INCIDENT_VERDICTS, 0)
@@ -60,6 +61,8 @@ class Totals:
         self.counters["steps"] += 1
         self.counters["clipped"] += step.clip_coefficient < 1
         self.counters["skipped"] += step.skipped
+        self.counters["shadow_clipped"] += step.shadow_clipped
+        self.counters["shadow_skipped"] += step.shadow_skipped
         for source, kind in step.nonfinite:
             self.nonfinite[f"{source} {kind}"] += 1
             self.last["nonfinite"] = now

@@ -273,3 +273,35 @@ def test_open_troubles_and_what_led_to_them_survive_a_restart() -> None:
     store.commit(job.runs)
     assert store.incident_window("r", 1) is not None
     store.close()
+
+
+def test_a_step_that_skip_left_out_is_no_failure_and_the_first_that_it_did_not_is_one() -> None:
+    job = Job(ranks=1)
+    job.train(60)
+    out, made = RANK_COLUMNS | pb.SKIPPED, RANK_COLUMNS
+    job.tell(0, [NAN, NAN, NAN], flags=[out] * 3)
+    job.train(20)
+    assert job.causes() == []
+    totals = job.run.totals
+    assert (totals.counters["skipped"], totals.nonfinite["gradient nan"]) == (3, 3)
+    job.tell(0, [NAN] * 5, flags=[out, out, out, made, made])
+    job.settle(1.0)
+    (incident,) = job.run.incidents.kept
+    assert incident["verdict"]["first_bad_step"] == 86
+
+
+def test_a_scaler_that_leaves_out_a_bad_loss_does_not_hide_it() -> None:
+    job = Job(ranks=1)
+    job.train(60)
+    job.tell(0, [NAN], flags=[RANK_COLUMNS | pb.SKIPPED], loss=[NAN], loss_scale=[1024.0])
+    job.settle(1.0)
+    assert len(job.causes()) == 1
+
+
+def test_what_a_shadow_would_have_done_is_counted_apart() -> None:
+    job = Job(ranks=1)
+    flags = [RANK_COLUMNS | pb.SHADOW_CLIPPED, RANK_COLUMNS | pb.SHADOW_CLIPPED | pb.SHADOW_SKIPPED, RANK_COLUMNS]
+    job.tell(0, [1.0] * 3, flags=flags)
+    job.settle(1.0)
+    found = job.run.totals.counters
+    assert (found["shadow_clipped"], found["shadow_skipped"], found["clipped"], found["skipped"]) == (2, 1, 0, 0)
