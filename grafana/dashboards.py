@@ -120,8 +120,15 @@ def run() -> Json:
             )
         ),
     )
-    clipped = f"rate({of(c.CLIPPED_STEPS)}[{RATE}]) / rate({of(c.STEPS)}[{RATE}])"
-    skipped = f"rate({of(c.SKIPPED_STEPS)}[{RATE}]) / rate({of(c.STEPS)}[{RATE}])"
+    done = tuple(
+        (f"rate({of(series)}[{RATE}]) / rate({of(c.STEPS)}[{RATE}])", what)
+        for series, what in (
+            (c.CLIPPED_STEPS, "clipped"),
+            (c.SKIPPED_STEPS, "skipped"),
+            (c.SHADOW_CLIPPED_STEPS, "shadow: clipped"),
+            (c.SHADOW_SKIPPED_STEPS, "shadow: skipped"),
+        )
+    )
     durations = of(c.STEP_DURATION, suffix="_bucket")
     rows = [
         [
@@ -152,7 +159,7 @@ def run() -> Json:
         ],
         [
             gauge("Clip coefficient", c.CLIP_COEFFICIENT, "1: not clipped.", unit="percentunit", width=8),
-            shares("Steps clipped and skipped", (clipped, "clipped"), (skipped, "skipped")),
+            shares("Steps clipped and skipped", *done),
             gauge("Learning rate", c.LEARNING_RATE, "An explosion while it rises calls for a longer warm-up.", width=8),
         ],
         [
