@@ -27,7 +27,7 @@ from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
 from foreshock._records import Records
 from foreshock._settings import Settings, kill_switch, settings_from
-from foreshock._summary import ParameterPlan, model_summary, plan_parameters
+from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch, DisabledWatch, Watch, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
@@ -248,12 +248,18 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 def _checked_model(model: nn.Module) -> DistributedDataParallel:
     inner = _unwrapped(model)
+    if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(inner).__mro__):
+        raise SettingsError("model: FSDP shards gradients, so that no rank has one as a whole; only DDP is watched")
     if not isinstance(inner, DistributedDataParallel):
         wrap = "wrap it first: DistributedDataParallel(model)"
         raise SettingsError(f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}")
     if any(getattr(module, "sparse", False) is True for module in inner.module.modules()):
         raise SettingsError(
             "model: has an embedding with sparse gradients, whose norm is not measured; use sparse=False"
+        )
+    if any(parameter.is_complex() for parameter in inner.module.parameters()):
+        raise SettingsError(
+            "model: has complex parameters, whose gradients are not measured; hold them as torch.view_as_real"
         )
     return inner
 
@@ -263,15 +269,24 @@ def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimiz
         raise SettingsError(f"optimizer: must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise SettingsError("optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer")
-    plan = plan_parameters(model.module, optimizer)
-    ours = set(model.module.parameters())
-    if not any(parameter in ours for parameter in plan.parameters):
+    plan = plan_parameters(model.module, optimizer, model.parameters_to_ignore)
+    if not plan.parameters:
         raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters()")
+    if others := set(trainable(optimizer)) - set(model.module.parameters()):
+        raise SettingsError(
+            f"optimizer: holds {len(others)} parameter(s) of another model, whose gradients this DDP model does not "
+            "average; give each model an optimizer of its own"
+        )
     devices = {parameter.device for parameter in plan.parameters}
     if len(devices) > 1:
         raise SettingsError(f"model: its parameters lie on {len(devices)} devices; Foreshock watches one per rank")
     if is_watched(optimizer):
         raise SettingsError("optimizer: is being watched already; detach that watch first")
+    if is_watched(model):
+        raise SettingsError(
+            "model: is being watched already, with another optimizer; one of them is watched at a time: attach to the "
+            "one that matters, or detach that watch first"
+        )
     return plan
 
 

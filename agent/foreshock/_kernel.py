@@ -7,20 +7,24 @@ before us; what it said is composed with, and put back.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from foreshock._clip import Clip
 from foreshock._policies import Ruling
+from foreshock._summary import trainable
 
 
 class Kernel:
     """Of one optimizer."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, clip: Clip | None) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, clip: Clip | None, parameters: Collection[Tensor]) -> None:
+        """parameters: that are clipped. The kernel divides all gradients of its optimizer, or none."""
         self._optimizer = optimizer
         self._clip = clip
-        self._fused = clips_in_kernel(optimizer)
+        self._fused = clips_in_kernel(optimizer) and set(trainable(optimizer)) <= set(parameters)
         self._lent: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ MAX_LAYERS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterPlan:
-    """The optimizer's trainable parameters in the model's order, and the layer each belongs to."""
+    """The model's trainable parameters that DDP averages and the optimizer holds, in the model's order, by layer."""
 
     parameters: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
@@ -31,13 +31,19 @@ class ParameterPlan:
         return self.parameters[0].device
 
 
-def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> ParameterPlan:
-    """The plan of what is measured: trainable parameters of the optimizer; shared ones count once."""
-    optimized = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    wanted = set(optimized)
-    named = [(name, p) for name, p in model.named_parameters() if p in wanted]
-    known = {p for _, p in named}
-    named += [(f"optimizer.{i}", p) for i, p in enumerate(optimized) if p not in known]
+def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All that the optimizer may move."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()) -> ParameterPlan:
+    """The plan of what is measured; shared parameters count once.
+
+    ignored: names of parameters that DDP does not average. Ranks differ in their gradients: a norm with them in it
+    would be another one on each rank, and so would be what is clipped.
+    """
+    wanted = set(trainable(optimizer))
+    named = [(name, p) for name, p in model.named_parameters() if p in wanted and name not in ignored]
     names = tuple(name for name, _ in named)
     layers, layer_of = group_layers(names)
     parameters = tuple(p for _, p in named)

@@ -109,7 +109,7 @@ class ActiveWatch(Watch):
         self._weights = Weights(plan.parameters)
         self._averaged = AveragedGradient(plan)
         self._policies = Policies(clip=clip, skip=skip, device=device)
-        self._kernel = Kernel(optimizer, clip)
+        self._kernel = Kernel(optimizer, clip, plan.parameters)
         self._shadow = Shadow(clip, device) if shadow else None
         self._local = LocalNorms(plan) if local_norms else None
         self._sums = RankSums(model.process_group, device) if local_norms else None
@@ -149,9 +149,9 @@ class ActiveWatch(Watch):
     def detach(self) -> None:
         self.leave(Farewell.DETACHED)
 
-    def watches(self, optimizer: torch.optim.Optimizer) -> bool:
-        """This is the optimizer of this watch."""
-        return self._optimizer is optimizer
+    def watches(self, which: torch.optim.Optimizer | DistributedDataParallel) -> bool:
+        """This is the optimizer of this watch, or its model."""
+        return which is self._optimizer or which is self._model
 
     # -- the hooks, in the order of a step -----------------------------------------------------------------------
 
@@ -333,9 +333,9 @@ class ActiveWatch(Watch):
             say_once("hook order", line)
 
 
-def is_watched(optimizer: torch.optim.Optimizer) -> bool:
-    """An attach to this optimizer has not been detached."""
-    return any(watch.enabled and watch.watches(optimizer) for watch in _watches)
+def is_watched(which: torch.optim.Optimizer | DistributedDataParallel) -> bool:
+    """An attach to it has not been detached."""
+    return any(watch.enabled and watch.watches(which) for watch in _watches)
 
 
 _watches: weakref.WeakSet[ActiveWatch] = weakref.WeakSet()

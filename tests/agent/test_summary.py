@@ -74,10 +74,11 @@ def test_a_plan_leaves_out_what_is_frozen_or_not_optimized() -> None:
     assert plan.names == ("body.0.bias", "body.2.weight", "body.2.bias")
 
 
-def test_a_plan_names_parameters_that_the_optimizer_has_besides_the_models() -> None:
+def test_a_plan_leaves_out_what_ddp_does_not_average() -> None:
     model, other = Tied(), nn.Parameter(torch.ones(2))
-    plan = plan_parameters(model, torch.optim.SGD([other, *model.body.parameters()], lr=0.1))
-    assert plan.names[-1] == "optimizer.0" and plan.index[other] == 4
+    optimizer = torch.optim.SGD([other, *model.body.parameters()], lr=0.1)
+    plan = plan_parameters(model, optimizer, {"body.0.weight", "body.2.bias"})
+    assert plan.names == ("body.0.bias", "body.2.weight")
 
 
 def test_a_summary_says_what_the_collector_needs() -> None:

@@ -1,0 +1,77 @@
+"""Every row of docs/composition.md: what DDP scripts do goes together with Foreshock, or is refused in one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.agent.conftest import Scenario, run_scenarios
+
+LIKE_STOCK = [
+    "uneven_inputs", "static_graph", "compiled", "compiled_step", "ignored_fused", "ignored_unfused",
+    "frozen_and_shared",
+]  # fmt: skip
+WITHOUT_LOCAL = [
+    "fp16_compression", "bf16_compression", "power_sgd", "hook_of_their_own", "uneven_inputs_divided_by_those_left",
+]  # fmt: skip
+OTHERS = ["several_optimizers", "detached_and_attached_again", "detached", "refusals"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("composition")
+    return run_scenarios(folder, "composition_scenarios.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *OTHERS])
+
+
+@pytest.mark.parametrize("name", [*LIKE_STOCK, *WITHOUT_LOCAL])
+def test_training_is_that_of_stock_clipping_and_norms_are_its_norms(found: dict[str, Scenario], name: str) -> None:
+    for result in found[name].results:
+        assert result["apart"] < 1e-4 and result["alike"] < 1e-6 and result["dropped"] == {}
+        # A rank that has run out of inputs makes no steps, and has no records of them.
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-5) and len(result["norms"]) >= 6
+        assert min(result["norms"]) > 0.5, "nothing was clipped"
+        assert result["measures local"] == (name in LIKE_STOCK)
+        assert all((norm > 0) == (name in LIKE_STOCK) for norm in result["local"])
+
+
+def test_one_of_several_optimizers_is_watched_and_a_second_one_refused(found: dict[str, Scenario]) -> None:
+    for result in found["several_optimizers"].results:
+        assert result["apart"] < 1e-4 and result["alike"] < 1e-6 and all(norm > 0 for norm in result["local"])
+        assert result["second"].startswith("SettingsError: model: is being watched already, with another optimizer;")
+
+
+def test_a_watch_ends_and_another_begins(found: dict[str, Scenario]) -> None:
+    for result in found["detached_and_attached_again"].results:
+        assert result["apart"] < 1e-4 and result["counts"] == [2, 4]
+    assert all(result["as stock"] for result in found["detached"].results)
+
+
+REFUSED = {
+    "fsdp": "SettingsError: model: FSDP shards gradients, so that no rank has one as a whole; only DDP is watched",
+    "zero": "SettingsError: optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer",
+    "sparse": "SettingsError: model: has an embedding with sparse gradients",
+    "complex": "SettingsError: model: has complex parameters, whose gradients are not measured",
+    "two models": "SettingsError: optimizer: holds 6 parameter(s) of another model, whose gradients this DDP model",
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_watched_is_refused_in_one_line_and_nothing_is_hooked(
+    found: dict[str, Scenario], what: str
+) -> None:
+    for result in found["refusals"].results:
+        assert result[what].startswith(REFUSED[what]) and "\n" not in result[what] and result["hooks"] == 0
+
+
+def test_every_test_that_the_table_names_exists() -> None:
+    root = Path(__file__).parents[2]
+    table = (root / "docs" / "composition.md").read_text()
+    named = re.findall(r"`(test_\w+)(?:\[(\w+)\])?`", table)
+    sources = [path.read_text() for path in (root / "tests").rglob("test_*.py")]
+    known = {name for text in sources for name in re.findall(r"def (test_\w+)", text)}
+    assert len(named) >= 20
+    for test, case in named:
+        assert test in known
+        assert not case or any(f'"{case}"' in text for text in sources), case
