@@ -1,0 +1,16 @@
+"""Random models, bucket sizes, accumulation, dtypes and policies, beside a reference in float64 on two ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.agent.conftest import run_scenarios
+
+
+def test_random_trainings_are_measured_and_clipped_as_a_reference_in_float64_says(tmp_path: Path) -> None:
+    results = run_scenarios(tmp_path, "property_scenarios.py", ["random_trainings"])["random_trainings"].results
+    for result in results:
+        assert result["wrong"] == ""
+        assert result["seen"] >= 50
+        assert result["policies"] == ["adaptive", "loose norm", "none", "norm", "value"]
+        assert result["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float64"]
