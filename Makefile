@@ -67,6 +67,10 @@ protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from teleme
 bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARGS="--json" and others
 	@$(BIN)/python benchmarks/step.py $(ARGS)
 
+.PHONY: soak
+soak: $(INSTALLED) ## 20,000 steps of two ranks: flat memory, no thread more, nothing left behind (minutes)
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
 .PHONY: bench-detection
 bench-detection: $(INSTALLED) ## how well detection does on recorded faults, beside other rules; ARGS="--json --part tune"
 	@$(BIN)/python -m benchmarks.detection $(ARGS)
