@@ -181,6 +181,23 @@ def run() -> Json:
             ),
             gauge("Loss scale", c.LOSS_SCALE, "One that halves again and again has collapsed.", width=8),
         ],
+        [
+            gauge(
+                "Largest element of the gradient",
+                c.GRADIENT_ABSOLUTE_MAXIMUM,
+                "Float16 ends at 65,504: times the loss scale it must stay below.",
+                logarithmic=True,
+                width=8,
+            ),
+            gauge("Norm of the weights", c.PARAMETER_NORM, "One that grows without end calls for decay.", width=8),
+            gauge(
+                "Movement of the weights in a step, over their norm",
+                c.UPDATE_RATIO,
+                "About a thousandth is usual; far more is a learning rate too large, far less one too small.",
+                logarithmic=True,
+                width=8,
+            ),
+        ],
     ]
     title, text = "Foreshock: run", "One run: is it about to die, and since when."
     return dashboard("foreshock-run", title, text, variables(one_run=True), rows)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._norms import NormSummary, gradient_norms, largest_magnitude, summarize
 from foreshock._summary import ParameterPlan
 
 
@@ -17,14 +19,16 @@ class AveragedGradient:
         self._device = plan.device()
         self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
 
-    def measure(self) -> NormSummary:
-        """Its norms, as they are now: scaled where the loss was."""
+    def measure(self, *, largest: bool) -> NormSummary:
+        """Its norms, as they are now: scaled where the loss was. largest: its largest element as well."""
         present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
         if self._indices is None or self._indices[0] != present:
             layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=self._device)
             self._indices = (present, torch.tensor(present, dtype=torch.int64, device=self._device), layer_of)
-        norms = gradient_norms(self.gradients()).to(self._device)
-        return summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+        gradients = self.gradients()
+        norms = gradient_norms(gradients).to(self._device)
+        summary = summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+        return replace(summary, largest=largest_magnitude(gradients)) if largest else summary
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""

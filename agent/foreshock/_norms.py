@@ -27,6 +27,8 @@ class NormSummary:
     """Scalar: index of the first parameter, in the order given, that is not finite; -1 if all are."""
     layers: Tensor
     """[layers]: L2 norm of each layer."""
+    largest: Tensor | None = None
+    """Scalar: largest absolute value of an element, NaN if one is; None: not measured on this step."""
 
     def unscaled(self, scale: Tensor) -> NormSummary:
         """The same gradient divided by a GradScaler's scale."""
@@ -36,6 +38,7 @@ class NormSummary:
             inf_parameters=self.inf_parameters,
             first_nonfinite=self.first_nonfinite,
             layers=self.layers / scale,
+            largest=None if self.largest is None else self.largest / scale,
         )
 
 
@@ -77,6 +80,12 @@ def summarize(norms: Tensor, parameters: Tensor, layer_of: Tensor, layers: int) 
         first_nonfinite=first,
         layers=by_layer.sqrt(),
     )
+
+
+def largest_magnitude(gradients: list[Tensor]) -> Tensor:
+    """Largest absolute value of all elements, NaN if one is: float64 scalar. A kernel for each gradient."""
+    ends = [torch.stack(torch.aminmax(g)).to(torch.float64) for g in gradients if g.numel()]
+    return torch.stack(ends).abs().max() if ends else torch.zeros((), dtype=torch.float64)
 
 
 def _rescaled_norm(gradient: Tensor) -> float:

@@ -55,6 +55,7 @@ class Row:
             "shadow": shadow,
             "parameter_fingerprint": none if weights.fingerprint is None else weights.fingerprint,
             "parameter_norm": zero if weights.norm is None else weights.norm,
+            "gradient_absolute_maximum": zero if summary.largest is None else summary.largest,
             "update_ratio": zero if weights.update_ratio is None else weights.update_ratio,
         }
         layers = self._layers

@@ -29,7 +29,7 @@ from foreshock._records import Records
 from foreshock._rows import Row
 from foreshock._shadow import Shadow
 from foreshock._summary import ParameterPlan
-from foreshock._weights import Weights
+from foreshock._weights import Weights, due
 from foreshock_recorder.ring import Farewell
 
 _SETTLE_SECONDS = 0.5
@@ -182,7 +182,7 @@ class ActiveWatch(Watch):
             self._kernel.take_back()
             # The first time as well: nobody knows yet whether this script edits.
             suspected = self._edits.seen or not self._records.sequence
-            self._unedited = self._averaged.measure() if suspected else None
+            self._unedited = self._measure(self._records.next_sequence) if suspected else None
             self._edits.backward_ended()
 
     def before_step(self) -> None:
@@ -206,7 +206,7 @@ class ActiveWatch(Watch):
             opened = True
         scale = self._kernel.scale
         with self._guard:
-            summary = self._unedited if edited and self._unedited is not None else self._averaged.measure()
+            summary = self._unedited if edited and self._unedited is not None else self._measure(self._records.sequence)
             if scale is not None:
                 summary = summary.unscaled(scale.double())
             ruling = self._rule(summary.total, rate, edited=edited)
@@ -270,6 +270,9 @@ class ActiveWatch(Watch):
             self.leave(Farewell.EXCEPTION, f"{type(error).__name__}: {error}")
 
     # -- parts of a step -----------------------------------------------------------------------------------------
+
+    def _measure(self, sequence: int) -> NormSummary:
+        return self._averaged.measure(largest=due(sequence))
 
     def _rule(self, norm: Tensor, rate: float, *, edited: bool) -> Ruling:
         ruling = self._policies.rule(norm, learning_rate=rate, left_out=self._kernel.found_inf)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from foreshock._norms import gradient_norms
 
 EVERY_STEPS = 100
-"""Weights are looked at on the first step and on every hundredth after it, the same on all ranks."""
+"""Weights, and the largest element of the gradient, are looked at on the first step and on every hundredth after it,
+the same on all ranks."""
 _MODULUS = 2**52
 """Fingerprints travel as float64, which holds whole numbers below 2^53."""
 _SAMPLES = 4096
@@ -33,6 +34,11 @@ class WeightFacts:
     each parameter."""
 
 
+def due(sequence: int) -> bool:
+    """A step on which a closer look is taken. sequence: its number, from 1."""
+    return (sequence - 1) % EVERY_STEPS == 0
+
+
 class Weights:
     """Those of one rank. parameters: in the model's order, so in the same order on every rank."""
 
@@ -44,7 +50,7 @@ class Weights:
         """Before the step that this record is of. sequence: its number, from 1."""
         ratio = None if self._before is None else self._movement(self._before)
         self._before = None
-        if (sequence - 1) % EVERY_STEPS:
+        if not due(sequence):
             return WeightFacts(update_ratio=ratio)
         self._before = self._samples()
         norm = gradient_norms(self._parameters).square().sum().sqrt()

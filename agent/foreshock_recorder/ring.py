@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 MAX_RING_BYTES = 4 * 2**20
 """A container often has 64 MB of shared memory for eight ranks."""
 MAX_SLOTS = 4096
@@ -61,6 +61,7 @@ DEVICE_COLUMNS = (
     "parameter_fingerprint",
     "parameter_norm",
     "update_ratio",
+    "gradient_absolute_maximum",
     "shadow",
 )
 """Named as in `StepBatch`, but for `skipped` and `shadow` (1: would have been clipped, 2: skipped), which travel as

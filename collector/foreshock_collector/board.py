@@ -261,6 +261,9 @@ class Board:
             ranks=len(ranks),
             shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
             shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
+            gradient_absolute_maximum=_measured(first["gradient_absolute_maximum"]),
+            parameter_norm=_measured(first["parameter_norm"]),
+            update_ratio=_measured(first["update_ratio"]),
         )
 
     def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:
@@ -286,6 +289,10 @@ class Board:
         before = self._cells[(sequence - 1) % self.capacity, rank]
         seconds = float(this["monotonic_seconds"] - before["monotonic_seconds"])
         return seconds if before["sequence"] == sequence - 1 and 0 < seconds < math.inf else None
+
+
+def _measured(value: np.float64) -> float | None:
+    return float(value) if value else None
 
 
 def _any(rows: Rows, *names: str) -> bool:

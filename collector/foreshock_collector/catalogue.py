@@ -122,8 +122,18 @@ GRADIENT_NORM = Series(
     help="Finite global norms, every step: what a scrape would miss between two samples.",
     buckets=_POWERS_OF_TEN,
 )
+GRADIENT_ABSOLUTE_MAXIMUM = _gauge(
+    "foreshock_gradient_absolute_maximum",
+    "Largest absolute value of an element of the averaged gradient before clipping, measured every hundred steps.",
+)
 CLIP_COEFFICIENT = _gauge(
     "foreshock_clip_coefficient", "Factor in (0, 1] applied to the averaged gradient at the newest step.", "ratio"
+)
+PARAMETER_NORM = _gauge("foreshock_parameter_norm", "L2 norm of the weights, measured every hundred steps.")
+UPDATE_RATIO = _gauge(
+    "foreshock_update_ratio",
+    "How far one step moved the weights, over their norm, measured every hundred steps on a sample of them.",
+    "ratio",
 )
 LOSS = _gauge("foreshock_loss", "Mean over ranks of the loss, at the newest step where it was finite.")
 LEARNING_RATE = _gauge("foreshock_learning_rate", "Learning rate of the first parameter group at the newest step.")

@@ -18,7 +18,10 @@ Labels = tuple[str, ...]
 _Family = TypeVar("_Family", bound=Metric)
 _LEVELS = {
     "global_norm": c.GLOBAL_GRADIENT_NORM,
+    "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
     "clip_coefficient": c.CLIP_COEFFICIENT,
+    "parameter_norm": c.PARAMETER_NORM,
+    "update_ratio": c.UPDATE_RATIO,
     "loss": c.LOSS,
     "learning_rate": c.LEARNING_RATE,
     "loss_scale": c.LOSS_SCALE,

@@ -37,6 +37,11 @@ class Step:
     """In shadow mode: would have been clipped."""
     shadow_skipped: bool = False
     """In shadow mode: would have been left out."""
+    gradient_absolute_maximum: float | None = None
+    """Largest element of the averaged gradient, unscaled. This and the next two: on one step in a hundred."""
+    parameter_norm: float | None = None
+    update_ratio: float | None = None
+    """How far the step before moved the weights, over their norm."""
 
     @property
     def nonfinite(self) -> list[tuple[str, str]]:

@@ -76,12 +76,15 @@ class Totals:
             levels = {
                 "step": float(step.step),
                 "global_norm": step.global_norm,
+                "gradient_absolute_maximum": step.gradient_absolute_maximum,
                 "clip_coefficient": step.clip_coefficient,
+                "parameter_norm": step.parameter_norm,
+                "update_ratio": step.update_ratio,
                 "learning_rate": step.learning_rate,
                 "loss_scale": step.loss_scale,
-                "loss": math.nan if step.loss is None else step.loss,
+                "loss": step.loss,
             }
-            self.levels |= {name: value for name, value in levels.items() if math.isfinite(value)}
+            self.levels |= {name: value for name, value in levels.items() if value is not None and math.isfinite(value)}
 
     def add_event(self, kind: str, step: int, now: float) -> None:
         """Count what the detector has found."""

@@ -40,6 +40,10 @@ SITES: dict[str, tuple[Any, str]] = {
 FAILING = 3
 
 
+def case(site: str, *, fused: bool) -> str:
+    return f"{site}_{'fused' if fused else 'unfused'}"
+
+
 def fails_at(site: str, *, fused: bool) -> dict[str, Any]:
     kind, name = SITES[site]
     whole = getattr(kind, name)
@@ -65,7 +69,7 @@ def fails_at(site: str, *, fused: bool) -> dict[str, Any]:
     if dist.get_rank() == 1:
         setattr(kind, name, broken)
     try:
-        with foreshock.attach(ours, optimizer, clip=0.5) as watch:
+        with foreshock.attach(ours, optimizer, clip=0.5, run=case(site, fused=fused)) as watch:
             weights = train(ours, optimizer, before_backward=count)
             found = told(watch)
     finally:
@@ -100,7 +104,7 @@ def plain() -> list[int]:
 if __name__ == "__main__":
     scenarios: dict[str, Callable[[], Any]] = {"plain": plain}
     for each in SITES:
-        scenarios[f"{each}_fused"] = _scenario(each, fused=True)
-        scenarios[f"{each}_unfused"] = _scenario(each, fused=False)
+        for fused in (True, False):
+            scenarios[case(each, fused=fused)] = _scenario(each, fused=fused)
     main(scenarios)
     sys.exit("not reached")

@@ -110,6 +110,8 @@ def scaler_fused_unscaled_by_the_script() -> dict[str, Any]:
 def _scaled(*, fused: bool, unscale: bool = False) -> dict[str, Any]:
     """The same batches on all ranks, so that local and global norms are alike. An overflow at step 3."""
 
+    largest = []
+
     def run(watch_with: float | None) -> tuple[list[Tensor], list[float], dict[str, Any]]:
         model = make_model()
         optimizer = make_optimizer(model, fused=fused)
@@ -121,6 +123,7 @@ def _scaled(*, fused: bool, unscale: bool = False) -> dict[str, Any]:
             scaler.scale(loss * (math.inf if step == 3 else 1.0)).backward()  # type: ignore[no-untyped-call]
             if watch is None:
                 scaler.unscale_(optimizer)
+                largest.append(max(float(g.abs().max()) for g in gradients(model)))
                 norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
             else:
                 if unscale:
@@ -138,13 +141,14 @@ def _scaled(*, fused: bool, unscale: bool = False) -> dict[str, Any]:
     return {
         "apart": apart(stock, ours),
         "norms": norms,
+        "largest": largest,
         "dropped": found["dropped"],
         "edited": [record["edited"] for record in found["records"]],
         **{
             name: column(found, name)
             for name in (
                 "global_norm", "local_norm", "loss_scale", "skipped", "clip_coefficient", "reduced_sequence",
-                "reduced_square_sum",
+                "reduced_square_sum", "gradient_absolute_maximum",
             )
         },
     }  # fmt: skip

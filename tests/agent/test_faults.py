@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import urllib.request
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.agent.conftest import Job, Scenario, run_scenarios
+from tests.end_to_end.conftest import Collector, eventually
 
 SCRIPT = "fault_scenarios.py"
 SITES = [
@@ -22,8 +26,26 @@ WITHOUT_ROW = {"norms", "summary", "clip", "rule", "collect", "row"}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("faults"), SCRIPT, CASES, FORESHOCK_STRICT="")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
+    """Who hears of it, and outlives the jobs."""
+    collector = Collector(tmp_path_factory.mktemp("collector"))
+    yield collector
+    assert collector.stop() == 0
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory, told: Collector) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("faults")
+    return run_scenarios(folder, SCRIPT, CASES, FORESHOCK_STRICT="", FORESHOCK_COLLECTOR=told.address)
+
+
+def dropped(collector: Collector) -> dict[str, float]:
+    """By run, as Prometheus would hear of it: records that an error of the probe has cost."""
+    with urllib.request.urlopen(f"{collector.url}/metrics", timeout=10) as response:
+        text = response.read().decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    samples = families["foreshock_records_dropped"].samples
+    return {s.labels["run"]: s.value for s in samples if s.labels["reason"] == "probe_error"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -49,6 +71,12 @@ def test_an_error_inside_the_probe_on_one_rank_costs_a_record_and_nothing_else(
     assert all(norm > 0 for norm in others)
     ((line,), nothing) = ([line for line in lines if "internal error" in line] for lines in reversed(found[case].said))
     assert "costs a step record, training goes on" in line and nothing == []
+
+
+@pytest.mark.usefixtures("found")
+def test_each_of_these_records_is_missing_on_the_metrics_page(told: Collector) -> None:
+    once_each = dict.fromkeys(CASES, 1.0)
+    eventually(lambda: dropped(told) == once_each, f"one record of each run, not {dropped(told)}")
 
 
 def test_a_training_says_no_warning_even_where_warnings_are_errors(tmp_path: Path) -> None:

@@ -47,6 +47,9 @@ def test_under_a_grad_scaler_norms_are_unscaled_and_clipping_is_stock(found: dic
         # All ranks have the same batches here: local and global norms are the same.
         for name in ("global_norm", "local_norm"):
             assert result[name] == pytest.approx(expected, rel=1e-5, nan_ok=True), name
+        # Looked at on the first step, and then only after a hundred.
+        looked, *later = result["gradient_absolute_maximum"]
+        assert looked == pytest.approx(result["largest"][0], rel=1e-5) and set(later) == {0.0}
         assert result["loss_scale"] == scales
         assert result["skipped"] == [float(step == 3) for step in steps]
         for step, norm, coefficient in zip(steps, expected, result["clip_coefficient"], strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._norms import NormSummary, gradient_norms, largest_magnitude, summarize
 
 NAN, INF = math.nan, math.inf
 
@@ -114,3 +114,12 @@ def test_unscaling_divides_norms_and_leaves_counts() -> None:
     summary = summary_of(8.0, INF).unscaled(torch.tensor(4.0, dtype=torch.float64))
     assert summary.layers.tolist() == [2.0, INF]
     assert (float(summary.inf_parameters), float(summary.first_nonfinite)) == (1.0, 1.0)
+
+
+def test_the_largest_element_is_found_whatever_its_sign_and_dtype() -> None:
+    gradients = [torch.tensor([1.0, -7.5]), torch.tensor([7.0], dtype=torch.bfloat16), torch.empty(0)]
+    assert float(largest_magnitude(gradients)) == 7.5
+    assert float(largest_magnitude([*gradients, torch.tensor([8.0, 1.0], dtype=torch.float16)])) == 8.0
+    assert float(largest_magnitude([*gradients, torch.tensor([1.0, -INF])])) == INF
+    assert math.isnan(float(largest_magnitude([*gradients, torch.tensor([NAN, INF])])))
+    assert float(largest_magnitude([])) == 0.0

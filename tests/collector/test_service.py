@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Protocol
@@ -170,6 +171,31 @@ def test_records_sent_again_count_once_and_a_gap_is_counted(tmp_path: Path) -> N
             found = await families(server)
             assert value(found, "foreshock_steps") == 20
             assert value(found, "foreshock_records_dropped", reason="ring_overrun") == 5
+
+    serving(test())
+
+
+def test_what_is_looked_at_now_and_then_keeps_its_newest_value(tmp_path: Path) -> None:
+    async def test() -> None:
+        looked: dict[str, Any] = {
+            "gradient_absolute_maximum": [0.25, 0, 0],
+            "parameter_norm": [12.0, 0, 0],
+            "update_ratio": [0, 1e-3, 0],
+        }
+        async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
+            stream = Stream(server)
+            await stream.send(hello())
+            await stream.send(steps(1, [1.0] * 3))
+            await stream.stored(3)
+            found = await families(server)
+            assert not any(found[f"foreshock_{name}"].samples for name in looked)
+            await stream.send(steps(4, [1.0] * 3, **looked), steps(7, [1.0], gradient_absolute_maximum=[math.nan]))
+            await stream.stored(7)
+            found = await families(server)
+            assert {name: value(found, f"foreshock_{name}") for name in looked} == {
+                name: max(values) for name, values in looked.items()
+            }
+            await stream.close()
 
     serving(test())
 

@@ -25,6 +25,7 @@ from tests.grafana.test_dashboards import RULES
 
 WORLD = 2
 LAYERS = ("embedding", "head")
+LOOKED_AT = ("gradient_absolute_maximum", "parameter_norm", "update_ratio")
 PORTION = 20
 """Steps between two scrapes, so that rates and increases have something to show."""
 
@@ -61,6 +62,7 @@ async def feed(server: Collector, recorded: Recorded) -> None:
         portion = values[start : start + PORTION]
         for rank, stream in enumerate(streams):
             told = {"local_norm": [n * (1 + rank) for n in portion], "loss": portion, "learning_rate": [0.1] * PORTION}
+            told |= dict.fromkeys(LOOKED_AT, [0.01] + [0.0] * (PORTION - 1))
             flags = [pb.LOSS_OBSERVED | pb.LOCAL_NORMS] * PORTION
             message = steps(start + 1, portion, run="boom", instance=f"boom-{rank}", flags=flags, **told)
             if rank == 0:
