@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from foreshock._errors import SettingsError
+from foreshock._norms import known_finite
 
 EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does, so that results agree."""
@@ -151,7 +152,7 @@ def clip_from_text(name: str, text: str) -> Clip | None:
 
 def _divisor(norm: Tensor, limit: Tensor | float) -> Tensor:
     divisor = ((norm + EPSILON) / limit).clamp(min=1.0)
-    return torch.where(norm.isfinite(), divisor, 1.0)
+    return divisor if known_finite(norm) else torch.where(norm.isfinite(), divisor, 1.0)
 
 
 def _check_positive(name: str, value: float) -> None:

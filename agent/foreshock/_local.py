@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from foreshock._norms import NormSummary, gradient_norms, summarize
+from foreshock._norms import NormSummary, gradient_norms, known_finite, summarize
 from foreshock._summary import ParameterPlan
 
 SUM_FIELDS = (
@@ -103,23 +103,19 @@ class RankSums:
 
     def contribution(self, summary: NormSummary | None, loss: Tensor | None) -> Tensor:
         """This rank's part. Sums stay finite: NaN and Inf are counted beside them. Without a summary it is idle."""
-        zero = self._zero
-        square, nan, inf, idle = zero, zero, zero, self._one
+        zero, one = self._zero, self._one
+        square, nan, inf, idle = zero, zero, zero, one
         if summary is not None:
-            total = summary.total
-            square = torch.where(total.isfinite(), total.square(), zero)
-            nan = (summary.nan_parameters > 0).to(zero.dtype)
-            inf = (summary.inf_parameters > 0).to(zero.dtype)
-            idle = (total == 0).to(zero.dtype)
+            # An infinite square of a finite norm, too, would make the sum useless.
+            square = summary.total.square().nan_to_num(0.0, 0.0)
+            nan, inf = summary.nan_parameters.clamp(max=1.0), summary.inf_parameters.clamp(max=1.0)
+            idle = (summary.total == 0).to(zero.dtype)
         losses = (zero, zero, zero, zero)
-        if loss is not None:
-            finite = loss.isfinite()
-            losses = (
-                torch.where(finite, loss, zero),
-                finite.to(zero.dtype),
-                loss.isnan().to(zero.dtype),
-                loss.isinf().to(zero.dtype),
-            )
+        if loss is not None and known_finite(loss):
+            losses = (loss, one, zero, zero)
+        elif loss is not None:
+            nan_loss, inf_loss = loss.isnan().to(zero.dtype), loss.isinf().to(zero.dtype)
+            losses = (loss.nan_to_num(0.0, 0.0, 0.0), one - nan_loss - inf_loss, nan_loss, inf_loss)
         return torch.stack((square, nan, inf, idle, *losses))
 
     def issue(self, sequence: int, contribution: Tensor | None) -> None:

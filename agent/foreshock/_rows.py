@@ -10,6 +10,9 @@ from foreshock._norms import NormSummary
 from foreshock._weights import WeightFacts
 from foreshock_recorder.ring import DEVICE_COLUMNS
 
+_OWN = DEVICE_COLUMNS[: -1 - len(SUM_FIELDS)]
+assert DEVICE_COLUMNS[len(_OWN) :] == ("reduced_sequence", *SUM_FIELDS)
+
 
 class Row:
     """Of one rank; preallocated, written anew each step."""
@@ -18,7 +21,8 @@ class Row:
         self.constants = {
             value: torch.full((), value, dtype=torch.float64, device=device) for value in (-1.0, 0.0, 1.0)
         }
-        self._layers = layers
+        self._no_sums = torch.zeros(1 + len(SUM_FIELDS), dtype=torch.float64, device=device)
+        self._no_layers = torch.zeros(layers, dtype=torch.float64, device=device)
         self._row = torch.zeros(columns, dtype=torch.float64, device=device)
 
     @property
@@ -58,7 +62,6 @@ class Row:
             "gradient_absolute_maximum": zero if summary.largest is None else summary.largest,
             "update_ratio": zero if weights.update_ratio is None else weights.update_ratio,
         }
-        layers = self._layers
         if local is not None:
             if scale is not None:
                 local = local.unscaled(scale)
@@ -66,14 +69,10 @@ class Row:
             values["local_nan_parameters"] = local.nan_parameters
             values["local_inf_parameters"] = local.inf_parameters
             values["first_nonfinite_local"] = local.first_nonfinite
-            self._row[-layers:] = local.layers
-        else:
-            self._row[-layers:] = 0.0
+        reduced = self._no_sums
         if sums is not None:
             sums.scaled_by(scale)
-            names = ("reduced_sequence", *SUM_FIELDS)
-            values |= dict(zip(names, sums.collect().unbind(), strict=True))
-        columns = len(DEVICE_COLUMNS)
-        torch.stack([values.get(name, zero) for name in DEVICE_COLUMNS], out=self._row[:columns])
-        self._row[columns : columns + layers] = summary.layers
-        return self._row
+            reduced = sums.collect()
+        scalars = torch.stack([values.get(name, zero) for name in _OWN])
+        local_layers = self._no_layers if local is None else local.layers
+        return torch.cat((scalars, reduced, summary.layers, local_layers), out=self._row)

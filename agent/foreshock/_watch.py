@@ -328,7 +328,8 @@ class ActiveWatch(Watch):
             return None
         if not isinstance(loss, Tensor):
             return torch.tensor(float(loss), dtype=torch.float64)
-        return loss.detach().to(torch.float64).mean()
+        value = loss.detach().to(torch.float64)
+        return value.mean() if value.dim() else value
 
     def _check_hook_order(self) -> None:
         if self._clip is not None and not self._step_hooks.is_last():

@@ -49,6 +49,11 @@ DEVICE_COLUMNS = (
     "first_nonfinite_global",
     "first_nonfinite_local",
     "skipped",
+    "parameter_fingerprint",
+    "parameter_norm",
+    "update_ratio",
+    "gradient_absolute_maximum",
+    "shadow",
     "reduced_sequence",
     "reduced_square_sum",
     "reduced_nan_ranks",
@@ -58,11 +63,6 @@ DEVICE_COLUMNS = (
     "reduced_loss_count",
     "reduced_nan_losses",
     "reduced_inf_losses",
-    "parameter_fingerprint",
-    "parameter_norm",
-    "update_ratio",
-    "gradient_absolute_maximum",
-    "shadow",
 )
 """Named as in `StepBatch`, but for `skipped` and `shadow` (1: would have been clipped, 2: skipped), which travel as
 flags."""
