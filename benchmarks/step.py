@@ -2,7 +2,9 @@
 
 Every variant has its own model of the same size, its own DDP and its own fused AdamW. A round takes one step of each,
 in an order that changes from round to round; a variant's cost is the median over rounds of its time divided by that of
-`stock_clip` in the same round. Recorder and collector run, and every step must have been stored at the end.
+`stock_clip` in the same round. Rounds are spread over several launches, since where a model happens to lie in memory
+stays with it for as long as its process lives. Recorder and collector run, and every step must have been stored at the
+end.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ VARIANTS = ("plain", "stock_clip", "item_monitor", "observe", "foreshock_clip", 
 MAX_NORM = {"always": 1e-3, "never": 1e9}
 LAYERS, BATCH = 8, 8
 WARM_UP_ROUNDS = 5
+LAUNCHES = 5
 _COLLECTOR_SECONDS = 60.0
 
 Step = Callable[[], None]
@@ -95,12 +98,14 @@ def measure(options: argparse.Namespace) -> None:
     """In each rank: rounds over all variants; rank 0 writes seconds per round and variant."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    steps = {name: variant_step(name, options.parameters[0], options.clipping[0]) for name in options.variants}
+    random = np.random.default_rng(options.launch)
+    order = list(options.variants)
+    random.shuffle(order)
+    steps = {name: variant_step(name, options.parameters[0], options.clipping[0]) for name in order}
     seconds: list[dict[str, float]] = []
-    for round_ in range(WARM_UP_ROUNDS + options.rounds):
-        order = list(steps)
+    for _ in range(WARM_UP_ROUNDS + options.rounds):
         # Each variant follows each other one as often: none always runs on the caches of the same neighbour.
-        np.random.default_rng(round_).shuffle(order)
+        random.shuffle(order)
         took = {}
         for name in order:
             dist.barrier()
@@ -133,21 +138,33 @@ def launch(folder: Path, collector: str, ranks: int, *arguments: str) -> dict[st
 
 
 def bootstrap(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """95 % confidence interval of the median, by the percentile bootstrap."""
-    draws = np.random.default_rng(0).choice(ratios, (4000, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    """95 % confidence interval of the median, by the percentile bootstrap over launches, then over their rounds.
+
+    ratios: [launches, rounds].
+    """
+    random = np.random.default_rng(0)
+    launches, rounds = ratios.shape
+    chosen = random.integers(launches, size=(4000, launches))[:, :, None]
+    draws = ratios[chosen, random.integers(rounds, size=(4000, launches, rounds))]
+    low, high = np.percentile(np.median(draws.reshape(4000, -1), axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
-def compare(ranks: int, millions: float, clipping: str, rounds: int) -> Iterator[dict[str, Any]]:
-    """One table row per variant."""
+def compare(
+    ranks: int, millions: float, clipping: str, *, rounds: int, variants: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """One table row per variant. rounds: of each launch."""
     with tempfile.TemporaryDirectory() as name, collecting(Path(name)) as (grpc, http):
         folder = Path(name)
         shape = ("--parameters", str(millions), "--clipping", clipping)
-        timed = launch(folder, grpc, ranks, *shape, "--rounds", str(rounds))
-        check_stored(http, WARM_UP_ROUNDS + rounds)
-        table = {name: np.array([row[name] for row in timed["seconds"]]) for name in VARIANTS}
-        for variant in VARIANTS:
+        timed = []
+        for number in range(LAUNCHES):
+            which = ("--launch", str(number), "--rounds", str(rounds), "--variants", *variants)
+            timed.append(launch(folder, grpc, ranks, *shape, *which)["seconds"])
+            progress(f"{number + 1} of {LAUNCHES} launches")
+        check_stored(http, LAUNCHES * (WARM_UP_ROUNDS + rounds), [v for v in VARIANTS[3:] if v in variants])
+        table = {name: np.array([[row[name] for row in each] for each in timed]) for name in variants}
+        for variant in variants:
             alone = launch(folder, grpc, ranks, *shape, "--rounds", "1", "--variants", variant)
             ratios = table[variant] / table["stock_clip"]
             yield {
@@ -185,7 +202,13 @@ def collecting(folder: Path) -> Iterator[tuple[str, str]]:
         process.wait()
 
 
-def check_stored(url: str, steps: int) -> None:
+def progress(text: str) -> None:
+    """Where somebody watches."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r  {text}\033[K\r")
+
+
+def check_stored(url: str, steps: int, watched: Sequence[str]) -> None:
     """A cost without the work done would be no cost: every step of every watched variant has been stored."""
     deadline = time.monotonic() + _COLLECTOR_SECONDS
     while True:
@@ -195,7 +218,7 @@ def check_stored(url: str, steps: int) -> None:
         for run in runs:
             with urllib.request.urlopen(f"{url}/api/v1/runs/{run['run']}", timeout=10) as response:
                 counts[run["run"]] = json.load(response)["counters"]["steps"]
-        if counts == dict.fromkeys(VARIANTS[3:], steps):
+        if counts == dict.fromkeys(watched, steps):
             return
         if time.monotonic() > deadline:
             sys.exit(f"{steps} steps were taken, stored were {counts}")
@@ -208,21 +231,24 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, nargs="+", default=[1.0, 25.0], help="in millions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--clipping", choices=list(MAX_NORM), nargs="+", default=list(MAX_NORM))
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=60, help=f"of each of {LAUNCHES} launches")
+    parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="with stock_clip")
     parser.add_argument("--json", action="store_true", help="one object with all results")
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), help=argparse.SUPPRESS)
+    parser.add_argument("--launch", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.result:
         measure(options)
         return
+    if "stock_clip" not in options.variants:
+        parser.error("--variants: stock_clip must be among them: all others are divided by it")
     results = []
     for ranks in options.ranks:
         for millions in options.parameters:
             for clipping in options.clipping:
                 if not options.json:
                     print(f"\n{ranks} rank(s), {millions:g} M parameters, clipping {clipping}", flush=True)
-                for row in compare(ranks, millions, clipping, options.rounds):
+                for row in compare(ranks, millions, clipping, rounds=options.rounds, variants=options.variants):
                     results.append(row)
                     if not options.json:
                         low, high = row["ci95"]
