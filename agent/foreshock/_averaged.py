@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, gradient_norms, largest_magnitude, summarize
+from foreshock._norms import NormSummary, gradient_maxima, gradient_norms, summarize
 from foreshock._summary import ParameterPlan
 
 
@@ -28,7 +28,9 @@ class AveragedGradient:
         gradients = self.gradients()
         norms = gradient_norms(gradients).to(self._device)
         summary = summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
-        return replace(summary, largest=largest_magnitude(gradients)) if largest else summary
+        if not largest or not gradients:
+            return summary
+        return replace(summary, largest=gradient_maxima(gradients).max().to(self._device))
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from foreshock._errors import SettingsError
-from foreshock._norms import known_finite
+from foreshock._norms import gradient_maxima, known_finite
 
 EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does, so that results agree."""
@@ -81,8 +81,7 @@ class ValueClip:
 
         scale: that the gradients carry.
         """
-        largest = torch.stack([g.abs().max().double() for g in gradients if g.numel()])
-        return (largest > self.clip_value * scale).any()
+        return (gradient_maxima(gradients) > self.clip_value * scale).any()
 
     def __str__(self) -> str:
         return f"value {self.clip_value:g}"

@@ -93,14 +93,18 @@ def _faults(norms: Tensor, parameters: Tensor, total: Tensor) -> tuple[Tensor, T
         return zero, zero, zero - 1
     nan, bad = norms.isnan(), ~norms.isfinite()
     nan_count = nan.sum(dtype=torch.float64)
-    first = torch.where(bad.any(), parameters[bad.to(torch.uint8).argmax()], -1).to(torch.float64)
+    first = torch.where(bad.any(), parameters.take(bad.to(torch.uint8).argmax()), -1).to(torch.float64)
     return nan_count, bad.sum(dtype=torch.float64) - nan_count, first
 
 
-def largest_magnitude(gradients: list[Tensor]) -> Tensor:
-    """Largest absolute value of all elements, NaN if one is: float64 scalar. A kernel for each gradient."""
-    ends = [torch.stack(torch.aminmax(g)).to(torch.float64) for g in gradients if g.numel()]
-    return torch.stack(ends).abs().max() if ends else torch.zeros((), dtype=torch.float64)
+def gradient_maxima(gradients: list[Tensor]) -> Tensor:
+    """Largest absolute value of each gradient, NaN if an element is: float64, [n], without those that are empty."""
+    gradients = [g for g in gradients if g.numel()]
+    if not gradients:
+        return torch.zeros(0, dtype=torch.float64)
+    if not gradients[0].is_cpu:
+        return torch.stack(torch._foreach_norm(gradients, math.inf, dtype=torch.float64))
+    return torch.stack([torch.stack(torch.aminmax(g)).to(torch.float64) for g in gradients]).abs().amax(dim=1)
 
 
 def _rescaled_norm(gradient: Tensor) -> float:

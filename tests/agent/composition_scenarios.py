@@ -106,6 +106,30 @@ def hooked(register: Callable[[DistributedDataParallel], Any]) -> Make:
     return make
 
 
+def later_step_hook() -> dict[str, Any]:
+    """It runs after ours: what it does comes on top of the clipping."""
+
+    def double(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = 2 * parameter.grad
+
+    norms: list[float] = []
+
+    def clip_and_double(model: nn.Module) -> None:
+        norms.append(float(clip(averaged(model))))
+        double(model)
+
+    model = make_model()
+    stock = train(model, make_optimizer(model, fused=True), lambda: clip_and_double(model))
+    model = make_model()
+    optimizer = make_optimizer(model, fused=True)
+    with foreshock.attach(model, optimizer, clip=MAX_NORM) as watch:
+        optimizer.register_step_pre_hook(lambda *_: double(model))
+        ours = train(model, optimizer, lambda: None)
+        found = told(watch)
+    return {"apart": apart(stock, ours), "norms": norms, "global": column(found, "global_norm")}
+
+
 def fp16_compression() -> dict[str, Any]:
     return beside_stock(hooked(lambda model: model.register_comm_hook(None, default_hooks.fp16_compress_hook)))
 

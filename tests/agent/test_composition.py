@@ -16,7 +16,7 @@ LIKE_STOCK = [
 WITHOUT_LOCAL = [
     "fp16_compression", "bf16_compression", "power_sgd", "hook_of_their_own", "uneven_inputs_divided_by_those_left",
 ]  # fmt: skip
-OTHERS = ["several_optimizers", "detached_and_attached_again", "detached", "refusals"]
+OTHERS = ["later_step_hook", "several_optimizers", "detached_and_attached_again", "detached", "refusals"]
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,14 @@ def test_training_is_that_of_stock_clipping_and_norms_are_its_norms(found: dict[
         assert min(result["norms"]) > 0.5, "nothing was clipped"
         assert result["measures local"] == (name in LIKE_STOCK)
         assert all((norm > 0) == (name in LIKE_STOCK) for norm in result["local"])
+
+
+def test_a_step_hook_registered_after_attach_has_the_last_word_and_is_told_of_once(found: dict[str, Scenario]) -> None:
+    for result in found["later_step_hook"].results:
+        assert result["apart"] < 1e-4
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
+    for lines in found["later_step_hook"].said:
+        assert sum("another step pre-hook was registered after attach" in line for line in lines) == 1
 
 
 def test_one_of_several_optimizers_is_watched_and_a_second_one_refused(found: dict[str, Scenario]) -> None:
