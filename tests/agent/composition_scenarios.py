@@ -111,7 +111,8 @@ def later_step_hook() -> dict[str, Any]:
 
     def double(model: nn.Module) -> None:
         for parameter in model.parameters():
-            parameter.grad = 2 * parameter.grad
+            if parameter.grad is not None:
+                parameter.grad = 2 * parameter.grad
 
     norms: list[float] = []
 

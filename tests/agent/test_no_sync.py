@@ -31,11 +31,11 @@ CLIPS = [None, NormClip(max_norm=1.0), ValueClip(clip_value=1.0), AdaptiveClip(m
 BUCKETS = 2
 
 
-class Kernels(TorchDispatchMode):
+class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that are not views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
