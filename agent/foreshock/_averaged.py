@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, gradient_maxima, gradient_norms, summarize
+from foreshock._norms import NormSummary, Places, gradient_maxima, gradient_norms, largest_of, summarize
+from foreshock._numbers import Number, number, ratio
 from foreshock._summary import ParameterPlan
 
 
@@ -17,27 +18,30 @@ class AveragedGradient:
     def __init__(self, plan: ParameterPlan) -> None:
         self._plan = plan
         self._device = plan.device()
-        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._all = tuple(range(len(plan.parameters)))
+        self._places = plan.places(self._all)
 
-    def measure(self, *, largest: bool) -> NormSummary:
-        """Its norms, as they are now: scaled where the loss was. largest: its largest element as well."""
-        present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
-        if self._indices is None or self._indices[0] != present:
-            layer_of = torch.tensor([self._plan.layer_of[i] for i in present], dtype=torch.int64, device=self._device)
-            self._indices = (present, torch.tensor(present, dtype=torch.int64, device=self._device), layer_of)
-        gradients = self.gradients()
-        norms = gradient_norms(gradients).to(self._device)
-        summary = summarize(norms, self._indices[1], self._indices[2], len(self._plan.layers))
+    def measure(self, gradients: list[Tensor], *, largest: bool) -> NormSummary:
+        """Norms of `gradients()` as they are now, scaled where the loss was. largest: their largest element as well."""
+        summary = summarize(gradient_norms(gradients, self._device), self._placed(len(gradients)))
         if not largest or not gradients:
             return summary
-        return replace(summary, largest=gradient_maxima(gradients).max().to(self._device))
+        return replace(summary, largest=largest_of(gradient_maxima(gradients, self._device)))
 
     def gradients(self) -> list[Tensor]:
         """Those that there are."""
-        return [p.grad for p in self._plan.parameters if p.grad is not None]
+        return [g for p in self._plan.parameters if (g := p.grad) is not None]
 
-    def plain_norm(self, scale: Tensor | None) -> Tensor:
-        """The norm by other means than `measure`, float64 scalar, unscaled: where that has failed on this rank."""
+    def plain_norm(self, scale: Number | None) -> Number:
+        """The norm by other means than `measure`, unscaled: where that has failed on this rank."""
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.gradients()]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
-        return total if scale is None else total / scale
+        return number(total) if scale is None else ratio(number(total), scale)
+
+    def _placed(self, count: int) -> Places:
+        present = self._all
+        if count < len(present):
+            present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
+        if self._places.parameters != present:
+            self._places = self._plan.places(present)
+        return self._places

@@ -1,4 +1,4 @@
-"""Clipping policies: pure arithmetic on the device, no read-back.
+"""Clipping policies: pure arithmetic, where the gradients lie, no read-back.
 
 All treat the symptom of an exploding gradient; docs/runbooks name the causes. Clipping never cures a gradient that
 is not finite: such a gradient goes through as it is, and is counted.
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from foreshock._errors import SettingsError
-from foreshock._norms import gradient_maxima, known_finite
+from foreshock._norms import gradient_maxima
+from foreshock._numbers import Flag, Number, at_least, at_most, finite, ratio, where
 
 EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does, so that results agree."""
@@ -35,18 +36,16 @@ class NormClip:
     def __post_init__(self) -> None:
         _check_positive("max_norm", self.max_norm)
 
-    def divisor(self, norm: Tensor, _: Tensor | None = None) -> Tensor:
-        """What the gradient is divided by: at least 1, and exactly 1 where the norm is not finite.
-
-        norm: float64, scalar, unscaled. Returns float64, scalar, on the same device.
-        """
+    def divisor(self, norm: Number, _: Number | None = None) -> Number:
+        """What the gradient is divided by: at least 1, and exactly 1 where the norm is not finite. norm: unscaled."""
         return _divisor(norm, self.max_norm)
 
     def bend(self, gradients: list[Tensor]) -> None:
         """Elements keep their proportions."""
 
-    def bends(self, _: list[Tensor], __: Tensor | float = 1.0) -> Tensor | None:
-        """None: never."""
+    def bends(self, _: list[Tensor], __: Number = 1.0) -> Flag:
+        """Never."""
+        return False
 
     def __str__(self) -> str:
         return f"norm {self.max_norm:g}"
@@ -68,7 +67,7 @@ class ValueClip:
     def __post_init__(self) -> None:
         _check_positive("clip_value", self.clip_value)
 
-    def divisor(self, _: Tensor, __: Tensor | None = None) -> None:
+    def divisor(self, _: Number, __: Number | None = None) -> None:
         """None: the gradient is not scaled as a whole."""
 
     def bend(self, gradients: list[Tensor]) -> None:
@@ -76,12 +75,13 @@ class ValueClip:
         torch._foreach_clamp_min_(gradients, -self.clip_value)
         torch._foreach_clamp_max_(gradients, self.clip_value)
 
-    def bends(self, gradients: list[Tensor], scale: Tensor | float = 1.0) -> Tensor | None:
-        """Whether it would change any element: bool, scalar. A pass over the gradients of its own.
+    def bends(self, gradients: list[Tensor], scale: Number = 1.0) -> Flag:
+        """Whether it would change any element of these, one at least. A pass over the gradients of its own.
 
         scale: that the gradients carry.
         """
-        return (gradient_maxima(gradients) > self.clip_value * scale).any()
+        maxima, limit = gradient_maxima(gradients, gradients[0].device), self.clip_value * scale
+        return (maxima > limit).any() if isinstance(maxima, Tensor) else any(m > limit for m in maxima)
 
     def __str__(self) -> str:
         return f"value {self.clip_value:g}"
@@ -104,16 +104,17 @@ class AdaptiveClip:
         if self.max_norm is not None:
             _check_positive("max_norm", self.max_norm)
 
-    def divisor(self, norm: Tensor, ceiling: Tensor | None = None) -> Tensor:
-        """As `NormClip.divisor`. ceiling: what history allows, float64, scalar; Inf before there is any."""
+    def divisor(self, norm: Number, ceiling: Number | None = None) -> Number:
+        """As `NormClip.divisor`. ceiling: what history allows; Inf before there is any."""
         assert ceiling is not None
-        return _divisor(norm, ceiling if self.max_norm is None else ceiling.clamp(max=self.max_norm))
+        return _divisor(norm, ceiling if self.max_norm is None else at_most(ceiling, self.max_norm))
 
     def bend(self, gradients: list[Tensor]) -> None:
         """Elements keep their proportions."""
 
-    def bends(self, _: list[Tensor], __: Tensor | float = 1.0) -> Tensor | None:
-        """None: never."""
+    def bends(self, _: list[Tensor], __: Number = 1.0) -> Flag:
+        """Never."""
+        return False
 
     def __str__(self) -> str:
         return "adaptive" if self.max_norm is None else f"adaptive {self.max_norm:g}"
@@ -149,9 +150,8 @@ def clip_from_text(name: str, text: str) -> Clip | None:
         raise SettingsError(f"{name}: must be {forms}, not {text!r}") from None
 
 
-def _divisor(norm: Tensor, limit: Tensor | float) -> Tensor:
-    divisor = ((norm + EPSILON) / limit).clamp(min=1.0)
-    return divisor if known_finite(norm) else torch.where(norm.isfinite(), divisor, 1.0)
+def _divisor(norm: Number, limit: Number) -> Number:
+    return where(finite(norm), at_least(ratio(norm + EPSILON, limit), 1.0), 1.0)
 
 
 def _check_positive(name: str, value: float) -> None:

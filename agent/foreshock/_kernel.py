@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foreshock._clip import Clip
+from foreshock._numbers import Flag, Number, number, ratio
 from foreshock._policies import Ruling
 from foreshock._summary import trainable
 
@@ -25,24 +26,27 @@ class Kernel:
         self._optimizer = optimizer
         self._clip = clip
         self._fused = clips_in_kernel(optimizer) and set(trainable(optimizer)) <= set(parameters)
+        # As the kernels take them.
+        one = torch.ones((), dtype=torch.float32, device=next(iter(parameters)).device)
+        self._divisor, self._skip = one, one.clone()
         self._lent: dict[str, tuple[Tensor | None, Tensor | None]] = {}
 
     @property
-    def scale(self) -> Tensor | None:
+    def scale(self) -> Number | None:
         """GradScaler's, which the gradients still carry; None without one, or where they are unscaled already."""
-        return getattr(self._optimizer, "grad_scale", None)
+        return self._told("grad_scale")
 
     @property
-    def found_inf(self) -> Tensor | None:
+    def found_inf(self) -> Number | None:
         """Not zero where the step is to be left out."""
-        return getattr(self._optimizer, "found_inf", None)
+        return self._told("found_inf")
 
-    def follow(self, ruling: Ruling, gradients: list[Tensor], scale: Tensor | None) -> Tensor | None:
-        """Do as ruled; the clip coefficient, float64 scalar, or None where the gradient is not scaled."""
+    def follow(self, ruling: Ruling, gradients: list[Tensor], scale: Number | None) -> Number | None:
+        """Do as ruled; the clip coefficient, or None where the gradient is not scaled."""
         divisor = ruling.divisor
-        if divisor is not None and divisor.is_cpu and float(divisor) == 1.0:
+        if divisor is not None and not isinstance(divisor, Tensor) and divisor == 1.0:
             divisor = None
-        coefficient = None if divisor is None else divisor.reciprocal()
+        coefficient = None if divisor is None else 1.0 / divisor
         # Whatever may fail comes before this: gradients are touched last, once.
         if ruling.skip is not None:
             self._leave_out(ruling.skip)
@@ -50,12 +54,12 @@ class Kernel:
             self._bend(self._clip, gradients, scale)
         if divisor is not None and coefficient is not None:
             if self._fused:
-                self._lend("grad_scale", (divisor if scale is None else divisor * scale).to(torch.float32))
+                self._lend("grad_scale", _set(self._divisor, divisor if scale is None else divisor * scale))
             else:
                 torch._foreach_mul_(gradients, coefficient)
         return coefficient
 
-    def follow_plainly(self, ruling: Ruling, gradients: list[Tensor], scale: Tensor | None) -> None:
+    def follow_plainly(self, ruling: Ruling, gradients: list[Tensor], scale: Number | None) -> None:
         """The same by other means, to rounding: where `follow` has failed on this rank."""
         self.take_back()
         if ruling.skip is not None:
@@ -64,7 +68,7 @@ class Kernel:
             self._bend(self._clip, gradients, scale)
         if ruling.divisor is not None:
             for gradient in gradients:
-                gradient.mul_(ruling.divisor.reciprocal())
+                gradient.mul_(1.0 / ruling.divisor)
 
     def take_back(self) -> None:
         """Put the optimizer back as it was, also after a step that raised: the divisor would be taken for a scale.
@@ -76,20 +80,23 @@ class Kernel:
             if getattr(self._optimizer, name, None) is ours:
                 setattr(self._optimizer, name, theirs)
 
-    def _leave_out(self, skip: Tensor) -> None:
+    def _leave_out(self, skip: Flag) -> None:
         self._guard_momentum()
-        if skip.is_cpu and not bool(skip):
+        if skip is False:
             return
         theirs = self.found_inf
-        either = skip if theirs is None else skip | (theirs.reshape(()) > 0)
-        self._lend("found_inf", either.to(torch.float32))
+        self._lend("found_inf", _set(self._skip, skip if theirs is None else skip | (theirs > 0)))
 
-    def _bend(self, clip: Clip, gradients: list[Tensor], scale: Tensor | None) -> None:
+    def _bend(self, clip: Clip, gradients: list[Tensor], scale: Number | None) -> None:
         if scale is not None and clip.bends_elements:
             # GradScaler leaves it to the kernel to unscale: elements have to be unscaled before they are compared.
-            torch._foreach_mul_(gradients, scale.double().reciprocal())
+            torch._foreach_mul_(gradients, ratio(1.0, scale))
             self._lend("grad_scale", None)
         clip.bend(gradients)
+
+    def _told(self, name: str) -> Number | None:
+        value = getattr(self._optimizer, name, None)
+        return None if value is None else number(value)
 
     def _lend(self, name: str, value: Tensor | None) -> None:
         self._lent[name] = (value, getattr(self._optimizer, name, None))
@@ -109,6 +116,10 @@ class Kernel:
             if first is not None and state[first].get("momentum_buffer") is None:
                 for parameter in (first, *present):
                     state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+
+
+def _set(tensor: Tensor, value: Number | Flag) -> Tensor:
+    return tensor.copy_(value) if isinstance(value, Tensor) else tensor.fill_(value)
 
 
 def why_not_skipped(optimizer: torch.optim.Optimizer) -> str:

@@ -10,7 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from foreshock._norms import NormSummary, gradient_norms, known_finite, summarize
+from foreshock._norms import Norms, NormSummary, gradient_norms, summarize
+from foreshock._numbers import (
+    Number,
+    at_most,
+    constant,
+    counted,
+    finite,
+    is_nan,
+    numbers,
+    ratio,
+    vector,
+    where,
+)
 from foreshock._summary import ParameterPlan
 
 SUM_FIELDS = (
@@ -31,10 +43,11 @@ class LocalNorms:
 
     def __init__(self, plan: ParameterPlan) -> None:
         self._plan = plan
-        self._norms: list[Tensor] = []
+        self._device = plan.device()
+        self._norms: list[Norms] = []
         self._order: list[int] = []
         self._whole = True
-        self._indices: tuple[tuple[int, ...], Tensor, Tensor] | None = None
+        self._places = plan.places(())
         self.summary: NormSummary | None = None
         """Of the newest backward pass; None before the first, where none of ours took part, or one is missing."""
 
@@ -48,7 +61,7 @@ class LocalNorms:
         index = self._plan.index
         ours = [(index[p], g) for p, g in zip(parameters, gradients, strict=True) if p in index]
         if ours:
-            self._norms.append(gradient_norms([g for _, g in ours]))
+            self._norms.append(gradient_norms([g for _, g in ours], self._device))
             self._order += [i for i, _ in ours]
         self._whole = whole
 
@@ -58,15 +71,15 @@ class LocalNorms:
         self._norms, self._order = [], []
         self.summary = None
         if norms and self._whole:
-            indices, layer_of = self._index_tensors(order, norms[0].device)
-            self.summary = summarize(torch.cat(norms), indices, layer_of, len(self._plan.layers))
+            # The order changes once, when DDP rebuilds its buckets.
+            if self._places.parameters != order:
+                self._places = self._plan.places(order)
+            self.summary = summarize(_joined(norms), self._places)
 
-    def _index_tensors(self, order: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-        # The order changes once, when DDP rebuilds its buckets: keep the tensors for as long as it holds.
-        if self._indices is None or self._indices[0] != order:
-            layer_of = [self._plan.layer_of[i] for i in order]
-            self._indices = (order, torch.tensor(order, device=device), torch.tensor(layer_of, device=device))
-        return self._indices[1], self._indices[2]
+
+def _joined(norms: list[Norms]) -> Norms:
+    there = [part for part in norms if isinstance(part, Tensor)]
+    return torch.cat(there) if there else [norm for part in norms for norm in part]
 
 
 @dataclass(kw_only=True)
@@ -76,7 +89,7 @@ class _InFlight:
     """Kept until the next one takes its place: see `BucketHook.works`."""
     taken: bool
     sequence: int
-    scale: Tensor | None
+    scale: Number | None
     """What the loss of that step was multiplied by, as far as it is known."""
 
 
@@ -89,34 +102,32 @@ class RankSums:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, depth: int = 4) -> None:
         self._group = group
-        self._zero = torch.zeros((), dtype=torch.float64, device=device)
-        self._one = torch.ones((), dtype=torch.float64, device=device)
-        self._scale: Tensor | None = None
+        self._device = device
+        self._zero, self._one = constant(0.0, device), constant(1.0, device)
+        self._scale: Number | None = None
         self._ring = [
-            _InFlight(values=self._zero.repeat(len(SUM_FIELDS)), work=None, taken=True, sequence=0, scale=None)
-            for _ in range(depth)
+            _InFlight(values=self._buffer(), work=None, taken=True, sequence=0, scale=None) for _ in range(depth)
         ]
         self._turn = 0
-        self.newest = torch.zeros(1 + len(SUM_FIELDS), dtype=torch.float64, device=device)
+        self.newest: Sequence[Number] = [self._zero] * (1 + len(SUM_FIELDS))
         """The sequence number that issued the newest finished sum (0: none yet), then its values."""
         self._newest_sequence = 0
 
-    def contribution(self, summary: NormSummary | None, loss: Tensor | None) -> Tensor:
+    def contribution(self, summary: NormSummary | None, loss: Number | None) -> Tensor:
         """This rank's part. Sums stay finite: NaN and Inf are counted beside them. Without a summary it is idle."""
         zero, one = self._zero, self._one
         square, nan, inf, idle = zero, zero, zero, one
         if summary is not None:
             # An infinite square of a finite norm, too, would make the sum useless.
-            square = summary.total.square().nan_to_num(0.0, 0.0)
-            nan, inf = summary.nan_parameters.clamp(max=1.0), summary.inf_parameters.clamp(max=1.0)
-            idle = (summary.total == 0).to(zero.dtype)
+            square = summary.total * summary.total
+            square = where(finite(square), square, 0.0)
+            nan, inf = at_most(summary.nan_parameters, 1.0), at_most(summary.inf_parameters, 1.0)
+            idle = counted(summary.total == 0)
         losses = (zero, zero, zero, zero)
-        if loss is not None and known_finite(loss):
-            losses = (loss, one, zero, zero)
-        elif loss is not None:
-            nan_loss, inf_loss = loss.isnan().to(zero.dtype), loss.isinf().to(zero.dtype)
-            losses = (loss.nan_to_num(0.0, 0.0, 0.0), one - nan_loss - inf_loss, nan_loss, inf_loss)
-        return torch.stack((square, nan, inf, idle, *losses))
+        if loss is not None:
+            known, nan_loss = counted(finite(loss)), counted(is_nan(loss))
+            losses = (where(finite(loss), loss, 0.0), known, nan_loss, one - known - nan_loss)
+        return vector((square, nan, inf, idle, *losses), self._device)
 
     def issue(self, sequence: int, contribution: Tensor | None) -> None:
         """Start the sum of a step. `contribution` None: this rank had an internal error, and must take part still."""
@@ -124,18 +135,18 @@ class RankSums:
         self._turn = (self._turn + 1) % len(self._ring)
         if slot.work is not None and not slot.work.is_completed():
             # Four steps behind: leave that buffer to its collective rather than wait for it.
-            slot.values = torch.empty_like(slot.values)
+            slot.values = self._buffer()
         if contribution is None:
             contribution = self.contribution(None, None)
         slot.values.copy_(contribution)
         slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
 
-    def scaled_by(self, scale: Tensor | None) -> None:
-        """What the loss of the newest sum was multiplied by: float64 scalar, the same on every rank; None: nothing."""
+    def scaled_by(self, scale: Number | None) -> None:
+        """What the loss of the newest sum was multiplied by, the same on every rank; None: nothing."""
         self._ring[self._turn - 1].scale = self._scale = scale
 
-    def collect(self) -> Tensor:
+    def collect(self) -> Sequence[Number]:
         """`newest`, brought up to date with what has finished by now. Waits for nothing."""
         for slot in self._ring:
             if slot.work is None or slot.taken or not slot.work.is_completed():
@@ -143,11 +154,15 @@ class RankSums:
             slot.taken = True
             if slot.sequence > self._newest_sequence and _succeeded(slot.work.get_future()):
                 self._newest_sequence = slot.sequence
-                self.newest[0] = slot.sequence
-                self.newest[1:] = slot.values
+                # A copy: the buffer goes on to another step.
+                square, *others = numbers(slot.values.clone())
                 if slot.scale is not None:
-                    self.newest[1 + SUM_FIELDS.index("reduced_square_sum")] /= slot.scale.square()
+                    square = ratio(square, slot.scale * slot.scale)
+                self.newest = [constant(float(slot.sequence), self._device), square, *others]
         return self.newest
+
+    def _buffer(self) -> Tensor:
+        return torch.zeros(len(SUM_FIELDS), dtype=torch.float64, device=self._device)
 
     def under_way(self) -> bool:
         """A sum has not finished."""

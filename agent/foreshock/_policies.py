@@ -1,4 +1,4 @@
-"""What is to be done about a step: divide its gradient, leave it out, or nothing. Decides on the device, and acts not.
+"""What is to be done about a step: divide its gradient, leave it out, or nothing. Decides, and acts not.
 
 Every rank has the same averaged gradient, hence the same norm, history and budget: all rule alike without a word.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foreshock._clip import AdaptiveClip, Clip
 from foreshock._history import History, Standing
+from foreshock._numbers import Flag, Number, constant, counted, finite, where
 
 SKIPS_IN_A_ROW = 3
 SKIPS_IN_WINDOW = 5
@@ -27,10 +28,10 @@ steps so small that waiting for one costs nothing."""
 class Ruling:
     """On one step."""
 
-    divisor: Tensor | None = None
-    """Float64 scalar, at least 1: of the whole gradient. None: it is not scaled."""
-    skip: Tensor | None = None
-    """Bool scalar: leave the step out. None: never."""
+    divisor: Number | None = None
+    """At least 1: of the whole gradient. None: it is not scaled."""
+    skip: Flag | None = None
+    """Leave the step out. None: never."""
 
 
 class Policies:
@@ -41,8 +42,8 @@ class Policies:
         self._history = History(device) if skip or isinstance(clip, AdaptiveClip) else None
         self._budget = Budget(device) if skip else None
 
-    def rule(self, norm: Tensor, *, learning_rate: float, left_out: Tensor | None) -> Ruling:
-        """norm: of the averaged gradient, unscaled, float64 scalar.
+    def rule(self, norm: Number, *, learning_rate: float, left_out: Number | None) -> Ruling:
+        """norm: of the averaged gradient, unscaled.
 
         left_out: not zero where a GradScaler leaves this step out by itself, which is no fault.
         """
@@ -52,11 +53,12 @@ class Policies:
             divisor = self._clip.divisor(norm, None if standing is None else standing.ceiling)
         return Ruling(divisor=divisor, skip=self._skip(norm, standing, left_out))
 
-    def _skip(self, norm: Tensor, standing: Standing | None, left_out: Tensor | None) -> Tensor | None:
+    def _skip(self, norm: Number, standing: Standing | None, left_out: Number | None) -> Flag | None:
         if self._budget is None or standing is None:
             return None
-        bad = ~norm.isfinite() | standing.far
-        return self._budget.grant(bad if left_out is None else bad & (left_out.reshape(()) == 0))
+        # Not finite, or far beyond history.
+        bad = standing.far | (finite(norm) ^ True)
+        return self._budget.grant(bad if left_out is None else bad & (left_out == 0))
 
     @property
     def tripped(self) -> bool:
@@ -68,32 +70,37 @@ class Budget:
     """How many steps may be left out."""
 
     def __init__(self, device: torch.device) -> None:
-        # Of the newest steps, whether each was left out; bad steps in a row; whether it has ever run out.
-        self._state = torch.zeros(WINDOW + 2, dtype=torch.float64, device=device)
+        zero = constant(0.0, device)
+        self._newest: deque[Number] = deque([zero] * WINDOW, maxlen=WINDOW)
+        """1 for each of the newest steps that was left out, else 0."""
+        # How many of them were; bad steps in a row; 1 once the budget has run out.
+        self._state = (zero, zero, zero)
+        self._pinned = None
+        if device.type == "cuda":
+            self._pinned = torch.zeros(TRIP_LAG + 1, dtype=torch.float64, pin_memory=True)
+        self._flags: deque[tuple[Number, torch.cuda.Event | None]] = deque(maxlen=TRIP_LAG + 1)
         self._turn = 0
-        self._pinned = None if device.type == "cpu" else torch.zeros(TRIP_LAG + 1, dtype=torch.float64, pin_memory=True)
-        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque(maxlen=TRIP_LAG + 1)
         self._tripped = False
 
-    def grant(self, bad: Tensor) -> Tensor:
-        """Whether a step that is bad may be left out. bad: bool scalar, as the result."""
-        state, turn = self._state.clone(), self._turn % WINDOW
-        state[turn] = 0.0
-        in_a_row, out = state[WINDOW], state[WINDOW + 1]
-        granted = bad & (in_a_row < SKIPS_IN_A_ROW) & (state[:WINDOW].sum() < SKIPS_IN_WINDOW)
-        denied = torch.maximum(out, (bad & ~granted).to(out.dtype))
-        state[WINDOW:] = torch.stack((torch.where(bad, in_a_row + 1, 0.0), denied))
-        state[turn] = granted
-        self._hand_over(denied)
-        self._state, self._turn = state, self._turn + 1
+    def grant(self, bad: Flag) -> Flag:
+        """Whether a step that is bad may be left out."""
+        left_out, in_a_row, spent = self._state
+        left_out = left_out - self._newest[0]
+        granted = bad & (in_a_row < SKIPS_IN_A_ROW) & (left_out < SKIPS_IN_WINDOW)
+        one = counted(granted)
+        in_a_row, spent = where(bad, in_a_row + 1, 0.0), where(bad ^ granted, 1.0, spent)
+        self._hand_over(spent)
+        self._newest.append(one)
+        self._state = (left_out + one, in_a_row, spent)
         return granted
 
-    def _hand_over(self, denied: Tensor) -> None:
-        if self._pinned is None:
-            self._flags.append((denied, None))
+    def _hand_over(self, spent: Number) -> None:
+        if self._pinned is None or not isinstance(spent, Tensor):
+            self._flags.append((spent, None))
             return
         host = self._pinned[self._turn % (TRIP_LAG + 1)]
-        host.copy_(denied, non_blocking=True)
+        self._turn += 1
+        host.copy_(spent, non_blocking=True)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         self._flags.append((host, arrived))

@@ -1,6 +1,6 @@
 """Step records on their way from the device into the ring.
 
-On the CPU every part is a plain copy. On CUDA a value is staged: copied without blocking into pinned memory, and moved
+On a CPU every part is written at once. On CUDA a value is staged: copied without blocking into pinned memory, and moved
 into the ring on a later step, once an event says that it has arrived. Nothing here waits, but for `flush`.
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foreshock._norms import Norms
+from foreshock._numbers import Number
 from foreshock_recorder.ring import Ring
 
 _STAGES = 32
@@ -33,12 +35,6 @@ class Records:
     def __init__(self, ring: Ring, device: torch.device) -> None:
         self.ring = ring
         self._device = device
-        self._rows = [
-            torch.frombuffer(
-                ring.memory, dtype=torch.float64, count=ring.layout.columns, offset=ring.measured_offset(slot)
-            )
-            for slot in range(ring.layout.slot_count)
-        ]
         self._sequence = 0
         self._staged: deque[_Stage] = deque()
         self._free: list[Tensor] = []
@@ -69,19 +65,20 @@ class Records:
         )
         self._sequence += 1
 
-    def measured(self, row: Tensor) -> None:
-        """The newest record's row: float64, [columns], on the device."""
+    def measured(self, row: Norms) -> None:
+        """The newest record's row, [columns]."""
         sequence = self._sequence
-        self._stage(row, lambda host: self._write_row(sequence, host))
-
-    def observed(self, sequence: int, *, step: int | None, loss: Tensor | None) -> None:
-        """What the script told about a record's step. loss: float64 scalar on any device."""
-        if loss is None:
-            self.ring.observe(sequence, step=step, loss=None)
-        elif loss.is_cpu:
-            self.ring.observe(sequence, step=step, loss=float(loss))
+        if isinstance(row, Tensor):
+            self._stage(row, lambda host: self.ring.measure(sequence, host.tolist()))
         else:
+            self.ring.measure(sequence, row)
+
+    def observed(self, sequence: int, *, step: int | None, loss: Number | None) -> None:
+        """What the script told about a record's step."""
+        if isinstance(loss, Tensor):
             self._stage(loss, lambda host: self.ring.observe(sequence, step=step, loss=float(host[0])))
+        else:
+            self.ring.observe(sequence, step=step, loss=loss)
 
     def flush(self) -> None:
         """Wait for everything under way: a host-device synchronisation, for the end of a run only."""
@@ -89,14 +86,9 @@ class Records:
             stage.arrived.synchronize()
         self._drain()
 
-    def _write_row(self, sequence: int, row: Tensor) -> None:
-        self.ring.open_measured(sequence)
-        self._rows[sequence % len(self._rows)].copy_(row)
-        self.ring.close_measured(sequence)
-
     def _stage(self, value: Tensor, deliver: Callable[[Tensor], None]) -> None:
         if value.is_cpu:
-            deliver(value)
+            deliver(value.reshape(-1))
             return
         if not self._free:
             self.ring.drop("probe_error")

@@ -1,12 +1,15 @@
-"""Puts the columns of a step's record together on the device: the measured part, as the ring lays it out."""
+"""Puts the columns of a step's record together: its measured part, as the ring lays it out."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from foreshock._local import SUM_FIELDS, RankSums
-from foreshock._norms import NormSummary
+from foreshock._norms import Norms, NormSummary
+from foreshock._numbers import Number, constant, on_host, vector
 from foreshock._weights import WeightFacts
 from foreshock_recorder.ring import DEVICE_COLUMNS
 
@@ -15,52 +18,47 @@ assert DEVICE_COLUMNS[len(_OWN) :] == ("reduced_sequence", *SUM_FIELDS)
 
 
 class Row:
-    """Of one rank; preallocated, written anew each step."""
+    """Of one rank."""
 
     def __init__(self, columns: int, layers: int, device: torch.device) -> None:
-        self.constants = {
-            value: torch.full((), value, dtype=torch.float64, device=device) for value in (-1.0, 0.0, 1.0)
-        }
-        self._no_sums = torch.zeros(1 + len(SUM_FIELDS), dtype=torch.float64, device=device)
-        self._no_layers = torch.zeros(layers, dtype=torch.float64, device=device)
+        self._device = device
+        self._zero, self._one, self._none = (constant(value, device) for value in (0.0, 1.0, -1.0))
+        self._no_sums = [self._zero] * (1 + len(SUM_FIELDS))
+        no_layers = torch.zeros(layers, dtype=torch.float64, device=device)
+        self._no_layers: Norms = no_layers.tolist() if on_host(device) else no_layers
         self._row = torch.zeros(columns, dtype=torch.float64, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self._row.device
+        """Preallocated, and written anew each step."""
 
     def filled(
         self,
         summary: NormSummary,
         *,
-        scale: Tensor | None,
-        coefficient: Tensor,
-        found_inf: Tensor | None,
-        shadow: Tensor,
+        scale: Number | None,
+        coefficient: Number | None,
+        found_inf: Number | None,
+        shadow: Number | None,
         local: NormSummary | None,
         sums: RankSums | None,
         weights: WeightFacts,
-    ) -> Tensor:
-        """The row: float64, [columns]. summary: of the averaged gradient, unscaled.
+    ) -> Norms:
+        """The row, [columns]. summary: of the averaged gradient, unscaled.
 
-        scale: of the loss, float64 scalar; the local gradients were seen with it. sums: over the ranks.
+        scale: of the loss; the local gradients were seen with it. sums: over the ranks. None: nothing to tell of.
         """
-        zero, one, none = (self.constants[value] for value in (0.0, 1.0, -1.0))
         values = {
-            "loss_scale": one if scale is None else scale.reshape(()),
+            "loss_scale": self._one if scale is None else scale,
             "global_norm": summary.total,
-            "clip_coefficient": coefficient,
+            "clip_coefficient": self._one if coefficient is None else coefficient,
             "global_nan_parameters": summary.nan_parameters,
             "global_inf_parameters": summary.inf_parameters,
             "first_nonfinite_global": summary.first_nonfinite,
-            "first_nonfinite_local": none,
-            "skipped": zero if found_inf is None else found_inf.double().reshape(()),
+            "first_nonfinite_local": self._none,
+            "skipped": found_inf,
             "shadow": shadow,
-            "parameter_fingerprint": none if weights.fingerprint is None else weights.fingerprint,
-            "parameter_norm": zero if weights.norm is None else weights.norm,
-            "gradient_absolute_maximum": zero if summary.largest is None else summary.largest,
-            "update_ratio": zero if weights.update_ratio is None else weights.update_ratio,
+            "parameter_fingerprint": self._none if weights.fingerprint is None else weights.fingerprint,
+            "parameter_norm": weights.norm,
+            "gradient_absolute_maximum": summary.largest,
+            "update_ratio": weights.update_ratio,
         }
         if local is not None:
             if scale is not None:
@@ -69,10 +67,14 @@ class Row:
             values["local_nan_parameters"] = local.nan_parameters
             values["local_inf_parameters"] = local.inf_parameters
             values["first_nonfinite_local"] = local.first_nonfinite
-        reduced = self._no_sums
+        reduced: Sequence[Number] = self._no_sums
         if sums is not None:
             sums.scaled_by(scale)
             reduced = sums.collect()
-        scalars = torch.stack([values.get(name, zero) for name in _OWN])
-        local_layers = self._no_layers if local is None else local.layers
-        return torch.cat((scalars, reduced, summary.layers, local_layers), out=self._row)
+        own = [self._zero if (value := values.get(name)) is None else value for name in _OWN]
+        return self._joined([*own, *reduced], summary.layers, self._no_layers if local is None else local.layers)
+
+    def _joined(self, scalars: Sequence[Number], layers: Norms, local_layers: Norms) -> Norms:
+        if isinstance(layers, Tensor) and isinstance(local_layers, Tensor):
+            return torch.cat((vector(scalars, self._device), layers, local_layers), out=self._row)
+        return [float(value) for part in (scalars, layers, local_layers) for value in part]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from foreshock._clip import Clip
+from foreshock._numbers import Flag, Number, constant, counted
 from foreshock._policies import Ruling
 
 CLIPPED, SKIPPED = 1.0, 2.0
@@ -13,31 +14,29 @@ CLIPPED, SKIPPED = 1.0, 2.0
 
 
 class Shadow:
-    """Counts, on the device."""
+    """Counts, and reads none back."""
 
     def __init__(self, clip: Clip | None, device: torch.device) -> None:
         self._clip = clip
-        self._counts = torch.zeros(2, dtype=torch.float64, device=device)
+        self._clipped = self._skipped = constant(0.0, device)
         self._steps = 0
 
-    def count(self, ruling: Ruling, gradients: list[Tensor], scale: Tensor | None) -> Tensor:
-        """What would have been done, as the column says it: float64 scalar. scale: that the gradients still carry."""
-        none = torch.zeros((), dtype=torch.bool, device=self._counts.device)
-        clipped = none
+    def count(self, ruling: Ruling, gradients: list[Tensor], scale: Number | None) -> Number:
+        """What would have been done, as the column says it. scale: that the gradients still carry."""
+        clipped: Flag = False
         if ruling.divisor is not None:
             clipped = ruling.divisor > 1.0
         elif self._clip is not None and gradients:
-            bends = self._clip.bends(gradients, 1.0 if scale is None else scale)
-            clipped = none if bends is None else bends
-        done = torch.stack((clipped, none if ruling.skip is None else ruling.skip)).to(torch.float64)
-        self._counts = self._counts + done
+            clipped = self._clip.bends(gradients, 1.0 if scale is None else scale)
+        skipped: Flag = False if ruling.skip is None else ruling.skip
+        one, other = counted(clipped), counted(skipped)
+        self._clipped, self._skipped = self._clipped + one, self._skipped + other
         self._steps += 1
-        return CLIPPED * done[0] + SKIPPED * done[1]
+        return CLIPPED * one + SKIPPED * other
 
     def counts(self) -> dict[str, int]:
         """Waits for the device."""
-        clipped, skipped = self._counts.tolist()
-        return {"steps": self._steps, "clipped": int(clipped), "skipped": int(skipped)}
+        return {"steps": self._steps, "clipped": int(self._clipped), "skipped": int(self._skipped)}
 
     def line(self) -> str:
         """For people."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foreshock._norms import Places
+
 MAX_LAYERS = 256
 """Layer norms travel every step; a model of more module groups has neighbours merged."""
 
@@ -29,6 +31,10 @@ class ParameterPlan:
     def device(self) -> torch.device:
         """Where the parameters live."""
         return self.parameters[0].device
+
+    def places(self, parameters: tuple[int, ...]) -> Places:
+        """Of norms of these parameters, given by their positions, in this order."""
+        return Places(parameters, self.layer_of, len(self.layers), self.device())
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

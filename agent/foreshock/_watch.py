@@ -24,9 +24,11 @@ from foreshock._kernel import Kernel
 from foreshock._launch import RecorderProcess, announce
 from foreshock._local import LocalNorms, RankSums
 from foreshock._norms import NormSummary
+from foreshock._numbers import Number, number
 from foreshock._policies import Policies, Ruling
 from foreshock._records import Records
 from foreshock._rows import Row
+from foreshock._scaler import scale_of_caller
 from foreshock._shadow import Shadow
 from foreshock._summary import ParameterPlan
 from foreshock._weights import Weights, due
@@ -114,7 +116,7 @@ class ActiveWatch(Watch):
         self._local = LocalNorms(plan) if local_norms else None
         self._sums = RankSums(model.process_group, device) if local_norms else None
         self._step = 0
-        self._pending: tuple[int | None, Tensor | None] | None = None
+        self._pending: tuple[int | None, Number | None] | None = None
         self._observes_after_step: bool | None = None
         self._edits = GradientEdits(plan.parameters)
         self._unedited: NormSummary | None = None
@@ -128,7 +130,7 @@ class ActiveWatch(Watch):
         if not self.enabled:
             return
         with self._guard:
-            value = self._as_scalar(loss)
+            value = self._as_number(loss)
             if self._observes_after_step is None:
                 # A script has one habit: it tells the loss before its optimizer's step, or after it.
                 self._observes_after_step = self._records.sequence > 0
@@ -182,7 +184,8 @@ class ActiveWatch(Watch):
             self._kernel.take_back()
             # The first time as well: nobody knows yet whether this script edits.
             suspected = self._edits.seen or not self._records.sequence
-            self._unedited = self._measure(self._records.next_sequence) if suspected else None
+            if suspected:
+                self._unedited = self._measure(self._averaged.gradients(), self._records.next_sequence)
             self._edits.backward_ended()
 
     def before_step(self) -> None:
@@ -204,20 +207,22 @@ class ActiveWatch(Watch):
             rate = self._learning_rate()
             self._records.launch(step=self._step, learning_rate=rate, edited=edited)
             opened = True
-        scale = self._kernel.scale
+        # Which the gradients still carry; the loss may have had one that they do not carry any more.
+        scale = loss_scale = self._kernel.scale
         with self._guard:
-            summary = self._unedited if edited and self._unedited is not None else self._measure(self._records.sequence)
-            if scale is not None:
-                summary = summary.unscaled(scale.double())
+            if scale is None:
+                loss_scale = scale_of_caller()
+            gradients = self._averaged.gradients()
+            summary = self._summary(gradients, edited=edited, scale=scale, loss_scale=loss_scale)
             ruling = self._rule(summary.total, rate, edited=edited)
-            row = self._act(ruling, scale)
+            row = self._act(ruling, gradients, scale)
             followed = True
         if not followed:
             with self._guard:
                 self._act_plainly(ruling, rate, scale, edited=edited)
         with self._guard:
             if opened and summary is not None and row is not None:
-                self._write_row(summary, self._edits.scale if scale is None else scale.double(), *row)
+                self._write_row(summary, loss_scale, *row)
         with self._guard:
             if opened and self._pending is not None:
                 step, loss = self._pending
@@ -271,31 +276,43 @@ class ActiveWatch(Watch):
 
     # -- parts of a step -----------------------------------------------------------------------------------------
 
-    def _measure(self, sequence: int) -> NormSummary:
-        return self._averaged.measure(largest=due(sequence))
+    def _measure(self, gradients: list[Tensor], sequence: int) -> NormSummary:
+        return self._averaged.measure(gradients, largest=due(sequence))
 
-    def _rule(self, norm: Tensor, rate: float, *, edited: bool) -> Ruling:
+    def _summary(
+        self, gradients: list[Tensor], *, edited: bool, scale: Number | None, loss_scale: Number | None
+    ) -> NormSummary:
+        """Norms of the averaged gradient, unscaled, and from before the script's own edits."""
+        unedited = self._unedited if edited else None
+        summary = self._measure(gradients, self._records.sequence) if unedited is None else unedited
+        # At the end of backward every gradient carries the loss's scale.
+        carried = scale if unedited is None else loss_scale
+        return summary if carried is None else summary.unscaled(carried)
+
+    def _rule(self, norm: Number, rate: float, *, edited: bool) -> Ruling:
         ruling = self._policies.rule(norm, learning_rate=rate, left_out=self._kernel.found_inf)
         # What the script has clipped is not clipped again; it may be left out all the same.
         return Ruling(skip=ruling.skip) if edited else ruling
 
-    def _act(self, ruling: Ruling, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Do what was ruled, or only count it. Float64 scalars: the clip coefficient, and the column `shadow`."""
-        gradients = self._averaged.gradients()
+    def _act(
+        self, ruling: Ruling, gradients: list[Tensor], scale: Number | None
+    ) -> tuple[Number | None, Number | None]:
+        """Do what was ruled, or only count it: the clip coefficient, and the column `shadow`."""
         if self._shadow is not None:
-            return self._row.constants[1.0], self._shadow.count(ruling, gradients, scale)
-        coefficient = self._kernel.follow(ruling, gradients, scale)
-        return self._row.constants[1.0] if coefficient is None else coefficient, self._row.constants[0.0]
+            return None, self._shadow.count(ruling, gradients, scale)
+        return self._kernel.follow(ruling, gradients, scale), None
 
-    def _act_plainly(self, ruling: Ruling | None, rate: float, scale: Tensor | None, *, edited: bool) -> None:
+    def _act_plainly(self, ruling: Ruling | None, rate: float, scale: Number | None, *, edited: bool) -> None:
         """Where that has failed on this rank: the same by other means, to rounding."""
         if ruling is None:
             ruling = self._rule(self._averaged.plain_norm(scale), rate, edited=edited)
         if self._shadow is None:
             self._kernel.follow_plainly(ruling, self._averaged.gradients(), scale)
 
-    def _write_row(self, summary: NormSummary, scale: Tensor | None, coefficient: Tensor, shadow: Tensor) -> None:
-        """Stage the record's row. scale: of the loss, float64 scalar."""
+    def _write_row(
+        self, summary: NormSummary, scale: Number | None, coefficient: Number | None, shadow: Number | None
+    ) -> None:
+        """Write the record's row, or stage it. scale: of the loss."""
         row = self._row.filled(
             summary,
             scale=scale,
@@ -323,13 +340,10 @@ class ActiveWatch(Watch):
         # A tensor on a device would have to be waited for.
         return float(rate) if not isinstance(rate, Tensor) or rate.is_cpu else float("nan")
 
-    def _as_scalar(self, loss: Tensor | float | None) -> Tensor | None:
-        if loss is None:
-            return None
-        if not isinstance(loss, Tensor):
-            return torch.tensor(float(loss), dtype=torch.float64)
-        value = loss.detach().to(torch.float64)
-        return value.mean() if value.dim() else value
+    def _as_number(self, loss: Tensor | float | None) -> Number | None:
+        if loss is None or not isinstance(loss, Tensor):
+            return None if loss is None else float(loss)
+        return number(loss.mean(dtype=torch.float64) if loss.dim() else loss)
 
     def _check_hook_order(self) -> None:
         if self._clip is not None and not self._step_hooks.is_last():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from foreshock._norms import gradient_norms
+from foreshock._norms import gradient_norms, overall
+from foreshock._numbers import Number, number
 
 EVERY_STEPS = 100
 """Weights, and the largest element of the gradient, are looked at on the first step and on every hundredth after it,
@@ -23,13 +24,13 @@ _SAMPLES = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class WeightFacts:
-    """Of one step. Float64 scalars on the weights' device; None: not measured on this step."""
+    """Of one step; None: not measured on this step."""
 
-    fingerprint: Tensor | None = None
+    fingerprint: Number | None = None
     """A whole number below 2^52: the same on two ranks if and, but for chance, only if all bits of all weights are."""
-    norm: Tensor | None = None
+    norm: Number | None = None
     """L2 norm over all parameters."""
-    update_ratio: Tensor | None = None
+    update_ratio: Number | None = None
     """How far the step before moved them: norm of the movement over the norm, of a sample of at most 4096 elements of
     each parameter."""
 
@@ -53,18 +54,18 @@ class Weights:
         if not due(sequence):
             return WeightFacts(update_ratio=ratio)
         self._before = self._samples()
-        norm = gradient_norms(self._parameters).square().sum().sqrt()
-        return WeightFacts(fingerprint=fingerprint(self._parameters), norm=norm, update_ratio=ratio)
+        norm = overall(gradient_norms(self._parameters, self._parameters[0].device))
+        return WeightFacts(fingerprint=number(fingerprint(self._parameters)), norm=norm, update_ratio=ratio)
 
     def _samples(self) -> list[Tensor]:
         flat = (p.reshape(-1) for p in self._parameters)
         return [p[:: -(-p.numel() // _SAMPLES)].to(torch.float64, copy=True) if p.numel() else p for p in flat]
 
-    def _movement(self, before: list[Tensor]) -> Tensor:
+    def _movement(self, before: list[Tensor]) -> Number:
         after = self._samples()
         moved = torch.stack([(a - b).square().sum() for a, b in zip(after, before, strict=True)]).sum()
         size = torch.stack([b.square().sum() for b in before]).sum()
-        return torch.where(size > 0, (moved / size.clamp_min(1e-300)).sqrt(), 0.0)
+        return number(torch.where(size > 0, (moved / size.clamp_min(1e-300)).sqrt(), 0.0))
 
 
 def fingerprint(parameters: list[Tensor]) -> Tensor:

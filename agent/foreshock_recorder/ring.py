@@ -26,6 +26,7 @@ import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
@@ -137,6 +138,7 @@ class Side:
         self.layout = layout
         self.memory = memory
         self._bytes = memoryview(memory)
+        self._row = struct.Struct(f"<{layout.columns}d")
         self._words = self._bytes.cast("Q")
 
     @property
@@ -195,8 +197,14 @@ class Ring(Side):
         self._write(LAUNCHED, sequence, payload)
         self._words[WORD_LAUNCHED] = sequence
 
+    def measure(self, sequence: int, row: Sequence[float]) -> None:
+        """Write the measured part. row: `layout.columns` long."""
+        self.open_measured(sequence)
+        self._row.pack_into(self.memory, self.measured_offset(sequence), *row)
+        self.close_measured(sequence)
+
     def open_measured(self, sequence: int) -> None:
-        """Announce the measured part: call before the row is copied to `measured_offset`."""
+        """Announce the measured part: before its row is written to `measured_offset`."""
         self._words[self.layout.word(sequence) + _MEASURED_BEGIN] = sequence
 
     def measured_offset(self, sequence: int) -> int:

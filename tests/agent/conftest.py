@@ -13,7 +13,19 @@ from typing import Any
 
 import pytest
 
+from foreshock import _numbers
+
 HERE = Path(__file__).parent
+ARITHMETIC = ["host", "device"]
+"""Floats, as on a CPU; small kernels without a read-back, as on a GPU, tried on the CPU's tensors."""
+
+
+@pytest.fixture(params=ARITHMETIC)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test that asks for it runs with either."""
+    if request.param == "device":
+        monkeypatch.setattr(_numbers, "HOSTS", frozenset())
+    return str(request.param)
 
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -33,7 +33,7 @@ SITES: dict[str, tuple[Any, str]] = {
     "rule": (Policies, "rule"),
     "collect": (RankSums, "collect"),
     "row": (ActiveWatch, "_write_row"),
-    "observe": (ActiveWatch, "_as_scalar"),
+    "observe": (ActiveWatch, "_as_number"),
     "hook_order": (ActiveWatch, "_check_hook_order"),
 }
 """Call sites, one for each guard of the path of a step and more."""

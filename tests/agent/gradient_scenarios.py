@@ -162,25 +162,43 @@ def own_clip_unfused() -> dict[str, Any]:
     return _own_clip(lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.5), fused=False)
 
 
-def own_clip_and_scaler() -> dict[str, Any]:
-    """The usual mixed-precision script, left as it is."""
+def own_clip_and_scaler_fused() -> dict[str, Any]:
+    return _own_clip_and_scaler(fused=True)
 
-    def run(*, watched: bool) -> list[Tensor]:
+
+def own_clip_and_scaler_unfused() -> dict[str, Any]:
+    return _own_clip_and_scaler(fused=False)
+
+
+def _own_clip_and_scaler(*, fused: bool) -> dict[str, Any]:
+    """The usual mixed-precision script, left as it is. Its scale is no power of two, and doubles after every step."""
+    norms: list[float] = []
+
+    def run(watch_with: float | None) -> tuple[list[Tensor], dict[str, Any]]:
         model = make_model()
-        optimizer = make_optimizer(model)
-        watch = foreshock.attach(model, optimizer, clip=0.1) if watched else foreshock.Watch()
-        scaler, data = torch.amp.GradScaler("cpu", init_scale=SCALE), batches()
-        with watch:
-            for _ in range(STEPS):
-                optimizer.zero_grad()
-                scaler.scale(loss_of(model, data)).backward()  # type: ignore[no-untyped-call]
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-                scaler.step(optimizer)
-                scaler.update()
-        return weights(model)
+        optimizer = make_optimizer(model, fused=fused)
+        watch = foreshock.Watch() if watch_with is None else foreshock.attach(model, optimizer, clip=watch_with)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=1)
+        data = batches(same=True)
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, data)).backward()  # type: ignore[no-untyped-call]
+            if watch_with is not None:
+                settle(watch)
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            if watch_with is None:
+                norms.append(float(norm))
+            scaler.step(optimizer)
+            scaler.update()
+        found = {} if watch_with is None else told(watch)
+        watch.detach()
+        return weights(model), found
 
-    return {"as alone": same(run(watched=False), run(watched=True))}
+    alone, _ = run(None)
+    ours, found = run(0.1)
+    names = ("global_norm", "local_norm", "loss_scale", "reduced_square_sum", "clip_coefficient")
+    return {"as alone": same(alone, ours), "norms": norms, **{name: column(found, name) for name in names}}
 
 
 def own_value_clip() -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock import _numbers
 from tests.agent.training import main, told
 
 RATE, STEPS = 0.05, 3
@@ -45,6 +46,7 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
         "local_norms": draw(st.booleans()),
         "skip": fused and draw(st.booleans()),
         "poison": draw(st.sampled_from([None, None, 0, 1, 2])),
+        "device": draw(st.booleans()),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -106,6 +108,8 @@ def differences(case: dict[str, Any]) -> list[str]:
     rounding, wrong = ROUNDING[case["dtype"]], []
     # A fused kernel takes its divisor in float32, whatever the weights.
     moving = max(rounding, 1e-6) if case["fused"] else rounding
+    # A GPU's arithmetic, or a CPU's.
+    _numbers.HOSTS = frozenset() if case["device"] else frozenset({"cpu"})
     watch = foreshock.attach(
         model, optimizer, clip=POLICIES[case["policy"]], skip=case["skip"], local_norms=case["local_norms"]
     )

@@ -6,7 +6,6 @@ import json
 import math
 import sys
 import time
-from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,7 @@ def measure(ring: Ring, sequence: int, **columns: float) -> None:
     values |= dict.fromkeys((name for name in DEVICE_COLUMNS if "nan_" in name or "inf_" in name), 0.0)
     values |= {"skipped": 0.0, "shadow": 0.0} | columns
     row = [*values.values(), *(sequence + 0.5 + layer for layer in range(2 * LAYERS))]
-    ring.open_measured(sequence)
-    offset = ring.measured_offset(sequence)
-    memoryview(ring.memory)[offset : offset + 8 * len(row)].cast("d")[:] = array("d", row)
-    ring.close_measured(sequence)
+    ring.measure(sequence, row)
 
 
 def step(ring: Ring, sequence: int, *, loss: float | None = 0.25, **columns: float) -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from foreshock._local import SUM_FIELDS, RankSums
+from foreshock._numbers import Number
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -25,10 +27,10 @@ found: dict[str, Any] = {}
 
 
 def issue(sequence: int, loss: float) -> None:
-    sums.issue(sequence, sums.contribution(None, torch.tensor(loss, dtype=torch.float64)))
+    sums.issue(sequence, sums.contribution(None, loss))
 
 
-def taken(newest: Tensor) -> list[float]:
+def taken(newest: Sequence[Number]) -> list[float]:
     """Sequence, losses' sum and count, idle ranks."""
     names = ("reduced_loss_sum", "reduced_loss_count", "reduced_idle_ranks")
     return [float(newest[0]), *(float(newest[1 + SUM_FIELDS.index(name)]) for name in names)]
@@ -48,7 +50,7 @@ if rank == 0:
     found["rank 1 is late"] = taken(sums.collect())
     store.set("rank 0 has looked", "")
 found["both are there"] = finish()
-sums.issue(2, None if rank == 1 else sums.contribution(None, torch.tensor(float("nan"), dtype=torch.float64)))
+sums.issue(2, None if rank == 1 else sums.contribution(None, math.nan))
 found["an error on rank 1"] = finish()
 for sequence in range(3, 9):
     issue(sequence, 1.0)

@@ -6,20 +6,22 @@ from typing import Any
 
 import pytest
 
-from tests.agent.conftest import Scenario, run_scenarios
+from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
 
 NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
-    "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler",
+    "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler_fused",
+    "own_clip_and_scaler_unfused",
     "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs",
     "unused_parameters", "accumulated", "a_step_that_raised",
 ]  # fmt: skip
 NOBODY = -1.0
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("gradients"), "gradient_scenarios.py", NAMES)
+@pytest.fixture(scope="module", params=ARITHMETIC)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("gradients")
+    return run_scenarios(folder, "gradient_scenarios.py", NAMES, TEST_ARITHMETIC=request.param)
 
 
 def test_value_clipping_is_stock_value_clipping_bit_for_bit(found: dict[str, Scenario]) -> None:
@@ -71,9 +73,19 @@ def test_a_scripts_own_clipping_is_never_doubled_and_said_once(found: dict[str, 
         assert sum("changes gradients between backward and step" in line for line in lines) == 1
 
 
-def test_a_script_that_unscales_and_clips_by_itself_trains_as_alone(found: dict[str, Scenario]) -> None:
-    scenario = found["own_clip_and_scaler"]
-    assert scenario.results == [{"as alone": True}] * 2
+@pytest.mark.parametrize("how", ["fused", "unfused"])
+def test_a_script_that_unscales_and_clips_by_itself_trains_as_alone_and_has_its_norms(
+    found: dict[str, Scenario], how: str
+) -> None:
+    scenario = found[f"own_clip_and_scaler_{how}"]
+    for result in scenario.results:
+        assert result["as alone"]
+        # From before its clipping, and without the scale; all ranks have the same batches here.
+        for name in ("global_norm", "local_norm"):
+            assert result[name] == pytest.approx(result["norms"], rel=1e-5), name
+        assert result["loss_scale"] == [1000.0 * 2**step for step in range(6)]
+        assert result["reduced_square_sum"] == pytest.approx([2 * norm**2 for norm in result["norms"]], rel=1e-5)
+        assert result["clip_coefficient"] == [1.0] * 6
     for lines in scenario.said:
         assert sum("changes gradients between backward and step" in line for line in lines) == 1
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from foreshock import _history
 from foreshock._history import SKIP_RISE, History
+from foreshock._numbers import number, on_host
 from foreshock._policies import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock_collector import rules
 from foreshock_collector.detection import Detector
 
+CPU = torch.device("cpu")
 NEAR = 1e-3
 """So near a limit the two may differ, by rounding..."""
 MOST_NEAR = 1e-3
@@ -80,7 +82,7 @@ def real_series(seed: int) -> Series:
 
 def compared(series: Series) -> Iterator[tuple[bool, bool]]:
     """Of each step: whether the two decide alike, and whether it is so near a limit that they need not."""
-    history, detector = History(torch.device("cpu")), Detector()
+    history, detector = History(CPU), Detector()
     rule = detector.rules.gradient
     for sequence, (norm, rate) in enumerate(series, 1):
         _, high = detector.gradient.band(rule) or (0.0, math.inf)
@@ -92,18 +94,20 @@ def compared(series: Series) -> Iterator[tuple[bool, bool]]:
         rise = math.log(norm) - usual if norm > 0 and not bad else -math.inf
         spike = any(event.kind == "spike" for event in events)
         theirs = (norm > high, spike and rise > SKIP_RISE)
-        standing = history.take(torch.tensor(norm, dtype=torch.float64), rate)
+        standing = history.take(number(torch.tensor(norm, dtype=torch.float64)), rate)
         ours = (norm > float(standing.ceiling), bool(standing.far))
         limits = (rise - rule.clamp * sigma, rise - rule.spike_z * sigma, rise - SKIP_RISE)
         yield ours == theirs, any(abs(limit) < NEAR for limit in limits)
 
 
-def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str], arithmetic: str) -> None:
     outcomes = [o for seed in range(12) for o in compared(random_series(seed))]
     outcomes += [o for seed in range(3) for o in compared(real_series(seed))]
     differ = [near for alike, near in outcomes if not alike]
     with capsys.disabled():
-        sys.stdout.write(f"\ndevice and collector decide differently on {len(differ)} of {len(outcomes)} steps\n")
+        sys.stdout.write(
+            f"\nprobe ({arithmetic}) and collector decide differently on {len(differ)} of {len(outcomes)} steps\n"
+        )
     assert all(differ), "a decision far from any limit differs"
     assert len(differ) <= MOST_NEAR * len(outcomes)
 
@@ -111,9 +115,9 @@ def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str]) ->
 def test_the_series_hold_something_to_decide() -> None:
     clipped = skipped = 0
     for series in (*map(random_series, range(12)), *map(real_series, range(3))):
-        history = History(torch.device("cpu"))
+        history = History(CPU)
         for norm, rate in series:
-            standing = history.take(torch.tensor(norm, dtype=torch.float64), rate)
+            standing = history.take(number(torch.tensor(norm, dtype=torch.float64)), rate)
             clipped += norm > float(standing.ceiling)
             skipped += bool(standing.far)
     assert clipped > 500 and skipped > 50
@@ -121,16 +125,18 @@ def test_the_series_hold_something_to_decide() -> None:
 
 def granted(bad: list[bool]) -> tuple[list[bool], list[bool]]:
     """Which steps are left out, and what `tripped` says after each."""
-    budget = Budget(torch.device("cpu"))
-    steps = [(bool(budget.grant(torch.tensor(b))), budget.tripped) for b in bad]
+    budget = Budget(CPU)
+    steps = [(bool(budget.grant(b if on_host(CPU) else torch.tensor(b))), budget.tripped) for b in bad]
     return [step[0] for step in steps], [step[1] for step in steps]
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_no_more_than_three_bad_steps_in_a_row_are_left_out() -> None:
     left_out, _ = granted([False, True, True, True, True, True, False, True])
     assert left_out == [False, True, True, True, False, False, False, True]
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_no_more_than_five_of_the_last_hundred_steps_are_left_out() -> None:
     bad = [step % 10 == 0 for step in range(2 * WINDOW + 20)]
     left_out, _ = granted(bad)
@@ -138,6 +144,7 @@ def test_no_more_than_five_of_the_last_hundred_steps_are_left_out() -> None:
     assert all(sum(left_out[end - WINDOW : end]) <= SKIPS_IN_WINDOW for end in range(WINDOW, len(left_out)))
 
 
+@pytest.mark.usefixtures("arithmetic")
 def test_a_run_trips_eight_steps_after_its_budget_has_run_out_and_stays_so() -> None:
     _, tripped = granted([True] * SKIPS_IN_A_ROW + [False] * 20)
     assert not any(tripped)

@@ -62,28 +62,30 @@ class Rank:
         self.row = Row(len(DEVICE_COLUMNS) + 2 * layers, layers, META)
 
     def step(self, sequence: int) -> Tensor:
-        scale, parameters = self.row.constants[1.0], self.plan.parameters
+        scale, parameters = self.row._one, self.plan.parameters
         middle = len(parameters) // BUCKETS
         for number, part in enumerate((parameters[:middle], parameters[middle:])):
             self.local.measure(part, [p.grad for p in part if p.grad is not None], first=number == 0)
         self.local.close()
         self.edits.backward_ended()
         self.edits.before_step()
-        summary = self.averaged.measure(largest=due(sequence)).unscaled(scale)
-        ruling = self.policies.rule(summary.total, learning_rate=0.1, left_out=None)
         gradients = self.averaged.gradients()
+        summary = self.averaged.measure(gradients, largest=due(sequence)).unscaled(scale)
+        ruling = self.policies.rule(summary.total, learning_rate=0.1, left_out=scale)
         tried = self.shadow.count(ruling, gradients, scale)
         coefficient = self.kernel.follow(ruling, gradients, None)
-        return self.row.filled(
+        row = self.row.filled(
             summary,
-            scale=self.edits.scale,
-            coefficient=self.row.constants[1.0] if coefficient is None else coefficient,
+            scale=scale,
+            coefficient=coefficient,
             found_inf=scale,
             shadow=tried,
             local=self.local.summary,
             sums=None,
             weights=self.weights.look(sequence),
         )
+        assert isinstance(row, Tensor)
+        return row
 
 
 def steps(rank: Rank) -> Iterator[Counter[str]]:
@@ -108,7 +110,7 @@ def test_what_a_rank_adds_to_the_sum_reads_nothing_back(told: bool) -> None:
     rank = Rank(2, None)
     rank.step(1)
     sums = object.__new__(RankSums)
-    sums._zero, sums._one = (torch.full((), value, dtype=torch.float64, device=META) for value in (0.0, 1.0))
+    sums._device, sums._zero, sums._one = META, rank.row._zero, rank.row._one
     loss = torch.empty((), dtype=torch.float64, device=META) if told else None
     assert sums.contribution(rank.local.summary, loss).shape == (len(SUM_FIELDS),)
 

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, gradient_maxima, gradient_norms, summarize
+from foreshock._norms import Norms, NormSummary, Places, gradient_maxima, gradient_norms, largest_of, summarize
+from foreshock._numbers import on_host
 
+pytestmark = pytest.mark.usefixtures("arithmetic")
 NAN, INF = math.nan, math.inf
+CPU = torch.device("cpu")
 
 
 def reference(gradient: Tensor) -> float:
     return float(gradient.double().square().sum().sqrt())
 
 
+def values(norms: Norms) -> list[float]:
+    assert isinstance(norms, Tensor) != on_host(CPU)
+    return norms.tolist() if isinstance(norms, Tensor) else norms
+
+
+def norms_of(*gradients: Tensor) -> list[float]:
+    return values(gradient_norms(list(gradients), CPU))
+
+
 def summary_of(*norms: float, parameters: list[int] | None = None, layers: list[int] | None = None) -> NormSummary:
-    n = len(norms)
-    layer_of = list(range(n)) if layers is None else layers
-    return summarize(
-        torch.tensor(norms, dtype=torch.float64),
-        torch.tensor(list(range(n)) if parameters is None else parameters, dtype=torch.int64),
-        torch.tensor(layer_of, dtype=torch.int64),
-        max(layer_of, default=0) + 1,
-    )
+    """parameters: that the norms are of. layers: of each parameter."""
+    layer_of = list(range(max(parameters or [], default=len(norms)) + 1)) if layers is None else layers
+    order = tuple(range(len(norms)) if parameters is None else parameters)
+    found: Norms = list(norms) if on_host(CPU) else torch.tensor(norms, dtype=torch.float64)
+    return summarize(found, Places(order, layer_of, max(layer_of) + 1, CPU))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -33,9 +43,8 @@ def test_a_norm_of_many_elements_is_that_of_double_precision(dtype: torch.dtype)
     torch.manual_seed(3)
     # fp16's own largest number is 65504: a norm kept in it is infinite, one in bfloat16 has three digits.
     gradient = (300 * torch.randn(1_000_003)).to(dtype)
-    (norm,) = gradient_norms([gradient])
-    assert norm.dtype == torch.float64
-    assert float(norm) == pytest.approx(reference(gradient), rel=1e-4)
+    (norm,) = norms_of(gradient)
+    assert norm == pytest.approx(reference(gradient), rel=1e-4)
     if dtype != torch.float32:
         stock = float(torch.linalg.vector_norm(gradient))
         assert not math.isclose(stock, reference(gradient), rel_tol=1e-3)
@@ -44,36 +53,36 @@ def test_a_norm_of_many_elements_is_that_of_double_precision(dtype: torch.dtype)
 def test_double_precision_stays_double() -> None:
     torch.manual_seed(3)
     gradient = torch.randn(10_007, dtype=torch.float64)
-    assert float(gradient_norms([gradient])) == pytest.approx(reference(gradient), rel=1e-14)
+    assert norms_of(gradient) == [pytest.approx(reference(gradient), rel=1e-14)]
 
 
 def test_gradients_of_several_dtypes_are_measured_together() -> None:
     gradients = [torch.full((4,), 3.0, dtype=dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
-    assert gradient_norms(gradients).tolist() == [6.0, 6.0, 6.0]
+    assert norms_of(*gradients) == [6.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize("value", [1e25, 3e38, 1e-30])
 def test_a_sum_of_squares_beyond_float32_is_no_infinite_norm(value: float) -> None:
     gradients = [torch.full((100,), value), torch.ones(4)]
-    norms = gradient_norms(gradients)
+    norms = norms_of(*gradients)
     if value > 1:
-        assert norms.tolist() == pytest.approx([10 * value, 2.0], rel=1e-6)
-        assert float(summarize(norms, torch.arange(2), torch.arange(2), 2).total) == pytest.approx(10 * value, rel=1e-6)
+        assert norms == pytest.approx([10 * value, 2.0], rel=1e-6)
+        assert float(summary_of(*norms).total) == pytest.approx(10 * value, rel=1e-6)
     else:
-        assert float(norms[0]) < 1e-20 and float(norms[1]) == 2.0
+        assert norms[0] < 1e-20 and norms[1] == 2.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_a_nan_beats_an_inf_and_neither_spreads_to_other_parameters(dtype: torch.dtype) -> None:
-    values = ([1.0, 2.0], [1.0, NAN], [-INF, 1.0], [NAN, INF], [0.0, 0.0])
-    norms = gradient_norms([torch.tensor(v, dtype=dtype) for v in values])
-    assert [str(n) for n in norms.tolist()[1:]] == ["nan", "inf", "nan", "0.0"]
-    assert float(norms[0]) == pytest.approx(5**0.5)
+    elements = ([1.0, 2.0], [1.0, NAN], [-INF, 1.0], [NAN, INF], [0.0, 0.0])
+    norms = norms_of(*(torch.tensor(e, dtype=dtype) for e in elements))
+    assert [str(n) for n in norms[1:]] == ["nan", "inf", "nan", "0.0"]
+    assert norms[0] == pytest.approx(5**0.5)
 
 
 def test_nothing_to_measure_is_no_norms() -> None:
-    assert gradient_norms([]).tolist() == []
-    assert gradient_norms([torch.zeros(0), torch.ones(1)]).tolist() == [0.0, 1.0]
+    assert norms_of() == []
+    assert norms_of(torch.zeros(0), torch.ones(1)) == [0.0, 1.0]
 
 
 def test_a_summary_counts_nan_and_inf_apart_and_names_the_first() -> None:
@@ -95,30 +104,37 @@ def test_the_last_parameter_alone_is_found_too() -> None:
 def test_a_finite_summary_blames_nobody() -> None:
     summary = summary_of(3.0, 4.0, 12.0, layers=[0, 0, 1])
     assert float(summary.total) == 13.0
-    assert summary.layers.tolist() == [5.0, 12.0]
+    assert values(summary.layers) == [5.0, 12.0]
     assert (float(summary.nan_parameters), float(summary.inf_parameters)) == (0.0, 0.0)
     assert float(summary.first_nonfinite) == -1.0
 
 
 def test_a_bad_layer_does_not_spoil_the_others() -> None:
-    layers = summary_of(3.0, NAN, 4.0, INF, layers=[0, 1, 0, 2]).layers.tolist()
+    layers = values(summary_of(3.0, NAN, 4.0, INF, layers=[0, 1, 0, 2]).layers)
     assert layers[0] == 5.0 and math.isnan(layers[1]) and layers[2] == INF
 
 
 def test_a_summary_of_nothing_is_zero() -> None:
     empty = summary_of()
-    assert (float(empty.total), float(empty.first_nonfinite), empty.layers.tolist()) == (0.0, -1.0, [0.0])
+    assert (float(empty.total), float(empty.first_nonfinite), values(empty.layers)) == (0.0, -1.0, [0.0])
 
 
 def test_unscaling_divides_norms_and_leaves_counts() -> None:
-    summary = summary_of(8.0, INF).unscaled(torch.tensor(4.0, dtype=torch.float64))
-    assert summary.layers.tolist() == [2.0, INF]
+    scale = 4.0 if on_host(CPU) else torch.tensor(4.0, dtype=torch.float64)
+    summary = replace(summary_of(8.0, INF), largest=scale).unscaled(scale)
+    assert values(summary.layers)[:2] == [2.0, INF] and float(summary.largest or 0.0) == 1.0
     assert (float(summary.inf_parameters), float(summary.first_nonfinite)) == (1.0, 1.0)
 
 
 def test_the_largest_element_is_found_whatever_its_sign_and_dtype() -> None:
     gradients = [torch.tensor([1.0, -7.5]), torch.tensor([7.0], dtype=torch.bfloat16), torch.empty(0)]
     gradients += [torch.tensor([2.0, -8.0], dtype=torch.float16), torch.tensor([1.0, -INF]), torch.tensor([NAN, INF])]
-    *finite, not_a_number = gradient_maxima(gradients).tolist()
+    *finite, not_a_number = maxima = values(gradient_maxima(gradients, CPU))
     assert finite == [7.5, 7.0, 8.0, INF] and math.isnan(not_a_number)
-    assert gradient_maxima([]).tolist() == []
+    assert values(gradient_maxima([], CPU)) == []
+    assert math.isnan(float(largest_of(gradient_maxima(gradients, CPU)))) and len(maxima) == 5
+    assert float(largest_of(gradient_maxima(gradients[:-2], CPU))) == 8.0
+
+
+def test_a_nan_beside_an_inf_makes_a_total_that_is_none() -> None:
+    assert math.isnan(float(summary_of(INF, NAN).total)) and math.isnan(float(summary_of(NAN, INF, 1.0).total))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foreshock._policies import TRIP_LAG
-from tests.agent.conftest import Scenario, run_scenarios
+from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
 
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
@@ -17,9 +17,10 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("policies"), "policy_scenarios.py", NAMES)
+@pytest.fixture(scope="module", params=ARITHMETIC)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    folder = tmp_path_factory.mktemp("policies")
+    return run_scenarios(folder, "policy_scenarios.py", NAMES, TEST_ARITHMETIC=request.param)
 
 
 @pytest.mark.parametrize("how", ["fused", "unfused"])

@@ -314,8 +314,7 @@ def test_a_batch_of_many_layers_is_small_enough_for_a_collector(tmp_path: Path) 
     ring = Ring.create(tmp_path / "many.ring", identity(), layers=2000)
     for sequence in range(1, 65):
         launch(ring, sequence)
-        ring.open_measured(sequence)
-        ring.close_measured(sequence)
+        ring.measure(sequence, [0.0] * ring.layout.columns)
     listener = Listener(ring).greet()
     sizes = [m.ByteSize() for _ in range(3) for m in listener.ask(after=1.0) if m.HasField("steps")]
     assert max(sizes) < 2 * 2**20 and len(sizes) > 1
