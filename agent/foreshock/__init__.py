@@ -13,6 +13,7 @@ from foreshock._version import __version__
 
 if TYPE_CHECKING:
     from foreshock._attach import attach
+    from foreshock._buckets import local_norms_wrapper
     from foreshock._clip import AdaptiveClip, NormClip, ValueClip
     from foreshock._errors import AttachError, ForeshockError, SettingsError
     from foreshock._watch import Watch
@@ -27,6 +28,7 @@ __all__ = [
     "Watch",
     "__version__",
     "attach",
+    "local_norms_wrapper",
 ]
 
 _HOMES = {
@@ -38,6 +40,7 @@ _HOMES = {
     "ValueClip": "_clip",
     "Watch": "_watch",
     "attach": "_attach",
+    "local_norms_wrapper": "_buckets",
 }
 
 

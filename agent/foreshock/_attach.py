@@ -19,9 +19,9 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock._agreement import Decision, Posting, agree
+from foreshock._buckets import hook_taken, watch_buckets
 from foreshock._clip import Clip
 from foreshock._errors import AttachError, SettingsError
-from foreshock._hooks import hook_taken, watch_buckets
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
@@ -136,7 +136,10 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
             path.unlink()
         return DisabledWatch()
     if decision.hook_taken:
-        line = "the model has a communication hook already: no local norms, only global ones"
+        line = (
+            "the model has a communication hook already: no local norms, only global ones; "
+            "to have them, register foreshock.local_norms_wrapper(hook) instead"
+        )
         announce(line, rank=ranks.rank)
     recorder = RecorderProcess(
         folder, collector=settings.collector, python=settings.recorder_python, speaks=ranks.rank == 0

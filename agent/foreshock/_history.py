@@ -3,8 +3,7 @@
 The same exponentially weighted mean and absolute deviation of the logarithm, fed with clamped values, as
 `foreshock_collector.detection.Channel` keeps on the host, with the constants of `foreshock_collector.rules` (a test
 holds them together; a collector that was given other rules for a run does not change these). On a GPU
-some fifty kernels on single numbers a step, whatever the model, and no read-back. A new state replaces the old one in
-one assignment, so an error half-way leaves no half-learnt step.
+some fifty kernels on single numbers a step, whatever the model, and no read-back.
 """
 
 from __future__ import annotations
@@ -33,6 +32,10 @@ _SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
 
+State = tuple[tuple[Number, Number, Number, Number, Number], float | None]
+"""Mean, mean absolute deviation, count, spikes in a row, steps of quick learning left; and the learning rate."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Standing:
     """How a norm stands against the history before it."""
@@ -41,6 +44,8 @@ class Standing:
     """The usual norm plus three deviations; Inf before there is enough history."""
     far: Flag
     """A spike, and more than thirty times the usual."""
+    after: State
+    """The history with it."""
 
 
 class History:
@@ -48,17 +53,15 @@ class History:
 
     def __init__(self, device: torch.device) -> None:
         zero = constant(0.0, device)
-        # Mean, mean absolute deviation, count, spikes in a row, steps of quick learning left.
-        self._state = (zero, zero, zero, zero, zero)
-        self._rate: float | None = None
+        self.state: State = (zero, zero, zero, zero, zero), None
 
-    def take(self, norm: Number, learning_rate: float) -> Standing:
-        """Judge a step's norm, then learn it. One that is not finite, or zero, changes nothing.
+    def judge(self, norm: Number, learning_rate: float) -> Standing:
+        """A step's norm. Set `state` to what comes after it, once nothing can go wrong any more: ranks learn alike.
 
-        learning_rate: one that jumps was changed on purpose, and the norm may follow it. NaN: not known.
+        A norm that is not finite, or zero, changes nothing. learning_rate: one that jumps was changed on purpose, and
+        the norm may follow it. NaN: not known.
         """
-        mean, deviation, count, spikes, accepting = self._state
-        rate = self._rate
+        (mean, deviation, count, spikes, accepting), rate = self.state
         if math.isfinite(learning_rate) and learning_rate > 0:
             if rate is not None and abs(math.log(learning_rate / rate)) > math.log(PLANNED_RATE_CHANGE):
                 accepting = at_least(accepting, ACCEPT_STEPS)
@@ -71,7 +74,7 @@ class History:
         reach, off = CLAMP * sigma, x - mean
         ready, first = count >= READY_AFTER, count == 0
         spike = ready & (off > SPIKE_Z * sigma) & (off > SPIKE_RISE) & known
-        standing = Standing(ceiling=where(ready, exp(mean + reach), math.inf), far=spike & (off > SKIP_RISE))
+        ceiling, far = where(ready, exp(mean + reach), math.inf), spike & (off > SKIP_RISE)
         spikes = where(spike, spikes + 1, 0.0)
         lasting = spikes >= ACCEPT_AFTER
         accepting = where(lasting, float(ACCEPT_STEPS), accepting)
@@ -86,5 +89,4 @@ class History:
             where(first, accepting, at_least(accepting - 1, 0.0)),
         )
         mean, deviation, count, spikes, accepting = (where(known, n, o) for n, o in zip(new, old, strict=True))
-        self._state, self._rate = (mean, deviation, count, spikes, accepting), rate
-        return standing
+        return Standing(ceiling=ceiling, far=far, after=((mean, deviation, count, spikes, accepting), rate))

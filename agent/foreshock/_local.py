@@ -109,6 +109,10 @@ class RankSums:
             _InFlight(values=self._buffer(), work=None, taken=True, sequence=0, scale=None) for _ in range(depth)
         ]
         self._turn = 0
+        self._prepared: _InFlight | None = None
+        self._idle = self.contribution(None, None)
+        self._spare = _InFlight(values=self._idle, work=None, taken=True, sequence=0, scale=None)
+        """Of a sum that this rank has nothing to say to, and whose result it leaves alone."""
         self.newest: Sequence[Number] = [self._zero] * (1 + len(SUM_FIELDS))
         """The sequence number that issued the newest finished sum (0: none yet), then its values."""
         self._newest_sequence = 0
@@ -129,17 +133,23 @@ class RankSums:
             losses = (where(finite(loss), loss, 0.0), known, nan_loss, one - known - nan_loss)
         return vector((square, nan, inf, idle, *losses), self._device)
 
-    def issue(self, sequence: int, contribution: Tensor | None) -> None:
-        """Start the sum of a step. `contribution` None: this rank had an internal error, and must take part still."""
+    def prepare(self, sequence: int, contribution: Tensor) -> None:
+        """Make ready what this rank adds to the sum of a step."""
         slot = self._ring[self._turn]
-        self._turn = (self._turn + 1) % len(self._ring)
         if slot.work is not None and not slot.work.is_completed():
             # Four steps behind: leave that buffer to its collective rather than wait for it.
             slot.values = self._buffer()
-        if contribution is None:
-            contribution = self.contribution(None, None)
         slot.values.copy_(contribution)
         slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
+        self._turn = (self._turn + 1) % len(self._ring)
+        self._prepared = slot
+
+    def issue(self) -> None:
+        """Start the sum. Where nothing is prepared, after an internal error or a detach, this rank takes part still."""
+        slot, self._prepared = self._prepared, None
+        if slot is None:
+            slot = self._spare
+            slot.values = self._idle.clone()
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
 
     def scaled_by(self, scale: Number | None) -> None:
@@ -166,7 +176,8 @@ class RankSums:
 
     def under_way(self) -> bool:
         """A sum has not finished."""
-        return any(slot.work is not None and not slot.work.is_completed() for slot in self._ring)
+        slots = (*self._ring, self._spare)
+        return any(slot.work is not None and not slot.work.is_completed() for slot in slots)
 
 
 def _succeeded(future: Future[list[Tensor]]) -> bool:

@@ -47,11 +47,15 @@ class Policies:
 
         left_out: not zero where a GradScaler leaves this step out by itself, which is no fault.
         """
-        standing = None if self._history is None else self._history.take(norm, learning_rate)
+        standing = None if self._history is None else self._history.judge(norm, learning_rate)
         divisor = None
         if self._clip is not None:
             divisor = self._clip.divisor(norm, None if standing is None else standing.ceiling)
-        return Ruling(divisor=divisor, skip=self._skip(norm, standing, left_out))
+        skip = self._skip(norm, standing, left_out)
+        # Last, so that a step that has to be ruled anew after an error is learnt once.
+        if self._history is not None and standing is not None:
+            self._history.state = standing.after
+        return Ruling(divisor=divisor, skip=skip)
 
     def _skip(self, norm: Number, standing: Standing | None, left_out: Number | None) -> Flag | None:
         if self._budget is None or standing is None:

@@ -121,7 +121,7 @@ class ActiveWatch(Watch):
         self._edits = GradientEdits(plan.parameters)
         self._unedited: NormSummary | None = None
         self._step_hooks = StepHooks(optimizer, self)
-        self._backward_end = BackwardEnd(plan.parameters, self.backward_ended)
+        self._backward_end = BackwardEnd(plan.parameters, self.backward_ended, self._guard)
         _watches.add(self)
 
     # -- the script ----------------------------------------------------------------------------------------------
@@ -167,26 +167,25 @@ class ActiveWatch(Watch):
         """Sum up this rank's gradients and start the sum over ranks: issued on every rank, whatever went wrong."""
         if self._local is None or self._sums is None:
             return
-        contribution = None
         if self.enabled:
             with self._guard:
                 self._local.close()
                 loss = None if self._pending is None else self._pending[1]
                 contribution = self._sums.contribution(self._local.summary, loss)
-        self._sums.issue(self._records.next_sequence, contribution)
+                self._sums.prepare(self._records.next_sequence, contribution)
+        self._sums.issue()
 
     def backward_ended(self) -> None:
         """Remember what the gradients look like, so that a script's own clipping is noticed without a sync."""
         if not self.enabled or not self._model.require_backward_grad_sync:
             return
-        with self._guard:
-            self._unedited = None
-            self._kernel.take_back()
-            # The first time as well: nobody knows yet whether this script edits.
-            suspected = self._edits.seen or not self._records.sequence
-            if suspected:
-                self._unedited = self._measure(self._averaged.gradients(), self._records.next_sequence)
-            self._edits.backward_ended()
+        self._unedited = None
+        self._kernel.take_back()
+        # The first time as well: nobody knows yet whether this script edits.
+        suspected = self._edits.seen or not self._records.sequence
+        if suspected:
+            self._unedited = self._measure(self._averaged.gradients(), self._records.next_sequence)
+        self._edits.backward_ended()
 
     def before_step(self) -> None:
         """The gradients are averaged and final: measure, rule, clip, write the record.
@@ -197,7 +196,7 @@ class ActiveWatch(Watch):
         if not self.enabled:
             return
         edited, opened, followed = self._edits.seen, False, False
-        summary, ruling, row = None, None, None
+        summary, ruling, row, scale, loss_scale = None, None, None, None, None
         rate = float("nan")
         with self._guard:
             self._kernel.take_back()
@@ -207,11 +206,10 @@ class ActiveWatch(Watch):
             rate = self._learning_rate()
             self._records.launch(step=self._step, learning_rate=rate, edited=edited)
             opened = True
-        # Which the gradients still carry; the loss may have had one that they do not carry any more.
-        scale = loss_scale = self._kernel.scale
         with self._guard:
-            if scale is None:
-                loss_scale = scale_of_caller()
+            # Which the gradients still carry; the loss may have had one that they do not carry any more.
+            scale = self._kernel.scale
+            loss_scale = scale_of_caller() if scale is None else scale
             gradients = self._averaged.gradients()
             summary = self._summary(gradients, edited=edited, scale=scale, loss_scale=loss_scale)
             ruling = self._rule(summary.total, rate, edited=edited)
@@ -219,7 +217,7 @@ class ActiveWatch(Watch):
             followed = True
         if not followed:
             with self._guard:
-                self._act_plainly(ruling, rate, scale, edited=edited)
+                self._act_plainly(ruling, rate, edited=edited)
         with self._guard:
             if opened and summary is not None and row is not None:
                 self._write_row(summary, loss_scale, *row)
@@ -302,8 +300,9 @@ class ActiveWatch(Watch):
             return None, self._shadow.count(ruling, gradients, scale)
         return self._kernel.follow(ruling, gradients, scale), None
 
-    def _act_plainly(self, ruling: Ruling | None, rate: float, scale: Number | None, *, edited: bool) -> None:
+    def _act_plainly(self, ruling: Ruling | None, rate: float, *, edited: bool) -> None:
         """Where that has failed on this rank: the same by other means, to rounding."""
+        scale = self._kernel.scale
         if ruling is None:
             ruling = self._rule(self._averaged.plain_norm(scale), rate, edited=edited)
         if self._shadow is None:

@@ -136,35 +136,73 @@ def fp16_compression() -> dict[str, Any]:
 
 
 def bf16_compression() -> dict[str, Any]:
-    def by_another_name(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Torch registers the original with NCCL alone."""
-        return default_hooks.bf16_compress_hook(group, bucket)
-
-    by_another_name.__annotations__.clear()
-    return beside_stock(hooked(lambda model: model.register_comm_hook(None, by_another_name)))
+    return beside_stock(hooked(lambda model: model.register_comm_hook(None, bf16_by_another_name)))
 
 
 def power_sgd() -> dict[str, Any]:
-    """In one bucket: with more of them torch's hook deadlocks on gloo, in trainings without Foreshock too (2.13)."""
-
-    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = DistributedDataParallel(make_model().module)
-        state = PowerSGDState(process_group=None, matrix_approximation_rank=2, start_powerSGD_iter=2)
-        model.register_comm_hook(state, powerSGD_hook)
-        return model, make_optimizer(model, fused=True)
-
-    return beside_stock(make)
+    return beside_stock(in_one_bucket(powerSGD_hook))
 
 
 def hook_of_their_own() -> dict[str, Any]:
-    def half(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """An average, and then half of it."""
-        reduced = default_hooks.allreduce_hook(group, bucket)
-        return reduced.then(lambda future: future.value() / 2)
-
-    # DDP compares annotations with the classes themselves; those of this module are postponed.
-    half.__annotations__.clear()
     return beside_stock(hooked(lambda model: model.register_comm_hook(None, half)))
+
+
+def fp16_compression_wrapped() -> dict[str, Any]:
+    return _wrapped(default_hooks.fp16_compress_hook)
+
+
+def bf16_compression_wrapped() -> dict[str, Any]:
+    return _wrapped(bf16_by_another_name)
+
+
+def power_sgd_wrapped() -> dict[str, Any]:
+    return beside_stock(in_one_bucket(foreshock.local_norms_wrapper(powerSGD_hook))) | before_reduction()
+
+
+def hook_of_their_own_wrapped() -> dict[str, Any]:
+    return _wrapped(half)
+
+
+def _wrapped(hook: Any) -> dict[str, Any]:
+    register = lambda model: model.register_comm_hook(None, foreshock.local_norms_wrapper(hook))  # noqa: E731
+    return beside_stock(hooked(register)) | before_reduction()
+
+
+def before_reduction() -> dict[str, Any]:
+    """This rank's own gradient at the first step, by a model that is none of DDP's."""
+    alone = make_model().module
+    loss_of(alone, batches()).backward()  # type: ignore[no-untyped-call]
+    squares = [p.grad.double().square().sum() for p in alone.parameters() if p.grad is not None]
+    return {"own norm": float(torch.stack(squares).sum().sqrt())}
+
+
+def bf16_by_another_name(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Torch registers the original with NCCL alone."""
+    return default_hooks.bf16_compress_hook(group, bucket)
+
+
+def half(group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """An average, and then half of it."""
+    reduced = default_hooks.allreduce_hook(group, bucket)
+    return reduced.then(lambda future: future.value() / 2)
+
+
+# DDP compares annotations with the classes themselves; those of this module are postponed.
+bf16_by_another_name.__annotations__.clear()
+half.__annotations__.clear()
+
+
+def in_one_bucket(hook: Any) -> Make:
+    """PowerSGD with more of them deadlocks on gloo, in trainings without Foreshock too (torch 2.13)."""
+
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = DistributedDataParallel(make_model().module)
+        state = PowerSGDState(process_group=None, matrix_approximation_rank=2, start_powerSGD_iter=2)
+        model.register_comm_hook(state, hook)
+        return model, make_optimizer(model, fused=True)
+
+    return make
 
 
 def plain() -> tuple[nn.Module, torch.optim.Optimizer]:

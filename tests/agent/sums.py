@@ -27,7 +27,8 @@ found: dict[str, Any] = {}
 
 
 def issue(sequence: int, loss: float) -> None:
-    sums.issue(sequence, sums.contribution(None, loss))
+    sums.prepare(sequence, sums.contribution(None, loss))
+    sums.issue()
 
 
 def taken(newest: Sequence[Number]) -> list[float]:
@@ -50,7 +51,9 @@ if rank == 0:
     found["rank 1 is late"] = taken(sums.collect())
     store.set("rank 0 has looked", "")
 found["both are there"] = finish()
-sums.issue(2, None if rank == 1 else sums.contribution(None, math.nan))
+if rank == 0:
+    sums.prepare(2, sums.contribution(None, math.nan))
+sums.issue()
 found["an error on rank 1"] = finish()
 for sequence in range(3, 9):
     issue(sequence, 1.0)

@@ -16,13 +16,14 @@ LIKE_STOCK = [
 WITHOUT_LOCAL = [
     "fp16_compression", "bf16_compression", "power_sgd", "hook_of_their_own", "uneven_inputs_divided_by_those_left",
 ]  # fmt: skip
+WRAPPED = ["fp16_compression_wrapped", "bf16_compression_wrapped", "power_sgd_wrapped", "hook_of_their_own_wrapped"]
 OTHERS = ["later_step_hook", "several_optimizers", "detached_and_attached_again", "detached", "refusals"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("composition")
-    return run_scenarios(folder, "composition_scenarios.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *OTHERS])
+    return run_scenarios(folder, "composition_scenarios.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *WRAPPED, *OTHERS])
 
 
 @pytest.mark.parametrize("name", [*LIKE_STOCK, *WITHOUT_LOCAL])
@@ -34,6 +35,22 @@ def test_training_is_that_of_stock_clipping_and_norms_are_its_norms(found: dict[
         assert min(result["norms"]) > 0.5, "nothing was clipped"
         assert result["measures local"] == (name in LIKE_STOCK)
         assert all((norm > 0) == (name in LIKE_STOCK) for norm in result["local"])
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_a_hook_in_our_wrapper_reduces_as_alone_and_local_norms_are_those_before_it(
+    found: dict[str, Scenario], name: str
+) -> None:
+    # Beside the same hook without the wrapper, and without a watch.
+    for result, alone in zip(found[name].results, found[name.removesuffix("_wrapped")].results, strict=True):
+        assert result["apart"] < 1e-4 and result["alike"] < 1e-6 and result["dropped"] == {}
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
+        assert result["global"] == alone["global"] and min(result["norms"]) > 0.5
+        assert result["measures local"] and len(result["local"]) == len(result["norms"])
+        # Exact, where half precision would be off by 1e-4 and more, and where "half" halves what it has averaged.
+        assert result["local"][0] == pytest.approx(result["own norm"], rel=1e-6)
+        assert all(norm > 0 for norm in result["local"])
+    assert not any("communication hook" in line for lines in found[name].said for line in lines)
 
 
 def test_a_step_hook_registered_after_attach_has_the_last_word_and_is_told_of_once(found: dict[str, Scenario]) -> None:

@@ -18,6 +18,7 @@ SITES = [
     "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "summary", "clip",
     "rule", "collect", "row", "observe", "hook_order",
 ]  # fmt: skip
+EVERYWHERE = ["everywhere_fused", "everywhere_unfused", "everywhere_adaptive"]
 CASES = [f"{site}_{kind}" for site, kind in product(SITES, ("fused", "unfused"))]
 STEPS = [0, 1, 2, 3, 4, 5]
 FAILING = 3
@@ -36,7 +37,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, told: Collector) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("faults")
-    return run_scenarios(folder, SCRIPT, CASES, FORESHOCK_STRICT="", FORESHOCK_COLLECTOR=told.address)
+    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE], FORESHOCK_STRICT="", FORESHOCK_COLLECTOR=told.address)
 
 
 def dropped(collector: Collector) -> dict[str, float]:
@@ -73,10 +74,23 @@ def test_an_error_inside_the_probe_on_one_rank_costs_a_record_and_nothing_else(
     assert "costs a step record, training goes on" in line and nothing == []
 
 
-@pytest.mark.usefixtures("found")
-def test_each_of_these_records_is_missing_on_the_metrics_page(told: Collector) -> None:
-    once_each = dict.fromkeys(CASES, 1.0)
-    eventually(lambda: dropped(told) == once_each, f"one record of each run, not {dropped(told)}")
+@pytest.mark.parametrize("case", EVERYWHERE)
+def test_each_call_that_a_step_makes_inside_the_probe_may_fail_on_one_rank(
+    found: dict[str, Scenario], case: str
+) -> None:
+    good, bad = found[case].results
+    # After each, ours was where stock clipping is, as were both ranks, and one record was counted as dropped.
+    assert good["wrong"] == bad["wrong"] == []
+    assert bad["never"] == [] and sum(bad["runs"].values()) > 120
+    for mine, theirs in zip(*bad["learnt"], strict=True) if bad["learnt"][0] else []:
+        assert mine == pytest.approx(theirs, rel=1e-6)
+
+
+def test_each_of_these_records_is_missing_on_the_metrics_page(told: Collector, found: dict[str, Scenario]) -> None:
+    expected = dict.fromkeys(CASES, 1.0)
+    for case in EVERYWHERE:
+        expected |= found[case].results[1]["runs"]
+    eventually(lambda: dropped(told) == expected, f"the records of each run, not {dropped(told)}")
 
 
 def test_a_training_says_no_warning_even_where_warnings_are_errors(tmp_path: Path) -> None:

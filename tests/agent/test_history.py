@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from foreshock import _history
-from foreshock._history import SKIP_RISE, History
+from foreshock._history import SKIP_RISE, History, Standing
 from foreshock._numbers import number, on_host
 from foreshock._policies import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock_collector import rules
@@ -80,6 +80,12 @@ def real_series(seed: int) -> Series:
     return series
 
 
+def take(history: History, norm: float, rate: float) -> Standing:
+    standing = history.judge(number(torch.tensor(norm, dtype=torch.float64)), rate)
+    history.state = standing.after
+    return standing
+
+
 def compared(series: Series) -> Iterator[tuple[bool, bool]]:
     """Of each step: whether the two decide alike, and whether it is so near a limit that they need not."""
     history, detector = History(CPU), Detector()
@@ -94,7 +100,7 @@ def compared(series: Series) -> Iterator[tuple[bool, bool]]:
         rise = math.log(norm) - usual if norm > 0 and not bad else -math.inf
         spike = any(event.kind == "spike" for event in events)
         theirs = (norm > high, spike and rise > SKIP_RISE)
-        standing = history.take(number(torch.tensor(norm, dtype=torch.float64)), rate)
+        standing = take(history, norm, rate)
         ours = (norm > float(standing.ceiling), bool(standing.far))
         limits = (rise - rule.clamp * sigma, rise - rule.spike_z * sigma, rise - SKIP_RISE)
         yield ours == theirs, any(abs(limit) < NEAR for limit in limits)
@@ -117,7 +123,7 @@ def test_the_series_hold_something_to_decide() -> None:
     for series in (*map(random_series, range(12)), *map(real_series, range(3))):
         history = History(CPU)
         for norm, rate in series:
-            standing = history.take(number(torch.tensor(norm, dtype=torch.float64)), rate)
+            standing = take(history, norm, rate)
             clipped += norm > float(standing.ceiling)
             skipped += bool(standing.far)
     assert clipped > 500 and skipped > 50
