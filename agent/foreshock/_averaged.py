@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary, Places, gradient_maxima, gradient_norms, largest_of, summarize
+from foreshock._norms import Norms, NormSummary, gradient_maxima, gradient_norms, largest_of, summarize
 from foreshock._numbers import Number, number, ratio
 from foreshock._summary import ParameterPlan
 
@@ -19,11 +19,15 @@ class AveragedGradient:
         self._plan = plan
         self._device = plan.device()
         self._all = tuple(range(len(plan.parameters)))
-        self._places = plan.places(self._all)
+        self.places = plan.places(self._all)
+        self.norms: Norms = []
+        """Of each parameter that has a gradient, and which those are: as `measure` found them last."""
 
     def measure(self, gradients: list[Tensor], *, largest: bool) -> NormSummary:
         """Norms of `gradients()` as they are now, scaled where the loss was. largest: their largest element as well."""
-        summary = summarize(gradient_norms(gradients, self._device), self._placed(len(gradients)))
+        self._place(len(gradients))
+        self.norms = gradient_norms(gradients, self._device)
+        summary = summarize(self.norms, self.places)
         if not largest or not gradients:
             return summary
         return replace(summary, largest=largest_of(gradient_maxima(gradients, self._device)))
@@ -38,10 +42,9 @@ class AveragedGradient:
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
         return number(total) if scale is None else ratio(number(total), scale)
 
-    def _placed(self, count: int) -> Places:
+    def _place(self, count: int) -> None:
         present = self._all
         if count < len(present):
             present = tuple(i for i, p in enumerate(self._plan.parameters) if p.grad is not None)
-        if self._places.parameters != present:
-            self._places = self._plan.places(present)
-        return self._places
+        if self.places.parameters != present:
+            self.places = self._plan.places(present)

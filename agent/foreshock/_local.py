@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from foreshock._averaged import AveragedGradient
 from foreshock._norms import Norms, NormSummary, gradient_norms, summarize
 from foreshock._numbers import (
     Number,
@@ -52,7 +53,7 @@ class LocalNorms:
         """Of the newest backward pass; None before the first, where none of ours took part, or one is missing."""
 
     def measure(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool) -> None:
-        """One bucket: parameters and this rank's gradients of them, in the order of the bucket."""
+        """One bucket: parameters and this rank's gradients of them, in the order of arrival."""
         if first:
             # A backward pass that raised has left its part behind.
             self._norms, self._order, self._whole = [], [], True
@@ -75,6 +76,10 @@ class LocalNorms:
             if self._places.parameters != order:
                 self._places = self._plan.places(order)
             self.summary = summarize(_joined(norms), self._places)
+
+    def own(self, _: AveragedGradient, __: NormSummary, scale: Number | None) -> NormSummary | None:
+        """`summary`, unscaled. scale: of the loss."""
+        return self.summary if self.summary is None or scale is None else self.summary.unscaled(scale)
 
 
 def _joined(norms: list[Norms]) -> Norms:

@@ -41,9 +41,9 @@ class Row:
         sums: RankSums | None,
         weights: WeightFacts,
     ) -> Norms:
-        """The row, [columns]. summary: of the averaged gradient, unscaled.
+        """The row, [columns]. summary: of the averaged gradient; local: of this rank's own; both unscaled.
 
-        scale: of the loss; the local gradients were seen with it. sums: over the ranks. None: nothing to tell of.
+        scale: of the loss. sums: over the ranks, which were seen with it. None: nothing to tell of.
         """
         values = {
             "loss_scale": self._one if scale is None else scale,
@@ -61,8 +61,6 @@ class Row:
             "update_ratio": weights.update_ratio,
         }
         if local is not None:
-            if scale is not None:
-                local = local.unscaled(scale)
             values["local_norm"] = local.total
             values["local_nan_parameters"] = local.nan_parameters
             values["local_inf_parameters"] = local.inf_parameters

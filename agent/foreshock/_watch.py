@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from foreshock._alone import LoneRank
 from foreshock._averaged import AveragedGradient
 from foreshock._clip import Clip
 from foreshock._console import say_once
@@ -113,8 +114,9 @@ class ActiveWatch(Watch):
         self._policies = Policies(clip=clip, skip=skip, device=device)
         self._kernel = Kernel(optimizer, clip, plan.parameters)
         self._shadow = Shadow(clip, device) if shadow else None
-        self._local = LocalNorms(plan) if local_norms else None
-        self._sums = RankSums(model.process_group, device) if local_norms else None
+        alone = model.process_group.size() == 1
+        self._local = (LoneRank if alone else LocalNorms)(plan) if local_norms else None
+        self._sums = RankSums(model.process_group, device) if local_norms and not alone else None
         self._step = 0
         self._pending: tuple[int | None, Number | None] | None = None
         self._observes_after_step: bool | None = None
@@ -161,11 +163,14 @@ class ActiveWatch(Watch):
         """A bucket of this rank's own gradients, before its all-reduce."""
         if self.enabled and self._local is not None:
             with self._guard:
+                if not self._model._has_rebuilt_buckets:
+                    # Until DDP has seen in which order gradients arrive, a bucket is in the model's.
+                    parameters, gradients = parameters[::-1], gradients[::-1]
                 self._local.measure(parameters, gradients, first=first)
 
     def last_bucket(self) -> None:
         """Sum up this rank's gradients and start the sum over ranks: issued on every rank, whatever went wrong."""
-        if self._local is None or self._sums is None:
+        if self._sums is None or not isinstance(self._local, LocalNorms):
             return
         if self.enabled:
             with self._guard:
@@ -318,7 +323,7 @@ class ActiveWatch(Watch):
             coefficient=coefficient,
             found_inf=self._kernel.found_inf,
             shadow=shadow,
-            local=None if self._local is None else self._local.summary,
+            local=None if self._local is None else self._local.own(self._averaged, summary, scale),
             sums=self._sums,
             weights=self._weights.look(self._records.sequence),
         )

@@ -228,9 +228,11 @@ def _own_clip(clip: Callable[[nn.Module], Any], *, fused: bool) -> dict[str, Any
     }
 
 
-def poisoned(values: dict[int, dict[int, float]], *, at: int) -> dict[str, Any]:
+def poisoned(values: dict[int, dict[int, float]], *, at: int, one_bucket: bool = False) -> dict[str, Any]:
     """values: of rank, of parameter: what one element of its local gradient becomes at a step."""
     model = make_model()
+    if one_bucket:
+        model = DistributedDataParallel(model.module)
     optimizer = make_optimizer(model, "SGD")
     now = 0
     parameters = list(model.parameters())
@@ -267,6 +269,10 @@ def nan_on_rank_1() -> dict[str, Any]:
     return poisoned({1: {2: math.nan, 4: math.nan}}, at=2)
 
 
+def nan_at_the_first_step() -> dict[str, Any]:
+    return poisoned({1: {1: math.nan, 2: math.nan, 4: math.nan}}, at=0, one_bucket=True)
+
+
 def inf_on_rank_0() -> dict[str, Any]:
     return poisoned({0: {0: math.inf, 3: -math.inf}}, at=2)
 
@@ -277,6 +283,38 @@ def nan_and_inf() -> dict[str, Any]:
 
 def inf_of_both_signs() -> dict[str, Any]:
     return poisoned({0: {5: math.inf}, 1: {5: -math.inf}}, at=2)
+
+
+def alone() -> dict[str, Any]:
+    """For a job of one rank: a NaN and an Inf under a scaler, beside a parameter that nobody uses."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Spare(), find_unused_parameters=True)
+    optimizer = make_optimizer(model, fused=True)
+    weight, bias = model.module.body.weight, model.module.body.bias
+    bad = {2: (math.nan, math.inf), 4: (0.0, math.inf)}
+    now = 0
+
+    def spoil(gradient: Tensor, which: int) -> Tensor:
+        return gradient + bad.get(now, (0.0, 0.0))[which]
+
+    weight.register_hook(lambda g: spoil(g, 0))
+    bias.register_hook(lambda g: spoil(g, 1))
+    scaler, norms = torch.amp.GradScaler("cpu", init_scale=SCALE), []
+    with foreshock.attach(model, optimizer, clip=0.5) as watch:
+        data = batches()
+        for step in range(STEPS):
+            now = step
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, data)).backward()  # type: ignore[no-untyped-call]
+            norms.append(norm_of(gradients(model)) / scaler.get_scale())
+            scaler.step(optimizer)
+            scaler.update()
+        found = told(watch)
+    names = (
+        "global_norm", "local_norm", "first_nonfinite_global", "first_nonfinite_local", "local_nan_parameters",
+        "local_inf_parameters", "loss_scale", "reduced_sequence",
+    )  # fmt: skip
+    return {"norms": norms, **{name: column(found, name) for name in names}}
 
 
 class Spare(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
     "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler_fused",
     "own_clip_and_scaler_unfused",
-    "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs",
+    "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs", "nan_at_the_first_step",
     "unused_parameters", "accumulated", "a_step_that_raised",
 ]  # fmt: skip
 NOBODY = -1.0
@@ -130,6 +131,30 @@ def test_nan_and_inf_are_told_apart_and_the_rank_and_parameter_named(
         for step in range(BAD):
             assert result["first_nonfinite_global"][step] == result["first_nonfinite_local"][step] == NOBODY
             assert result["reduced_nan_ranks"][step] == result["reduced_inf_ranks"][step] == 0.0
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_a_rank_that_is_alone_has_the_averaged_gradient_for_its_own(arithmetic: str, tmp_path: Path) -> None:
+    told = run_scenarios(tmp_path, "gradient_scenarios.py", ["alone"], ranks=1, TEST_ARITHMETIC=arithmetic)["alone"]
+    (result,) = told.results
+    for name in ("global_norm", "local_norm"):
+        assert result[name] == pytest.approx(result["norms"], rel=1e-5, nan_ok=True)
+    assert result["loss_scale"] == [1024.0] * 3 + [512.0] * 2 + [256.0]
+    assert result["local_nan_parameters"] == [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert result["local_inf_parameters"] == [0.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    # In the model's order the weight comes first, in backward order the bias.
+    assert result["first_nonfinite_global"] == [NOBODY, NOBODY, 1.0, NOBODY, 2.0, NOBODY]
+    assert result["first_nonfinite_local"] == [NOBODY, NOBODY, 2.0, NOBODY, 2.0, NOBODY]
+    assert result["reduced_sequence"] == [0.0] * 6, "there is nobody to sum with"
+
+
+def test_at_the_very_first_step_too_each_rank_names_its_first_bad_parameter_in_backward_order(
+    found: dict[str, Scenario],
+) -> None:
+    # DDP has not put its buckets into the order of arrival yet.
+    (none, _), (bad, _) = (result["first_nonfinite_local"] for result in found["nan_at_the_first_step"].results)
+    assert (none, bad) == (NOBODY, 4.0)
+    assert found["nan_at_the_first_step"].results[1]["first_nonfinite_global"][0] == 1.0
 
 
 def test_unused_parameters_are_no_nan_and_clip_as_stock(found: dict[str, Scenario]) -> None:
