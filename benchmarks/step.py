@@ -3,8 +3,8 @@
 Every variant has its own model of the same size, its own DDP and its own fused AdamW. A round takes one step of each,
 in an order that changes from round to round; a variant's cost is the median over rounds of its time divided by that of
 `stock_clip` in the same round. Rounds are spread over several launches, since where a model happens to lie in memory
-stays with it for as long as its process lives. Recorder and collector run, and every step must have been stored at the
-end.
+stays with it for as long as its process lives; variants that do not fit into memory together are measured in groups,
+each beside `stock_clip`. Recorder and collector run, and every step must have been stored at the end.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ MAX_NORM = {"always": 1e-3, "never": 1e9}
 LAYERS, BATCH = 8, 8
 WARM_UP_ROUNDS = 5
 LAUNCHES = 5
+ROUNDS = {1.0: 60, 25.0: 30}
+"""Of a launch, up to so many million parameters; beyond them `FEWEST_ROUNDS`."""
+FEWEST_ROUNDS = 12
+MEMORY_BYTES = 14e9
+"""For the models of all variants and ranks together: weights, gradients and two moments each."""
 _COLLECTOR_SECONDS = 60.0
 
 Step = Callable[[], None]
@@ -150,6 +155,14 @@ def bootstrap(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, flo
     return float(low), float(high)
 
 
+def groups(ranks: int, millions: float, variants: Sequence[str]) -> Iterator[list[str]]:
+    """Variants whose models fit into memory together, `stock_clip` among each."""
+    room = max(1, int(MEMORY_BYTES / (ranks * millions * 1e6 * 16)) - 1)
+    others = [variant for variant in variants if variant != "stock_clip"]
+    for first in range(0, max(1, len(others)), room):
+        yield ["stock_clip", *others[first : first + room]]
+
+
 def compare(
     ranks: int, millions: float, clipping: str, *, rounds: int, variants: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
@@ -157,23 +170,25 @@ def compare(
     with tempfile.TemporaryDirectory() as name, collecting(Path(name)) as (grpc, http):
         folder = Path(name)
         shape = ("--parameters", str(millions), "--clipping", clipping)
-        timed = []
-        for number in range(LAUNCHES):
-            which = ("--launch", str(number), "--rounds", str(rounds), "--variants", *variants)
-            timed.append(launch(folder, grpc, ranks, *shape, *which)["seconds"])
-            progress(f"{number + 1} of {LAUNCHES} launches")
+        ratios: dict[str, Any] = {}
+        for together in groups(ranks, millions, variants):
+            timed = []
+            for number in range(LAUNCHES):
+                progress(f"{', '.join(together)}: launch {number + 1} of {LAUNCHES}")
+                which = ("--launch", str(number), "--rounds", str(rounds), "--variants", *together)
+                timed.append(launch(folder, grpc, ranks, *shape, *which)["seconds"])
+            seconds = {v: np.array([[row[v] for row in each] for each in timed]) for v in together}
+            ratios |= {v: seconds[v] / seconds["stock_clip"] for v in together}
         check_stored(http, LAUNCHES * (WARM_UP_ROUNDS + rounds), [v for v in VARIANTS[3:] if v in variants])
-        table = {name: np.array([[row[name] for row in each] for each in timed]) for name in variants}
         for variant in variants:
             alone = launch(folder, grpc, ranks, *shape, "--rounds", "1", "--variants", variant)
-            ratios = table[variant] / table["stock_clip"]
             yield {
                 "variant": variant,
                 "ranks": ranks,
                 "parameters": int(millions * 1e6),
                 "clipping": clipping,
-                "ratio_to_stock_clip": float(np.median(ratios)),
-                "ci95": list(bootstrap(ratios)),
+                "ratio_to_stock_clip": float(np.median(ratios[variant])),
+                "ci95": list(bootstrap(ratios[variant])),
                 "peak_rss_bytes": alone["peak_rss_bytes"],
             }
 
@@ -228,10 +243,10 @@ def check_stored(url: str, steps: int, watched: Sequence[str]) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, nargs="+", default=[1.0, 25.0], help="in millions")
+    parser.add_argument("--parameters", type=float, nargs="+", default=[1.0, 25.0, 100.0], help="in millions")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--clipping", choices=list(MAX_NORM), nargs="+", default=list(MAX_NORM))
-    parser.add_argument("--rounds", type=int, default=60, help=f"of each of {LAUNCHES} launches")
+    parser.add_argument("--rounds", type=int, help=f"of each of {LAUNCHES} launches; default by size")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="with stock_clip")
     parser.add_argument("--json", action="store_true", help="one object with all results")
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -248,7 +263,8 @@ def main() -> None:
             for clipping in options.clipping:
                 if not options.json:
                     print(f"\n{ranks} rank(s), {millions:g} M parameters, clipping {clipping}", flush=True)
-                for row in compare(ranks, millions, clipping, rounds=options.rounds, variants=options.variants):
+                rounds = options.rounds or next((n for most, n in ROUNDS.items() if millions <= most), FEWEST_ROUNDS)
+                for row in compare(ranks, millions, clipping, rounds=rounds, variants=options.variants):
                     results.append(row)
                     if not options.json:
                         low, high = row["ci95"]

@@ -163,7 +163,7 @@ class ActiveWatch(Watch):
         """A bucket of this rank's own gradients, before its all-reduce."""
         if self.enabled and self._local is not None:
             with self._guard:
-                if not self._model._has_rebuilt_buckets:
+                if not getattr(self._model, "_has_rebuilt_buckets", True):
                     # Until DDP has seen in which order gradients arrive, a bucket is in the model's.
                     parameters, gradients = parameters[::-1], gradients[::-1]
                 self._local.measure(parameters, gradients, first=first)
