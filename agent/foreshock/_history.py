@@ -3,7 +3,7 @@
 The same exponentially weighted mean and absolute deviation of the logarithm, fed with clamped values, as
 `foreshock_collector.detection.Channel` keeps on the host, with the constants of `foreshock_collector.rules` (a test
 holds them together; a collector that was given other rules for a run does not change these). On a GPU
-some fifty kernels on single numbers a step, whatever the model, and no read-back.
+some sixty kernels on single numbers a step, whatever the model, and no read-back.
 """
 
 from __future__ import annotations
