@@ -26,7 +26,8 @@ def scale_of_caller() -> Number | None:
         if frame is None:
             return None
         if frame.f_code is _STEP:
-            scale = frame.f_locals["self"]._scale
+            # One that is not enabled has none.
+            scale = getattr(frame.f_locals["self"], "_scale", None)
             return None if scale is None else number(scale)
         frame = frame.f_back
     return None
