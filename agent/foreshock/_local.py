@@ -134,8 +134,9 @@ class RankSums:
             idle = counted(summary.total == 0)
         losses = (zero, zero, zero, zero)
         if loss is not None:
-            known, nan_loss = counted(finite(loss)), counted(is_nan(loss))
-            losses = (where(finite(loss), loss, 0.0), known, nan_loss, one - known - nan_loss)
+            known = finite(loss)
+            count, nan_loss = counted(known), counted(is_nan(loss))
+            losses = (where(known, loss, 0.0), count, nan_loss, one - count - nan_loss)
         return vector((square, nan, inf, idle, *losses), self._device)
 
     def prepare(self, sequence: int, contribution: Tensor) -> None:

@@ -107,6 +107,27 @@ def scaler_fused_unscaled_by_the_script() -> dict[str, Any]:
     return _scaled(fused=True, unscale=True)
 
 
+def scaler_not_enabled() -> dict[str, Any]:
+    """As scripts have it that may run in full precision too."""
+    model = make_model()
+    optimizer = make_optimizer(model, fused=True)
+    scaler, norms, data = torch.amp.GradScaler("cpu", enabled=False), [], batches()
+    with foreshock.attach(model, optimizer, clip=0.5) as watch:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, data)).backward()  # type: ignore[no-untyped-call]
+            norms.append(norm_of(gradients(model)))
+            scaler.step(optimizer)
+            scaler.update()
+        found = told(watch)
+    return {
+        "norms": norms,
+        "global": column(found, "global_norm"),
+        "scale": column(found, "loss_scale"),
+        "dropped": found["dropped"],
+    }
+
+
 def _scaled(*, fused: bool, unscale: bool = False) -> dict[str, Any]:
     """The same batches on all ranks, so that local and global norms are alike. An overflow at step 3."""
 

@@ -11,6 +11,7 @@ from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
 
 NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
+    "scaler_not_enabled",
     "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler_fused",
     "own_clip_and_scaler_unfused",
     "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs", "nan_at_the_first_step",
@@ -60,6 +61,12 @@ def test_under_a_grad_scaler_norms_are_unscaled_and_clipping_is_stock(found: dic
         squares = [0.0 if step == 3 else 2 * norm**2 for step, norm in zip(steps, expected, strict=True)]
         assert result["reduced_square_sum"] == pytest.approx(squares, rel=1e-5)
     assert not any("changes gradients" in line for lines in scenario.said for line in lines)
+
+
+def test_a_grad_scaler_that_is_not_enabled_scales_nothing(found: dict[str, Scenario]) -> None:
+    for result in found["scaler_not_enabled"].results:
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-6)
+        assert result["scale"] == [1.0] * 6 and result["dropped"] == {}
 
 
 @pytest.mark.parametrize("how", ["clip_fused", "clip_unfused", "value_clip"])
