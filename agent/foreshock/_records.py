@@ -52,8 +52,8 @@ class Records:
         """Number of the newest record; 0 before the first."""
         return self._sequence
 
-    def launch(self, *, step: int, learning_rate: float, edited: bool) -> None:
-        """A step begins: open its record."""
+    def launch(self, *, step: int, learning_rate: float, flags: int = 0) -> None:
+        """A step begins: open its record. flags: as `Ring.launch` takes them."""
         self._drain()
         self.ring.launch(
             self._sequence + 1,
@@ -61,7 +61,7 @@ class Records:
             wall=time.time(),
             monotonic=time.monotonic(),
             learning_rate=learning_rate,
-            edited=edited,
+            flags=flags,
         )
         self._sequence += 1
 

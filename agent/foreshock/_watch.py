@@ -33,7 +33,7 @@ from foreshock._scaler import scale_of_caller
 from foreshock._shadow import Shadow
 from foreshock._summary import ParameterPlan
 from foreshock._weights import Weights, due
-from foreshock_recorder.ring import Farewell
+from foreshock_recorder.ring import EDITED, Farewell
 
 _SETTLE_SECONDS = 0.5
 """For sums of a few numbers: only a rank that is gone takes longer."""
@@ -209,7 +209,7 @@ class ActiveWatch(Watch):
             edited = self._edited()
         with self._guard:
             rate = self._learning_rate()
-            self._records.launch(step=self._step, learning_rate=rate, edited=edited)
+            self._records.launch(step=self._step, learning_rate=rate, flags=EDITED if edited else 0)
             opened = True
         with self._guard:
             # Which the gradients still carry; the loss may have had one that they do not carry any more.

@@ -7,12 +7,13 @@ from typing import Any
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.reader import Record
-from foreshock_recorder.ring import DEVICE_COLUMNS
+from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
 
 _POSITION = {name: i for i, name in enumerate(DEVICE_COLUMNS)}
 _FLAG_COLUMNS = ("skipped", "shadow")
 _WIRE_COLUMNS = tuple(name for name in DEVICE_COLUMNS if name not in _FLAG_COLUMNS)
 _COUNTS_OF_BAD = ("global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters")
+_LAUNCHED_FLAGS = ((EDITED, pb.EDITED), (NOT_STEPPED, pb.NOT_STEPPED), (GRADIENT_UNKNOWN, pb.GRADIENT_UNKNOWN))
 _JUMP = 3.0
 """A norm this many times the largest of the batch before does not wait for the next one."""
 _BATCH_BYTES = 2**20
@@ -59,7 +60,9 @@ class Columns:
         self.most_rows = max(1, _BATCH_BYTES // row_bytes)
         """Rows that a message may carry."""
 
-    def pack(self, first_sequence: int, records: list[Record], dropped: dict[str, int]) -> pb.FromRecorder:
+    def pack(
+        self, first_sequence: int, records: list[Record], dropped: dict[str, int], *, backward_passes: int
+    ) -> pb.FromRecorder:
         """Columns of these records, whose sequence numbers follow each other; of none, a sign of life."""
         steps = pb.StepBatch(
             instance=self._instance,
@@ -71,6 +74,7 @@ class Columns:
             flags=[self._flags(r) for r in records],
             loss=[math.nan if r.loss is None else r.loss for r in records],
             dropped=dropped,
+            backward_passes=backward_passes,
         )
         rows = b"".join(self._nothing if r.measured is None else r.measured for r in records)
         table = memoryview(rows).cast("d")
@@ -86,10 +90,10 @@ class Columns:
         return pb.FromRecorder(steps=steps)
 
     def _flags(self, record: Record) -> int:
+        flags: int = sum(wire for ours, wire in _LAUNCHED_FLAGS if record.flags & ours)
         if record.measured is None:
-            return pb.INCOMPLETE
-        flags = pb.LOCAL_NORMS if self._local_norms else 0
-        flags |= pb.EDITED if record.edited else 0
+            return flags | pb.INCOMPLETE
+        flags |= pb.LOCAL_NORMS if self._local_norms else 0
         flags |= pb.SKIPPED if record.measured[_POSITION["skipped"]] > 0 else 0
         shadow = int(record.measured[_POSITION["shadow"]])
         flags |= (pb.SHADOW_CLIPPED if shadow & 1 else 0) | (pb.SHADOW_SKIPPED if shadow & 2 else 0)

@@ -144,7 +144,7 @@ class Rank:
     def _flush(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
         records, self._waiting = self._waiting[:limit], self._waiting[limit:]
         first = records[0].sequence if records else self._next
-        message = self._columns.pack(first, records, dropped)
+        message = self._columns.pack(first, records, dropped, backward_passes=self.reader.backward_passes)
         norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
         self._largest_norm = max(norms, default=self._largest_norm)
         self._told_dropped = dropped

@@ -26,9 +26,11 @@ from foreshock_recorder.ring import (
     NOTE_OFFSET,
     OBSERVED,
     OBSERVED_PAYLOAD,
+    PAGE_OFFSET,
     TROUBLE_OFFSET,
     WORD_ACKNOWLEDGED,
     WORD_ACKNOWLEDGED_FAREWELL,
+    WORD_BACKWARD_PASSES,
     WORD_DROPPED,
     WORD_FAREWELL,
     WORD_HEARTBEAT,
@@ -57,8 +59,9 @@ class Record:
     wall_seconds: float
     monotonic_seconds: float
     learning_rate: float
-    edited: bool
-    """The script changed the gradients between backward and step."""
+    flags: int
+    """EDITED: the script changed the gradients between backward and step. NOT_STEPPED: its optimizer was not called.
+    GRADIENT_UNKNOWN: the averaged gradient was not measured."""
     measured: memoryview[float] | None
     """float64: DEVICE_COLUMNS, then global layer norms, then local ones. None: launched, never finished."""
     observed: bool
@@ -99,7 +102,7 @@ class RingReader(Side):
         # Asked last: a part that was overwritten just now must not look like one that was never written.
         if launched is None or sequence < self.oldest:
             return ReadOutcome.OVERRUN
-        step, wall, monotonic, learning_rate, edited = LAUNCHED_PAYLOAD.unpack(launched)
+        step, wall, monotonic, learning_rate, flags = LAUNCHED_PAYLOAD.unpack(launched)
         loss = None
         if observed is not None:
             told_step, told_loss, told = OBSERVED_PAYLOAD.unpack(observed)
@@ -111,7 +114,7 @@ class RingReader(Side):
             wall_seconds=wall,
             monotonic_seconds=monotonic,
             learning_rate=learning_rate,
-            edited=bool(edited),
+            flags=flags,
             measured=None if measured is None else memoryview(measured).cast("d"),
             observed=observed is not None,
             loss=loss,
@@ -126,6 +129,10 @@ class RingReader(Side):
         """Tell the rank why the collector cannot be reached; empty: it can."""
         self._write_text(TROUBLE_OFFSET, text)
 
+    def page(self, address: str) -> None:
+        """Tell the rank where its run's page is."""
+        self._write_text(PAGE_OFFSET, address)
+
     def heartbeat(self, monotonic: float) -> None:
         """Tell the rank that a recorder is looking."""
         self._words[WORD_HEARTBEAT] = struct.unpack("<Q", struct.pack("<d", monotonic))[0]
@@ -139,6 +146,11 @@ class RingReader(Side):
     def measured(self) -> int:
         """The newest record whose measured part is whole; 0 before the first."""
         return self._words[WORD_MEASURED]
+
+    @property
+    def backward_passes(self) -> int:
+        """Backward passes that the rank has computed, counted before it waits for the others'."""
+        return self._words[WORD_BACKWARD_PASSES]
 
     @property
     def farewell(self) -> Farewell:

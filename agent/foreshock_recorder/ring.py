@@ -7,7 +7,7 @@ side, standard library only: all that the probe knows of the recorder. The readi
 A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three
 parts, each written at its own time and each between two copies of the record's sequence number:
 
-    launched   step, wall time, monotonic time, learning rate     before the optimizer's step, on the host
+    launched   step, wall time, monotonic time, learning rate, flags   before the optimizer's step, on the host
     measured   DEVICE_COLUMNS, global layer norms, local layer norms   when the device has finished them
     observed   step, loss, which of the two are set               when the script has told them
 
@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 MAX_RING_BYTES = 4 * 2**20
 """A container often has 64 MB of shared memory for eight ranks."""
 MAX_SLOTS = 4096
@@ -71,8 +71,9 @@ flags."""
 LOCK_NAME = "recorder.lock"
 """In a run's folder: the recorder holds an exclusive flock on it for as long as it lives."""
 
-DROP_REASONS = ("probe_error", "ring_overrun")
-"""Why a record may be missing: the probe failed on that step, or the ring was overwritten before it was read."""
+DROP_REASONS = ("probe_error", "ring_overrun", "given_up")
+"""Why a record may be missing: the probe failed on that step; the ring was overwritten before it was read; or no
+collector took it for so long that the ring was removed."""
 _NAME_LENGTH = 100
 
 
@@ -84,15 +85,16 @@ class Farewell(IntEnum):
     DETACHED = 2
     EXCEPTION = 3
     LOST = 4
+    INTERRUPTED = 5
 
 
 # Header: fixed facts, then words that change while the ring is in use, then text and JSON.
 FACTS = struct.Struct("<8sIIIIIIQ")  # magic, version, slot bytes, slot count, layers, JSON bytes, pid, process start
 WORD_LAUNCHED, WORD_MEASURED, WORD_ACKNOWLEDGED, WORD_ACKNOWLEDGED_FAREWELL = 8, 9, 10, 11
-WORD_FAREWELL, WORD_HEARTBEAT, WORD_DROPPED = 12, 13, 16
+WORD_FAREWELL, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_DROPPED = 12, 13, 14, 16
 _TEXT_BYTES = 256
-NOTE_OFFSET, TROUBLE_OFFSET, FAREWELL_OFFSET = 256, 512, 768
-JSON_OFFSET = 1024
+NOTE_OFFSET, TROUBLE_OFFSET, FAREWELL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
+JSON_OFFSET = 1280
 _PAGE = 4096
 
 
@@ -110,6 +112,8 @@ _MEASURED_BEGIN = 14
 LAUNCHED_PAYLOAD = struct.Struct("<qdddQ")
 OBSERVED_PAYLOAD = struct.Struct("<qdQ")
 HAS_STEP, HAS_LOSS = 1, 2
+EDITED, NOT_STEPPED, GRADIENT_UNKNOWN = 1, 2, 4
+"""Flags of a launched part."""
 
 
 class Layout:
@@ -190,10 +194,13 @@ class Ring(Side):
         return ring
 
     def launch(
-        self, sequence: int, *, step: int, wall: float, monotonic: float, learning_rate: float, edited: bool
+        self, sequence: int, *, step: int, wall: float, monotonic: float, learning_rate: float, flags: int = 0
     ) -> None:
-        """Write that a step begins. Opens the record, so its other parts may follow in any order."""
-        payload = LAUNCHED_PAYLOAD.pack(step, wall, monotonic, learning_rate, int(edited))
+        """Write that a step begins. Opens the record, so its other parts may follow in any order.
+
+        flags: EDITED, NOT_STEPPED, GRADIENT_UNKNOWN.
+        """
+        payload = LAUNCHED_PAYLOAD.pack(step, wall, monotonic, learning_rate, flags)
         self._write(LAUNCHED, sequence, payload)
         self._words[WORD_LAUNCHED] = sequence
 
@@ -222,6 +229,10 @@ class Ring(Side):
         payload = OBSERVED_PAYLOAD.pack(step or 0, math.nan if loss is None else loss, flags)
         self._write(OBSERVED, sequence, payload)
 
+    def backward_passed(self) -> None:
+        """Count a backward pass that this rank has computed, before it waits for the others'."""
+        self._words[WORD_BACKWARD_PASSES] += 1
+
     def drop(self, reason: str) -> None:
         """Count a record that could not be written."""
         self._words[WORD_DROPPED + DROP_REASONS.index(reason)] += 1
@@ -249,6 +260,11 @@ class Ring(Side):
     def trouble(self) -> str:
         """Why the recorder cannot reach the collector; empty while it can."""
         return self._read_text(TROUBLE_OFFSET)
+
+    @property
+    def page(self) -> str:
+        """Address of the run's page at the collector; empty before it has answered."""
+        return self._read_text(PAGE_OFFSET)
 
     def _write(self, part: Part, sequence: int, payload: bytes) -> None:
         begin = self.layout.word(sequence) + part.begin

@@ -25,7 +25,10 @@ _MOST_CELLS = 2**18
 _LEAST_STEPS, _MOST_STEPS = 64, 2048
 
 _INTEGERS = ("step", "flags", "first_nonfinite_global", "first_nonfinite_local")
-_NOT_COLUMNS = ("instance", "first_sequence", "global_layer_norms", "local_layer_norms", "dropped")
+_NOT_COLUMNS = (
+    *("instance", "first_sequence", "dropped", "backward_passes"),
+    *("global_layer_norms", "local_layer_norms"),
+)
 COLUMNS = tuple(f.name for f in pb.StepBatch.DESCRIPTOR.fields if f.name not in _NOT_COLUMNS)
 _REDUCED = tuple(name for name in COLUMNS if name.startswith("reduced_"))
 _OWN = tuple(name for name in COLUMNS if name not in _REDUCED)

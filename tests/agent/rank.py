@@ -49,7 +49,7 @@ def make_ring(folder: Path, rank: int = 0, *, slots: int | None = None, **change
 
 
 def launch(ring: Ring, sequence: int) -> None:
-    ring.launch(sequence, step=100 + sequence, wall=1.7e9, monotonic=time.monotonic(), learning_rate=0.5, edited=False)
+    ring.launch(sequence, step=100 + sequence, wall=1.7e9, monotonic=time.monotonic(), learning_rate=0.5)
 
 
 def measure(ring: Ring, sequence: int, **columns: float) -> None:

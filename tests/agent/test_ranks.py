@@ -10,7 +10,7 @@ import pytest
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.ranks import Rank
-from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell, Ring
+from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, Farewell, Ring
 from tests.agent.rank import identity, launch, make_ring, measure, step
 
 Said = Callable[..., list[pb.FromRecorder]]
@@ -94,11 +94,27 @@ def test_without_local_norms_no_row_claims_them(tmp_path: Path) -> None:
 
 
 def test_flags_say_what_happened_to_a_step(ring: Ring) -> None:
-    ring.launch(1, step=1, wall=0, monotonic=0, learning_rate=0, edited=True)
+    ring.launch(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=EDITED)
     measure(ring, 1, skipped=1.0)
     ring.observe(1, step=None, loss=None)
     (batch,) = Listener(ring).greet().batches()
     assert batch.flags[0] == pb.EDITED | pb.SKIPPED | pb.LOCAL_NORMS
+
+
+def test_a_step_whose_optimizer_was_never_called_says_so(ring: Ring) -> None:
+    ring.launch(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=NOT_STEPPED | GRADIENT_UNKNOWN)
+    measure(ring, 1)
+    ring.observe(1, step=None, loss=math.nan)
+    (batch,) = Listener(ring).greet().batches()
+    assert batch.flags[0] == pb.NOT_STEPPED | pb.GRADIENT_UNKNOWN | pb.LOSS_OBSERVED | pb.LOCAL_NORMS
+
+
+def test_a_batch_tells_how_many_backward_passes_the_rank_has_computed(ring: Ring) -> None:
+    for _ in range(3):
+        ring.backward_passed()
+    step(ring, 1)
+    (batch,) = Listener(ring).greet().batches()
+    assert batch.backward_passes == 3
 
 
 def test_a_record_waits_half_a_second_for_its_loss(ring: Ring) -> None:

@@ -14,6 +14,7 @@ import pytest
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
 from foreshock_recorder.ring import (
     DEVICE_COLUMNS,
+    EDITED,
     LAYOUT_VERSION,
     MAX_RING_BYTES,
     Farewell,
@@ -38,7 +39,7 @@ width = len(DEVICE_COLUMNS) + 2 * LAYERS
 sequence = 0
 while True:
     sequence += 1
-    ring.launch(sequence, step=sequence, wall=sequence, monotonic=sequence, learning_rate=sequence, edited=False)
+    ring.launch(sequence, step=sequence, wall=sequence, monotonic=sequence, learning_rate=sequence)
     ring.open_measured(sequence)
     offset = ring.measured_offset(sequence)
     # Two halves, so that a reader comes in between.
@@ -66,12 +67,12 @@ def reader(ring: Ring) -> RingReader:
 
 
 def test_a_record_comes_back_as_it_was_written(ring: Ring, reader: RingReader) -> None:
-    ring.launch(1, step=7, wall=1.5, monotonic=2.5, learning_rate=0.1, edited=True)
+    ring.launch(1, step=7, wall=1.5, monotonic=2.5, learning_rate=0.1, flags=EDITED)
     measure(ring, 1)
     ring.observe(1, step=None, loss=0.75)
     found = record(reader, 1)
     assert (found.step, found.wall_seconds, found.monotonic_seconds) == (7, 1.5, 2.5)
-    assert (found.learning_rate, found.edited, found.observed, found.loss) == (0.1, True, True, 0.75)
+    assert (found.learning_rate, found.flags, found.observed, found.loss) == (0.1, EDITED, True, 0.75)
     assert found.measured is not None
     assert len(found.measured) == len(DEVICE_COLUMNS) + 2 * LAYERS
     assert found.measured[DEVICE_COLUMNS.index("global_norm")] == pytest.approx(1.01)

@@ -23,7 +23,7 @@ import foreshock
 from foreshock import _console, _numbers
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.reader import Record, RingReader
-from foreshock_recorder.ring import DEVICE_COLUMNS
+from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED
 
 STEPS = 6
 WIDTH = 12
@@ -110,7 +110,9 @@ def told(watch: foreshock.Watch) -> dict[str, Any]:
         measured = None
         if record.measured is not None:
             measured = dict(zip(DEVICE_COLUMNS, record.measured, strict=False))
-        records.append({"step": record.step, "edited": record.edited, "loss": record.loss, "measured": measured})
+        records.append(
+            {"step": record.step, "edited": bool(record.flags & EDITED), "loss": record.loss, "measured": measured}
+        )
         if record.measured is not None:
             record.measured.release()
     found = {"records": records, "dropped": reader.dropped, "note": reader.note}

@@ -16,6 +16,8 @@ class RecordFlag(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOCAL_NORMS: _ClassVar[RecordFlag]
     SHADOW_CLIPPED: _ClassVar[RecordFlag]
     SHADOW_SKIPPED: _ClassVar[RecordFlag]
+    NOT_STEPPED: _ClassVar[RecordFlag]
+    GRADIENT_UNKNOWN: _ClassVar[RecordFlag]
 RECORD_FLAG_NONE: RecordFlag
 LOSS_OBSERVED: RecordFlag
 INCOMPLETE: RecordFlag
@@ -24,6 +26,8 @@ SKIPPED: RecordFlag
 LOCAL_NORMS: RecordFlag
 SHADOW_CLIPPED: RecordFlag
 SHADOW_SKIPPED: RecordFlag
+NOT_STEPPED: RecordFlag
+GRADIENT_UNKNOWN: RecordFlag
 
 class FromRecorder(_message.Message):
     __slots__ = ("hello", "steps", "event", "goodbye")
@@ -118,7 +122,7 @@ class OptimizerSummary(_message.Message):
     def __init__(self, type: _Optional[str] = ..., fused: bool = ...) -> None: ...
 
 class StepBatch(_message.Message):
-    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "dropped")
+    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "dropped", "backward_passes")
     class DroppedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -160,6 +164,7 @@ class StepBatch(_message.Message):
     UPDATE_RATIO_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ABSOLUTE_MAXIMUM_FIELD_NUMBER: _ClassVar[int]
     DROPPED_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_PASSES_FIELD_NUMBER: _ClassVar[int]
     instance: str
     first_sequence: int
     step: _containers.RepeatedScalarFieldContainer[int]
@@ -194,7 +199,8 @@ class StepBatch(_message.Message):
     update_ratio: _containers.RepeatedScalarFieldContainer[float]
     gradient_absolute_maximum: _containers.RepeatedScalarFieldContainer[float]
     dropped: _containers.ScalarMap[str, int]
-    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    backward_passes: int
+    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., backward_passes: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("instance", "kind", "step", "wall_seconds", "detail")
@@ -227,11 +233,13 @@ class Goodbye(_message.Message):
         DETACHED: _ClassVar[Goodbye.Reason]
         EXCEPTION: _ClassVar[Goodbye.Reason]
         LOST: _ClassVar[Goodbye.Reason]
+        INTERRUPTED: _ClassVar[Goodbye.Reason]
     REASON_UNSPECIFIED: Goodbye.Reason
     FINISHED: Goodbye.Reason
     DETACHED: Goodbye.Reason
     EXCEPTION: Goodbye.Reason
     LOST: Goodbye.Reason
+    INTERRUPTED: Goodbye.Reason
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
@@ -245,14 +253,18 @@ class Goodbye(_message.Message):
 class Ack(_message.Message):
     __slots__ = ("epoch", "positions", "flow", "page_url")
     class Position(_message.Message):
-        __slots__ = ("instance", "sequence", "closed")
+        __slots__ = ("instance", "sequence", "closed", "run", "refused")
         INSTANCE_FIELD_NUMBER: _ClassVar[int]
         SEQUENCE_FIELD_NUMBER: _ClassVar[int]
         CLOSED_FIELD_NUMBER: _ClassVar[int]
+        RUN_FIELD_NUMBER: _ClassVar[int]
+        REFUSED_FIELD_NUMBER: _ClassVar[int]
         instance: str
         sequence: int
         closed: bool
-        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ...) -> None: ...
+        run: str
+        refused: str
+        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ..., run: _Optional[str] = ..., refused: _Optional[str] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     FLOW_FIELD_NUMBER: _ClassVar[int]
