@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from foreshock_collector.board import COLUMNS
 from foreshock_collector.catalogue import CATALOGUE, INCIDENT_VERDICTS
 from foreshock_collector.config import Config, ConfigError, config_from
 from foreshock_collector.rules import DEFAULT
@@ -21,12 +22,6 @@ from foreshock_collector.server import Server
 from foreshock_collector.store import Store, StoreError
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
-
-COLUMNS = [
-    field.name
-    for field in pb.StepBatch.DESCRIPTOR.fields
-    if field.name not in ("instance", "first_sequence", "step", "global_layer_norms", "local_layer_norms", "dropped")
-]
 
 
 def hello(run: str = "r", **changes: Any) -> pb.FromRecorder:
@@ -41,7 +36,7 @@ def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "",
         instance=instance or f"{run}-0", first_sequence=first, step=range(first - 1, first - 1 + count)
     )
     for name in COLUMNS:
-        getattr(batch, name).extend([0] * count)
+        getattr(batch, name)[:] = batch.step if name == "step" else [0] * count
     batch.global_norm[:] = norms
     batch.clip_coefficient[:] = [1.0] * count
     batch.monotonic_seconds[:] = [0.1 * (first + i) for i in range(count)]

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from foreshock_collector.board import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1 import telemetry_pb2_grpc as rpc
@@ -18,8 +19,6 @@ from foreshock_protos.v1 import telemetry_pb2_grpc as rpc
 LAYERS = (
     "tok_embeddings", *(f"blocks.{i}.{part}" for i in range(4) for part in ("attention", "mlp")), "norm", "output"
 )  # fmt: skip
-_EACH_STEP = ("instance", "first_sequence", "global_layer_norms", "local_layer_norms", "dropped")
-COLUMNS = tuple(field.name for field in pb.StepBatch.DESCRIPTOR.fields if field.name not in _EACH_STEP)
 MAX_NORM = 1.5
 LOUD_LAYER = 6
 LOUD_RANK = 2
