@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from pathlib import Path
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -18,7 +19,8 @@ FIRST_OBSERVE_SECONDS = 5.0
 _UNDER_WAY = 48
 """A record this far behind the newest is on no device any more: the probe stages fewer."""
 _IN_FLIGHT = 4096
-"""Records sent and not yet acknowledged at most; the others stay in the ring."""
+"""Records sent and not yet acknowledged at most; the others stay in the ring. Those that were never sent, since the ring
+had overwritten them, are under way to nobody."""
 _LOOK_SECONDS = 0.25
 
 
@@ -81,6 +83,7 @@ class Rank:
         self._told_dropped: dict[str, int] = {}
         self._next = self.acknowledged + 1
         self._waiting: list[Record] = []
+        self._sent: deque[tuple[int, int]] = deque()  # last sequence number and rows of each batch under way
         self._urgent = False
         self._flushed = -math.inf
 
@@ -91,6 +94,8 @@ class Rank:
             self._answered = True
             self._next = position.sequence + 1
         self.acknowledged = position.sequence
+        while self._sent and self._sent[0][0] <= position.sequence:
+            self._sent.popleft()
         self.closed = position.closed and self.gone and not self.unstored
         self.reader.acknowledge(position.sequence, farewell=self.closed)
 
@@ -118,7 +123,8 @@ class Rank:
 
     def _collect(self, now: float, *, limit: int, gone: bool) -> None:
         """Read on from the ring, up to the first record that may still change."""
-        while len(self._waiting) < limit and self._next - self.acknowledged <= _IN_FLIGHT:
+        under_way = sum(rows for _, rows in self._sent)
+        while len(self._waiting) < limit and under_way + len(self._waiting) < _IN_FLIGHT:
             # Asked before the record is read: what lies below is in it, or will never be.
             measured, launched = self.reader.measured, self.reader.launched
             record = self.reader.read(self._next)
@@ -144,6 +150,8 @@ class Rank:
     def _flush(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
         records, self._waiting = self._waiting[:limit], self._waiting[limit:]
         first = records[0].sequence if records else self._next
+        if records:
+            self._sent.append((records[-1].sequence, len(records)))
         message = self._columns.pack(first, records, dropped, backward_passes=self.reader.backward_passes)
         norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
         self._largest_norm = max(norms, default=self._largest_norm)

@@ -1,4 +1,4 @@
-"""Starts jobs of a few gloo ranks, with ring folders of their own."""
+"""Starts jobs of a few gloo ranks, and recorders between ranks without torch and a fake collector."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from typing import Any
 import pytest
 
 from foreshock import _numbers
+from foreshock_recorder.ring import ring_name
+from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+LINGER = 20.0
 ARITHMETIC = ["host", "device"]
 """Floats, as on a CPU; small kernels without a read-back, as on a GPU, tried on the CPU's tensors."""
 
@@ -29,6 +34,7 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def run_job(
@@ -46,7 +52,7 @@ def run_job(
             "FORESHOCK_COLLECTOR": "127.0.0.1:9",
             "FORESHOCK_STRICT": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(HERE.parents[1]),
+            "PYTHONPATH": str(ROOT),
             **environment,
         },
     )  # fmt: skip
@@ -100,3 +106,90 @@ def parity(job: Job) -> Callable[..., list[dict[str, Any]]]:
         return results
 
     return run
+
+
+# -- recorders -------------------------------------------------------------------------------------------------------
+
+
+class RankProcess:
+    """A rank in a process of its own, which does what it is told."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.agent.rank", str(folder), json.dumps(options)],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self._heard()
+        self.path = folder / ring_name("first", options.get("rank", 0))
+
+    def do(self, what: str, **arguments: Any) -> None:
+        """Give an order and wait until it is done."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, arguments]) + "\n")
+        self.process.stdin.flush()
+        self._heard()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def _heard(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline(), "the rank has ended"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "rings" / "crimson-otter"
+
+
+@pytest.fixture
+def collector() -> Iterator[FakeCollector]:
+    fake = FakeCollector().start()
+    yield fake
+    fake.stop()
+
+
+@pytest.fixture
+def rank(folder: Path) -> Iterator[Callable[..., RankProcess]]:
+    ranks: list[RankProcess] = []
+
+    def start(**options: Any) -> RankProcess:
+        ranks.append(RankProcess(folder, **options))
+        return ranks[-1]
+
+    yield start
+    for started in ranks:
+        started.kill()
+        assert started.process.stdin is not None and started.process.stdout is not None
+        started.process.stdin.close()
+        started.process.stdout.close()
+
+
+@pytest.fixture
+def recorder(folder: Path, collector: FakeCollector) -> Iterator[Start]:
+    """Starts a recorder; none may complain on its standard error, and all are killed afterwards."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, linger: float = LINGER) -> subprocess.Popen[str]:
+        arguments = arguments or ("--folder", str(folder))
+        if "--collector" not in arguments:
+            arguments += ("--collector", collector.address)
+        command = [
+            sys.executable, "-W", "error", "-m", "foreshock_recorder", *arguments, "--linger", str(linger),
+        ]  # fmt: skip
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        assert process.communicate()[1] == ""
+
+
+def until(what: Callable[[], bool]) -> None:
+    """Shared memory wakes nobody: look until it holds."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

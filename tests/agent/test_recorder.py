@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
-import json
 import math
 import os
 import re
@@ -13,9 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -25,99 +23,13 @@ from foreshock_recorder import stream
 from foreshock_recorder.folder import lock, sweep, tidy
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.recorder import pause_seconds
-from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, ring_folder, ring_name
+from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, ring_folder
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, converse
+from tests.agent.conftest import RankProcess, Start, until
 from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector, free_port
 from tests.agent.rank import make_ring, step
 
-ROOT = Path(__file__).parents[2]
-LINGER = 20.0
 FIRST, SECOND = "first-0-abcd", "first-1-abcd"
-
-Start = Callable[..., subprocess.Popen[str]]
-
-
-class RankProcess:
-    """A rank in a process of its own, which does what it is told."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.agent.rank", str(folder), json.dumps(options)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self._heard()
-        self.path = folder / ring_name("first", options.get("rank", 0))
-
-    def do(self, what: str, **arguments: Any) -> None:
-        """Give an order and wait until it is done."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([what, arguments]) + "\n")
-        self.process.stdin.flush()
-        self._heard()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def _heard(self) -> None:
-        assert self.process.stdout is not None
-        assert self.process.stdout.readline(), "the rank has ended"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "rings" / "crimson-otter"
-
-
-@pytest.fixture
-def collector() -> Iterator[FakeCollector]:
-    fake = FakeCollector().start()
-    yield fake
-    fake.stop()
-
-
-@pytest.fixture
-def rank(folder: Path) -> Iterator[Callable[..., RankProcess]]:
-    ranks: list[RankProcess] = []
-
-    def start(**options: Any) -> RankProcess:
-        ranks.append(RankProcess(folder, **options))
-        return ranks[-1]
-
-    yield start
-    for started in ranks:
-        started.kill()
-        assert started.process.stdin is not None and started.process.stdout is not None
-        started.process.stdin.close()
-        started.process.stdout.close()
-
-
-@pytest.fixture
-def recorder(folder: Path, collector: FakeCollector) -> Iterator[Start]:
-    """Starts a recorder; none may complain on its standard error, and all are killed afterwards."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*arguments: str, linger: float = LINGER) -> subprocess.Popen[str]:
-        arguments = arguments or ("--folder", str(folder))
-        command = [
-            sys.executable, "-W", "error", "-m", "foreshock_recorder", *arguments,
-            "--collector", collector.address, "--linger", str(linger),
-        ]  # fmt: skip
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-        return processes[-1]
-
-    yield start
-    for process in processes:
-        process.kill()
-        assert process.communicate()[1] == ""
-
-
-def until(what: Callable[[], bool]) -> None:
-    """Shared memory wakes nobody: look until it holds."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def log_of(folder: Path) -> str:
