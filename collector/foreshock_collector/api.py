@@ -19,6 +19,8 @@ from foreshock_collector.recent import Recent
 from foreshock_collector.runs import Run, Runs
 from foreshock_collector.store import Store
 
+RUN = "{run:[^/]+}"
+"""In a route: any name, percent-encoded. A bare {run} leaves out names with braces."""
 _MOST_STEPS = 10_000
 _MOST_RANK_COLUMNS = 64
 """Local norms by rank and step are told of at most so many ranks."""
@@ -42,11 +44,11 @@ class Api:
         """All under /api/v1."""
         return [
             web.get("/api/v1/runs", self._list),
-            web.get("/api/v1/runs/{run}", self._run),
-            web.get("/api/v1/runs/{run}/steps", self._steps),
-            web.get("/api/v1/runs/{run}/series", self._series),
-            web.get("/api/v1/runs/{run}/heat/{by:ranks|layers}", self._heat),
-            web.get("/api/v1/runs/{run}/incidents/{id}", self._incident),
+            web.get(f"/api/v1/runs/{RUN}", self._run),
+            web.get(f"/api/v1/runs/{RUN}/steps", self._steps),
+            web.get(f"/api/v1/runs/{RUN}/series", self._series),
+            web.get(f"/api/v1/runs/{RUN}/heat/{{by:ranks|layers}}", self._heat),
+            web.get(f"/api/v1/runs/{RUN}/incidents/{{id}}", self._incident),
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
@@ -157,7 +159,7 @@ class Api:
             "verdict": newest["verdict"]["cause"] if newest else "healthy",
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
-            "newest": run.totals.levels,
+            "newest": run.totals.newest() if attempt.settled else {},
             "last_report_seconds": run.last_heard(),
             "last_step_seconds": run.totals.last["step"],
             "stall_after_seconds": run.totals.stall_after(),

@@ -26,12 +26,18 @@ def add_url(parser: Parser) -> None:
 
 
 def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
-    """GET /api/v1/..., each part quoted. Raises `ClientError`."""
+    """GET /api/v1/..., each part quoted. Raises `ClientError`.
+
+    A collector is a neighbor: `http_proxy` is not obeyed unless FORESHOCK_HTTP_PROXY=1 says so, as for recorders.
+    """
     address = "/".join((url.rstrip("/"), "api/v1", *(urllib.parse.quote(part, safe="") for part in path)))
     if query:
         address += "?" + urllib.parse.urlencode(query)
+    # With None it takes those of the environment.
+    proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
-        with urllib.request.urlopen(address, timeout=_SECONDS) as response:  # noqa: S310
+        with opener.open(address, timeout=_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         raise ClientError(_reason(error)) from error

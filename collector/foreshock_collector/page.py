@@ -18,6 +18,7 @@ from string import Template
 from aiohttp import web
 from markdown_it import MarkdownIt
 
+from foreshock_collector.api import RUN
 from foreshock_collector.runs import Runs
 from foreshock_collector.shipped import shipped
 
@@ -72,7 +73,7 @@ class Page:
         """Pages, their files, and runbooks in both forms."""
         return [
             web.get("/", self._fleet),
-            web.get("/run/{run}", self._run),
+            web.get(f"/run/{RUN}", self._run),
             web.get("/runbooks", self._list),
             web.get("/runbooks/{alert}", self._runbook),
             web.get("/static/plotly.js", self._plotly_js),

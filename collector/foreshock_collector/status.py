@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -17,12 +17,24 @@ from rich.text import Text
 from foreshock_collector.client import ClientError, add_url, ask
 from foreshock_collector.config import ConfigError, Parser
 from foreshock_collector.story import story
+from foreshock_collector.terminal import shown, terminal
+
+_TROUBLE = frozenset({"failing", "failed", "stalled", "ranks missing"})
+"""Conditions that make `foreshock status` exit with 1. A build-up is a warning: most runs survive it."""
+_RECENT_SECONDS = 86400.0
+"""Ended runs are listed for a day: an old failure must not keep the exit code at 1 for ever."""
 
 
 def status(arguments: list[str]) -> int:
-    """Show the runs, or one. 2: no answer, or no such run."""
-    parser = Parser(prog="foreshock status", description="What the runs are doing.")
+    """Show the runs, or one. 1: a run that is shown is in trouble; 2: no answer, or no such run."""
+    parser = Parser(
+        prog="foreshock status",
+        description="What the runs are doing.",
+        epilog="Exit code 1: a run that is shown is failing, failed or stalled, or misses ranks; 2: no answer, or no "
+        "such run; else 0.",
+    )
     parser.add_argument("run", nargs="?", help="only this run, in full")
+    parser.add_argument("--all", action="store_true", help="also runs that ended more than a day ago")
     parser.add_argument("--json", action="store_true", help="as the API says it")
     add_url(parser)
     return _show(parser, arguments, _status)
@@ -37,38 +49,57 @@ def incidents(arguments: list[str]) -> int:
     return _show(parser, arguments, _incidents)
 
 
-def _show(parser: Parser, arguments: list[str], command: Callable[[Any, Console], None]) -> int:
+def _show(parser: Parser, arguments: list[str], command: Callable[[Any, Console], int]) -> int:
     try:
-        console = Console(no_color=True if "NO_COLOR" in os.environ else None, highlight=False)
-        command(parser.parse_args(arguments), console)
+        return command(parser.parse_args(arguments), terminal())
     except (ClientError, ConfigError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    return 0
 
 
-def _status(options: Any, console: Console) -> None:
+def _status(options: Any, console: Console) -> int:
     answer = ask(options.url, "runs", *([options.run] if options.run else []))
-    if options.json:
-        sys.stdout.write(json.dumps(answer) + "\n")
-        return
     runs = [answer] if options.run else answer["runs"]
-    if not runs:
+    if not (options.run or options.all):
+        runs = [run for run in runs if run["state"] == "active" or _age(run, answer) < _RECENT_SECONDS]
+    code = int(any(run["condition"] in _TROUBLE for run in runs))
+    if options.json:
+        sys.stdout.write(json.dumps(answer if options.run else {**answer, "runs": runs}) + "\n")
+        return code
+    older = 0 if options.run else len(answer["runs"]) - len(runs)
+    if runs:
+        console.print(_runs(runs))
+    elif not older:
         console.print("no runs yet")
-        return
-    table = Table("run", "state", "step", "loss", "global norm", "ranks", "verdict")
-    for run in runs:
-        newest, ranks = run["newest"], f"{run['ranks_reporting']}/{run['world_size']}"
-        loss, norm = (f"{newest[name]:.4g}" if name in newest else "-" for name in ("loss", "global_norm"))
-        step = f"{newest['step']:.0f}" if "step" in newest else "-"
-        table.add_row(Text(run["run"]), run["state"], step, loss, norm, ranks, run["verdict"])
-    console.print(table)
+    if older:
+        console.print(f"{older} run{'s' if older > 1 else ''} ended more than a day ago: --all")
     if options.run:
         _ranks(console, answer["ranks"])
         _stories(console, answer["incidents"])
+    return code
 
 
-def _incidents(options: Any, console: Console) -> None:
+def _age(run: dict[str, Any], answer: dict[str, Any]) -> float:
+    return float(answer["now_seconds"] - run["last_report_seconds"])
+
+
+def _runs(runs: Sequence[dict[str, Any]]) -> Table:
+    table = _table("run", "condition", "step", "loss", "global norm", "ranks", "last verdict")
+    for run in runs:
+        newest = run["newest"]
+        table.add_row(
+            Text(run["run"]),
+            run["condition"],
+            f"{newest['step']:.0f}" if "step" in newest else "-",
+            shown(newest.get("loss"), newest.get("loss_nonfinite", "")),
+            shown(newest.get("global_norm"), newest.get("gradient_nonfinite", "")),
+            f"{run['ranks_reporting']}/{run['world_size']}",
+            run["verdict"],
+        )
+    return table
+
+
+def _incidents(options: Any, console: Console) -> int:
     runs = [{"run": options.run}] if options.run else ask(options.url, "runs")["runs"]
     found = [
         {"run": run["run"], **incident}
@@ -85,7 +116,7 @@ def _incidents(options: Any, console: Console) -> None:
     elif options.run:
         _stories(console, found)
     else:
-        table = Table("opened", "run", "verdict", "step", "lead", "rank", "layer", "open")
+        table = _table("opened", "run", "verdict", "step", "lead", "rank", "layer", "open")
         for incident in found:
             verdict = incident["verdict"]
             table.add_row(
@@ -99,6 +130,15 @@ def _incidents(options: Any, console: Console) -> None:
                 "yes" if incident["closed_seconds"] is None else "no",
             )
         console.print(table)
+    return 0
+
+
+def _table(*columns: str) -> Table:
+    """What may be long folds where a terminal is narrow, and is never cut; numbers stay whole."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in columns:
+        table.add_column(name, overflow="fold", no_wrap=name not in ("run", "layer", "verdict", "last verdict"))
+    return table
 
 
 def _ranks(console: Console, ranks: Sequence[dict[str, Any]]) -> None:
@@ -110,4 +150,4 @@ def _ranks(console: Console, ranks: Sequence[dict[str, Any]]) -> None:
 def _stories(console: Console, found: Sequence[dict[str, Any]]) -> None:
     for incident in found:
         console.print(Text(f"incident {incident['id']}, attempt {incident['attempt']}", "bold"))
-        console.print(Padding(story(incident["verdict"]), (0, 0, 1, 2)))
+        console.print(Padding(story(incident["verdict"]), (0, 0, 1, 2), expand=False))

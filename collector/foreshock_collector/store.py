@@ -22,7 +22,7 @@ from foreshock_collector.steps import Step, finite, kind_of
 from foreshock_collector.window import Window
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-SCHEMA = 2
+SCHEMA = 3
 _APPLICATION = 0x464F5245  # "FORE"
 _STEP_COLUMNS = tuple(field.name for field in fields(Step))
 _INSTANCE_COLUMNS = (

@@ -13,7 +13,7 @@ def story(verdict: dict[str, Any]) -> RenderableType:
     """What happened, where it began, what to try: a verdict as the API tells it."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
-    facts.add_column()
+    facts.add_column(overflow="fold")
     facts.add_row("what", Text(verdict["summary"]))
     facts.add_row("verdict", f"{verdict['cause']}, confidence {verdict['confidence']:.0%}")
     if verdict.get("likely_root"):
@@ -23,7 +23,10 @@ def story(verdict: dict[str, Any]) -> RenderableType:
     facts.add_row("since" if verdict.get("finite") else "not finite", f"step {verdict['first_bad_step']}")
     if verdict["lead_steps"]:
         facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
-    facts.add_row("rank", "all alike" if verdict["rank"] is None else str(verdict["rank"]))
+    if verdict["rank"] is not None:
+        facts.add_row("rank", str(verdict["rank"]))
+    elif verdict.get("ranks_alike"):
+        facts.add_row("rank", "all alike")
     if verdict["layer"]:
         facts.add_row("layer", Text(verdict["layer"]))
     for name, lines in (("seen", verdict["evidence"]), ("try", verdict["try"])):

@@ -16,7 +16,7 @@ NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for ki
 COUNTED_STEPS = ("steps", "clipped", "skipped", "shadow_clipped", "shadow_skipped")
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS = 20, 600.0
-_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels")
+_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels", "bad")
 
 
 @dataclass
@@ -52,6 +52,8 @@ class Totals:
         """Step of the last of each kind; none before the first."""
         self.levels: dict[str, float] = {}
         """Newest finite value of each gauge, of the newest attempt."""
+        self.bad: dict[str, str] = {"loss": "", "gradient": ""}
+        """"nan" or "inf" where the newest value is not finite, though `levels` keeps the last one that was."""
         self.norms = Histogram(GRADIENT_NORM.buckets)
         self.durations = Histogram(STEP_DURATION.buckets)
         self._recent: deque[float] = deque(maxlen=64)
@@ -85,6 +87,16 @@ class Totals:
                 "loss": step.loss,
             }
             self.levels |= {name: value for name, value in levels.items() if value is not None and math.isfinite(value)}
+            self.bad["gradient"] = _kind(step.nan_gradient, step.inf_gradient)
+            if step.loss is not None:
+                self.bad["loss"] = _kind(step.nan_loss, step.inf_loss)
+
+    def newest(self) -> dict[str, float | str | None]:
+        """The newest values as they are: None for a loss or norm that is not finite, and its kind beside it."""
+        truth: dict[str, float | str | None] = dict(self.levels)
+        truth |= {f"{source}_nonfinite": kind for source, kind in self.bad.items()}
+        truth |= {"loss": None} if self.bad["loss"] else {}
+        return truth | ({"global_norm": None} if self.bad["gradient"] else {})
 
     def add_event(self, kind: str, step: int, now: float) -> None:
         """Count what the detector has found."""
@@ -122,3 +134,7 @@ class Totals:
         self.norms.counts, self.norms.total = state["norms"]
         self.durations.counts, self.durations.total = state["durations"]
         self._recent.extend(state["recent"])
+
+
+def _kind(nan: bool, inf: bool) -> str:
+    return "nan" if nan else "inf" if inf else ""

@@ -55,7 +55,7 @@ function row(run, now) {
   const { newest, recent } = run;
   const parts = rows.get(run.run);
   const value = (text) => el("span", { class: "value" }, text);
-  const level = (what) => value(what in newest && recent?.[what].at(-1) === null ? "not finite" : number(newest[what]));
+  const level = (what, source) => value(number(newest[`${source}_nonfinite`] || newest[what]));
   parts.node.dataset.condition = run.condition;
   parts.condition.replaceChildren(conditionMark(run.condition));
   const line = incidentLine(run) ?? "";
@@ -64,8 +64,8 @@ function row(run, now) {
   parts.told = told;
   parts.step.replaceChildren(value(whole(newest.step)));
   parts.norm.replaceChildren(
-    spark(recent?.global_norm, { logarithmic: true, name: "global norm" }), level("global_norm"));
-  parts.loss.replaceChildren(spark(recent?.loss, { name: "loss" }), level("loss"));
+    spark(recent?.global_norm, { logarithmic: true, name: "global norm" }), level("global_norm", "gradient"));
+  parts.loss.replaceChildren(spark(recent?.loss, { name: "loss" }), level("loss", "loss"));
   parts.ranks.replaceChildren(value(`${run.ranks_reporting} of ${run.world_size}`));
   parts.last.replaceChildren(
     value(run.last_step_seconds ? `${span(Math.max(0, now - run.last_step_seconds))} ago` : "none yet"));

@@ -20,7 +20,8 @@ export function incidentCard(incident, show) {
       fact(verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
       verdict.finite ? null : fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
         verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
-      fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
+      verdict.rank === null && !verdict.ranks_alike ? null
+        : fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
       fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
       fact("confidence", el("strong", {}, `${Math.round(verdict.confidence * 100)} %`))),
     el("p", { class: "summary" }, verdict.summary),

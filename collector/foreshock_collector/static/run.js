@@ -130,13 +130,10 @@ function attempts() {
 
 function levels(now) {
   const { newest } = known;
-  // What counts as newest in the run's numbers is the newest finite value; that it is not the newest must be said.
-  const newestStep = series && series.attempt === known.attempt && series.sequence.at(-1) === series.newest;
-  const unlike = (kind) => (newestStep && series[kind].at(-1) ? number(series[kind].at(-1)) : null);
   const last = known.last_step_seconds ? `${span(Math.max(0, now - known.last_step_seconds))} ago` : "none yet";
   const items = [
-    ["step", whole(newest.step)], ["global norm", unlike("gradient_nonfinite") ?? number(newest.global_norm)],
-    ["loss", unlike("loss_nonfinite") ?? number(newest.loss)], ["learning rate", number(newest.learning_rate)],
+    ["step", whole(newest.step)], ["global norm", number(newest.gradient_nonfinite || newest.global_norm)],
+    ["loss", number(newest.loss_nonfinite || newest.loss)], ["learning rate", number(newest.learning_rate)],
     ["clip coefficient", number(newest.clip_coefficient)],
     ["spikes", whole(known.counters.spike)], ["build-ups", whole(known.counters.build_up)],
     ["skipped", whole(known.counters.skipped)], ["last step", last],
