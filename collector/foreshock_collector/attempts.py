@@ -181,8 +181,10 @@ class Attempt:
             return []
         first = max(1, self.settled - _LAYER_STEPS + 1)
         norms = self._board.layer_norms_of(np.arange(first, self.settled + 1))
+        if not len(norms):
+            return []
         finite = np.isfinite(norms)
-        known = np.flatnonzero(finite.any(axis=0)) if len(norms) else np.zeros(0, np.int64)
+        known = np.flatnonzero(finite.any(axis=0))
         peaks = np.where(finite, norms, -math.inf).max(axis=0, initial=-math.inf)
         chosen = sorted(known[np.argsort(-peaks[known], kind="stable")[:_MOST_LAYERS]].tolist())
         newest = len(norms) - 1 - finite[::-1].argmax(axis=0)

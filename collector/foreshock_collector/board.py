@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.steps import Step
+from foreshock_collector.steps import LARGEST, Step, bounded
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 PATIENCE_SECONDS = 2.0
@@ -80,9 +80,12 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
     rows = np.zeros(count, RECORD)
     rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
     for name in _OWN:
-        values = np.fromiter(getattr(batch, name), "i8" if name in ("step", "flags") else "f8", count)
-        # The first_nonfinite columns travel as float64, and a NaN has no whole number.
-        rows[name] = np.nan_to_num(values, nan=-1.0, posinf=-1.0, neginf=-1.0) if name in _INTEGERS else values
+        if name in ("step", "flags"):
+            rows[name] = np.fromiter(getattr(batch, name), "i8", count)
+            continue
+        values = np.fromiter(getattr(batch, name), "f8", count)
+        # The first_nonfinite columns travel as float64, and not each of those is a whole number.
+        rows[name] = np.where(abs(values) < 2**53, values, -1.0) if name in _INTEGERS else _bounded(values)
     told = np.fromiter(batch.reduced_sequence, "f8", count)
     known = (told >= 1) & (told < batch.first_sequence + count)
     sums = np.zeros(int(known.sum()), SUMS)
@@ -92,6 +95,12 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
     if batch.global_layer_norms:
         norms = np.fromiter(batch.global_layer_norms, "f4", count * layers).reshape(count, layers)
     return Records(rows=rows, sums=sums, layer_norms=norms)
+
+
+def _bounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `steps.bounded`."""
+    kept = np.where(np.isinf(values), values, np.clip(values, -LARGEST, LARGEST))
+    return np.where(abs(kept) < 1 / LARGEST, 0.0, kept)
 
 
 def trouble(rows: Rows) -> NDArray[np.bool_]:
@@ -222,7 +231,7 @@ class Board:
         slots = sequences % self.capacity
         # Field by field: whole records would be twenty times as much to copy.
         norms: NDArray[np.float64] = self._cells["local_norm"][slots]
-        bad = self._cells["local_nan_parameters"][slots] + self._cells["local_inf_parameters"][slots] > 0
+        bad = (self._cells["local_nan_parameters"][slots] > 0) | (self._cells["local_inf_parameters"][slots] > 0)
         norms[bad | ~np.isfinite(norms)] = math.inf
         flags = self._cells["flags"][slots]
         told = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
@@ -282,7 +291,7 @@ class Board:
         if nan or inf:
             return (math.nan if nan else math.inf), nan, inf
         if sums is not None and sums["reduced_loss_count"] > len(losses):
-            mean = float(sums["reduced_loss_sum"] / sums["reduced_loss_count"])
+            mean = bounded(float(sums["reduced_loss_sum"]) / float(sums["reduced_loss_count"]))
             return (mean if math.isfinite(mean) else None), False, False
         # Divided before they are summed: finite losses must not add up to Inf.
         return (float((losses / losses.size).sum()) if losses.size else None), False, False
@@ -290,8 +299,11 @@ class Board:
     def _duration(self, sequence: int, rank: int) -> float | None:
         this = self._cells[sequence % self.capacity, rank]
         before = self._cells[(sequence - 1) % self.capacity, rank]
-        seconds = float(this["monotonic_seconds"] - before["monotonic_seconds"])
-        return seconds if before["sequence"] == sequence - 1 and 0 < seconds < math.inf else None
+        # Sequence 0 is an empty cell, and no step before the first.
+        if not 0 < before["sequence"] == sequence - 1:
+            return None
+        seconds = float(this["monotonic_seconds"]) - float(before["monotonic_seconds"])
+        return seconds if 0 < seconds < math.inf else None
 
 
 def _measured(value: np.float64) -> float | None:

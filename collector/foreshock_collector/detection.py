@@ -12,6 +12,7 @@ climbing for a hundred steps is one warning and not twelve. The constants are in
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -19,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 from foreshock_collector import rules
 from foreshock_collector.rules import Rules
+from foreshock_collector.steps import LARGEST, bounded
 
 EventKind = Literal["spike", "build_up", "loss_spike", "nonfinite", "recovered"]
-_LARGEST = 1e150
-"""Values are cut here, so that differences and squares stay finite."""
+_LARGEST_LOGARITHM = math.log(sys.float_info.max)
 _SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
@@ -113,7 +114,7 @@ class Channel:
         """The value that history leads one to expect; None without history."""
         if not self.count:
             return None
-        return math.exp(self.mean) if rule.logarithmic else self.mean
+        return _exp(self.mean) if rule.logarithmic else self.mean
 
     def band(self, rule: rules.Channel) -> tuple[float, float] | None:
         """From where to where values are clamped before they become history; None while no step is judged yet."""
@@ -121,7 +122,7 @@ class Channel:
             return None
         reach = rule.clamp * self._sigma(rule)
         low, high = self.mean - reach, self.mean + reach
-        return (math.exp(low), math.exp(high)) if rule.logarithmic else (low, high)
+        return (_exp(low), _exp(high)) if rule.logarithmic else (low, high)
 
     @property
     def _calm(self) -> bool:
@@ -135,7 +136,7 @@ class Channel:
     def _judge(self, place: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
-        x = math.log(value) if rule.logarithmic else max(-_LARGEST, min(value, _LARGEST))
+        x = math.log(value) if rule.logarithmic else bounded(value)
         if self.count == 0:
             self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
             self.first = [x]
@@ -143,13 +144,14 @@ class Channel:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
         sigma = self._sigma(rule)
         ready = self.count >= rule.ready_after
-        usual = self.mean if ready else median(self.first)
+        # Under rules that have changed since, the first values may be gone.
+        usual = self.mean if ready or not self.first else median(self.first)
         off, z = x - usual, (x - self.mean) / sigma
-        expected = math.exp(usual) if rule.logarithmic else usual
+        expected = _exp(usual) if rule.logarithmic else usual
         spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
         if spike:
             found.append(Finding(place, "spike", z, expected))
-        score = self._add_up(z, off / scale if scale else 0.0, rule, judged=ready and not self.accepting)
+        score = self._add_up(z, _part(off, scale), rule, judged=ready and not self.accepting)
         if score is not None:
             if not self.in_build_up:
                 found.append(Finding(place, "build_up", score, expected))
@@ -161,7 +163,7 @@ class Channel:
 
     def _sigma(self, rule: rules.Channel) -> float:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
-        return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / _LARGEST)
+        return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
     def _add_up(self, z: float, off: float, rule: rules.Channel, *, judged: bool) -> float | None:
         """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
@@ -189,6 +191,15 @@ class Channel:
         self.mean = alpha * self.mean + (1 - alpha) * x
         self.count += 1
         self.first = [*self.first, x] if self.count < rule.ready_after else []
+
+
+def _part(off: float, scale: float) -> float:
+    """off, as part of scale: finite, however small that is, and 0 where it is."""
+    return off / scale if abs(off) < LARGEST * scale else math.copysign(LARGEST, off) if scale else 0.0
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, _LARGEST_LOGARITHM))
 
 
 class Detector:
@@ -277,6 +288,8 @@ class Detector:
         """A learning rate that jumps was changed on purpose, and the norm may follow it."""
         if not math.isfinite(rate) or rate <= 0:
             return
-        if self.rate is not None and abs(math.log(rate / self.rate)) > math.log(self.rules.planned_rate_change):
+        if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(
+            self.rules.planned_rate_change
+        ):
             self.gradient.expect_change(self.rules.gradient)
         self.rate = rate

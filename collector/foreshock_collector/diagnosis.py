@@ -324,7 +324,7 @@ def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: Mo
     after = [norms for sequence, norms in known if sequence >= onset.sequence]
     if not before or not after or not len(after[-1]) or len(after[-1]) != len(model.layers):
         return "", 0.0
-    usual = np.median(before[-USUAL_STEPS:], axis=0).astype(np.float64)
+    usual = np.median(np.array(before[-USUAL_STEPS:], np.float64), axis=0)
     # A layer without gradient has not grown, whatever follows.
     growth = np.divide(after[-1], usual, out=np.zeros_like(usual), where=usual > 0)
     most = int(growth.argmax())

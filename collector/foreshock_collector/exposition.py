@@ -111,8 +111,7 @@ class RunSeries(Collector):
                 _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
             if instance.local_norm is not None:
                 _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
-        if math.isfinite(attempt.noise.agreement):
-            _gauge(families, c.RANK_AGREEMENT, labels, attempt.noise.agreement)
+        _gauge(families, c.RANK_AGREEMENT, labels, attempt.noise.agreement)
         if (scale := attempt.noise.value) is not None:
             _gauge(families, c.NOISE_SCALE, labels, scale)
         for layer, norm in attempt.largest_layers():
@@ -133,8 +132,9 @@ def _family(series: c.Series) -> Metric:
 
 
 def _gauge(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:
-    assert math.isfinite(value), f"{series.name} {labels} must not be {value}"
-    _of(families, series, GaugeMetricFamily).add_metric(labels, value)
+    # An alert on a NaN never fires, and one hides every other value in a maximum.
+    if math.isfinite(value):
+        _of(families, series, GaugeMetricFamily).add_metric(labels, value)
 
 
 def _counter(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:

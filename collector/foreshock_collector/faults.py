@@ -8,7 +8,7 @@ one. A step that cannot tell, because a rank has not reported or local norms are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
@@ -214,8 +214,10 @@ class Faults:
             "duplicate_data",
             shows,
             step,
-            f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
-            f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
+            lambda: (
+                f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
+                f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
+            ),
         )
 
     def _outlying(self, step: Step, seen: Seen) -> Change | None:
@@ -223,7 +225,7 @@ class Faults:
             return None
         shows = seen.loudness > self._rules.outlier
         told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
-        change = self._count("bad_rank", shows, step, told)
+        change = self._count("bad_rank", shows, step, lambda: (told,))
         return None if change is None else change._replace(rank=seen.loudest)
 
     def _drifting(self, step: Step, seen: Seen) -> Change | None:
@@ -237,22 +239,27 @@ class Faults:
             self._alike_step = step.step
         since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
         rank = seen.unlike[0] if len(seen.unlike) == 1 else -1
-        change = self._count("replica_drift", bool(seen.unlike), step, told, since, after=1, ends_after=1)
+        change = self._count("replica_drift", bool(seen.unlike), step, lambda: (told, since), after=1, ends_after=1)
         return None if change is None else change._replace(rank=rank)
 
     def _vanishing(self, step: Step, seen: Seen) -> Change | None:
         rules, course = self._rules, self._course
         if seen.weakest >= 0 and seen.weakness < rules.vanished:
             told = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
-            return self._count("vanishing_gradients", True, step, told, after=rules.vanishing_steps, layer=seen.weakest)
+            return self._count(
+                "vanishing_gradients", True, step, lambda: (told,), after=rules.vanishing_steps, layer=seen.weakest
+            )
         if len(course.norms) < _FIRST_STEPS or len(course.losses) < _FIRST_STEPS:
             return None
         start, loss = median(course.norms), median(course.losses)
         shows = step.global_norm < rules.faded * start and course.loss > rules.unlearnt * loss > 0
-        told = (
-            f"the global norm is {step.global_norm / start:.1g} of that at the start, the loss {course.loss / loss:.2g}"
+        return self._count(
+            "vanishing_gradients",
+            shows,
+            step,
+            lambda: (f"of the start's: global norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
+            after=rules.vanishing_steps,
         )
-        return self._count("vanishing_gradients", shows, step, told, after=rules.vanishing_steps)
 
     def _diverging(self, step: Step, building_up: bool) -> Change | None:
         rules, course = self._rules, self._course
@@ -271,24 +278,26 @@ class Faults:
         told = (
             f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
         )
-        return self._count("loss_divergence", shows, step, told, after=rules.divergence_steps)
+        return self._count("loss_divergence", shows, step, lambda: (told,), after=rules.divergence_steps)
 
     def _count(
         self,
         cause: Cause,
         shows: bool,
         step: Step,
-        *evidence: str,
+        evidence: Callable[[], tuple[str, ...]],
+        *,
         after: int = 0,
         ends_after: int = 0,
         layer: int = -1,
     ) -> Change | None:
+        """evidence: called where the trouble begins, and so only on a step that shows it."""
         streak = self._streaks.setdefault(cause, Streak())
         after = after or self._rules.begins_after
         begins = streak.count(shows, step, begins_after=after, ends_after=ends_after or self._rules.ends_after)
         if begins is None:
             return None
-        return Change(cause, begins, streak.sequence, streak.step, evidence, layer)
+        return Change(cause, begins, streak.sequence, streak.step, evidence() if begins else (), layer)
 
 
 def _stored(value: Any) -> Any:

@@ -42,7 +42,7 @@ def around_incident(
     sequences, steps = np.unique(rows["sequence"], return_inverse=True)
     ranks, places = np.unique(rows["rank"], return_inverse=True)
     table = np.full((len(sequences), len(ranks)), math.nan)
-    bad = rows["local_nan_parameters"] + rows["local_inf_parameters"] > 0
+    bad = (rows["local_nan_parameters"] > 0) | (rows["local_inf_parameters"] > 0)
     table[steps, places] = np.where(np.isfinite(rows["local_norm"]) & ~bad, rows["local_norm"], math.inf)
     return thinned(sequences, [str(rank) for rank in ranks], table, columns=columns)
 

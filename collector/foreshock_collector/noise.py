@@ -17,6 +17,8 @@ from typing import Any
 
 ALPHA = 0.99
 """Weight of the past in both means: a half-life of 69 steps."""
+_LARGEST_NORM = 1e100
+"""What lies beyond says nothing of noise, and would stay in the means for ever."""
 
 
 @dataclass
@@ -32,11 +34,13 @@ class NoiseScale:
 
     def take(self, agreement: float, global_norm: float, world_size: int) -> None:
         """A finite step. agreement: g2 / l2; NaN where it is not known."""
-        if math.isnan(agreement) or agreement <= 0 or world_size < 2 or not 0 < global_norm < 1e100:
+        if not 0 < agreement < math.inf or world_size < 2 or not 0 < global_norm < _LARGEST_NORM:
             return
-        self.agreement = min(agreement, 1.0)
         g2 = global_norm**2
         l2 = g2 / agreement
+        if not l2 < _LARGEST_NORM**2:
+            return
+        self.agreement = min(agreement, 1.0)
         self.signal = ALPHA * self.signal + (1 - ALPHA) * (world_size * g2 - l2) / (world_size - 1)
         self.noise = ALPHA * self.noise + (1 - ALPHA) * (l2 - g2) / (1 - 1 / world_size)
         self.weight = ALPHA * self.weight + (1 - ALPHA)
@@ -46,7 +50,8 @@ class NoiseScale:
         """In batches of one rank; None before there is enough to tell, or where the signal drowns."""
         if self.weight < 0.2 or self.signal <= 0:
             return None
-        return max(0.0, self.noise / self.signal)
+        scale = max(0.0, self.noise / self.signal)
+        return scale if math.isfinite(scale) else None
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""

@@ -18,7 +18,7 @@ from foreshock_collector.fault_verdicts import verdict_on_fault
 from foreshock_collector.faults import Faults, Seen
 from foreshock_collector.logs import LogError, Row, read_log
 from foreshock_collector.rules import DEFAULT, Rules
-from foreshock_collector.steps import ModelFacts, Step
+from foreshock_collector.steps import ModelFacts, Step, bounded
 from foreshock_collector.verdicts import Verdict
 
 _BOARD, _MODEL = Board(world_size=1, layers=0), ModelFacts()
@@ -159,14 +159,14 @@ def _rules(settings: Sequence[str]) -> Rules:
 
 
 def _step(number: int, row: Row) -> Step:
-    loss, norm = row.loss, row.norm
+    loss, norm = (None if value is None else bounded(value) for value in (row.loss, row.norm))
     return Step(
         attempt=0,
         sequence=number + 1,
         step=int(row.step) if math.isfinite(row.step) else number,
         wall_seconds=0.0,
         duration_seconds=None,
-        learning_rate=math.nan if row.rate is None else row.rate,
+        learning_rate=math.nan if row.rate is None else bounded(row.rate),
         loss=loss,
         loss_scale=1.0,
         global_norm=math.nan if norm is None else norm,

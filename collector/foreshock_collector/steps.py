@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
+LARGEST = 1e150
+"""Finite numbers are cut to this size where they come in, and those below its inverse become 0: differences, squares
+and ratios of what is left stay finite."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -97,6 +101,13 @@ class ModelFacts:
         if not 0 <= index < len(self.parameters):
             return "", ""
         return self.parameters[index], self.layers[self.parameter_layers[index]]
+
+
+def bounded(value: float) -> float:
+    """The value, cut to what one can calculate with; NaN and Inf stay what they are."""
+    if not math.isfinite(value):
+        return value
+    return max(-LARGEST, min(value, LARGEST)) if abs(value) >= 1 / LARGEST else 0.0
 
 
 def kind_of(value: float | None) -> str:
