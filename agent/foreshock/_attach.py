@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from foreshock._agreement import Decision, Posting, agree
 from foreshock._buckets import hook_taken, watch_buckets
 from foreshock._clip import Clip
+from foreshock._console import say_once
 from foreshock._errors import AttachError, SettingsError
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._kernel import clips_in_kernel, why_not_skipped
@@ -28,6 +29,7 @@ from foreshock._launch import RecorderProcess, announce
 from foreshock._records import Records
 from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
+from foreshock._variables import unknown_variables
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch, DisabledWatch, Watch, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
@@ -79,6 +81,8 @@ def attach(
             plan = _checked_plan(ddp, optimizer)
             _check_skip(optimizer, settings)
             mine = _Mine(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
+            for line in unknown_variables(os.environ) if ranks.rank == 0 else ():
+                say_once(line, line)
     except SettingsError as error:
         # The others must not wait for this rank, nor hook up without it.
         ranks.leave(Posting(version=__version__, error=str(error)))

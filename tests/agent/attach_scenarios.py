@@ -103,6 +103,16 @@ def bad_collector_variable() -> dict[str, Any]:
         return outcome(on=set())
 
 
+def misspelt_variable() -> list[bool]:
+    enabled = []
+    with environment(COLECTOR="monitor:4327"):
+        for _ in range(2):
+            model = make_model()
+            with foreshock.attach(model, make_optimizer(model)) as watch:
+                enabled.append(watch.enabled)
+    return enabled
+
+
 def sparse_gradients() -> dict[str, Any]:
     model = DistributedDataParallel(nn.Sequential(nn.Embedding(4, 3, sparse=True), nn.Linear(3, 1)))
     return outcome(on={0, 1}, model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))

@@ -17,6 +17,7 @@ NAMES = [
     "bad_collector_on_rank_1", "bad_collector_variable",
     "disabled_on_rank_1", "disabled_on_rank_0", "disabled_with_wrong_arguments",
     "no_room_for_a_ring_on_rank_0", "no_room_for_a_ring_on_rank_1", "own_hook", "builtin_hook", "the_stores_timeout",
+    "misspelt_variable",
     "resumed_and_told_before_the_step", "resumed_and_told_after_the_step", "resumed_and_told_once",
 ]  # fmt: skip
 
@@ -30,6 +31,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
 def nobody_watches(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["hooks"] == 0 and True not in result["enabled"] and result["as stock"]
+
+
+def test_a_misspelt_variable_is_told_once_and_everybody_watches(found: dict[str, Scenario]) -> None:
+    line = "FORESHOCK_COLECTOR is not a variable of Foreshock, and is ignored; did you mean FORESHOCK_COLLECTOR?"
+    scenario = found["misspelt_variable"]
+    assert scenario.results == [[True, True]] * 2
+    assert [lines.count(f"foreshock: {line}") for lines in scenario.said] == [1, 0]
 
 
 def not_watching(scenario: Scenario) -> list[list[str]]:
