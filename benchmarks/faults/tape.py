@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from foreshock_collector.intake import Intake
+from foreshock_collector.intake import Intake, Said
 from foreshock_collector.runs import Runs
 from foreshock_collector.service import Telemetry, make_server
 from foreshock_collector.store import Store
@@ -26,8 +26,8 @@ class Tape(Intake):
         self.messages: dict[str, list[pb.FromRecorder]] = defaultdict(list)
         self._runs_of: dict[str, str] = {}
 
-    def take(self, message: pb.FromRecorder, greeted: set[str]) -> None:
-        super().take(message, greeted)
+    def take(self, message: pb.FromRecorder, said: Said) -> None:
+        super().take(message, said)
         which = message.WhichOneof("message")
         if which == "hello":
             self._runs_of[message.hello.instance] = message.hello.run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from foreshock_collector.attempts import Instance
 from foreshock_collector.runs import ContradictionError, Run, Runs
@@ -17,6 +18,8 @@ _PATH_LENGTH = 2000
 """Parameters and layers of deeply wrapped models have long paths."""
 _TEXT_LENGTH = 2000
 _MOST_RANKS = 65_536
+_MOST_SEQUENCE = 2**53
+"""Records are numbered from 1, and a float can still hold each number."""
 
 
 class RefusedError(ValueError):
@@ -25,6 +28,20 @@ class RefusedError(ValueError):
 
 class UnknownVersionError(RefusedError):
     """The recorder speaks a version that this collector does not know."""
+
+
+@dataclass
+class Said:
+    """What has been said on one stream."""
+
+    greeted: set[str] = field(default_factory=set)
+    """Instances that have said hello."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Instances whose hello was wrong, and how: nothing more of them is taken in, the others go on."""
+
+    def includes(self, instances: set[str]) -> bool:
+        """Any of these has spoken here."""
+        return not instances.isdisjoint(self.greeted) or not instances.isdisjoint(self.refused)
 
 
 class Intake:
@@ -41,17 +58,21 @@ class Intake:
         self.urgent: set[str] = set()
         """Instances that wait for an acknowledgement at once."""
 
-    def take(self, message: pb.FromRecorder, greeted: set[str]) -> None:
-        """One message of a stream. greeted: instances that have said hello on it. Raises `RefusedError`."""
+    def take(self, message: pb.FromRecorder, said: Said) -> None:
+        """One message of a stream. said: on it before. Raises `RefusedError` for one that no recorder sends.
+
+        A hello that is wrong costs its own instance alone.
+        """
         which = message.WhichOneof("message")
         if which is None:
             raise RefusedError("the message is empty: it holds no hello, steps, event or goodbye")
         if which == "hello":
-            self._hello(message.hello)
-            greeted.add(message.hello.instance)
+            self._hello(message.hello, said)
             return
         content = getattr(message, which)
-        if content.instance not in greeted:
+        if content.instance in said.refused:
+            return
+        if content.instance not in said.greeted:
             raise RefusedError(f"instance {content.instance[:_NAME_LENGTH]!r} has not said hello on this stream")
         home = self._runs.home(content.instance)
         assert home is not None
@@ -63,13 +84,19 @@ class Intake:
         else:
             self._goodbye(run, instance, message.goodbye)
 
-    def _hello(self, hello: pb.Hello) -> None:
-        _check_hello(hello)
+    def _hello(self, hello: pb.Hello, said: Said) -> None:
+        _check_version(hello)
+        _check_name("hello.instance", hello.instance)
+        self.urgent.add(hello.instance)
         try:
-            instance = self._runs.greet(hello, self._clock())
-        except ContradictionError as error:
-            raise RefusedError(f"hello of instance {hello.instance!r}: {error}") from error
-        self.urgent.add(instance.name)
+            hello = _checked(hello)
+            self._runs.greet(hello, self._clock())
+        except (RefusedError, ContradictionError) as error:
+            said.refused[hello.instance] = str(error)
+            said.greeted.discard(hello.instance)
+        else:
+            said.greeted.add(hello.instance)
+            said.refused.pop(hello.instance, None)
 
     def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
         now = self._clock()
@@ -87,12 +114,14 @@ class Intake:
     def _event(self, run: Run, instance: Instance, event: pb.Event) -> None:
         if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:
             return  # of a later version: nothing to refuse
-        _check_text("event.detail", event.detail)
+        event.detail = _printable(event.detail, _TEXT_LENGTH)
         run.happened(instance, event, self._clock())
         self.urgent.add(instance.name)
 
     def _goodbye(self, run: Run, instance: Instance, goodbye: pb.Goodbye) -> None:
-        _check_text("goodbye.detail", goodbye.detail)
+        goodbye.detail = _printable(goodbye.detail, _TEXT_LENGTH)
+        if goodbye.last_sequence >= _MOST_SEQUENCE:
+            raise RefusedError(f"goodbye.last_sequence {goodbye.last_sequence} is out of range")
         if goodbye.reason not in pb.Goodbye.Reason.values():
             raise RefusedError(f"goodbye.reason {goodbye.reason} is unknown")
         run.leave(instance, goodbye, self._clock())
@@ -132,47 +161,63 @@ class Intake:
                 self._store.commit([run])
                 self._store.forget_window(run)
 
-    def position(self, name: str) -> pb.Ack.Position:
-        """How far an instance is stored."""
-        home = self._runs.home(name)
-        assert home is not None
-        return pb.Ack.Position(instance=name, sequence=home[1].stored, closed=home[1].closed_stored)
+    def positions(self, said: Said) -> list[pb.Ack.Position]:
+        """How far each instance of a stream is stored, or why it is not taken in."""
+        found = []
+        for name in sorted(said.greeted):
+            home = self._runs.home(name)
+            assert home is not None
+            _, instance = home
+            found.append(pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored))
+        return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(said.refused.items())]
 
 
-def _check_hello(hello: pb.Hello) -> None:
+def _check_version(hello: pb.Hello) -> None:
     if hello.schema_version != SCHEMA_VERSION:
         raise UnknownVersionError(
             f"this recorder speaks schema version {hello.schema_version}, this collector knows version "
             f"{SCHEMA_VERSION}: bring both to the same release of foreshock"
         )
-    for name in ("instance", "run", "experiment", "launch"):
-        _check_name(f"hello.{name}", getattr(hello, name), least=1)
-    _check_name("hello.clip", hello.clip)
-    _check_name("hello.topology.node", hello.topology.node)
-    _check_name("hello.model.type", hello.model.type)
-    _check_name("hello.optimizer.type", hello.optimizer.type)
+
+
+def _checked(hello: pb.Hello) -> pb.Hello:
+    """The same, with names that can be shown. Raises `RefusedError`."""
+    # By these things are found again: they are taken as they are, or not at all.
+    for name in ("run", "experiment", "launch"):
+        _check_name(f"hello.{name}", getattr(hello, name))
     if not math.isfinite(hello.started_seconds):
         raise RefusedError("hello.started_seconds is not a time")
     place, model = hello.topology, hello.model
     if not place.rank < place.world_size <= _MOST_RANKS:
         raise RefusedError(f"hello.topology: rank {place.rank} of world_size {place.world_size}")
-    for name in (*model.parameters, *model.layers, *model.module_types):
-        _check_name("a name in hello.model", name, most=_PATH_LENGTH)
     parameters, layers = len(model.parameters), len(model.layers)
     for name in ("parameter_sizes", "parameter_layers"):
         if len(getattr(model, name)) != parameters:
             raise RefusedError(f"hello.model: {len(getattr(model, name))} {name} for {parameters} parameters")
     if any(layer >= layers for layer in model.parameter_layers):
         raise RefusedError(f"hello.model: parameter_layers points beyond the {layers} layers")
+    shown = pb.Hello()
+    shown.CopyFrom(hello)
+    shown.clip = _printable(hello.clip, _NAME_LENGTH)
+    shown.topology.node = _printable(place.node, _NAME_LENGTH)
+    shown.optimizer.type = _printable(hello.optimizer.type, _NAME_LENGTH)
+    shown.model.type = _printable(model.type, _NAME_LENGTH)
+    shown.model.parameters[:] = [_printable(name, _PATH_LENGTH) for name in model.parameters]
+    shown.model.layers[:] = [_printable(name, _PATH_LENGTH) for name in model.layers]
+    shown.model.module_types.clear()
+    for kind, count in model.module_types.items():
+        shown.model.module_types[_printable(kind, _PATH_LENGTH)] = count
+    return shown
 
 
-def _check_name(where: str, name: str, *, least: int = 0, most: int = _NAME_LENGTH) -> None:
-    if not least <= len(name) <= most:
-        raise RefusedError(f"{where} must have {least} to {most} characters, it has {len(name)}")
+def _check_name(where: str, name: str) -> None:
+    if not 0 < len(name) <= _NAME_LENGTH:
+        raise RefusedError(f"{where} must have 1 to {_NAME_LENGTH} characters, it has {len(name)}")
     if not name.isprintable():
         raise RefusedError(f"{where} holds characters that cannot be printed")
 
 
-def _check_text(where: str, text: str) -> None:
-    if len(text) > _TEXT_LENGTH:
-        raise RefusedError(f"{where} may have {_TEXT_LENGTH} characters, it has {len(text)}")
+def _printable(text: str, most: int) -> str:
+    """Fit for a label and a terminal: line breaks and the like as Python would write them, and not too long."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."

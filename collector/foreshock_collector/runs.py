@@ -6,6 +6,7 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -140,7 +141,8 @@ class Run:
         if kind not in instance.told:
             instance.told.append(kind)
             if event.kind == pb.Event.RANK_LOST:
-                instance.lost_seconds, instance.attempt.lost_heard = event.wall_seconds or now, now
+                told = event.wall_seconds if 0 < event.wall_seconds < math.inf else now
+                instance.lost_seconds, instance.attempt.lost_heard = told, now
             who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}
             self._note({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from foreshock_collector.intake import Intake, RefusedError, UnknownVersionError
+from foreshock_collector.intake import Intake, RefusedError, Said, UnknownVersionError
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 MAX_MESSAGE_BYTES = 4 * 2**20
@@ -32,7 +32,7 @@ class _Stream:
     """One recorder."""
 
     def __init__(self) -> None:
-        self.greeted: set[str] = set()
+        self.said = Said()
         self.wake = asyncio.Event()
 
 
@@ -60,7 +60,7 @@ class Telemetry:
                 self._wake(self._streams)
             else:
                 waiting = self._intake.commit_urgent()
-                self._wake(stream for stream in self._streams if not waiting.isdisjoint(stream.greeted))
+                self._wake(stream for stream in self._streams if stream.said.includes(waiting))
             if now - expired >= _EXPIRY_SECONDS:
                 expired = now
                 self._intake.expire()
@@ -83,7 +83,7 @@ class Telemetry:
                 if reader.done():
                     reader.result()
                     self._intake.commit()
-                if stream.greeted:
+                if stream.said.greeted or stream.said.refused:
                     yield self._ack(stream)
                 if reader.done() or self._draining:
                     return
@@ -105,14 +105,14 @@ class Telemetry:
                     message = pb.FromRecorder.FromString(data)
                 except DecodeError:
                     raise RefusedError("this is not a foreshock.v1.FromRecorder message") from None
-                self._intake.take(message, stream.greeted)
+                self._intake.take(message, stream.said)
         finally:
             stream.wake.set()
 
     def _ack(self, stream: _Stream) -> pb.Ack:
         return pb.Ack(
             epoch=self._epoch,
-            positions=[self._intake.position(name) for name in sorted(stream.greeted)],
+            positions=self._intake.positions(stream.said),
             flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
         )

@@ -70,6 +70,12 @@ class Stream:
         while (await self.call.read()).positions[0].sequence < sequence:
             pass
 
+    async def positions(self, count: int) -> list[pb.Ack.Position]:
+        """Those of the next acknowledgement that tells of so many instances."""
+        while len(ack := (await self.call.read()).positions) < count:
+            pass
+        return list(ack)
+
     async def refusal(self) -> tuple[grpc.StatusCode, str]:
         return await self.call.code(), await self.call.details()
 
@@ -101,8 +107,12 @@ def value(found: dict[str, Any], name: str, **labels: str) -> float:
     [
         ([b"\xff\xff\xff"], grpc.StatusCode.INVALID_ARGUMENT, "not a foreshock.v1.FromRecorder"),
         ([hello("x", schema_version=99)], grpc.StatusCode.FAILED_PRECONDITION, "schema version 99"),
-        ([hello("")], grpc.StatusCode.INVALID_ARGUMENT, "hello.run"),
-        ([hello("x", launch="l" * 500)], grpc.StatusCode.INVALID_ARGUMENT, "hello.launch"),
+        ([hello("x", instance="")], grpc.StatusCode.INVALID_ARGUMENT, "hello.instance"),
+        (
+            [hello("x"), pb.FromRecorder(goodbye=pb.Goodbye(instance="x-0", last_sequence=2**64 - 1))],
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "goodbye.last_sequence",
+        ),
         ([steps(1, [1.0], run="x")], grpc.StatusCode.INVALID_ARGUMENT, "has not said hello"),
         ([hello("x"), steps(1, [1.0], run="x", loss=[1.0, 2.0])], grpc.StatusCode.INVALID_ARGUMENT, "column loss"),
         ([b"\x00" * (5 * 2**20)], grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max"),
@@ -124,6 +134,57 @@ def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
             await good.stored(3)
             await good.close()
             await bad.close()
+
+    serving(test())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"run": ""}, "hello.run"),
+        ({"launch": "l" * 500}, "hello.launch"),
+        ({"started_seconds": math.nan}, "hello.started_seconds"),
+        ({"topology": pb.Topology(rank=2, world_size=2)}, "rank 2 of world_size 2"),
+        ({"topology": pb.Topology(rank=0, world_size=1)}, "rank 0 of this launch is another instance already"),
+        ({"model": pb.ModelSummary(parameters=["w"])}, "0 parameter_sizes for 1 parameters"),
+    ],
+)
+def test_an_instance_that_is_refused_is_told_why_and_the_others_of_its_stream_go_on(
+    tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello(), hello(**{"instance": "wrong", **changes}))
+            await stream.send(steps(1, [1.0], instance="wrong"), steps(1, [1.0, 2.0]))
+            right, wrong = await stream.positions(2)
+            while right.sequence < 2:
+                right, wrong = await stream.positions(2)
+            assert (right.instance, right.refused) == ("r-0", "")
+            assert (wrong.instance, wrong.sequence) == ("wrong", 0)
+            assert says in wrong.refused
+            assert value(await families(server), "foreshock_steps") == 2
+            await stream.close()
+
+    serving(test())
+
+
+def test_names_that_cannot_be_printed_refuse_nothing_and_are_shown_as_python_writes_them(tmp_path: Path) -> None:
+    async def test() -> None:
+        model = pb.ModelSummary(
+            type="M\n", module_types={"a\tb": 1}, parameters=["a\nb.w"], parameter_sizes=[1], layers=["a\nb" * 999]
+        )
+        model.parameter_layers.append(0)
+        async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
+            stream = Stream(server)
+            await stream.send(hello(model=model, clip="norm\n1"), steps(1, [2.0], global_layer_norms=[2.0]))
+            await stream.stored(1)
+            found = await families(server)
+            assert value(found, "foreshock_run_info", model=r"M\n", clip=r"norm\n1") == 1
+            (sample,) = found["foreshock_layer_gradient_norm"].samples
+            assert sample.labels["layer"].startswith(r"a\nba\nb")
+            assert len(sample.labels["layer"]) == 2000
+            await stream.close()
 
     serving(test())
 
