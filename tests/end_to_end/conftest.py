@@ -97,6 +97,15 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
         assert started.stop() == 0
 
 
+@pytest.fixture(scope="session")
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A collector with Prometheus, Alertmanager and a webhook around it."""
+    from tests.end_to_end.watch import watching
+
+    with watching(tmp_path_factory.mktemp("watch")) as all_of_it:
+        yield all_of_it
+
+
 Job = Callable[..., "subprocess.Popen[str]"]
 
 

@@ -2,99 +2,31 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
-import yaml
 
 from grafana.dashboards import DASHBOARDS
-from tests.deploy.conftest import Webhook, listening, programs, request, start_alertmanager, with_receiver
-from tests.deploy.test_prometheus import faster
-from tests.end_to_end.conftest import Collector, Job, eventually
+from tests.end_to_end.conftest import Job, eventually
 from tests.end_to_end.test_path import left, said
-
-
-@dataclass(frozen=True)
-class Watch:
-    """All that stands between a rank and a person."""
-
-    collector: Collector
-    webhook: Webhook
-    alertmanager: str
-    prometheus: str
-
-    def alerts(self, run: str) -> dict[str, str]:
-        """What Alertmanager knows of a run: alert name to "active" or "suppressed"."""
-        found = request(self.alertmanager, "GET", f"/api/v2/alerts?filter=run%3D{run}")
-        return {alert["labels"]["alertname"]: alert["status"]["state"] for alert in found}
-
-    def told(self, run: str) -> list[dict[str, Any]]:
-        """What the webhook has heard of a run so far, resolved alerts left out; of others it is forgotten."""
-        found: list[dict[str, Any]] = []
-        while True:
-            try:
-                alert = self.webhook.alerts.get_nowait()
-            except queue.Empty:
-                return found
-            if alert["labels"].get("run") == run and alert["status"] == "firing":
-                found.append(alert)
-
-    def scraped(self, run: str, steps: int) -> bool:
-        """Prometheus has seen so many steps, and has judged its rules since."""
-        query = f"/api/v1/query?query=foreshock_steps_total%7Brun%3D%22{run}%22%7D"
-        result = request(self.prometheus, "GET", query)["data"]["result"]
-        groups = request(self.prometheus, "GET", "/api/v1/rules")["data"]["groups"]
-        if not result or float(result[0]["value"][1]) < steps:
-            return False
-        seen = time.time()
-        eventually(lambda: self._judged() > seen, "an evaluation of the rules")
-        return bool(groups)
-
-    def _judged(self) -> float:
-        groups = request(self.prometheus, "GET", "/api/v1/rules")["data"]["groups"]
-        times = [yaml.safe_load(group["lastEvaluation"]).timestamp() for group in groups]
-        return float(min(times))
-
-
-@pytest.fixture(scope="module")
-def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    folder = tmp_path_factory.mktemp("watch")
-    with ExitStack() as stack:
-        collector = Collector(folder)
-        stack.callback(collector.stop)
-        webhook = stack.enter_context(listening())
-        start = stack.enter_context(programs())
-        # Evaluations are five times as fast as those shipped, the waits only twice: a climb of a second or two on a
-        # busy machine still ends within them, as one of the shipped ten seconds does.
-        alertmanager = start_alertmanager(start, with_receiver(webhook.url, folder, faster=2), folder)
-        prometheus = start(
-            "prometheus",
-            f"--config.file={faster(folder, collector.url.removeprefix('http://'), alertmanager)}",
-            "--web.listen-address=127.0.0.1:0",
-            f"--storage.tsdb.path={folder / 'prometheus'}",
-        )
-        yield Watch(collector, webhook, alertmanager, prometheus)
+from tests.end_to_end.watch import Watch
 
 
 def test_a_paced_build_up_is_told_of_before_the_nan_step_is_taken(watch: Watch, job: Job) -> None:
     process = job("paced", watch.collector.address, steps=110, explode_at=40, pace=0.5, pace_from=40)
-    first = watch.webhook.next()
+    first = eventually(lambda: watch.told("paced"), "a warning")[0]
     heard = time.time()
-    assert (first["labels"]["alertname"], first["labels"]["run"]) == ("ForeshockGradientBuildUp", "paced")
+    assert first["labels"]["alertname"] == "ForeshockGradientBuildUp"
     said(process)
     run = left(watch.collector, "paced")
     (incident,) = run["incidents"]
     steps = watch.collector.get("/api/v1/runs/paced/steps")
     taken = steps["wall_seconds"][steps["step"].index(incident["verdict"]["first_bad_step"])]
     assert heard < taken
-    explosion = watch.webhook.next()
+    explosion = eventually(lambda: watch.told("paced")[1:], "the page")[0]
     assert explosion["labels"]["alertname"] == "ForeshockExplodingGradients"
 
 

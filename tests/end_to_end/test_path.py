@@ -71,7 +71,7 @@ def test_a_resumed_run_shows_its_own_steps_and_a_requeue_is_a_new_attempt(collec
 
 
 def test_a_killed_ranks_last_record_arrives(collector: Collector, job: Job) -> None:
-    said(job("killed", collector.address, steps=60, kill_at=30))
+    said(job("killed", collector.address, steps=60, kill_at=30, who=[0]))
     run = left(collector, "killed")
     assert run["ranks"][0]["state"] == "lost"
     assert run["ranks"][0]["last_step"] == 30

@@ -14,7 +14,10 @@ import foreshock
 
 options = {
     "steps": 60, "pace": 0.0, "pace_from": 0, "explode_at": None, "nan_at": None, "nan_rank": None, "start": 0,
-    "attach": {}, "attach_ranks": None, "kill_at": None, "raise_at": None, "weights": "",
+    "attach": {}, "attach_ranks": None, "zero_loss": False, "weights": "",
+    # What a rank does after a step, and which ranks do it: all of them without a list.
+    "kill_at": None, "raise_at": None, "error": "the script gives up", "exit_at": None, "exit_code": 1, "hang_at": None,
+    "who": [0, 1, 2, 3],
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -36,18 +39,25 @@ for i in range(options["steps"]):
     if i == options["nan_at"] and rank == options["nan_rank"]:
         x[0, 0] = float("nan")
     optimizer.zero_grad()
-    loss = ((model(x) - y) ** 2).mean()
+    out = model(x)
+    # The loss of GRPO: exactly zero, its gradient is not.
+    loss = (out - out.detach()).mean() if options["zero_loss"] else ((out - y) ** 2).mean()
     if watch is not None:
-        watch.observe(loss=loss, step=step)
+        watch.observe(loss=loss.detach(), step=step)
     loss.backward()
     optimizer.step()
     if rank == 0 and i % 1000 == 0:
         sys.stdout.write(f"step {i}\n")
         sys.stdout.flush()
-    if i == options["kill_at"] and rank == 0:
-        os.kill(os.getpid(), 9)
-    if i == options["raise_at"]:
-        raise RuntimeError("the script gives up")
+    if rank in options["who"]:
+        if i == options["kill_at"]:
+            os.kill(os.getpid(), 9)
+        if i == options["raise_at"]:
+            raise RuntimeError(options["error"])
+        if i == options["exit_at"]:
+            sys.exit(options["exit_code"])
+        if i == options["hang_at"]:
+            time.sleep(86400)
     if options["pace"] and i >= options["pace_from"]:
         time.sleep(options["pace"])
 if options["weights"]:
