@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from foreshock_collector.detection import Event
 from foreshock_collector.steps import ModelFacts, Step
@@ -19,9 +20,13 @@ and no cross entropy starts above 30."""
 _RISING = 1.2
 """The learning rate before a climb over its least of the steps before."""
 _DEEP_LAYERS = 8
+_LEAST_OF_HEALTHY = 0.01
+"""Of the median norm of healthy steps: nobody trains well with a smaller max_norm."""
+_TINY_NORM = 1e-3
+"""A max_norm below is no advice to copy: the number says more of how the loss is scaled than of the training."""
 _PLAIN = ("RNN", "RNNCell")
 _RECURRENT = (*_PLAIN, "LSTM", "GRU", "LSTMCell", "GRUCell")
-_NORMALISATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
+_NORMALIZATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
 
 
 def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
@@ -32,7 +37,7 @@ def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
         return "learning_rate"
     types = model.module_types
     early = onset.sequence <= _EARLY_STEPS and steps[0].sequence == 1
-    deep = len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALISATIONS) for name in types)
+    deep = len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALIZATIONS) for name in types)
     first = steps[0]
     if early and not deep and (first.global_norm > _LARGE_NORM or (first.loss or 0.0) > _LARGE_LOSS):
         return "initialization"
@@ -46,35 +51,53 @@ def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
 
 
 def against_explosion(
-    steps: Sequence[Step], usual: float, layer: str, model: ModelFacts, root: Root
+    steps: Sequence[Step], onset: Event, usual: float, layer: str, model: ModelFacts, root: Root
 ) -> tuple[str, ...]:
-    """What to try after an explosion; the first follows from its likely root. usual: the norm of before."""
+    """What to try after an explosion: what its likely root asks for first. usual: the norm of before the onset."""
     last = steps[-1]
-    norm = float(f"{usual:.1g}") if math.isfinite(usual) else 1.0
     types = model.module_types
     rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
-    of = f", first of {layer}" if layer else ""
-    plain = any(name in types for name in _PLAIN)
-    advice: dict[str, str] = {
-        "learning_rate": f"a smaller learning rate{rate}, with a warm-up over the first steps",
-        "initialization": f"a smaller initialisation{of}: see how its weights are scaled",
-    }
-    if any(name in types for name in _RECURRENT):
-        advice["recurrent"] = (
-            "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
-            if plain
-            else "truncated backpropagation through time: detach the state more often"
-        )
-    if types and not any(name.startswith(_NORMALISATIONS) for name in types):
-        advice["normalization"] = "a normalisation (LayerNorm, RMSNorm): the model has none"
-    clipped = any(s.clip_coefficient < 1 for s in steps)
-    clip = (
-        "clip lower: clipping was on and did not hold it"
-        if clipped
-        else f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={norm:g})"
+    slower = f"a smaller learning rate{rate}, with a warm-up over the first steps"
+    recurrent = (
+        "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
+        if any(name in types for name in _PLAIN)
+        else "truncated backpropagation through time: detach the state more often"
     )
-    first = [advice.pop(root)] if root in advice else []
-    return (*first, clip, *advice.values(), "go back to a checkpoint from before the first sign")
+    normalized = any(name.startswith(_NORMALIZATIONS) for name in types)
+    normalization = "a normalization (LayerNorm, RMSNorm): the model has none"
+    structure: list[str] = []
+    if any(name in types for name in _RECURRENT):
+        structure.append(recurrent)
+    if types and not normalized:
+        structure.append(normalization)
+    clip = _clip_near(steps, onset, usual)
+    back = "go back to a checkpoint from before the first sign"
+    if root == "learning_rate":
+        return (slower, clip, back)
+    if root == "unknown":
+        return (clip, slower, *structure, back)
+    of = f", first of {layer}" if layer else ""
+    cure = {
+        "initialization": f"a smaller initialization{of}: see how its weights are scaled",
+        "recurrent": recurrent,
+        "normalization": normalization,
+    }[root]
+    return (cure, clip, slower, *(line for line in structure if line != cure), back)
+
+
+def _clip_near(steps: Sequence[Step], onset: Event, usual: float) -> str:
+    """Where to clip: at the usual norm, and where that had faded to next to nothing, not far below the healthy ones."""
+    if any(step.clip_coefficient < 1 for step in steps):
+        return "clip lower: clipping was on and did not hold it"
+    norms = [step.global_norm for step in steps if step.sequence < onset.sequence]
+    healthy = [norm for norm in norms if math.isfinite(norm) and norm > 0]
+    least = _LEAST_OF_HEALTHY * median(healthy) if healthy else 0.0
+    near = max(usual, least) if math.isfinite(usual) else least
+    if near < _TINY_NORM:
+        return (
+            f"clip near the usual norm (about {near:.1g})" if near > 0 else "clip by norm, near that of healthy steps"
+        )
+    return f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={float(f'{near:.1g}'):g})"
 
 
 def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tuple[str, ...]:

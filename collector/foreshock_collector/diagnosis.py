@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from foreshock_collector.advice import USUAL_STEPS, after_quiet, against_explosion, likely_root
 from foreshock_collector.board import Board, bad_locally
@@ -23,8 +24,9 @@ _CONFIDENCE: dict[Cause, float] = {
 """Where it is quiet before and no rank is named; by rule of thumb."""
 _BLOWN_RATIO = 1000.0
 """A rank whose norm is this many times the largest of the others' has a fault of its own: no batch makes so much."""
-_OUTLIER_RATIO = 3.0
-"""A rank stands out whose local norm is this many times the median of the others; data alone make less of it."""
+_OUTLIER_RATIO, _LONE_OUTLIER_RATIO = 3.0, 10.0
+"""A rank stands out whose local norm is this many times the median of the others; data alone make less of it. The
+second where the climb is one step: chance makes more of that."""
 
 
 def diagnose(
@@ -138,7 +140,7 @@ def _exploded(
     growing, growth = _growing_layer(window, onset, board, model)
     if growing:
         evidence.append(f"layer {growing} grew most: {growth:.3g} times its norm of before")
-    loud, share = (None, 0.0) if culprit is not None else _loudest_rank(window, onset, board)
+    loud, share, alike = (None, 0.0, False) if culprit is not None else _loudest_rank(window, onset, board)
     if loud is not None:
         evidence.append(f"local norm of rank {loud}: {share:.3g} times the median of the others")
     rates = [s.learning_rate for s in window]
@@ -160,8 +162,9 @@ def _exploded(
         f"{max(climb, default=0):.3g}, and {lead} step{'s' if lead != 1 else ''} later, at step {bad.step}, "
         "it was no longer finite.",
         evidence=tuple(evidence),
-        try_=against_explosion(steps, usual, layer or growing, model, root),
+        try_=against_explosion(steps, onset, usual, layer or growing, model, root),
         likely_root=root,
+        ranks_alike=alike,
         alternatives=("the one spike was harmless, and the NaN sudden",) if lone else ("one bad batch set it off",),
     )
 
@@ -183,10 +186,10 @@ def _not_from_the_start(bad: Step, evidence: list[str], culprit: int | None, par
         try_=(
             f"check the first batch{where} for NaN and Inf: torch.isfinite(batch).all()",
             "look for log(0), sqrt at 0, a division by zero or an all-masked softmax in the model and the loss",
-            "check the initialisation: its scale, and whether a loaded checkpoint is finite",
+            "check the initialization: its scale, and whether a loaded checkpoint is finite",
             "check the data type: what float16 cannot hold, bfloat16 or float32 may",
         ),
-        alternatives=("an initialisation so large that the first forward pass overflows",),
+        alternatives=("an initialization so large that the first forward pass overflows",),
     )
 
 
@@ -331,14 +334,37 @@ def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: Mo
     return (model.layers[most], float(growth[most])) if growth[most] > 1 else ("", 0.0)
 
 
-def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[int | None, float]:
-    """A rank whose own norm stood far above the others' on the climb, and how many times their median."""
-    climb = np.array([s.sequence for s in window if s.sequence >= onset.sequence and not s.nonfinite], np.int64)
-    for norms in board.local_norms(climb):
-        if len(norms) < 2 or not np.isfinite(norms).all():
-            continue
-        loudest = int(norms.argmax())
-        others = float(np.median(np.delete(norms, loudest)))
-        if others > 0 and norms[loudest] > _OUTLIER_RATIO * others:
-            return loudest, float(norms[loudest]) / others
-    return None, 0.0
+def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[int | None, float, bool]:
+    """A rank whose own norm stood far above the others' all the way from the onset, and how many times their median.
+
+    Third: all ranks were seen to climb alike. A rank that explodes together with the others is louder than they by
+    chance, on some steps; and one whose data always make more of it has not caused the climb.
+    """
+    sequences = np.array([s.sequence for s in window if not s.nonfinite], np.int64)
+    norms = board.local_norms(sequences)
+    known = (np.isfinite(norms) & (norms > 0)).all(axis=1)
+    shares = _shares(norms[known])
+    before = sequences[known] < onset.sequence
+    calm, climb = shares[before], shares[~before]
+    if shares.shape[1] < 2 or not len(climb):
+        return None, 0.0, False
+    ratio = _OUTLIER_RATIO if len(climb) > 1 else _LONE_OUTLIER_RATIO
+    loudest = int(climb[-1].argmax())
+    if climb[:, loudest].min() > max(ratio, float(calm.max(initial=0.0))):
+        return loudest, float(climb[-1, loudest]), False
+    return None, 0.0, float(climb.max()) <= _OUTLIER_RATIO
+
+
+def _shares(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Each rank's norm as a multiple of the median of the others'. norms: positive and finite, [steps, ranks]."""
+    others = norms.shape[1] - 1
+    if others < 1:
+        return np.ones(norms.shape)
+    ordered = np.sort(norms, axis=1)
+    place = norms.argsort(axis=1).argsort(axis=1)
+
+    def without_own(i: int) -> npt.NDArray[np.float64]:
+        # The i-th of the others is one further on for whoever stands before it.
+        return np.where(place > i, ordered[:, [i]], ordered[:, [i + 1]])
+
+    return 2 * norms / (without_own((others - 1) // 2) + without_own(others // 2))

@@ -40,12 +40,12 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
     ),
     "vanishing_gradients": (
         "ReLU, GELU or another activation that does not saturate, in place of sigmoid or tanh",
-        "normalisation (LayerNorm, BatchNorm) or residual connections, so that early layers get a gradient",
-        "an initialisation that fits the activation (Xavier, He)",
+        "normalization (LayerNorm, BatchNorm) or residual connections, so that early layers get a gradient",
+        "an initialization that fits the activation (Xavier, He)",
     ),
     "loss_divergence": (
         "a smaller learning rate, or one that decays: small steps in a bad direction add up",
-        "look at what changed at that step: data, loss weights, regularisation, a schedule",
+        "look at what changed at that step: data, loss weights, regularization, a schedule",
         "go back to a checkpoint from before it",
     ),
     "rank_lost": (

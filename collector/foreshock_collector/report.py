@@ -20,7 +20,7 @@ _BEFORE, _AFTER = 96, 16
 _MARKS = {"build_up": ("build-up", "top left"), "nonfinite": ("not finite", "top right")}
 """What is written beside which events, and on which side: the two lie close together."""
 _MOST_MARKS = 20
-_COLOURS = {"line": "#2f6f9f", "mark": "#b5452c", "quiet": "#8a8f98"}
+_COLORS = {"line": "#2f6f9f", "mark": "#b5452c", "quiet": "#8a8f98"}
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2129; }
@@ -145,11 +145,11 @@ def _charts(report: Report) -> list[str]:
         values = [_finite(value) for value in report.columns.get(column, [])]
         if not any(value is not None for value in values):
             continue
-        line = {"color": _COLOURS["line"], "width": 1.5}
+        line = {"color": _COLORS["line"], "width": 1.5}
         figure = go.Figure(go.Scattergl(x=report.columns["step"], y=values, mode="lines", line=line, name=name))
         for kind, (text, side) in _MARKS.items():
-            colour = _COLOURS["mark"] if kind == "nonfinite" else _COLOURS["quiet"]
-            look = {"line_width": 1, "line_dash": "dot", "line_color": colour, "annotation_position": side}
+            color = _COLORS["mark"] if kind == "nonfinite" else _COLORS["quiet"]
+            look = {"line_width": 1, "line_dash": "dot", "line_color": color, "annotation_position": side}
             for event in [event for event in report.events if event["kind"] == kind][:_MOST_MARKS]:
                 figure.add_vline(x=event["step"], annotation_text=text, **look)
         if column == "global_norm":
@@ -157,9 +157,9 @@ def _charts(report: Report) -> list[str]:
         figures.append((name, figure))
     for by, cells in report.heat.items():
         logarithms = [[_logarithm(value) for value in row] for row in cells["values"]]
-        colours = {"title": "log10 norm"}
+        bar = {"title": "log10 norm"}
         figure = go.Figure(
-            go.Heatmap(x=cells["steps"], y=cells["rows"], z=logarithms, colorscale="Cividis", colorbar=colours)
+            go.Heatmap(x=cells["steps"], y=cells["rows"], z=logarithms, colorscale="Cividis", colorbar=bar)
         )
         figure.update_yaxes(type="category")
         figures.append((f"norm by {by.removesuffix('s')}, around the incident", figure))

@@ -51,7 +51,7 @@ class Verdict:
     lead_steps: int
     """Steps from the onset to the first non-finite one; 0 without an onset."""
     rank: int | None
-    """The one rank that was bad before the all-reduce, or whose own gradient led an explosion; None: all alike."""
+    """The one rank that was bad before the all-reduce, or whose own gradient led an explosion; None: no single one."""
     parameter: str
     """First in backward order that was not finite; empty where that is not known, or means nothing."""
     layer: str
@@ -64,6 +64,8 @@ class Verdict:
     alternatives: tuple[str, ...]
     finite: bool = False
     """Every number has stayed finite: `first_bad_step` is the first that showed the trouble."""
+    ranks_alike: bool = False
+    """No rank is named because all were seen to behave alike; not: because nothing is known of them."""
     likely_root: Root | None = None
     """Of an explosion: what most likely made the factors grow."""
 

@@ -6,11 +6,12 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from foreshock_collector.board import Board, decode
 from foreshock_collector.detection import Detector, Event
-from foreshock_collector.diagnosis import diagnose
+from foreshock_collector.diagnosis import _shares, diagnose
 from foreshock_collector.rules import DEFAULT
 from foreshock_collector.steps import ModelFacts, Step
 from foreshock_collector.verdicts import Verdict
@@ -141,7 +142,7 @@ def test_overflows_do_not_hide_a_nan_that_follows() -> None:
     ("model", "calm", "rates", "root", "first"),
     [
         (RECURRENT, quiet(), [0.1] * 60 + [0.1 + 0.01 * i for i in range(40)], "learning_rate", "learning rate"),
-        (PLAIN, [{"norm": 900.0, "loss": 2.0}, *quiet(30)], [0.1] * 31, "initialization", "initialisation"),
+        (PLAIN, [{"norm": 900.0, "loss": 2.0}, *quiet(30)], [0.1] * 31, "initialization", "initialization"),
         (PLAIN, quiet(30), [0.1] * 30, "learning_rate", "learning rate"),
         (DEEP, quiet(30), [0.1] * 30, "normalization", "LayerNorm"),
         (RECURRENT, quiet(), [0.1] * 100, "recurrent", "LSTM"),
@@ -179,3 +180,92 @@ def test_a_spike_of_one_rank_alone_before_the_nan_is_that_ranks_fault() -> None:
     found = after_spike((1.0, 2e30))
     assert (found.cause, found.rank, found.first_bad_step) == ("bad_rank", 1, 101)
     assert after_spike((1e30, 2e30)).cause == "exploding_gradients"
+
+
+def climbing(
+    world: int, *, seed: int, loud: int | None = None, noise: float, calm: int = 50, lead: int = 4, times: float = 8.0
+) -> Verdict:
+    """A run whose ranks all explode, and differ by chance; one of them `times` as loud as the others, if any."""
+    random = np.random.default_rng(seed)
+    norms = [*([1.0] * calm), *(8.0 ** np.arange(1, lead + 1))]
+    records = [{"norm": norm, "loss": 2.0} for norm in norms]
+    board = Board(world_size=world, layers=0, settled=0)
+    for rank in range(world):
+        # The noise of ranks grows as the weights leave what they have learned.
+        chance = np.exp(random.standard_normal(len(norms)) * np.where(np.array(norms) > 1, noise, noise / 4))
+        local = np.array(norms) * chance
+        if rank == loud:
+            local[calm:] *= times
+        batch = steps(1, norms, flags=[pb.LOCAL_NORMS] * len(norms), local_norm=local.tolist()).steps
+        board.write(rank, decode(batch, 0), now=0.0)
+    return verdict([*records, {"norm": NAN, "loss": NAN}], board=board)
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_no_rank_is_named_where_all_exploded_alike(world: int) -> None:
+    found = [climbing(world, seed=seed, noise=noise) for seed in range(60) for noise in (0.05, 0.4)]
+    assert {each.cause for each in found} == {"exploding_gradients"}
+    assert [each.rank for each in found] == [None] * len(found)
+    assert all("local norm of rank" not in line for each in found for line in each.evidence)
+    # With so little noise they were seen to be alike; with more, nothing is said of it.
+    assert all(each.ranks_alike for each in found[::2])
+
+
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_a_rank_that_leads_the_climb_from_its_onset_to_its_end_is_named(world: int) -> None:
+    for seed in range(20):
+        found = climbing(world, seed=seed, noise=0.2, loud=seed % world)
+        assert (found.rank, found.ranks_alike) == (seed % world, False)
+
+
+def test_a_rank_that_was_loud_before_has_not_led_the_climb() -> None:
+    board = Board(world_size=2, layers=0, settled=0)
+    norms = [*([1.0] * 50), 8.0, 64.0, 512.0]
+    for rank, times in enumerate((1.0, 5.0)):
+        local = [times * norm for norm in norms]
+        batch = steps(1, norms, flags=[pb.LOCAL_NORMS] * len(norms), local_norm=local).steps
+        board.write(rank, decode(batch, 0), now=0.0)
+    found = verdict([*({"norm": norm, "loss": 2.0} for norm in norms), {"norm": NAN, "loss": NAN}], board=board)
+    assert (found.cause, found.rank, found.ranks_alike) == ("exploding_gradients", None, False)
+
+
+def test_where_nothing_is_known_of_the_ranks_they_are_not_called_alike() -> None:
+    found = verdict([*quiet(), *climb(), {"norm": NAN, "loss": NAN}])
+    assert (found.rank, found.ranks_alike) == (None, False)
+
+
+def test_the_multiple_of_the_others_median_leaves_out_the_rank_itself() -> None:
+    norms = np.array([[1.0, 2.0, 3.0, 40.0], [8.0, 2.0, 4.0, 4.0]])
+    for world in (2, 3, 4):
+        part = norms[:, :world]
+        wanted = [[row[r] / np.median(np.delete(row, r)) for r in range(world)] for row in part]
+        assert _shares(part) == pytest.approx(np.array(wanted))
+
+
+@pytest.mark.parametrize(
+    ("calm", "says"),
+    [
+        ([1.3] * 60, "clip=1)"),
+        ([0.42] * 60, "clip=0.4)"),
+        # Faded a thousandfold before it climbed: 1 % of what was healthy, and not 0.002.
+        ([2.0] * 80 + list(np.geomspace(2.0, 0.002, 40)) + [0.002] * 20, "clip=0.02)"),
+        # Tiny from the start: the loss is scaled so, and a number would say nothing.
+        ([5e-5] * 60, "clip near the usual norm (about 5e-05)"),
+    ],
+)
+def test_the_norm_to_clip_at_is_a_sane_one(calm: list[float], says: str) -> None:
+    blown = [calm[-1] * 8.0**power for power in range(1, 8)]
+    norms = [*calm, *blown]
+    found = verdict([*({"norm": norm, "loss": 2.0} for norm in norms), {"norm": NAN, "loss": NAN}])
+    assert found.cause == "exploding_gradients"
+    (clip,) = (line for line in found.try_ if line.startswith("clip"))
+    assert says in clip
+
+
+def test_a_learning_rate_that_ran_away_asks_for_no_other_initialization_or_model() -> None:
+    calm = [{"norm": 1.0, "loss": 2.0, "rate": 0.1 + 0.01 * max(0, i - 60)} for i in range(100)]
+    blown = [record | {"rate": 0.5} for record in climb()]
+    for model in (PLAIN, DEEP, RECURRENT):
+        found = verdict([*calm, *blown, {"norm": NAN, "loss": NAN, "rate": 0.5}], model=model)
+        assert found.likely_root == "learning_rate"
+        assert [line.split()[0] for line in found.try_] == ["a", "clip", "go"]

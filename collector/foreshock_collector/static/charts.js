@@ -17,15 +17,15 @@ export const LINES = [
 ];
 
 export const MARKS = {
-  spike: { symbol: "triangle-up-open", word: "spike", colour: "--warn" },
-  build_up: { symbol: "triangle-up", word: "build-up begins", colour: "--warn" },
-  loss_spike: { symbol: "triangle-up-open", word: "loss spike", colour: "--warn" },
-  nonfinite: { symbol: "x-thin", word: "not finite", colour: "--bad" },
+  spike: { symbol: "triangle-up-open", word: "spike", color: "--warn" },
+  build_up: { symbol: "triangle-up", word: "build-up begins", color: "--warn" },
+  loss_spike: { symbol: "triangle-up-open", word: "loss spike", color: "--warn" },
+  nonfinite: { symbol: "x-thin", word: "not finite", color: "--bad" },
 };
 
 const FONT = "system-ui, sans-serif";
 
-export function colour(name) {
+export function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
@@ -49,18 +49,18 @@ export function plotly() {
 
 export function layout(width, height, scope, more = {}) {
   const axis = {
-    gridcolor: colour("--grid"), linecolor: colour("--rule"), zeroline: false, tickfont: { size: 11 }, fixedrange: true,
+    gridcolor: color("--grid"), linecolor: color("--rule"), zeroline: false, tickfont: { size: 11 }, fixedrange: true,
   };
   return {
     width, height, margin: margins(width), showlegend: false, hovermode: false,
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    font: { family: FONT, size: 11, color: colour("--soft") },
+    font: { family: FONT, size: 11, color: color("--soft") },
     uirevision: "same",
     ...more,
     xaxis: {
       ...axis, range: [scope.low, scope.high], fixedrange: false, showgrid: false, ticks: "outside", ticklen: 3,
-      tickcolor: colour("--rule"), showline: true, nticks: width < 600 ? 5 : 10, tickformat: ",d", ...more.xaxis,
+      tickcolor: color("--rule"), showline: true, nticks: width < 600 ? 5 : 10, tickformat: ",d", ...more.xaxis,
     },
     yaxis: { ...axis, nticks: height > 150 ? 6 : 4, exponentformat: "power", ...more.yaxis },
   };
@@ -73,17 +73,17 @@ function bandTraces(series, x) {
   const line = { width: 0, shape: "linear" };
   return [
     { x, y: series.usual_low, mode: "lines", line, hoverinfo: "skip" },
-    { x, y: series.usual_high, mode: "lines", line, fill: "tonexty", fillcolor: colour("--band"), hoverinfo: "skip" },
+    { x, y: series.usual_high, mode: "lines", line, fill: "tonexty", fillcolor: color("--band"), hoverinfo: "skip" },
   ];
 }
 
 function markTraces(chart, series, events, x) {
   const traces = [];
   const add = (xs, kind) => {
-    const { symbol, colour: name } = MARKS[kind];
+    const { symbol, color: name } = MARKS[kind];
     traces.push({
       x: xs, y: xs.map(() => 0.94), yaxis: "y2", mode: "markers", hoverinfo: "skip", cliponaxis: false,
-      marker: { symbol, size: kind === "nonfinite" ? 8 : 9, color: colour(name), line: { width: 1.6, color: colour(name) } },
+      marker: { symbol, size: kind === "nonfinite" ? 8 : 9, color: color(name), line: { width: 1.6, color: color(name) } },
     });
   };
   for (const kind of chart.marks ?? []) {
@@ -107,7 +107,7 @@ export function markLegend(chart) {
 export function lines(events) {
   return events.filter((event) => event.kind === "build_up" || event.kind === "nonfinite").map((event) => ({
     type: "line", xref: "x", yref: "paper", x0: event.x, x1: event.x, y0: 0, y1: 1, layer: "below",
-    line: { width: 1, dash: event.kind === "nonfinite" ? "solid" : "dot", color: colour(MARKS[event.kind].colour) },
+    line: { width: 1, dash: event.kind === "nonfinite" ? "solid" : "dot", color: color(MARKS[event.kind].color) },
   }));
 }
 
@@ -117,7 +117,7 @@ export async function drawLine(node, chart, { series, events, scope, offset }) {
   const values = series[chart.values];
   const trace = {
     x, y: values, mode: x.length < 3 ? "markers" : "lines", hoverinfo: "skip", connectgaps: false,
-    line: { color: colour("--trace"), width: 1.4 }, marker: { color: colour("--trace"), size: 4 },
+    line: { color: color("--trace"), width: 1.4 }, marker: { color: color("--trace"), size: 4 },
   };
   const yaxis = { type: chart.logarithmic ? "log" : "linear" };
   if (chart.range) yaxis.range = chart.range;

@@ -48,14 +48,14 @@ export class Cursor {
   key(event, plot) {
     const { low, high } = this.scope;
     const reach = high - low;
-    const centre = this.at ?? (low + high) / 2;
+    const center = this.at ?? (low + high) / 2;
     const step = Math.max(1, Math.round(reach / (event.shiftKey ? 10 : 200)));
     const actions = {
-      ArrowLeft: () => this.set(Math.max(Math.ceil(low), Math.round(centre) - step), plot),
-      ArrowRight: () => this.set(Math.min(Math.floor(high), Math.round(centre) + step), plot),
-      "+": () => this.zoom(centre - reach / 4, centre + reach / 4),
-      "=": () => this.zoom(centre - reach / 4, centre + reach / 4),
-      "-": () => this.zoom(centre - reach, centre + reach),
+      ArrowLeft: () => this.set(Math.max(Math.ceil(low), Math.round(center) - step), plot),
+      ArrowRight: () => this.set(Math.min(Math.floor(high), Math.round(center) + step), plot),
+      "+": () => this.zoom(center - reach / 4, center + reach / 4),
+      "=": () => this.zoom(center - reach / 4, center + reach / 4),
+      "-": () => this.zoom(center - reach, center + reach),
       0: () => this.zoom(),
       Escape: () => this.set(null),
     };

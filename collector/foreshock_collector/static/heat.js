@@ -1,6 +1,6 @@
 // Heat maps: ranks over steps and layers over steps, as "how many times the usual", which is what makes one stand out.
 
-import { CONFIG, colour, layout, lines, plotly } from "./charts.js";
+import { CONFIG, color, layout, lines, plotly } from "./charts.js";
 import { el, number, svg } from "./text.js";
 
 export const HEATS = [
@@ -15,7 +15,7 @@ export const HEATS = [
   },
 ];
 
-const REACH = 1.5; // decades to either side that colours tell apart
+const REACH = 1.5; // decades to either side that colors tell apart
 
 const median = (values) => {
   const sorted = values.filter((value) => Number.isFinite(value) && value > 0).sort((a, b) => a - b);
@@ -47,11 +47,11 @@ export async function drawHeat(node, chart, { heat, events, scope, offset }) {
   const most = node.clientWidth < 600 ? 7 : 17;
   const traces = [{
     type: "heatmap", x, y: heat.rows.map((_, i) => i), z: heat.relative, zmin: -REACH, zmax: REACH, showscale: false,
-    colorscale: [[0, colour("--heat-low")], [0.5, colour("--heat-usual")], [0.66, colour("--heat-some")], [0.85, colour("--heat-high")], [1, colour("--heat-most")]],
+    colorscale: [[0, color("--heat-low")], [0.5, color("--heat-usual")], [0.66, color("--heat-some")], [0.85, color("--heat-high")], [1, color("--heat-most")]],
     hoverinfo: "skip", xgap: 0, ygap: heat.rows.length > 40 ? 0 : 1,
   }, {
     x: bad.map(([at]) => at), y: bad.map(([, r]) => r), mode: "markers", hoverinfo: "skip",
-    marker: { symbol: "x-thin", size: heat.rows.length > 24 ? 4 : 7, line: { width: 1.4, color: colour("--bad") } },
+    marker: { symbol: "x-thin", size: heat.rows.length > 24 ? 4 : 7, line: { width: 1.4, color: color("--bad") } },
   }];
   const more = {
     yaxis: {

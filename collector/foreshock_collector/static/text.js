@@ -50,7 +50,7 @@ export function clock(seconds) {
 
 export const plural = (count, one, many = `${one}s`) => `${whole(count)} ${count === 1 ? one : many}`;
 
-// A condition has a word and a shape of its own: nobody needs to tell colours apart.
+// A condition has a word and a shape of its own: nobody needs to tell colors apart.
 const SHAPES = {
   failing: "M2 2l8 8M10 2l-8 8",
   failed: "M2 2l8 8M10 2l-8 8",
