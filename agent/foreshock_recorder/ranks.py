@@ -19,8 +19,8 @@ FIRST_OBSERVE_SECONDS = 5.0
 _UNDER_WAY = 48
 """A record this far behind the newest is on no device any more: the probe stages fewer."""
 _IN_FLIGHT = 4096
-"""Records sent and not yet acknowledged at most; the others stay in the ring. Those that were never sent, since the ring
-had overwritten them, are under way to nobody."""
+"""Records sent and not yet acknowledged at most; the others stay in the ring. One that the ring had overwritten before
+it was sent is not in flight."""
 _LOOK_SECONDS = 0.25
 
 
