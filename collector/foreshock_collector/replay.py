@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from foreshock_collector.faults import Faults, Seen
 from foreshock_collector.logs import LogError, Row, read_log
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import ModelFacts, Step, bounded
+from foreshock_collector.terminal import working
 from foreshock_collector.verdicts import Verdict
 
 _BOARD, _MODEL = Board(world_size=1, layers=0), ModelFacts()
@@ -39,10 +40,11 @@ class Replay:
     """Its data row, from 0."""
 
 
-def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
+def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], None] = lambda _: None) -> Replay:
     """Take the rows through detection, and diagnose the first failure that is one. rows: at least one.
 
-    Without a failure, a trouble that lasts may be named, or an overflow that a scaler took care of.
+    Without a failure, a trouble that lasts may be named, or an overflow that a scaler took care of. at: called with the
+    number of each row, from 0, before it is looked at.
     """
     detector, faults = Detector(rules=rules), Faults(rules=rules)
     steps = [_step(number, row) for number, row in enumerate(rows)]
@@ -50,6 +52,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
     failure: tuple[Verdict, int] | None = None
     trouble: Verdict | None = None
     for number, step in enumerate(steps):
+        at(number)
         finite_before, climbing, diverging = detector.finite_ever, detector.climbing, faults.diverging
         gap, last_gap = _gap(rows, number), _gap(rows, number - 1)
         if gap > rules.interval_change * last_gap > 0 or last_gap > rules.interval_change * gap > 0:
@@ -89,6 +92,19 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT) -> Replay:
     return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=failure and failure[1])
 
 
+def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT) -> Replay:
+    """Read a log and replay it; on a terminal, a long one says how far it is. Raises `LogError`."""
+    now = f"reading {path}"
+
+    def at(row: int) -> None:
+        nonlocal now
+        now = f"{path}: row {row + 1:,} of {len(rows):,}"
+
+    with working(lambda: now):
+        rows = read_log(path, run=run)
+        return replay(rows, rules, at=at)
+
+
 def main(arguments: list[str]) -> int:
     """0: healthy; 1: trouble found; 2: a file cannot be read."""
     parser = Parser(
@@ -116,7 +132,7 @@ def main(arguments: list[str]) -> int:
     code = 0
     for path in options.files:
         try:
-            found = replay(read_log(path, run=options.run), rules)
+            found = replay_file(path, run=options.run, rules=rules)
         except LogError as error:
             sys.stderr.write(f"foreshock diagnose: {error}\n")
             code = 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html
 import math
 import sys
+import time
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any
 
 from foreshock_collector.client import ClientError, add_url, ask
 from foreshock_collector.config import ConfigError, Parser
-from foreshock_collector.logs import LogError, read_log
-from foreshock_collector.replay import Replay, replay
+from foreshock_collector.logs import LogError
+from foreshock_collector.replay import Replay, replay_file
 
 _BEFORE, _AFTER = 96, 16
 """Steps around an incident that the heat maps show."""
@@ -42,6 +44,12 @@ class Report:
     """As the API tells them, in order; empty: nothing has happened."""
     heat: dict[str, dict[str, Any]]
     """By "ranks" and "layers": `steps`, `rows` and `values` [row][step] of their norms around the last incident."""
+    about: Sequence[tuple[str, str]]
+    """What ran, and when: a name and its value each."""
+    quiet: str
+    """What is said where there is no verdict."""
+    runbooks: str = ""
+    """Address of the folder of runbooks; empty where no collector is known."""
 
 
 def main(arguments: list[str]) -> int:
@@ -54,7 +62,7 @@ def main(arguments: list[str]) -> int:
     try:
         options = parser.parse_args(arguments)
         path = Path(options.source)
-        report = from_log(path, replay(read_log(path))) if path.exists() else from_run(options.url, options.source)
+        report = from_log(path, replay_file(path)) if path.exists() else from_run(options.url, options.source)
         text = as_markdown(report) if options.markdown else as_page(report)
         if options.output is None:
             sys.stdout.write(text)
@@ -76,7 +84,15 @@ def from_log(path: Path, found: Replay) -> Report:
     }
     events = [{"kind": event.kind, "step": event.step} for event in found.events]
     verdicts = [] if found.verdict.cause == "healthy" else [found.verdict.as_json()]
-    return Report(title=path.name, columns=columns, events=events, verdicts=verdicts, heat={})
+    return Report(
+        title=path.name,
+        columns=columns,
+        events=events,
+        verdicts=verdicts,
+        heat={},
+        about=[("rows", f"{len(found.log):,}, of a recorded log: nothing is known of its ranks, layers and model")],
+        quiet=f"Nothing has happened: {len(found.log):,} rows, all finite.",
+    )
 
 
 def from_run(url: str, name: str) -> Report:
@@ -95,7 +111,53 @@ def from_run(url: str, name: str) -> Report:
                 shift = verdicts[-1]["first_bad_step"] - bad
                 steps = [sequence + shift for sequence in cells["sequence"]]
                 heat[by] = {"steps": steps, "rows": cells["rows"], "values": cells["values"]}
-    return Report(title=name, columns=series, events=events, verdicts=verdicts, heat=heat)
+    return Report(
+        title=name,
+        columns=series,
+        events=events,
+        verdicts=verdicts,
+        heat=heat,
+        about=_about(run, url),
+        quiet=_quiet(run["counters"]),
+        runbooks=f"{url.rstrip('/')}/runbooks",
+    )
+
+
+def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
+    model, optimizer, attempts = run["model"], run["optimizer"], len(run["attempts"])
+    ended = max(run["last_step_seconds"], run["last_report_seconds"])
+    size = f"{len(model['layers'])} layers, {model['elements']:,} elements in {model['parameters']:,} parameters"
+    facts = [
+        ("experiment", run["experiment"]),
+        ("condition", run["condition"]),
+        ("attempt", f"{run['attempt']}, the newest of {attempts}" if attempts > 1 else f"{run['attempt']}"),
+        ("ranks", f"{run['ranks_reporting']} of {run['world_size']} reporting"),
+        ("model", f"{model['type']}, {size}" if model["type"] else ""),
+        ("optimizer", optimizer["type"] + (", fused" if optimizer["fused"] else "")),
+        ("clip", run["clip"]),
+        ("began", _moment(run["started_seconds"]) if run["started_seconds"] else ""),
+        ("ran for", _span(ended - run["started_seconds"]) if run["started_seconds"] else ""),
+        ("last report", _moment(run["last_report_seconds"])),
+        ("versions", ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))),
+        ("page", f"{url.rstrip('/')}/run/{urllib.parse.quote(run['run'], safe='')}"),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _quiet(counters: dict[str, Any]) -> str:
+    bad = [f"{what} {count:,}" for what, count in counters["nonfinite"].items() if count]
+    how = f"not all finite ({', '.join(bad)}), without harm" if bad else "all finite"
+    return f"Nothing has happened: {counters['steps']:,} steps, {how}."
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def as_markdown(report: Report) -> str:
@@ -103,11 +165,12 @@ def as_markdown(report: Report) -> str:
     lines = [f"# {report.title}", ""]
     for verdict in report.verdicts:
         lines += [f"**{verdict['cause']}**: {verdict['summary']}", ""]
-        lines += [f"- {name}: {value}" for name, value in _facts(verdict)]
+        lines += [f"- {name}: {value}" for name, value in _facts(verdict, report.runbooks)]
         lines += ["", "Seen:", "", *(f"- {line}" for line in verdict["evidence"])]
         lines += ["", "To try:", "", *(f"{number}. {line}" for number, line in enumerate(verdict["try"], 1)), ""]
     if not report.verdicts:
-        lines += [_nothing(report), ""]
+        lines += [report.quiet, ""]
+    lines += ["What ran:", "", *(f"- {name}: {value}" for name, value in report.about), ""]
     return "\n".join(lines)
 
 
@@ -116,12 +179,16 @@ def as_page(report: Report) -> str:
     parts = [f"<h1>{html.escape(report.title)}</h1>"]
     for verdict in report.verdicts:
         parts.append(f'<p class="what"><b>{verdict["cause"]}</b>: {html.escape(verdict["summary"])}</p>')
-        facts = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(verdict))
+        facts = "".join(
+            f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(verdict, report.runbooks)
+        )
         parts.append(f"<dl>{facts}</dl>")
         parts.append(f"<h2>Seen</h2><ul>{_items(verdict['evidence'])}</ul>")
         parts.append(f"<h2>To try</h2><ol>{_items(verdict['try'])}</ol>")
     if not report.verdicts:
-        parts.append(f'<p class="what">{html.escape(_nothing(report))}</p>')
+        parts.append(f'<p class="what">{html.escape(report.quiet)}</p>')
+    about = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in report.about)
+    parts.append(f"<h2>What ran</h2><dl>{about}</dl>")
     parts += _charts(report)
     title = html.escape(report.title)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
@@ -173,23 +240,23 @@ def _charts(report: Report) -> list[str]:
     return parts
 
 
-def _facts(verdict: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(verdict: dict[str, Any], runbooks: str) -> list[tuple[str, str]]:
     facts = [
         ("confidence", f"{verdict['confidence']:.0%}"),
-        ("since step" if verdict.get("finite") else "first non-finite step", str(verdict["first_bad_step"])),
+        ("since step" if verdict["finite"] else "first non-finite step", str(verdict["first_bad_step"])),
     ]
     if verdict["onset_step"] is not None:
         facts.append(("began at step", f"{verdict['onset_step']}, {verdict['lead_steps']} steps before"))
+    if verdict["likely_root"]:
+        facts.append(("likely root", verdict["likely_root"].replace("_", " ")))
     if verdict["rank"] is not None:
         facts.append(("rank", str(verdict["rank"])))
+    elif verdict["ranks_alike"]:
+        facts.append(("rank", "all alike"))
     if verdict["layer"]:
         facts.append(("layer", verdict["layer"]))
+    facts.append(("runbook", f"{runbooks}/{verdict['runbook']}" if runbooks else verdict["runbook"]))
     return facts
-
-
-def _nothing(report: Report) -> str:
-    steps = report.columns["step"]
-    return f"Nothing has happened: {len(steps)} steps, all finite."
 
 
 def _items(lines: Sequence[str]) -> str:

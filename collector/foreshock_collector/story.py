@@ -16,16 +16,16 @@ def story(verdict: dict[str, Any]) -> RenderableType:
     facts.add_column(overflow="fold")
     facts.add_row("what", Text(verdict["summary"]))
     facts.add_row("verdict", f"{verdict['cause']}, confidence {verdict['confidence']:.0%}")
-    if verdict.get("likely_root"):
+    if verdict["likely_root"]:
         facts.add_row("root", verdict["likely_root"].replace("_", " "))
     if verdict["onset_step"] is not None:
         facts.add_row("began", f"step {verdict['onset_step']}")
-    facts.add_row("since" if verdict.get("finite") else "not finite", f"step {verdict['first_bad_step']}")
+    facts.add_row("since" if verdict["finite"] else "not finite", f"step {verdict['first_bad_step']}")
     if verdict["lead_steps"]:
         facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
     if verdict["rank"] is not None:
         facts.add_row("rank", str(verdict["rank"]))
-    elif verdict.get("ranks_alike"):
+    elif verdict["ranks_alike"]:
         facts.add_row("rank", "all alike")
     if verdict["layer"]:
         facts.add_row("layer", Text(verdict["layer"]))

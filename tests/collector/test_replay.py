@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from foreshock_collector import terminal
 from foreshock_collector.cli import diagnose
 from foreshock_collector.logs import Row
-from foreshock_collector.replay import replay
+from foreshock_collector.replay import replay, replay_file
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps
@@ -226,3 +230,46 @@ def test_a_rule_may_be_set_and_a_wrong_one_is_named(tmp_path: Path, capsys: pyte
     for wrong in ("spike=1", "gradient.spike_z", "gradient.spike_z=high"):
         assert diagnose([str(path), "--set", wrong]) == 2
         assert wrong.split("=")[0] in capsys.readouterr().err
+
+
+class Screen(io.StringIO):
+    """Standard error on a terminal, or in a pipe; says when something is written."""
+
+    def __init__(self, *, tty: bool) -> None:
+        super().__init__()
+        self.tty = tty
+        self.written = threading.Event()
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def write(self, text: str) -> int:
+        self.written.set()
+        return super().write(text)
+
+
+def test_long_work_says_on_a_terminal_how_far_it_is_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen(tty=True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "_PATIENCE_SECONDS", 0.0)
+    with terminal.working(lambda: "log.csv: row 7 of 9"):
+        assert screen.written.wait(30)
+    assert screen.getvalue().startswith("\r\x1b[Klog.csv: row 7 of 9")
+    assert screen.getvalue().endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize(("tty", "patience"), [(True, 60.0), (False, 0.0)])
+def test_short_work_and_work_in_a_pipe_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tty: bool, patience: float
+) -> None:
+    screen = Screen(tty=tty)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(terminal, "_PATIENCE_SECONDS", patience)
+    assert replay_file(csv(tmp_path, explosion())).verdict.cause == "exploding_gradients"
+    assert screen.getvalue() == ""
+
+
+def test_each_row_is_told_of_as_it_is_looked_at() -> None:
+    seen: list[int] = []
+    replay(rows(*[(2.0, 1.0)] * 40), at=seen.append)
+    assert seen == [*range(40)]
