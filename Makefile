@@ -45,11 +45,13 @@ static: $(INSTALLED) protos-drift ## format, lint, types, and whether generated 
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 	@$(BIN)/python docs/make_metrics.py --check
+	@$(BIN)/python docs/make_configuration.py --check
 	@$(BIN)/python -m grafana.make --check
 
 .PHONY: docs
-docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series
+docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series, docs/configuration.md from the settings
 	@$(BIN)/python docs/make_metrics.py
+	@$(BIN)/python docs/make_configuration.py
 
 .PHONY: screenshots
 screenshots: $(INSTALLED) chromium ## write docs/screenshots from a made-up run, in a real browser

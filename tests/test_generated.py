@@ -2,8 +2,39 @@
 
 from __future__ import annotations
 
-from docs.make_metrics import PAGE, page
+import re
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from docs import make_configuration, make_metrics
+from foreshock_collector.config import Config
+from foreshock_collector.rules import DEFAULT
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_page_of_series_is_what_the_catalogue_says() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: make docs"
+    assert make_metrics.PAGE.read_text(encoding="utf-8") == make_metrics.page(), "run: make docs"
+
+
+def test_the_page_of_settings_is_what_the_settings_say() -> None:
+    assert make_configuration.PAGE.read_text(encoding="utf-8") == make_configuration.page(), "run: make docs"
+
+
+def test_every_variable_that_is_read_and_every_setting_has_its_line() -> None:
+    page = make_configuration.page()
+    sources = [path for folder in ("agent", "collector") for path in (ROOT / folder).rglob("*.py")]
+    named = {name for path in sources for name in re.findall(r"FORESHOCK_[A-Z_]*[A-Z]\b", path.read_text("utf-8"))}
+    assert len(named) > 10
+    settings = {f"FORESHOCK_COLLECTOR_{field.name.upper()}" for field in fields(Config) if field.name != "runs"}
+    for name in sorted(named | settings):
+        assert f"`{name}`" in page, f"{name} stands in no line"
+    for name in rules(DEFAULT):
+        (line,) = (line for line in page.splitlines() if re.match(rf"\| `(faults\.)?{name}` \|", line))
+        assert not line.endswith("|  |"), f"{name} has no meaning"
+
+
+def rules(group: Any) -> list[str]:
+    values = {field.name: getattr(group, field.name) for field in fields(group)}
+    return [name for key, value in values.items() for name in (rules(value) if is_dataclass(value) else [key])]

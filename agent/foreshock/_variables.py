@@ -32,7 +32,7 @@ VARIABLES = (
     Variable("FORESHOCK_ATTACH_TIMEOUT", "60", "Seconds that a rank waits in `attach` for the others."),
     Variable("FORESHOCK_RECORDER_PYTHON", "", "Python interpreter of the recorder; else the rank's own."),
     Variable("FORESHOCK_RING_DIR", "", "Folder of the ranks' rings; else shared memory, else the temporary folder."),
-    Variable("FORESHOCK_HTTP_PROXY", "0", "1 lets the recorder reach the collector through the environment's proxy."),
+    Variable("FORESHOCK_HTTP_PROXY", "0", "1 lets recorder and commands use the proxy that the environment names."),
     Variable("FORESHOCK_STRICT", "0", "1 raises internal errors of the probe instead of counting them: for tests."),
     Variable("FORESHOCK_URL", "http://127.0.0.1:9327", "Where `foreshock status` and the like find the collector."),
 )

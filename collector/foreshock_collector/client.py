@@ -21,7 +21,7 @@ class ClientError(ValueError):
 
 def add_url(parser: Parser) -> None:
     """The flag that says which collector, and its environment twin."""
-    default = os.environ.get("FORESHOCK_URL", f"http://127.0.0.1:{DEFAULT_HTTP_PORT}")
+    default = os.environ.get("FORESHOCK_URL") or f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
     parser.add_argument("--url", default=default, help="the collector's HTTP address (default: %(default)s)")
 
 

@@ -48,8 +48,9 @@ class Channel:
     accept_after: int = 10
     """Spikes in a row after which the new level is accepted..."""
     accept_alpha: float = 0.8
+    """... by forgetting faster: the weight of the past meanwhile..."""
     accept_steps: int = 20
-    """... by forgetting faster for this many steps. So it is after a planned change."""
+    """... for this many steps. So it is after a planned change."""
     quiet_steps: int = 10
     """Steps in a row with a sum of zero that end a build-up."""
 
@@ -91,9 +92,11 @@ class Rules:
     """All of them, for one run."""
 
     gradient: Channel = field(default_factory=Channel)
+    """The global gradient norm, before clipping: positive, and judged by its logarithm."""
     loss: Channel = field(default_factory=lambda: Channel(logarithmic=False, least_sigma=0.005, spike_rise=0.1))
     """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
     faults: Faults = field(default_factory=Faults)
+    """Troubles that last, though every number is finite."""
     planned_rate_change: float = 1.5
     """A learning rate that changes by this factor from one step to the next was changed on purpose."""
     interval_change: float = 3.0
