@@ -23,8 +23,8 @@ logger = logging.getLogger("foreshock_recorder")
 _LOG_BYTES = 256 * 1024
 _EPILOG = """
 A rank starts the recorder it needs by itself, with --folder. By hand, as a side-car, give --run: it then waits for the
-first rank, and leaves after the last. It must share the ranks' ring folder, user and process ids (a pod's
-shareProcessNamespace), or it takes every rank for dead.
+first rank, and leaves after the last. It must share the ranks' ring folder and user; with their process ids as well (a
+pod's shareProcessNamespace), it can tell how a rank that was killed has ended.
 """
 
 

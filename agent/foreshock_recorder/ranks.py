@@ -9,6 +9,7 @@ from pathlib import Path
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.batches import Columns, global_norm, hello, troubled
+from foreshock_recorder.endings import Ending, farewell_of
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
 from foreshock_recorder.ring import Farewell
 
@@ -22,6 +23,8 @@ _IN_FLIGHT = 4096
 """Records sent and not yet acknowledged at most; the others stay in the ring. One that the ring had overwritten before
 it was sent is not in flight."""
 _LOOK_SECONDS = 0.25
+_STATUS_SECONDS = 0.5
+"""From the end of a process' locks to its exit status, at most."""
 
 
 class Rank:
@@ -46,6 +49,8 @@ class Rank:
         self.closed = False
         """The collector has stored all there is, the goodbye too."""
         self._dead = False
+        self._died = math.inf
+        self._ending: Ending | None = None
         self._looked = -math.inf
         self._events: dict[int, pb.Event] = {}
         self._errors = 0
@@ -57,24 +62,54 @@ class Rank:
     @property
     def gone(self) -> bool:
         """No further record will be written."""
-        return self._dead or self.reader.farewell is not Farewell.NONE
+        return self.reader.farewell is not Farewell.NONE
 
     @property
     def unstored(self) -> int:
         """Records that the collector does not have."""
         return max(0, self.reader.launched - self.acknowledged)
 
-    def look(self, now: float) -> None:
-        """Show the rank that somebody is there; notice its death."""
-        if self.closed or now - self._looked < _LOOK_SECONDS:
+    @property
+    def left_behind(self) -> Path:
+        """Where a rank that is sent SIGTERM leaves its stack; the file is empty before."""
+        return self.reader.path.with_suffix(".stack")
+
+    def watch(self) -> None:
+        """Find out how its process ends. Needs a running loop."""
+        self._ending = Ending(self.reader.pid, self.reader.process_start)
+
+    def look(self, now: float, *, all_asked: bool = False) -> None:
+        """Show the rank that somebody is there; notice its death. all_asked: the recorder was told to stop."""
+        if self.closed or self._dead or now - self._looked < _LOOK_SECONDS:
             return
         self._looked = now
-        self.reader.heartbeat(now)
-        if not self._dead and not self.reader.alive:
-            self._dead = True
-            # Asked after its death, so this is final.
-            if self.reader.farewell is Farewell.NONE:
-                self._happened(pb.Event.RANK_LOST, "the process ended without a goodbye")
+        if self.reader.alive:
+            self.reader.heartbeat(now)
+            return
+        self._died = min(self._died, now)
+        if self._ending is not None and self._ending.pending and now - self._died < _STATUS_SECONDS:
+            return
+        self._dead = True
+        # Asked after its death, so this is final.
+        if self.reader.farewell is Farewell.NONE:
+            self.reader.say_farewell(*self._farewell(all_asked=all_asked))
+        if self.reader.farewell is Farewell.LOST:
+            self._happened(pb.Event.RANK_LOST, self.reader.farewell_detail)
+
+    def _farewell(self, *, all_asked: bool) -> tuple[Farewell, str]:
+        stack = self.left_behind
+        return farewell_of(
+            None if self._ending is None else self._ending.status,
+            out_of_memory=self._ending is not None and self._ending.out_of_memory,
+            asked=stack.exists() and stack.stat().st_size > 0,
+            all_asked=all_asked,
+        )
+
+    def close(self) -> None:
+        """Let go of the ring; its file stays."""
+        if self._ending is not None:
+            self._ending.close()
+        self.reader.close()
 
     def rewind(self) -> None:
         """A new stream begins: all is to be said again, from what the collector will answer to Hello."""
@@ -178,11 +213,9 @@ class Rank:
         self._untold.add(kind)
 
     def _goodbye(self) -> pb.FromRecorder:
-        farewell = self.reader.farewell
-        reason = Farewell.LOST if farewell is Farewell.NONE else farewell
         goodbye = pb.Goodbye(
             instance=self.instance,
-            reason=pb.Goodbye.Reason.Name(reason),
+            reason=pb.Goodbye.Reason.Name(self.reader.farewell),
             detail=self.reader.farewell_detail,
             last_sequence=self.reader.launched,
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import struct
+import weakref
 import zlib
 from dataclasses import dataclass
 from enum import Enum
@@ -34,13 +36,15 @@ from foreshock_recorder.ring import (
     WORD_DROPPED,
     WORD_FAREWELL,
     WORD_HEARTBEAT,
+    WORD_LAUNCHED,
     WORD_MEASURED,
     Farewell,
     Layout,
     Part,
     Side,
-    process_start,
 )
+
+_FILE_LOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, process
 
 
 class ReadOutcome(Enum):
@@ -73,11 +77,9 @@ class RingReader(Side):
     """The reading side. Raises `ValueError` for a file that is no ring of this layout."""
 
     def __init__(self, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            memory = mmap.mmap(descriptor, 0)
-        finally:
-            os.close(descriptor)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        self._let_go = weakref.finalize(self, os.close, self._descriptor)
+        memory = mmap.mmap(self._descriptor, 0)
         if len(memory) < JSON_OFFSET:
             raise ValueError(f"{path} is no ring: it is shorter than a header")
         facts = FACTS.unpack_from(memory, 0)
@@ -85,7 +87,9 @@ class RingReader(Side):
         if magic != MAGIC or version != LAYOUT_VERSION:
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
         layout = Layout(layers, text, slots)
-        if slot_bytes != layout.slot_bytes or len(memory) != layout.file_bytes:
+        self.given_up = len(memory) == layout.header_bytes
+        """Cut down to its header: only what it counts and how its rank ended is left."""
+        if slot_bytes != layout.slot_bytes or (len(memory) != layout.file_bytes and not self.given_up):
             raise ValueError(f"{path} is damaged: its size is not what its header says")
         super().__init__(path, memory, layout)
         self.pid: int = facts[6]
@@ -96,6 +100,8 @@ class RingReader(Side):
         """The record, as far as it is written. NOT_YET: not launched. OVERRUN: a newer one has taken its slot."""
         if sequence > self.launched:
             return ReadOutcome.NOT_YET
+        if self.given_up:
+            return ReadOutcome.OVERRUN
         launched = self._part(LAUNCHED, sequence)
         observed = self._part(OBSERVED, sequence)
         measured = self._part(self.layout.measured, sequence)
@@ -140,7 +146,8 @@ class RingReader(Side):
     @property
     def oldest(self) -> int:
         """The lowest sequence number that may still be readable."""
-        return max(1, self.launched - self.layout.slot_count + 1)
+        kept = 0 if self.given_up else self.layout.slot_count
+        return max(1, self.launched - kept + 1)
 
     @property
     def measured(self) -> int:
@@ -175,14 +182,34 @@ class RingReader(Side):
 
     @property
     def alive(self) -> bool:
-        """The process that made the ring still runs: the same pid, started at the same time."""
-        return process_start(self.pid) == self.process_start
+        """The process that made the ring still runs: its lock on the file is there, in whatever container it lives."""
+        asked = _FILE_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found: int = _FILE_LOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, asked))[0]
+        return found != fcntl.F_UNLCK
+
+    def say_farewell(self, reason: Farewell, detail: str) -> None:
+        """Say goodbye for a rank that could not: for this recorder, and for one that may follow."""
+        self._write_farewell(reason, detail)
+
+    def give_up(self) -> int:
+        """Cut the ring of a dead rank down to its header, and let go of it. The records lost by it are counted there.
+
+        How many those are.
+        """
+        lost = max(0, self.launched - self.acknowledged)
+        self._words[WORD_DROPPED + DROP_REASONS.index("given_up")] += lost
+        # What is counted as given up must not look overwritten as well.
+        self._words[WORD_LAUNCHED] = self.acknowledged
+        os.ftruncate(self._descriptor, self.layout.header_bytes)
+        self.close()
+        return lost
 
     def close(self) -> None:
         """Let go of the memory; the file stays."""
         self._words.release()
         self._bytes.release()
         self.memory.close()
+        self._let_go()
 
     def _part(self, part: Part, sequence: int) -> bytes | None:
         begin = self.layout.word(sequence) + part.begin

@@ -68,7 +68,7 @@ class Recorder:
     def _over(self, now: float) -> bool:
         self._find()
         for path, rank in list(self._ranks.items()):
-            rank.look(now)
+            rank.look(now, all_asked=self._stop_at is not None)
             if rank.closed:
                 self._let_go(path)
         if any(not rank.gone for rank in self._ranks.values()):
@@ -92,10 +92,13 @@ class Recorder:
                 logger.warning("left alone: %s", error)
                 continue
             self._ranks[path] = rank
+            rank.watch()
             rank.reader.trouble(self._trouble)
 
     def _let_go(self, path: Path) -> None:
-        self._ranks.pop(path).reader.close()
+        rank = self._ranks.pop(path)
+        rank.close()
+        rank.left_behind.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
     # -- the collector -------------------------------------------------------------------------------------------

@@ -19,12 +19,14 @@ so one that is missing below the newest will never come.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import mmap
 import os
 import struct
 import tempfile
+import weakref
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -155,6 +157,10 @@ class Side:
         """The highest sequence number that a collector has stored."""
         return self._words[WORD_ACKNOWLEDGED]
 
+    def _write_farewell(self, reason: Farewell, detail: str) -> None:
+        self._write_text(FAREWELL_OFFSET, detail)
+        self._words[WORD_FAREWELL] = reason
+
     def _write_text(self, offset: int, text: str) -> None:
         data = text.encode(errors="replace")[: _TEXT_BYTES - 1]
         self.memory[offset : offset + len(data) + 1] = data + b"\0"
@@ -180,12 +186,16 @@ class Ring(Side):
             # A hole in shared memory kills the writer with SIGBUS once the memory runs out: take it all now.
             os.posix_fallocate(descriptor, 0, layout.file_bytes)
             memory = mmap.mmap(descriptor, layout.file_bytes)
+            # Says that this process lives, across containers too, and goes with it however it ends. A child by fork
+            # has no part in it. Closing any other descriptor of the file in this process would end it.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             draft.unlink()
-            raise
-        finally:
             os.close(descriptor)
+            raise
         ring = cls(path, memory, layout)
+        # Not at the interpreter's exit: there may be a goodbye to come.
+        weakref.finalize(ring, os.close, descriptor).atexit = False
         pid = os.getpid()
         facts = (MAGIC, LAYOUT_VERSION, layout.slot_bytes, layout.slot_count, layers, len(text), pid)
         FACTS.pack_into(memory, 0, *facts, process_start(pid) or 0)
@@ -239,8 +249,7 @@ class Ring(Side):
 
     def farewell(self, reason: Farewell, detail: str = "") -> None:
         """Say goodbye; the recorder sends what is left and lets go of the ring."""
-        self._write_text(FAREWELL_OFFSET, detail)
-        self._words[WORD_FAREWELL] = reason
+        self._write_farewell(reason, detail)
 
     def note(self, detail: str) -> None:
         """Keep a line of text for people: the last internal error."""

@@ -114,9 +114,9 @@ def parity(job: Job) -> Callable[..., list[dict[str, Any]]]:
 class RankProcess:
     """A rank in a process of its own, which does what it is told."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *, under: tuple[str, ...] = (), **options: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.agent.rank", str(folder), json.dumps(options)],
+            [*under, sys.executable, "-m", "tests.agent.rank", str(folder), json.dumps(options)],
             cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         self._heard()
@@ -124,14 +124,25 @@ class RankProcess:
 
     def do(self, what: str, **arguments: Any) -> None:
         """Give an order and wait until it is done."""
+        self.tell(what, **arguments)
+        self._heard()
+
+    def tell(self, what: str, **arguments: Any) -> None:
+        """Give an order."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([what, arguments]) + "\n")
         self.process.stdin.flush()
-        self._heard()
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+
+    def end(self) -> None:
+        """Leave nothing behind in the test's process either."""
+        self.kill()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        self.process.stdout.close()
 
     def _heard(self) -> None:
         assert self.process.stdout is not None
@@ -160,10 +171,7 @@ def rank(folder: Path) -> Iterator[Callable[..., RankProcess]]:
 
     yield start
     for started in ranks:
-        started.kill()
-        assert started.process.stdin is not None and started.process.stdout is not None
-        started.process.stdin.close()
-        started.process.stdout.close()
+        started.end()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -92,6 +93,8 @@ def main() -> None:
             ring.drop("probe_error")
         elif what == "farewell":
             ring.farewell(Farewell[arguments["reason"]], arguments.get("detail", ""))
+        elif what == "exit":
+            os._exit(arguments["code"])
         sys.stdout.write("done\n")
         sys.stdout.flush()
 

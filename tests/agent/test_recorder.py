@@ -492,7 +492,7 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path: P
     (strange / "thesis.ring").touch()
     (dead / "half.draft").touch()
     (dead / "odd.ring").touch()
-    make_ring(living)
+    rank = RankProcess(living)
     holder = lock(held)
     assert holder is not None
     now = time.time()
@@ -501,3 +501,4 @@ def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path: P
     assert sweep(tmp_path, keep=tmp_path / "own", now=now + 90_000) == ["dead"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "living", "strange"]
     os.close(holder)
+    rank.end()

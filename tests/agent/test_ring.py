@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from foreshock_recorder.reader import ReadOutcome, Record, RingReader
 from foreshock_recorder.ring import (
     DEVICE_COLUMNS,
     EDITED,
+    FACTS,
     LAYOUT_VERSION,
     MAX_RING_BYTES,
     Farewell,
@@ -258,7 +260,8 @@ def test_the_environment_says_where_rings_lie(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from tests.agent.rank import make_ring; make_ring(Path(sys.argv[1]));"
+    code = "import sys; from pathlib import Path; from tests.agent.rank import make_ring;"
+    code += "ring = make_ring(Path(sys.argv[1]));"
     child = subprocess.Popen(
         [sys.executable, "-c", code + "print(flush=True); sys.stdin.read()", str(tmp_path)],
         cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -273,8 +276,57 @@ def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
         assert process_start(child.pid) is None and not reader.alive
 
 
-def test_a_process_that_took_over_the_number_is_not_the_rank(ring: Ring) -> None:
-    reader = RingReader(ring.path)
+def test_a_rank_is_dead_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from tests.agent.rank import make_ring
+ring = make_ring(Path(sys.argv[1]))
+child = os.fork()
+if child:
+    print(child, flush=True)
+signal.pause()
+"""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        try:
+            reader = RingReader(tmp_path / ring_name("first", 0))
+            assert reader.alive
+            parent.kill()
+            parent.wait()
+            assert process_start(child) is not None and not reader.alive
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_rank_does_not_die_with_a_child_of_it(ring: Ring, reader: RingReader) -> None:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
     assert reader.alive
-    reader.process_start -= 1
-    assert not reader.alive
+
+
+def test_a_rank_is_alive_whatever_its_number_is_in_another_namespace(ring: Ring, reader: RingReader) -> None:
+    FACTS.pack_into(ring.memory, 0, *FACTS.unpack_from(ring.memory)[:6], 2**31 - 1, 7)
+    reader = RingReader(ring.path)
+    assert reader.pid == 2**31 - 1 and reader.alive
+
+
+def test_a_ring_that_is_given_up_is_a_few_kilobytes_that_count_what_was_lost(ring: Ring) -> None:
+    for sequence in range(1, 21):
+        step(ring, sequence)
+    ring.farewell(Farewell.EXCEPTION, "ValueError: no more data")
+    reader = RingReader(ring.path)
+    reader.acknowledge(5)
+    assert reader.give_up() == 15
+    assert ring.path.stat().st_size == ring.layout.header_bytes
+    left = RingReader(ring.path)
+    assert left.given_up and left.dropped == {"given_up": 15} and left.identity == identity()
+    assert (left.launched, left.acknowledged, left.farewell) == (5, 5, Farewell.EXCEPTION)
+    assert left.read(5) is ReadOutcome.OVERRUN and left.read(6) is ReadOutcome.NOT_YET
