@@ -350,6 +350,20 @@ def collector() -> Json:
         ],
         [
             Panel(
+                title="Errors inside the collector",
+                description="Its log has a traceback of each kind. An error in one run costs that run alone.",
+                kind="timeseries",
+                queries=(
+                    Query(
+                        expr=f"sum by (run, stage) (increase({of(c.RUN_ERRORS)}[{RATE}]))",
+                        legend="{{run}} {{stage}}",
+                    ),
+                    Query(expr=f"sum by (stage) (increase({c.COLLECTOR_ERRORS.name}[{RATE}]))", legend="{{stage}}"),
+                ),
+            ),
+        ],
+        [
+            Panel(
                 title="Longest silence of a rank, by run",
                 description="About a second. If all runs rise together it is the network or this collector.",
                 kind="timeseries",

@@ -53,11 +53,11 @@ class Api:
 
     async def _list(self, request: web.Request) -> web.Response:
         now = self._clock()
-        runs = sorted(self._runs, key=Run.last_heard, reverse=True)
-        ended = [run for run in runs if not run.active(now, self._silent)]
+        runs = sorted(self._runs, key=lambda run: run.errors.value("page", 0.0, run.last_heard), reverse=True)
+        ended = [run for run in runs if not run.errors.value("page", True, run.active, now, self._silent)]
         left_out = set(ended[number(request, "ended", len(ended)) :])
         runs = [run for run in runs if run not in left_out]
-        briefs = [self._brief(run) for run in runs]
+        briefs = [self._brief_at_least(run) for run in runs]
         if number(request, "recent", 0):
             for brief, run, columns in zip(briefs, runs, self._recent.of(runs), strict=True):
                 brief["recent"] = columns
@@ -143,6 +143,13 @@ class Api:
             raise error(web.HTTPNotFound, f"there is no run {name[:200]!r}; /api/v1/runs lists them")
         return run
 
+    def _brief_at_least(self, run: Run) -> dict[str, Any]:
+        try:
+            return self._brief(run)
+        except Exception as failure:
+            run.errors.add("page", failure)
+            return _nothing_of(run)
+
     def _brief(self, run: Run) -> dict[str, Any]:
         attempt = run.newest
         newest = run.incidents.newest
@@ -163,7 +170,30 @@ class Api:
             "last_report_seconds": run.last_heard(),
             "last_step_seconds": run.totals.last["step"],
             "stall_after_seconds": run.totals.stall_after(),
+            "errors": run.errors.shown(),
         }
+
+
+def _nothing_of(run: Run) -> dict[str, Any]:
+    """A brief that says no more than that there is none."""
+    return {
+        "run": run.name,
+        "experiment": run.experiment,
+        "state": "active",
+        "condition": "unknown",
+        "attempt": 0,
+        "started_seconds": 0.0,
+        "world_size": 0,
+        "ranks_reporting": 0,
+        "verdict": "unknown",
+        "failing": False,
+        "building_up": False,
+        "newest": {},
+        "last_report_seconds": 0.0,
+        "last_step_seconds": 0.0,
+        "stall_after_seconds": 0.0,
+        "errors": run.errors.shown(),
+    }
 
 
 def _attempt_of(request: web.Request, run: Run) -> Attempt:

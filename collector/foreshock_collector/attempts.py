@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +105,7 @@ class Attempt:
         self.world_size = hello.topology.world_size
         self.model = ModelFacts.from_summary(hello.model)
         self.instances: dict[int, Instance] = {}
+        self._rules = rules
         self.detector = Detector(state.get("detector"), rules)
         self.incidents: dict[str, int] = state.get("incidents", {})
         """Numbers of the incidents that are still open, by what each is open under."""
@@ -197,9 +199,17 @@ class Attempt:
             board.awaited[instance.rank] = not (instance.leaving or instance.closed)
         return board.due(now)
 
-    def put_together(self, upto: int) -> list[Step]:
-        """Steps that are due, in order, and kept."""
-        steps = list(self.board.settle(self.number, upto))
-        self.steps.extend(steps)
-        self.settled = self.board.settled
-        return steps
+    def put_together(self, upto: int) -> Iterator[Step]:
+        """Steps that are due, in order, and kept. After an error, what follows may still be asked for."""
+        board = self.board
+        try:
+            for step in board.settle(self.number, upto):
+                self.steps.append(step)
+                yield step
+        finally:
+            self.settled = board.settled
+
+    def forget(self) -> None:
+        """What judging has learnt is not to be trusted: it begins anew. Its incidents have been closed."""
+        self.detector, self.faults, self.noise = Detector(rules=self._rules), Faults(rules=self._rules), NoiseScale()
+        self.failure, self.more_is_known = {}, False

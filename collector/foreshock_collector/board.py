@@ -40,6 +40,10 @@ SUMS = np.dtype([(name, "i8" if name == "reduced_sequence" else "f8") for name i
 Rows = NDArray[np.void]
 
 
+class ColumnsError(ValueError):
+    """A batch contradicts itself; the text says how."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Records:
     """A batch, decoded."""
@@ -67,16 +71,16 @@ class Records:
 
 
 def decode(batch: pb.StepBatch, layers: int) -> Records:
-    """Columns to rows. Raises `ValueError`, in words, where they contradict each other."""
+    """Columns to rows. Raises `ColumnsError`."""
     count = len(batch.step)
     for name in COLUMNS:
         if len(getattr(batch, name)) != count:
-            raise ValueError(f"column {name} has {len(getattr(batch, name))} rows, column step has {count}")
+            raise ColumnsError(f"column {name} has {len(getattr(batch, name))} rows, column step has {count}")
     for name in ("global_layer_norms", "local_layer_norms"):
         if len(getattr(batch, name)) not in (0, count * layers):
-            raise ValueError(f"{name} has {len(getattr(batch, name))} values, not {count} rows of {layers} layers")
+            raise ColumnsError(f"{name} has {len(getattr(batch, name))} values, not {count} rows of {layers} layers")
     if count and not 0 < batch.first_sequence < 2**53 - count:
-        raise ValueError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
+        raise ColumnsError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
     rows = np.zeros(count, RECORD)
     rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
     for name in _OWN:

@@ -76,6 +76,13 @@ DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")
 """Why a step record of a rank is missing: the probe failed on it; the ring was overwritten before it was read (the
 collector was away for too long); or its step was launched and never finished."""
 
+RUN_STAGES = ("take", "judge", "store", "expose", "page")
+"""Where the collector itself may fail on a run: taking its records in, judging its steps, storing what came of them,
+telling /metrics, answering the page."""
+
+COLLECTOR_STAGES = ("take", "load", "commit", "page")
+"""The same where no single run is to blame: a hello, the database at the start, a commit, an answer about all runs."""
+
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -228,6 +235,17 @@ INCIDENT_INFO = Series(
 )
 RECORDS_DROPPED = _counter(
     "foreshock_records_dropped_total", "Step records of a rank that never reached the collector.", (*RUN, "reason")
+)
+RUN_ERRORS = _counter(
+    "foreshock_run_errors_total",
+    "Errors of the collector's own that came up in this run, by what it was doing: its log tells of each kind once.",
+    (*RUN, "stage"),
+)
+COLLECTOR_ERRORS = _counter(
+    "foreshock_collector_errors_total",
+    "Errors of the collector's own that no single run is to blame for, by what it was doing. While commits fail it is "
+    "not ready, acknowledges nothing, and tries again.",
+    ("stage",),
 )
 COLLECTOR_START = _gauge(
     "foreshock_collector_start_time_seconds", "When this collector process started.", "seconds", labels=()

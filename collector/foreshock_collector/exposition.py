@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from itertools import accumulate
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -15,7 +15,8 @@ from foreshock_collector.runs import Run, Runs
 from foreshock_collector.totals import Histogram
 
 Labels = tuple[str, ...]
-_Family = TypeVar("_Family", bound=Metric)
+Buckets = tuple[tuple[str, float], ...]
+"""Upper bound, and how many lie below."""
 _LEVELS = {
     "global_norm": c.GLOBAL_GRADIENT_NORM,
     "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
@@ -69,58 +70,98 @@ class RunSeries(Collector):
         """Every family of the catalogue, in its order."""
         now = self._clock()
         families: dict[str, Metric] = {series.name: _family(series) for series in c.CATALOGUE}
-        _gauge(families, c.COLLECTOR_START, (), self._started)
-        for run in self._runs:
-            if run.ended_for(now, self._silent) < self._ended_seconds:
-                self._add(families, run, now)
+        for sample in self._samples(now):
+            sample.add_to(families)
         yield from families.values()
 
-    def _add(self, families: dict[str, Metric], run: Run, now: float) -> None:
+    def _samples(self, now: float) -> Iterator[Sample]:
+        yield Sample(c.COLLECTOR_START, (), self._started)
+        for stage, count in self._runs.errors.counts.items():
+            yield Sample(c.COLLECTOR_ERRORS, (stage,), count)
+        for run in self._runs:
+            # All of a run's, or none: one that fails half-way costs the others nothing.
+            with run.errors.caught("expose"):
+                if run.ended_for(now, self._silent) >= self._ended_seconds:
+                    continue
+                yield from list(self._of(run, now))
+            for stage, count in run.errors.counts.items():
+                yield Sample(c.RUN_ERRORS, (run.experiment, run.name, stage), count)
+
+    def _of(self, run: Run, now: float) -> Iterator[Sample]:
         labels, totals = (run.experiment, run.name), run.totals
         for name, series in _LEVELS.items():
             if name in totals.levels:
-                _gauge(families, series, labels, totals.levels[name])
+                yield Sample(series, labels, totals.levels[name])
         for name, series in _TIMES.items():
-            _gauge(families, series, labels, totals.last[name])
+            yield Sample(series, labels, totals.last[name])
         for name, series in _STEPS.items():
             if name in totals.event_steps:
-                _gauge(families, series, labels, float(totals.event_steps[name]))
+                yield Sample(series, labels, totals.event_steps[name])
         for name, series in _COUNTERS.items():
-            _counter(families, series, labels, totals.counters[name])
+            yield Sample(series, labels, totals.counters[name])
         for key, count in totals.nonfinite.items():
-            _counter(families, c.NONFINITE_STEPS, (*labels, *key.split()), count)
+            yield Sample(c.NONFINITE_STEPS, (*labels, *key.split()), count)
         for reason, count in totals.dropped.items():
-            _counter(families, c.RECORDS_DROPPED, (*labels, reason), count)
+            yield Sample(c.RECORDS_DROPPED, (*labels, reason), count)
         for verdict, count in totals.incidents.items():
-            _counter(families, c.INCIDENTS, (*labels, verdict), count)
-            _gauge(families, c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
-        _histogram(families, c.GRADIENT_NORM, labels, totals.norms)
-        _histogram(families, c.STEP_DURATION, labels, totals.durations)
-        _gauge(families, c.STALL_AFTER, labels, totals.stall_after())
-        _gauge(families, c.RUN_ACTIVE, labels, float(run.active(now, self._silent)))
+            yield Sample(c.INCIDENTS, (*labels, verdict), count)
+            yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
+        yield Sample.of_histogram(c.GRADIENT_NORM, labels, totals.norms)
+        yield Sample.of_histogram(c.STEP_DURATION, labels, totals.durations)
+        yield Sample(c.STALL_AFTER, labels, totals.stall_after())
+        yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
         attempt = run.newest
         ranks = attempt.instances.values()
-        _gauge(families, c.RANKS_EXPECTED, labels, float(attempt.world_size))
-        _gauge(families, c.RANKS_REPORTING, labels, float(sum(instance.reporting for instance in ranks)))
+        yield Sample(c.RANKS_EXPECTED, labels, attempt.world_size)
+        yield Sample(c.RANKS_REPORTING, labels, sum(instance.reporting for instance in ranks))
         hello = attempt.hello
         facts = (str(attempt.number), hello.model.type, hello.optimizer.type, hello.clip)
-        _gauge(families, c.RUN_INFO, (*labels, *facts), 1.0)
+        yield Sample(c.RUN_INFO, (*labels, *facts), 1)
         for instance in ranks:
             # One that has left has not fallen silent.
             if not instance.closed:
-                _gauge(families, c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
+                yield Sample(c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
             if instance.local_norm is not None:
-                _gauge(families, c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
-        _gauge(families, c.RANK_AGREEMENT, labels, attempt.noise.agreement)
+                yield Sample(c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
+        yield Sample(c.RANK_AGREEMENT, labels, attempt.noise.agreement)
         if (scale := attempt.noise.value) is not None:
-            _gauge(families, c.NOISE_SCALE, labels, scale)
-        for layer, norm in attempt.largest_layers():
-            _gauge(families, c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
+            yield Sample(c.NOISE_SCALE, labels, scale)
+        # By name: of two layers of one name, which a model cannot have, one series.
+        for layer, norm in dict(attempt.largest_layers()).items():
+            yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
         if (incident := run.incidents.newest) is not None:
             v = incident["verdict"]
             rank = "" if v["rank"] is None else str(v["rank"])
             facts_ = (str(incident["id"]), v["cause"], str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])
-            _gauge(families, c.INCIDENT_INFO, (*labels, *facts_), 1.0)
+            yield Sample(c.INCIDENT_INFO, (*labels, *facts_), 1)
+
+
+class Sample:
+    """A value of one series, or the buckets of a histogram. Whatever is wrong with it shows when it is made."""
+
+    def __init__(self, series: c.Series, labels: Labels, value: float, buckets: Buckets = ()) -> None:
+        self._series = series
+        self._labels = tuple(map(str, labels))
+        self._value = float(value)
+        self._buckets = buckets
+
+    @classmethod
+    def of_histogram(cls, series: c.Series, labels: Labels, histogram: Histogram) -> Sample:
+        """Cumulative, as Prometheus wants it."""
+        bounds = (*map(repr, histogram.bounds), "+Inf")
+        counts = accumulate(map(float, histogram.counts))
+        return cls(series, labels, histogram.total, tuple(zip(bounds, counts, strict=True)))
+
+    def add_to(self, families: dict[str, Metric]) -> None:
+        """To its family, unless it is not finite: an alert on a NaN never fires, and a maximum hides behind one."""
+        if not math.isfinite(self._value):
+            return
+        family = families[self._series.name]
+        if isinstance(family, HistogramMetricFamily):
+            family.add_metric(self._labels, self._buckets, self._value)
+        else:
+            assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
+            family.add_metric(self._labels, self._value)
 
 
 def _family(series: c.Series) -> Metric:
@@ -129,27 +170,3 @@ def _family(series: c.Series) -> Metric:
     if series.kind is c.Kind.HISTOGRAM:
         return HistogramMetricFamily(series.name, series.help, labels=series.labels)
     return GaugeMetricFamily(series.name, series.help, labels=series.labels)
-
-
-def _gauge(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:
-    # An alert on a NaN never fires, and one hides every other value in a maximum.
-    if math.isfinite(value):
-        _of(families, series, GaugeMetricFamily).add_metric(labels, value)
-
-
-def _counter(families: dict[str, Metric], series: c.Series, labels: Labels, value: float) -> None:
-    _of(families, series, CounterMetricFamily).add_metric(labels, value)
-
-
-def _histogram(families: dict[str, Metric], series: c.Series, labels: Labels, histogram: Histogram) -> None:
-    total, buckets = 0, []
-    for bound, count in zip((*histogram.bounds, math.inf), histogram.counts, strict=True):
-        total += count
-        buckets.append(("+Inf" if bound == math.inf else repr(bound), float(total)))
-    _of(families, series, HistogramMetricFamily).add_metric(labels, buckets, histogram.total)
-
-
-def _of(families: dict[str, Metric], series: c.Series, kind: type[_Family]) -> _Family:
-    family = families[series.name]
-    assert isinstance(family, kind)
-    return family

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from foreshock_collector.attempts import Instance
+from foreshock_collector.board import ColumnsError
+from foreshock_collector.errors import Errors
 from foreshock_collector.runs import ContradictionError, Run, Runs
 from foreshock_collector.store import Store
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 _NAME_LENGTH = 200
 """Names become labels of series: longer ones are nobody's intention."""
@@ -57,6 +62,13 @@ class Intake:
         self._silent = silent
         self.urgent: set[str] = set()
         """Instances that wait for an acknowledgement at once."""
+        self.storing = True
+        """The last commit has worked."""
+
+    @property
+    def errors(self) -> Errors:
+        """The collector's own, that no single run is to blame for."""
+        return self._runs.errors
 
     def take(self, message: pb.FromRecorder, said: Said) -> None:
         """One message of a stream. said: on it before. Raises `RefusedError` for one that no recorder sends.
@@ -77,12 +89,19 @@ class Intake:
         home = self._runs.home(content.instance)
         assert home is not None
         run, instance = home
-        if which == "steps":
-            self._steps(run, instance, message.steps)
-        elif which == "event":
-            self._event(run, instance, message.event)
-        else:
-            self._goodbye(run, instance, message.goodbye)
+        try:
+            if which == "steps":
+                self._steps(run, instance, message.steps)
+            elif which == "event":
+                self._event(run, instance, message.event)
+            else:
+                self._goodbye(run, instance, message.goodbye)
+        except RefusedError:
+            raise
+        except Exception as error:
+            run.errors.add("take", error)
+            if which == "steps":
+                run.keep(instance, message.steps)
 
     def _hello(self, hello: pb.Hello, said: Said) -> None:
         _check_version(hello)
@@ -91,9 +110,12 @@ class Intake:
         try:
             hello = _checked(hello)
             self._runs.greet(hello, self._clock())
-        except (RefusedError, ContradictionError) as error:
+        except Exception as error:
             said.refused[hello.instance] = str(error)
             said.greeted.discard(hello.instance)
+            if not isinstance(error, (RefusedError, ContradictionError)):
+                self._runs.errors.add("take", error)
+                said.refused[hello.instance] = "the collector failed on its hello; see the collector's log"
         else:
             said.greeted.add(hello.instance)
             said.refused.pop(hello.instance, None)
@@ -103,9 +125,10 @@ class Intake:
         instance.troubled = False
         try:
             for room in run.take(instance, batch, now):
-                run.settle(now, attempt=instance.attempt, at_least=room)
-                self._store.commit([run])
-        except ValueError as error:
+                with run.errors.caught("judge"):
+                    run.settle(now, attempt=instance.attempt, at_least=room)
+                self._commit([run])
+        except ColumnsError as error:
             raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
         if instance.troubled:
             # It may be this rank's last word: let it know soon that it is safe.
@@ -134,32 +157,55 @@ class Intake:
         """
         now = self._clock()
         for run in self._runs:
-            if not run.resting or run.changes is not None:
-                run.settle(now)
-        self._store.commit(self._runs)
-        self.urgent.clear()
+            with run.errors.caught("judge"):
+                if not run.resting or run.changes is not None:
+                    run.settle(now)
+        if self._commit(self._runs):
+            self.urgent.clear()
 
     def commit_urgent(self) -> set[str]:
         """The same for runs in which something cannot wait; the instances to acknowledge at once."""
         now = self._clock()
+        if not self.storing:
+            return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
         homes = (self._runs.home(name) for name in waiting)
         hasty = {id(home[0]): home[0] for home in homes if home is not None}
-        hasty |= {id(run): run for run in self._runs if run.overdue(now)}
-        for run in hasty.values():
-            run.settle(now)
-        self._store.commit(hasty.values())
-        return waiting
+        for run in self._runs:
+            with run.errors.caught("judge"):
+                if id(run) in hasty or run.overdue(now):
+                    hasty[id(run)] = run
+                    run.settle(now)
+        if self._commit(hasty.values()):
+            return waiting
+        self.urgent |= waiting
+        return set()
+
+    def _commit(self, runs: Iterable[Run]) -> bool:
+        """Store what has changed. False: not now, and nothing is lost; the log tells once, and once when it is over."""
+        try:
+            self._store.commit(runs)
+        except Exception as error:
+            self._runs.errors.counts["commit"] += 1
+            if self.storing:
+                logger.exception("nothing can be stored: %s. Trying again; until then nothing is acknowledged.", error)
+            self.storing = False
+            return False
+        if not self.storing:
+            logger.warning("what happened is stored again")
+        self.storing = True
+        return True
 
     def expire(self) -> None:
         """Let go of runs that have ended long enough ago: their series and records; the history stays."""
         now = self._clock()
         for run in self._runs:
-            if not run.resting and run.ended_for(now, self._silent) >= self._ended_seconds:
-                run.settle(now)
-                run.rest(now)
-                self._store.commit([run])
-                self._store.forget_window(run)
+            with run.errors.caught("judge"):
+                if not run.resting and run.ended_for(now, self._silent) >= self._ended_seconds:
+                    run.settle(now)
+                    run.rest(now)
+                    if self._commit([run]):
+                        self._store.forget_window(run)
 
     def positions(self, said: Said) -> list[pb.Ack.Position]:
         """How far each instance of a stream is stored, or why it is not taken in."""

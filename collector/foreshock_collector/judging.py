@@ -47,10 +47,9 @@ class Judge:
         self._note = note
         self._keep = keep
 
-    def steps(self, attempt: Attempt, steps: Sequence[Step], now: float, *, newest: bool) -> None:
-        """New steps of an attempt. newest: it is the run's newest attempt."""
+    def steps(self, attempt: Attempt, steps: Sequence[Step], now: float) -> None:
+        """New steps of an attempt."""
         for step, seen in zip(steps, look(attempt.board, steps) if steps else (), strict=True):
-            self._totals.add_step(step, now, newest=newest)
             self._detect(attempt, step, now)
             self._lasting(attempt, step, seen, now)
             if not step.nonfinite:

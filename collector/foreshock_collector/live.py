@@ -72,9 +72,12 @@ class Live:
 
     def _news(self, name: str | None) -> Any:
         if name is None:
-            return [self._state(run) for run in self._runs]
+            return [self._news_of(run) for run in self._runs]
         run = self._runs.get(name)
-        return None if run is None else self._state(run)
+        return None if run is None else self._news_of(run)
+
+    def _news_of(self, run: Run) -> tuple[Any, ...]:
+        return run.errors.value("page", (run.name, "errors"), self._state, run)
 
     def _state(self, run: Run) -> tuple[Any, ...]:
         """Differs as soon as the API would tell something else of this run than the time of its last word."""
@@ -92,4 +95,5 @@ class Live:
             incident and (incident["id"], incident["closed_seconds"], incident["verdict"]["cause"]),
             sum(instance.reporting for instance in attempt.instances.values()),
             len(attempt.instances),
+            bool(run.errors.shown()),
         )

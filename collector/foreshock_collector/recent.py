@@ -26,21 +26,21 @@ class Recent:
 
     def of(self, runs: Sequence[Run]) -> list[Columns | None]:
         """Loss and norm of each run, newest attempt, oldest point first; None where that is too much to read."""
-        found: list[Columns | None] = []
         at_rest: dict[tuple[str, int, int], Columns] = {}
-        for run in runs:
-            attempt = run.newest
-            if not attempt.resting:
-                steps = list(attempt.steps)
-                found.append(_thinned([step.global_norm for step in steps], [step.loss for step in steps]))
-            elif len(at_rest) < _MOST_FROM_STORE:
-                key = run.name, attempt.number, attempt.settled
-                at_rest[key] = self._read.get(key) or self._load(*key)
-                found.append(at_rest[key])
-            else:
-                found.append(None)
+        found = [run.errors.value("page", None, self._of_one, run, at_rest) for run in runs]
         self._read = at_rest
         return found
+
+    def _of_one(self, run: Run, at_rest: dict[tuple[str, int, int], Columns]) -> Columns | None:
+        attempt = run.newest
+        if not attempt.resting:
+            steps = list(attempt.steps)
+            return _thinned([step.global_norm for step in steps], [step.loss for step in steps])
+        if len(at_rest) >= _MOST_FROM_STORE:
+            return None
+        key = run.name, attempt.number, attempt.settled
+        at_rest[key] = self._read.get(key) or self._load(*key)
+        return at_rest[key]
 
     def _load(self, run: str, attempt: int, settled: int) -> Columns:
         columns = self._store.peaks(run, attempt=attempt, first=settled - STEPS + 1, last=settled, stretch=_STRETCH)

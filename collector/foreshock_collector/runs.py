@@ -10,10 +10,13 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.board import complete, decode
+from foreshock_collector.catalogue import RUN_STAGES
+from foreshock_collector.errors import Errors, collector_errors
 from foreshock_collector.incidents import Incidents
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT, Rules
@@ -53,6 +56,8 @@ class Run:
         self.experiment = experiment
         self.name = name
         self.rules = rules
+        self.errors = Errors(f"run {name!r}", RUN_STAGES)
+        """The collector's own, in this run."""
         self.attempts: list[Attempt] = []
         self.totals = Totals()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
@@ -108,7 +113,7 @@ class Run:
         self.changed().instances[instance.name] = instance
 
     def take(self, instance: Instance, batch: pb.StepBatch, now: float) -> Iterator[int]:
-        """Records of one instance: those it had sent before are left out, a gap is counted. Raises `ValueError`.
+        """Records of one instance: those it had sent before are left out, a gap is counted. Raises `ColumnsError`.
 
         Yields a sequence number where steps up to it have to be settled, and committed, to make room for the rest.
         """
@@ -133,6 +138,14 @@ class Run:
             instance.attempt.write(instance, piece, now)
             instance.note(piece)
             self.changed().instances[instance.name] = instance
+
+    def keep(self, instance: Instance, batch: pb.StepBatch) -> None:
+        """Store and acknowledge records, though something went wrong with them."""
+        changes, last = self.changed(), batch.first_sequence + len(batch.step) - 1
+        if not any(kept is batch for _, kept in changes.batches):
+            changes.batches.append((instance, batch))
+        instance.position = max(instance.position, last)
+        changes.instances[instance.name] = instance
 
     def happened(self, instance: Instance, event: pb.Event, now: float) -> None:
         """Something happened to a rank. Told again after each reconnect: one of a kind is kept."""
@@ -168,13 +181,13 @@ class Run:
         for each in self.attempts:
             newest = each is self.newest
             if not each.resting:
-                steps = each.put_together(max(each.due(now), at_least if each is attempt else 0))
-                if steps:
-                    self.changed().steps.extend(steps)
-                self._judge.steps(each, steps, now, newest=newest)
-            self._judge.departures(each, now)
-            if newest:
-                self._judge.standstill(each, now, since=self.watched_since)
+                steps = self._put_together(each, max(each.due(now), at_least if each is attempt else 0))
+                self._judge_steps(each, steps, now, newest=newest)
+            with self.errors.caught("judge"):
+                self._judge.departures(each, now)
+            with self.errors.caught("judge"):
+                if newest:
+                    self._judge.standstill(each, now, since=self.watched_since)
             for instance in each.instances.values():
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
@@ -184,6 +197,32 @@ class Run:
                 each.rest()
         self.totals.add_dropped(self._missing)
         self._missing.clear()
+
+    def _put_together(self, attempt: Attempt, upto: int) -> list[Step]:
+        """Every step that can be: history has no hole behind one that cannot."""
+        steps: list[Step] = []
+        position = -1
+        while position < attempt.settled:
+            position = attempt.settled
+            with self.errors.caught("judge"):
+                for step in attempt.put_together(upto):
+                    steps.append(step)  # noqa: PERF402 - what came before an error is kept
+        if steps:
+            self.changed().steps.extend(steps)
+        return steps
+
+    def _judge_steps(self, attempt: Attempt, steps: list[Step], now: float, *, newest: bool) -> None:
+        """An error ends what was known of the attempt: judging begins anew with the next step."""
+        try:
+            for step in steps:
+                self.totals.add_step(step, now, newest=newest)
+            self._judge.steps(attempt, steps, now)
+        except Exception as error:
+            self.errors.add("judge", error)
+            with self.errors.caught("judge"):
+                self.incidents.close_all(attempt, now)
+            attempt.incidents.clear()
+            attempt.forget()
 
     def _note(self, event: dict[str, Any], now: float) -> None:
         event = {**event, "seen_seconds": now}
@@ -239,15 +278,22 @@ class Run:
             "experiment": self.experiment,
             "attempts": [attempt.state() for attempt in self.attempts],
             "totals": self.totals.state(),
+            "errors": self.errors.counts,
         }
+
+    def bare_snapshot(self) -> dict[str, Any]:
+        """The least of it: where all of it cannot be stored, the run is found again all the same."""
+        return {"experiment": self.experiment, "attempts": [], "totals": Totals().state(), "errors": self.errors.counts}
 
     @classmethod
     def restored(cls, name: str, snapshot: dict[str, Any], hellos: list[pb.Hello], rules: Rules = DEFAULT) -> Run:
         """A run as it was when `snapshot` was taken; instances, events, incidents, steps and records follow."""
         run = cls(snapshot["experiment"], name, rules)
-        for number, (hello, state) in enumerate(zip(hellos, snapshot["attempts"], strict=True)):
+        # Of an attempt whose state could not be stored there is only its hello.
+        for number, (hello, state) in enumerate(zip_longest(hellos, snapshot["attempts"])):
             run.attempts.append(Attempt(number, hello, rules, state))
         run.totals.restore(snapshot["totals"])
+        run.errors.counts |= snapshot["errors"]
         return run
 
     def recall(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
@@ -263,6 +309,8 @@ class Runs:
 
     def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
         self.rules_of = rules_of
+        self.errors = collector_errors()
+        """The collector's own, that no single run is to blame for."""
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
 

@@ -39,6 +39,7 @@ class Server:
         self._stack = AsyncExitStack()
         self.grpc_port = 0
         self.http_port = 0
+        self.store: Store
         self.committer: asyncio.Task[None]
         """Ends only with an error: then nothing is stored any more."""
 
@@ -46,7 +47,7 @@ class Server:
         # Each part registers how it ends: in the reverse order, also when a later part cannot start.
         async with self._stack as stack:
             config, clock = self._config, self._clock
-            store = Store(config.database)
+            self.store = store = Store(config.database)
             stack.callback(store.close)
             runs = store.load(clock(), config.rules_of)
             limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}
@@ -60,6 +61,7 @@ class Server:
                 clock=clock,
                 silent=config.silent_seconds,
                 cache_seconds=config.metrics_cache_seconds,
+                storing=lambda: intake.storing,
             )
             telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.url)
             await self._open_http(stack, pages)

@@ -41,6 +41,7 @@ class Telemetry:
 
     def __init__(self, intake: Intake, epoch: str, *, ack_seconds: float, page_url: Callable[[], str]) -> None:
         self._intake = intake
+        self._errors = intake.errors
         self._epoch = epoch
         self._ack_seconds = ack_seconds
         self._page_url = page_url
@@ -54,16 +55,17 @@ class Telemetry:
         while True:
             await asyncio.sleep(_TICK_SECONDS)
             now = loop.time()
-            if now - committed >= self._ack_seconds:
-                committed = now
-                self._intake.commit()
-                self._wake(self._streams)
-            else:
-                waiting = self._intake.commit_urgent()
-                self._wake(stream for stream in self._streams if stream.said.includes(waiting))
-            if now - expired >= _EXPIRY_SECONDS:
-                expired = now
-                self._intake.expire()
+            with self._errors.caught("commit"):
+                if now - committed >= self._ack_seconds:
+                    committed = now
+                    self._intake.commit()
+                    self._wake(self._streams)
+                else:
+                    waiting = self._intake.commit_urgent()
+                    self._wake(stream for stream in self._streams if stream.said.includes(waiting))
+                if now - expired >= _EXPIRY_SECONDS:
+                    expired = now
+                    self._intake.expire()
 
     def drain(self) -> None:
         """Commit, let every stream send its last acknowledgement, and end them."""

@@ -73,6 +73,10 @@ def _status(options: Any, console: Console) -> int:
         console.print("no runs yet")
     if older:
         console.print(f"{older} run{'s' if older > 1 else ''} ended more than a day ago: --all")
+    for run in runs:
+        if run["errors"]:
+            stages = ", ".join(f"{stage} {count}" for stage, count in run["errors"].items())
+            console.print(Text(f"{run['run']}: errors inside the collector, see its log: {stages}"))
     if options.run:
         _ranks(console, answer["ranks"])
         _stories(console, answer["incidents"])

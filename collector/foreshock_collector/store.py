@@ -60,7 +60,11 @@ class Store:
 
     def __init__(self, path: Path | str) -> None:
         self._lock = _lock(path)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as error:
+            self._unlock()
+            raise StoreError(f"database {path} cannot be used: {error}") from error
         try:
             self._open(path)
         except sqlite3.Error as error:
@@ -85,22 +89,47 @@ class Store:
         self._db.execute("PRAGMA synchronous=NORMAL")
 
     def commit(self, runs: Iterable[Run]) -> None:
-        """Everything about these runs since their last commit, at once or not at all."""
+        """Everything about these runs since their last commit, at once or not at all. Raises `sqlite3.Error`.
+
+        Of a run whose state cannot be written, its records and steps are. The other runs notice nothing.
+        """
         changed = [(run, run.changes) for run in runs if run.changes is not None]
         if not changed:
             return
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            for run, changes in changed:
-                self._write(run, changes)
-        for run, changes in changed:
+            stored = [(run, changes) for run, changes in changed if self._save(run, changes)]
+        for run, changes in stored:
             run.changes = None
             for instance in changes.instances.values():
                 instance.stored, instance.closed_stored = instance.position, bool(instance.closed)
 
-    def _write(self, run: Run, changes: Changes) -> None:
+    def _save(self, run: Run, changes: Changes) -> bool:
+        for state_too in (True, False):
+            self._db.execute("SAVEPOINT run")
+            try:
+                self._write_records(run, changes)
+                if state_too:
+                    self._write_state(run, changes)
+                else:
+                    # Found again after a restart, with records newer than its state: the same may then come twice.
+                    bare = _json(run.bare_snapshot())
+                    self._db.execute("INSERT OR IGNORE INTO runs VALUES (?,?)", (run.name, bare))
+            except Exception as error:
+                if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+                    raise  # of the file: all runs have it
+                self._db.execute("ROLLBACK TO run")
+                run.errors.add("store", error)
+            else:
+                return True
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("RELEASE run")
+        return False
+
+    def _write_records(self, run: Run, changes: Changes) -> None:
         self._db.executemany(
-            "INSERT INTO attempts VALUES (?,?,?,?,?)",
+            "INSERT OR REPLACE INTO attempts VALUES (?,?,?,?,?)",
             [(run.name, a.number, a.launch, a.started_seconds, a.hello.SerializeToString()) for a in changes.attempts],
         )
         self._db.executemany(
@@ -108,7 +137,7 @@ class Store:
             [(i.name, run.name, i.attempt.number, *map(_plain, _values(i))) for i in changes.instances.values()],
         )
         self._db.executemany(
-            f"INSERT INTO steps VALUES ({_marks(1 + len(_STEP_COLUMNS))})",  # noqa: S608
+            f"INSERT OR REPLACE INTO steps VALUES ({_marks(1 + len(_STEP_COLUMNS))})",  # noqa: S608
             [(run.name, *(_stored(getattr(s, name)) for name in _STEP_COLUMNS)) for s in changes.steps],
         )
         self._db.executemany(
@@ -123,6 +152,8 @@ class Store:
             keep = attempt.settled - WINDOW_STEPS if attempt is run.newest else attempt.settled
             where = "run=? AND attempt=? AND last_sequence<=?"
             self._db.execute(f"DELETE FROM rank_window WHERE {where}", (run.name, attempt.number, keep))  # noqa: S608
+
+    def _write_state(self, run: Run, changes: Changes) -> None:
         self._db.executemany(
             "INSERT INTO events (run, event) VALUES (?,?)", [(run.name, _json(event)) for event in changes.events]
         )
@@ -140,37 +171,58 @@ class Store:
         self._db.execute("DELETE FROM rank_window WHERE run=?", (run.name,))
 
     def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
-        """All runs, as they were committed."""
+        """All runs, as they were committed. One that cannot be read is set aside. Raises `StoreError`."""
         runs = Runs(rules_of)
-        for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid").fetchall():
-            query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
-            hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
-            run = Run.restored(name, json.loads(snapshot), hellos, rules_of(name))
-            run.watched_since = now
-            instances = {i.name: i for attempt in run.attempts for i in self._instances(run, attempt)}
-            newest = "SELECT event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"
-            run.events.extend(
-                json.loads(e) for (e,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
-            )
-            newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
-            run.incidents.kept.extend(
-                json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
-            )
-            waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
-            for instance, batch in self._db.execute(waiting, (name,)):
-                run.recall(instances[instance], pb.StepBatch.FromString(batch), now)
-            for attempt in run.attempts:
-                if not attempt.resting:
-                    self._recall_steps(run, attempt)
-            runs.add(run)
+        try:
+            for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid").fetchall():
+                try:
+                    run = self._restored(name, json.loads(snapshot), now, rules_of(name))
+                except Exception as error:
+                    runs.errors.add("load", error, f"run {name!r}, which is set aside")
+                    self._set_aside(name, snapshot)
+                else:
+                    runs.add(run)
+        except sqlite3.Error as error:
+            raise StoreError(f"the database cannot be read: {error}") from error
         return runs
+
+    def _restored(self, name: str, snapshot: dict[str, Any], now: float, rules: Rules) -> Run:
+        query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
+        hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
+        run = Run.restored(name, snapshot, hellos, rules)
+        run.watched_since = now
+        instances = {i.name: i for attempt in run.attempts for i in self._instances(run, attempt)}
+        newest = "SELECT event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"
+        run.events.extend(json.loads(e) for (e,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall()))
+        newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
+        run.incidents.kept.extend(
+            json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
+        )
+        waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
+        for instance, batch in self._db.execute(waiting, (name,)).fetchall():
+            with run.errors.caught("take"):
+                run.recall(instances[instance], pb.StepBatch.FromString(batch), now)
+        for attempt in run.attempts:
+            if not attempt.resting:
+                self._recall_steps(run, attempt)
+        return run
+
+    def _set_aside(self, name: str, snapshot: str) -> None:
+        """Nothing of it is lost, and its name is free: its ranks may still run."""
+        aside = f"{name} (set aside {uuid.uuid4().hex[:8]})"
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for table in ("attempts", "instances", "steps", "events", "incidents", "rank_window"):
+                self._db.execute(f"UPDATE {table} SET run=? WHERE run=?", (aside, name))  # noqa: S608
+            self._db.execute("INSERT INTO meta VALUES (?,?)", (aside, snapshot))
+            self._db.execute("DELETE FROM runs WHERE run=?", (name,))
 
     def _instances(self, run: Run, attempt: Attempt) -> Iterable[Instance]:
         query = f"SELECT instance, {', '.join(_INSTANCE_COLUMNS)} FROM instances WHERE run=? AND attempt=?"  # noqa: S608
         for name, *values in self._db.execute(query, (run.name, attempt.number)).fetchall():
             known = dict(zip(_INSTANCE_COLUMNS, values, strict=True))
             known |= {"dropped": json.loads(known["dropped"]), "told": json.loads(known["told"])}
-            known |= {"last_finished": bool(known["last_finished"])}
+            known |= {"last_finished": bool(known["last_finished"]), "loss": _restored(known["loss"])}
             instance = Instance(name=name, attempt=attempt, **known)
             instance.stored, instance.closed_stored = instance.position, bool(instance.closed)
             attempt.instances[instance.rank] = instance
@@ -207,6 +259,9 @@ class Store:
     def close(self) -> None:
         """Let go of the file."""
         self._db.close()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._lock is not None:
             self._lock.close()
 

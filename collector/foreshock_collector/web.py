@@ -12,7 +12,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from foreshock_collector.api import Api
+from foreshock_collector.api import Api, error
 from foreshock_collector.live import Live
 from foreshock_collector.page import Page
 from foreshock_collector.runs import Runs
@@ -39,7 +39,11 @@ class Pages:
         clock: Callable[[], float],
         silent: float,
         cache_seconds: float,
+        storing: Callable[[], bool],
     ) -> None:
+        """storing: commits work."""
+        self._runs = runs
+        self._storing = storing
         self._registry = registry
         self._cache_seconds = cache_seconds
         self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
@@ -55,7 +59,7 @@ class Pages:
 
     def application(self) -> web.Application:
         """Routes."""
-        application = web.Application(middlewares=[_headers])
+        application = web.Application(middlewares=[_headers, self._failures])
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),
@@ -84,15 +88,32 @@ class Pages:
         return web.Response(text="healthy\n")
 
     async def _is_ready(self, _: web.Request) -> web.Response:
-        return web.Response(text="ready\n") if self.ready else web.Response(text="not ready\n", status=503)
+        if not self.ready:
+            return web.Response(text="not ready\n", status=503)
+        if not self._storing():
+            return web.Response(text="not ready: nothing can be stored, see the log\n", status=503)
+        return web.Response(text="ready\n")
+
+    @web.middleware
+    async def _failures(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """An answer that fails costs nothing else: it is counted where it belongs."""
+        try:
+            response: web.StreamResponse = await handler(request)
+        except (web.HTTPException, ConnectionError):
+            raise
+        except Exception as failure:
+            run = self._runs.get(request.match_info.get("run", ""))
+            (self._runs if run is None else run).errors.add("page", failure)
+            raise error(web.HTTPInternalServerError, "the collector failed on this; its log says more") from failure
+        return response
 
 
 @web.middleware
 async def _headers(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         response: web.StreamResponse = await handler(request)
-    except web.HTTPException as error:
-        error.headers.update({name: value for name, value in _HEADERS.items() if name not in error.headers})
+    except web.HTTPException as answer:
+        answer.headers.update({name: value for name, value in _HEADERS.items() if name not in answer.headers})
         raise
     if not response.prepared:
         response.headers.update({name: value for name, value in _HEADERS.items() if name not in response.headers})

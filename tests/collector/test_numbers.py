@@ -97,7 +97,7 @@ def test_layers_are_told_of_once_there_are_steps() -> None:
     assert attempt.largest_layers() == []
     batch = steps(1, [2.0], global_layer_norms=[2.0]).steps
     attempt.board.write(0, decode(batch, 1), 0.0)
-    attempt.put_together(1)
+    list(attempt.put_together(1))
     assert attempt.largest_layers() == [("a", 2.0)]
 
 

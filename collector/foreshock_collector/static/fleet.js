@@ -2,7 +2,7 @@
 
 import { follow, json } from "./feed.js";
 import { spark } from "./spark.js";
-import { conditionMark, el, number, plural, put, runUrl, span, verdictTitle, whole } from "./text.js";
+import { conditionMark, el, errorWords, number, plural, put, runUrl, span, verdictTitle, whole } from "./text.js";
 
 const ORDER = ["failing", "building up", "stalled", "ranks missing", "running", "failed", "ended"];
 const ENDED_SHOWN = 20;
@@ -37,6 +37,10 @@ function incidentLine(run) {
     where.length ? `, ${where.join(", ")}` : "");
 }
 
+function errorLine(run) {
+  return Object.keys(run.errors).length ? el("p", { class: "alarm" }, errorWords(run.errors)) : null;
+}
+
 // A row stays the same node for as long as its run is shown: a click that begins on a link must end on it, and whoever
 // is on one by keyboard stays there.
 function makeRow(run) {
@@ -58,9 +62,9 @@ function row(run, now) {
   const level = (what, source) => value(number(newest[`${source}_nonfinite`] || newest[what]));
   parts.node.dataset.condition = run.condition;
   parts.condition.replaceChildren(conditionMark(run.condition));
-  const line = incidentLine(run) ?? "";
-  const told = line && line.textContent;
-  if (told !== parts.told) parts.alarm.replaceChildren(line);
+  const lines = [incidentLine(run), errorLine(run)].filter(Boolean);
+  const told = lines.map((line) => line.textContent).join("\n");
+  if (told !== parts.told) parts.alarm.replaceChildren(...lines);
   parts.told = told;
   parts.step.replaceChildren(value(whole(newest.step)));
   parts.norm.replaceChildren(

@@ -5,7 +5,7 @@ import { Cursor } from "./cursor.js";
 import { follow, json } from "./feed.js";
 import { HEATS, cellWords, drawHeat, legend } from "./heat.js";
 import { age, earlier, eventTable, incidentCard } from "./incident.js";
-import { clock, conditionMark, el, number, put, runApi, span, whole } from "./text.js";
+import { clock, conditionMark, el, errorWords, number, put, runApi, span, whole } from "./text.js";
 
 const name = decodeURIComponent(location.pathname.slice("/run/".length));
 const api = runApi(name);
@@ -89,7 +89,8 @@ function sequenceOf(incident) {
 function words() {
   const now = known.now_seconds;
   document.title = `${known.condition}: ${known.run} · Foreshock`;
-  put("condition", conditionMark(known.condition), el("span", { class: "quiet" }, ` ${known.experiment}`));
+  put("condition", conditionMark(known.condition), el("span", { class: "quiet" }, ` ${known.experiment}`),
+    Object.keys(known.errors).length ? el("span", { class: "alarm" }, ` ${errorWords(known.errors)}`) : null);
   attempts();
   const shown = known.incidents.filter((incident) => incident.attempt === view.attempt);
   const newest = shown.at(-1);

@@ -61,9 +61,15 @@ const SHAPES = {
   ended: "M6 2.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 1 0 0-7z",
 };
 
+// What the collector itself failed at; its log has the tracebacks.
+export function errorWords(errors) {
+  const parts = Object.entries(errors).map(([stage, count]) => `${stage} ${whole(count)}`);
+  return `errors inside the collector, see its log: ${parts.join(", ")}`;
+}
+
 export function conditionMark(condition) {
   const shape = svg("svg", { viewBox: "0 0 12 12", class: "shape", "aria-hidden": "true" },
-    svg("path", { d: SHAPES[condition] }));
+    svg("path", { d: SHAPES[condition] ?? SHAPES.ended }));
   return el("span", { class: "condition", "data-condition": condition }, shape, condition);
 }
 
