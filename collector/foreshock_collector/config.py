@@ -32,6 +32,8 @@ class Config:
     """Port for recorders; 0 takes a free one."""
     http_port: int = DEFAULT_HTTP_PORT
     """Port for /metrics, the API and runbooks; 0 takes a free one."""
+    public_url: str = ""
+    """Address of the page as people reach it, told on ranks; default: this machine's name, where others may connect."""
     database: str = "foreshock.db"
     """SQLite file that keeps runs, steps and incidents."""
     ack_seconds: float = 1.0

@@ -213,8 +213,10 @@ class Intake:
         for name in sorted(said.greeted):
             home = self._runs.home(name)
             assert home is not None
-            _, instance = home
-            found.append(pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored))
+            run, instance = home
+            found.append(
+                pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name)
+            )
         return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(said.refused.items())]
 
 

@@ -6,6 +6,7 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ EVENTS_KEPT = 200
 """Events and incidents of a run at hand; the store has them all."""
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, has nothing more to say."""
+
+_LIVE_SECONDS = 10.0
+"""A rank that was heard of within it lives: its recorder has much to say each second, or that it is there."""
 
 
 class ContradictionError(ValueError):
@@ -102,6 +106,7 @@ class Run:
             pid=hello.pid,
             layers=len(hello.model.layers),
             last_report=now,
+            gone=hello.gone,
         )
         attempt.instances[place.rank] = instance
         self.changed().instances[instance.name] = instance
@@ -257,6 +262,15 @@ class Run:
         """When any rank last reported."""
         return max((attempt.last_heard() for attempt in self.attempts), default=0.0)
 
+    def has_live_ranks(self, now: float) -> bool:
+        """A rank has been heard of just now, and may still write records."""
+        return any(
+            now - instance.last_report < _LIVE_SECONDS
+            for attempt in self.attempts
+            for instance in attempt.instances.values()
+            if not (instance.ended or instance.gone or instance.lost_seconds)
+        )
+
     def active(self, now: float, silent_seconds: float) -> bool:
         """A rank of the newest attempt has not left, and has been heard of lately."""
         return any(
@@ -313,6 +327,8 @@ class Runs:
         """The collector's own, that no single run is to blame for."""
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
+        self._launches: dict[tuple[str, str], Run] = {}
+        """By the name that was asked for, and the launch."""
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -329,6 +345,7 @@ class Runs:
         """A run from the store, with its instances."""
         self._runs[run.name] = run
         for attempt in run.attempts:
+            self._launches[attempt.hello.run, attempt.launch] = run
             for instance in attempt.instances.values():
                 self._instances[instance.name] = (run, instance)
 
@@ -337,16 +354,37 @@ class Runs:
         known = self._instances.get(hello.instance)
         if known is not None:
             run, instance = known
-            if (run.name, instance.attempt.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
+            first = instance.attempt.hello
+            if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
             run.hear(instance, now)
             return instance
-        run = self._runs.get(hello.run) or Run(hello.experiment, hello.run, self.rules_of(hello.run))
-        if run.experiment != hello.experiment:
-            raise ContradictionError(
-                f"run {hello.run!r} belongs to experiment {run.experiment!r}, not {hello.experiment!r}: name it anew"
-            )
+        run = self._run_of(hello, now)
         instance = run.greet(hello, now)
         self._runs[run.name] = run
+        self._launches[hello.run, hello.launch] = run
         self._instances[instance.name] = (run, instance)
         return instance
+
+    def _run_of(self, hello: pb.Hello, now: float) -> Run:
+        """The run of a launch; decided at its first hello, for all its ranks.
+
+        A launch is the next attempt of the run whose name it asks for. Where a living one has that name, or another
+        experiment, it becomes a run of its own: name-2, name-3 and so on.
+        """
+        run = self._launches.get((hello.run, hello.launch))
+        if run is not None:
+            if run.experiment != hello.experiment:
+                raise ContradictionError(
+                    f"experiment {hello.experiment!r}: this launch has told of {run.experiment!r} before"
+                )
+            return run
+        for number in itertools.count(1):
+            name = hello.run if number == 1 else f"{hello.run}-{number}"
+            run = self._runs.get(name)
+            if run is None:
+                return Run(hello.experiment, name, self.rules_of(hello.run))
+            # What a rank that has gone left behind does not run beside anything.
+            if run.experiment == hello.experiment and (hello.gone or not run.has_live_ranks(now)):
+                return run
+        raise AssertionError

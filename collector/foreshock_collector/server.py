@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
@@ -24,6 +25,7 @@ from foreshock_collector.store import Store
 from foreshock_collector.web import Pages
 
 _DRAIN_SECONDS = 2.0
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 _SERVICES = ("", "foreshock.v1.Telemetry")
 
 
@@ -63,7 +65,7 @@ class Server:
                 cache_seconds=config.metrics_cache_seconds,
                 storing=lambda: intake.storing,
             )
-            telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.url)
+            telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.public_url)
             await self._open_http(stack, pages)
             await self._open_grpc(stack, telemetry)
             self.committer = asyncio.create_task(telemetry.committer())
@@ -104,6 +106,15 @@ class Server:
     def url(self) -> str:
         """Where people and Prometheus look."""
         return f"http://{_joined(self._config.host, self.http_port)}"
+
+    @property
+    def public_url(self) -> str:
+        """The same as people elsewhere reach it, as far as it is known."""
+        if self._config.public_url:
+            return self._config.public_url.rstrip("/")
+        if self._config.host in _EVERYWHERE:
+            return f"http://{_joined(socket.gethostname(), self.http_port)}"
+        return self.url
 
     @property
     def address(self) -> str:

@@ -176,7 +176,7 @@ class Store:
         try:
             for name, snapshot in self._db.execute("SELECT run, snapshot FROM runs ORDER BY rowid").fetchall():
                 try:
-                    run = self._restored(name, json.loads(snapshot), now, rules_of(name))
+                    run = self._restored(name, json.loads(snapshot), now, rules_of)
                 except Exception as error:
                     runs.errors.add("load", error, f"run {name!r}, which is set aside")
                     self._set_aside(name, snapshot)
@@ -186,10 +186,10 @@ class Store:
             raise StoreError(f"the database cannot be read: {error}") from error
         return runs
 
-    def _restored(self, name: str, snapshot: dict[str, Any], now: float, rules: Rules) -> Run:
+    def _restored(self, name: str, snapshot: dict[str, Any], now: float, rules_of: Callable[[str], Rules]) -> Run:
         query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
         hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
-        run = Run.restored(name, snapshot, hellos, rules)
+        run = Run.restored(name, snapshot, hellos, rules_of(hellos[0].run))
         run.watched_since = now
         instances = {i.name: i for attempt in run.attempts for i in self._instances(run, attempt)}
         newest = "SELECT event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"

@@ -42,7 +42,7 @@ class FromRecorder(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("schema_version", "instance", "experiment", "run", "launch", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid")
+    __slots__ = ("schema_version", "instance", "experiment", "run", "launch", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "gone")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +63,7 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     instance: str
     experiment: str
@@ -76,7 +77,8 @@ class Hello(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     versions: _containers.ScalarMap[str, str]
     pid: int
-    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ...) -> None: ...
+    gone: bool
+    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ..., gone: bool = ...) -> None: ...
 
 class Topology(_message.Message):
     __slots__ = ("rank", "local_rank", "world_size", "node")

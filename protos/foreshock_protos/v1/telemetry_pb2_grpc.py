@@ -50,8 +50,9 @@ class TelemetryServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Stream(self, request_iterator, context):
-        """The first message about an instance is its Hello; a batch of an unknown instance is refused.
-        Refusals: INVALID_ARGUMENT (cannot be decoded, missing or contradictory fields),
+        """The first message about an instance is its Hello. One that is wrong or contradicts what is known refuses that
+        instance alone: see Ack.Position.refused. What no recorder sends ends the stream:
+        INVALID_ARGUMENT (cannot be decoded, contradictory columns, an instance without a Hello),
         FAILED_PRECONDITION (schema_version unknown here), RESOURCE_EXHAUSTED (message too large).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -1,0 +1,156 @@
+"""One name, several trainings: what restarts is the next attempt, what runs at the same time is a run of its own."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foreshock_collector.attempts import Instance
+from foreshock_collector.runs import ContradictionError, Runs
+from foreshock_collector.server import Server
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.collector.test_service import Stream, config, hello, serving, steps
+
+NOW = 1e9
+
+
+class Names:
+    """A collector's runs, and ranks that say hello."""
+
+    def __init__(self) -> None:
+        self.runs = Runs()
+        self.now = NOW
+
+    def greet(self, launch: str, *, rank: int = 0, after: float = 0.0, **changes: Any) -> tuple[str, int]:
+        """Name of the run, number of the attempt."""
+        self.now += after
+        place = pb.Topology(rank=rank, world_size=2)
+        said: dict[str, Any] = {"run": "night", "instance": f"{launch}-{rank}", "launch": launch, "topology": place}
+        self.runs.greet(hello(**(said | {"started_seconds": self.now} | changes)).hello, self.now)
+        run, instance = self.home(f"{launch}-{rank}")
+        return run, instance.attempt.number
+
+    def home(self, instance: str) -> tuple[str, Instance]:
+        found = self.runs.home(instance)
+        assert found is not None
+        return found[0].name, found[1]
+
+    def leave(self, instance: str, reason: pb.Goodbye.Reason) -> None:
+        found = self.runs.home(instance)
+        assert found is not None
+        found[0].leave(found[1], pb.Goodbye(instance=instance, reason=reason), self.now)
+
+
+def test_a_second_living_launch_of_a_name_becomes_a_run_of_its_own_with_all_its_ranks() -> None:
+    names = Names()
+    assert names.greet("a") == ("night", 0)
+    assert names.greet("b", after=1.0) == ("night-2", 0)
+    assert names.greet("c", after=1.0) == ("night-3", 0)
+    assert names.greet("a", rank=1) == ("night", 0)
+    assert names.greet("b", rank=1) == ("night-2", 0)
+    assert names.greet("c", rank=1) == ("night-3", 0)
+    assert names.greet("b", after=100.0) == ("night-2", 0)
+
+
+@pytest.mark.parametrize("reason", [pb.Goodbye.FINISHED, pb.Goodbye.EXCEPTION, pb.Goodbye.LOST, pb.Goodbye.INTERRUPTED])
+def test_a_restart_is_the_next_attempt_however_the_last_one_ended(reason: pb.Goodbye.Reason) -> None:
+    names = Names()
+    names.greet("a")
+    names.leave("a-0", reason)
+    assert names.greet("b", after=0.5) == ("night", 1)
+
+
+def test_a_launch_of_which_one_rank_still_reports_is_alive() -> None:
+    names = Names()
+    names.greet("a")
+    names.greet("a", rank=1)
+    names.leave("a-0", pb.Goodbye.LOST)
+    assert names.greet("b", after=0.5) == ("night-2", 0)
+
+
+def test_a_launch_that_fell_silent_gives_its_name_back_after_ten_seconds() -> None:
+    names = Names()
+    names.greet("a")
+    assert names.greet("b", after=10.0) == ("night", 1)
+
+
+def test_a_launch_known_to_be_lost_gives_its_name_back_at_once() -> None:
+    names = Names()
+    names.greet("a")
+    found = names.runs.home("a-0")
+    assert found is not None
+    found[0].happened(found[1], pb.Event(instance="a-0", kind=pb.Event.RANK_LOST), names.now)
+    assert names.greet("b", after=0.5) == ("night", 1)
+
+
+def test_what_is_handed_in_afterwards_belongs_to_the_run_of_its_name_and_takes_it_from_nobody() -> None:
+    names = Names()
+    assert names.greet("new") == ("night", 0)
+    assert names.greet("old", gone=True) == ("night", 1)
+    assert names.greet("older", gone=True) == ("night", 2)
+    names.leave("new-0", pb.Goodbye.FINISHED)
+    assert names.greet("next") == ("night", 3)
+
+
+def test_another_experiment_gets_a_run_of_its_own_even_later() -> None:
+    names = Names()
+    names.greet("a")
+    assert names.greet("b", experiment="other", after=1000.0) == ("night-2", 0)
+    assert names.greet("c", after=1000.0) == ("night", 1)
+    assert names.greet("d", experiment="other", after=1000.0) == ("night-2", 1)
+
+
+def test_a_launch_that_contradicts_itself_is_refused() -> None:
+    names = Names()
+    names.greet("a")
+    for changes, says in (
+        ({"experiment": "other"}, "experiment 'other': this launch has told of 'e' before"),
+        ({"topology": pb.Topology(rank=1, world_size=3)}, "world_size 3"),
+        ({"rank": 0, "instance": "another"}, "rank 0 of this launch is another instance already"),
+    ):
+        with pytest.raises(ContradictionError, match=says):
+            names.greet("a", **({"rank": 1} | changes))
+    with pytest.raises(ContradictionError, match="another run, launch or rank before"):
+        names.greet("a", run="day")
+
+
+def test_after_a_restart_a_launch_finds_its_run_again_and_is_told_its_name(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            streams = []
+            for launch, name in (("a", "r"), ("b", "r-2")):
+                stream = Stream(server)
+                streams.append(stream)
+                await stream.send(hello(launch=launch, instance=launch), steps(1, [1.0] * 3, instance=launch))
+                assert (await stream.call.read()).positions[0].run == name
+                await stream.stored(3)
+            for stream in streams:
+                await stream.close()
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello(launch="b", instance="b"), steps(4, [1.0] * 3, instance="b"))
+            assert (await stream.call.read()).positions[0].run == "r-2"
+            await stream.stored(6)
+            await stream.close()
+
+    serving(test())
+
+
+@pytest.mark.parametrize(
+    ("changes", "url"),
+    [
+        ({}, "http://127.0.0.1:{port}"),
+        ({"host": "0.0.0.0", "allow_unauthenticated": True}, f"http://{socket.gethostname()}:{{port}}"),
+        ({"host": "::", "allow_unauthenticated": True}, f"http://{socket.gethostname()}:{{port}}"),
+        ({"public_url": "https://foreshock.example.org/"}, "https://foreshock.example.org"),
+    ],
+)
+def test_the_page_is_told_at_an_address_that_people_can_open(tmp_path: Path, changes: dict[str, Any], url: str) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path, **changes)) as server:
+            assert server.public_url == url.format(port=server.http_port)
+
+    serving(test())
