@@ -24,9 +24,9 @@ Every environment variable and every setting of a file. Made from `agent/foresho
 
 An argument of `foreshock.attach` wins over its variable, an empty variable is as good as none. A variable that begins
 with `FORESHOCK_` and is none of these is ignored, and rank 0 says so with the nearest name that is one."""
-COLLECTOR = """Of others' variables a probe reads `LOCAL_RANK`, `SLURM_LOCALID`, `SLURMD_NODENAME`, `SLURM_JOB_ID` (the run
-is then `slurm-JOB`) and `TORCHELASTIC_RUN_ID` (the run's name, where torchrun was given an `--rdzv-id`). Commands obey
-`NO_COLOR`.
+COLLECTOR = """Of others' variables a probe reads `LOCAL_RANK`, `SLURM_LOCALID`, `SLURMD_NODENAME`, `SLURM_JOB_ID` (the
+run is then `slurm-JOB`) and `TORCHELASTIC_RUN_ID` (the run's name, where torchrun was given an `--rdzv-id`). Commands
+obey `NO_COLOR`.
 
 ## The collector
 

@@ -57,7 +57,9 @@ def against_explosion(
     last = steps[-1]
     types = model.module_types
     rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
-    slower = f"a smaller learning rate{rate}, with a warm-up over the first steps"
+    rates = [step.learning_rate for step in steps if math.isfinite(step.learning_rate)]
+    rising = bool(rates) and last.learning_rate > _RISING * min(rates)
+    slower = f"a smaller learning rate{rate}, {'or a slower' if rising else 'with a'} warm-up"
     recurrent = (
         "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
         if any(name in types for name in _PLAIN)

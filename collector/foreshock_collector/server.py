@@ -105,7 +105,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where people and Prometheus look."""
-        return f"http://{_joined(self._config.host, self.http_port)}"
+        return f"http://{_joined(_reachable(self._config.host), self.http_port)}"
 
     @property
     def public_url(self) -> str:
@@ -119,7 +119,7 @@ class Server:
     @property
     def address(self) -> str:
         """Where recorders connect."""
-        return _joined(self._config.host, self.grpc_port)
+        return _joined(_reachable(self._config.host), self.grpc_port)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -151,6 +151,11 @@ async def serve(config: Config) -> None:
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
+
+
+def _reachable(host: str) -> str:
+    """How others call this machine, where it listens on all its addresses: nobody can go to 0.0.0.0."""
+    return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104
 
 
 def _joined(host: str, port: int) -> str:
