@@ -44,5 +44,6 @@ def main() -> int:
         # Commands import what is theirs alone when they run.
         return int(next(iter(found)).load()(rest))
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"foreshock {name}: {error.name} is missing; pip install 'foreshock[collector]'\n")
+        extra = "of the extra `collector`: in a checkout, pip install '.[collector]'"
+        sys.stderr.write(f"foreshock {name}: {error.name} is missing, {extra}\n")
         return 2

@@ -144,7 +144,7 @@ def plotly_script() -> Path:
     spec = importlib.util.find_spec("plotly")
     places = spec.submodule_search_locations if spec is not None else None
     if not places or not (script := Path(places[0]) / _PLOTLY).is_file():
-        raise web.HTTPNotFound(text="the package plotly is not installed: pip install 'foreshock[collector]'\n")
+        raise web.HTTPNotFound(text="the package plotly is missing: pip install plotly\n")
     return script
 
 

@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.1
 def check_torch() -> None:
     """Raises `DemoError` where there is no torch to train with."""
     if importlib.util.find_spec("torch") is None:
-        raise DemoError("it trains a small model, and torch is missing; pip install 'foreshock[torch]'")
+        raise DemoError("it trains a small model, and torch is missing: pip install torch")
 
 
 @asynccontextmanager

@@ -1,0 +1,100 @@
+"""What README.md tells people to type does what it says there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.end_to_end.conftest import eventually
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+BIN = Path(sys.executable).parent
+
+
+def commands() -> list[tuple[str, str, list[str]]]:
+    """Of the block of commands: machine, command and the lines that are shown below it, in order."""
+    (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+    found: list[tuple[str, str, list[str]]] = []
+    for line in filter(None, block.splitlines()):
+        if match := re.match(r"(\w+)\$ (.*)", line):
+            found.append((match[1], match[2], []))
+        else:
+            found[-1][2].append(line)
+    return found
+
+
+def pattern(shown: str) -> str:
+    """What fits a line as it is shown, whatever its numbers: when a network explodes is up to a machine's rounding."""
+    text = re.escape(shown.removesuffix("..."))
+    text = re.sub(r"\b\d+\b", r"\\d+", text)
+    return re.sub("─+", "─+", re.sub(r"(\\ )+", r"\\s+", text))
+
+
+def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
+    ready = tmp_path / "ready.json"
+    (_, serve, (listening,)), *rest = [each for each in commands() if not each[1].startswith("pip install ")]
+    base = {name: value for name, value in os.environ.items() if not name.startswith("FORESHOCK_")}
+    base |= {"PATH": f"{BIN}:{os.environ['PATH']}", "FORESHOCK_RING_DIR": str(tmp_path)}
+    told = {"GRPC_PORT": "0", "HTTP_PORT": "0", "READY_FILE": str(ready), "DATABASE": str(tmp_path / "db")}
+    environment = base | {f"FORESHOCK_COLLECTOR_{name}": value for name, value in told.items()}
+    with subprocess.Popen(
+        ["bash", "-c", f"exec {serve}"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            said = server.stdout.readline()
+            eventually(ready.exists, "a collector that listens")
+            places = json.loads(ready.read_text())
+            listening = listening.replace("monitor:4327", places["grpc"]).replace("http://monitor:9327", places["http"])
+            assert said == listening + "\n"
+
+            def here(text: str) -> str:
+                for there, place in (("monitor:4327", places["grpc"]), ("monitor:9327", places["http"])):
+                    text = text.replace(there, f"127.0.0.1:{place.rpartition(':')[2]}")
+                return text
+
+            exports: dict[str, list[str]] = {}
+            (tmp_path / "examples").symlink_to(ROOT / "examples")
+            for machine, line, shown in rest:
+                if line.startswith("export "):
+                    exports.setdefault(machine, []).append(here(line))
+                    continue
+                script = "\n".join((*exports[machine], line))
+                result = subprocess.run(
+                    ["bash", "-c", script], env=base, cwd=tmp_path, capture_output=True, text=True, timeout=300
+                )
+                # The run has failed, and `foreshock status` says so by its exit code too.
+                assert result.returncode == (1 if line == "foreshock status" else 0), result.stderr
+                for wanted in shown:
+                    assert re.search(pattern(here(wanted)), result.stdout + result.stderr), wanted
+            assert "exploding_gradients" in (tmp_path / "report.html").read_text("utf-8")
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+
+
+def test_every_command_and_target_that_the_documents_name_is_there() -> None:
+    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    scripts = set(re.findall(r'^(\w+) = "foreshock_collector\.cli:', project, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^    |\$ )foreshock ([a-z]+)", text, re.MULTILINE))
+    assert {"collector", "status"} <= named
+    helped = subprocess.run(
+        [BIN / "foreshock", "--help"], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    assert named <= scripts | set(re.findall(r"\b[a-z]+\b", helped))
+
+
+def test_every_file_that_the_documents_link_to_is_there() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        text = page.read_text("utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
+            assert not target or (page.parent / target).exists(), f"{page.name} links to {target}"
