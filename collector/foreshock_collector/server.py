@@ -105,21 +105,17 @@ class Server:
     @property
     def url(self) -> str:
         """Where people and Prometheus look."""
-        return f"http://{_joined(_reachable(self._config.host), self.http_port)}"
+        return f"http://{_joined(self._config.host, self.http_port)}"
 
     @property
     def public_url(self) -> str:
         """The same as people elsewhere reach it, as far as it is known."""
-        if self._config.public_url:
-            return self._config.public_url.rstrip("/")
-        if self._config.host in _EVERYWHERE:
-            return f"http://{_joined(socket.gethostname(), self.http_port)}"
-        return self.url
+        return self._config.public_url.rstrip("/") or f"http://{_joined(_reachable(self._config.host), self.http_port)}"
 
     @property
     def address(self) -> str:
         """Where recorders connect."""
-        return _joined(_reachable(self._config.host), self.grpc_port)
+        return _joined(self._config.host, self.grpc_port)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -135,7 +131,8 @@ async def serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with Server(config) as server:
-        print(f"foreshock collector: records to {server.address}, people to {server.url}", flush=True)  # noqa: T201
+        records = _joined(_reachable(config.host), server.grpc_port)
+        print(f"foreshock collector: records to {records}, people to {server.public_url}", flush=True)  # noqa: T201
         if config.ready_file:
             draft = Path(config.ready_file + ".draft")
             draft.write_text(json.dumps({"grpc": server.address, "http": server.url}))
@@ -155,7 +152,7 @@ async def _ended(task: asyncio.Task[None]) -> None:
 
 def _reachable(host: str) -> str:
     """How others call this machine, where it listens on all its addresses: nobody can go to 0.0.0.0."""
-    return socket.gethostname() if host in ("0.0.0.0", "::") else host  # noqa: S104
+    return socket.gethostname() if host in _EVERYWHERE else host
 
 
 def _joined(host: str, port: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,13 +51,13 @@ def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
             said = server.stdout.readline()
             eventually(ready.exists, "a collector that listens")
             places = json.loads(ready.read_text())
-            listening = listening.replace("monitor:4327", places["grpc"]).replace("http://monitor:9327", places["http"])
-            assert said == listening + "\n"
 
-            def here(text: str) -> str:
+            def here(text: str, host: str = "127.0.0.1") -> str:
                 for there, place in (("monitor:4327", places["grpc"]), ("monitor:9327", places["http"])):
-                    text = text.replace(there, f"127.0.0.1:{place.rpartition(':')[2]}")
+                    text = text.replace(there, f"{host}:{place.rpartition(':')[2]}")
                 return text
+
+            assert said == here(listening, socket.gethostname()) + "\n"
 
             exports: dict[str, list[str]] = {}
             (tmp_path / "examples").symlink_to(ROOT / "examples")
