@@ -113,7 +113,7 @@ def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tup
         )
     if cause == "amp_overflow":
         return ("nothing, while it stays rare: a GradScaler halves its scale and goes on",)
-    if cause == "loss_divergence":
+    if cause == "nonfinite_divergence":
         return (
             "a smaller learning rate, or one that decays: small steps in a bad direction add up",
             "look at what changed where the loss began to climb: data, loss weights, a schedule",

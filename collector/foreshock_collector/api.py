@@ -169,7 +169,7 @@ class Api:
             "newest": run.totals.newest() if attempt.settled else {},
             "last_report_seconds": run.last_heard(),
             "last_step_seconds": run.totals.last["step"],
-            "stall_after_seconds": run.totals.stall_after(),
+            "stall_after_seconds": run.stall_after(),
             "errors": run.errors.shown(),
         }
 

@@ -6,11 +6,12 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from foreshock_collector.board import Board, Records, complete, trouble
+from foreshock_collector.departures import Departure
 from foreshock_collector.detection import Detector
 from foreshock_collector.faults import Faults
 from foreshock_collector.noise import NoiseScale
@@ -24,6 +25,8 @@ _MOST_LAYERS, _LAYER_STEPS = 16, 64
 """Layers that become series, and the steps by whose largest norms they are chosen: few, and seldom others."""
 PEACEFUL = ("FINISHED", "DETACHED")
 """Goodbyes that nobody needs to worry about."""
+Outcome = Literal["", "ended", "interrupted", "failed"]
+"""How an attempt came to its end, where that has been judged."""
 
 
 @dataclass(eq=False)
@@ -61,8 +64,10 @@ class Instance:
     """Newest finite one."""
     dropped: dict[str, int] = field(default_factory=dict)
     """As told by the rank, cumulative since its attach: kept, so that nothing counts twice."""
-    lost_seconds: float = 0.0
-    """When its recorder saw that it had ended without a goodbye; 0: it has not."""
+    left_seconds: float = 0.0
+    """When it left as it should not, as near as it is known; 0: it has not."""
+    backward_passes: int = 0
+    """As told by the rank, counted before it waits for the others; 0: it does not count them."""
     told: list[str] = field(default_factory=list)
     """Kinds of events that it has told: a recorder repeats them after each reconnect."""
 
@@ -113,10 +118,13 @@ class Attempt:
         """Numbers of the incidents that are still open, by what each is open under."""
         self.failure: dict[str, Any] = state.get("failure", {})
         """Of the newest step that began a failure: its number, and what was known of the steps before."""
-        self.lost_heard = 0.0
-        """When it was last heard of a rank that was lost."""
-        self.loss_judged: bool = state.get("loss_judged", False)
-        """It has been said why its ranks were lost."""
+        self.departures_judged: int = state.get("departures_judged", 0)
+        """Of so many ranks it has been said why they left as they should not."""
+        self.silent: bool = state.get("silent", False)
+        """Nobody hears of it, though it has not left."""
+        self.ending: str = state.get("ending", "")
+        """What ended it while it was failing already."""
+        self.outcome: Outcome = state.get("outcome", "")
         self.more_is_known = False
         """Records of that step have come since it was judged."""
         self.noise = NoiseScale(**state.get("noise", {}))
@@ -134,7 +142,10 @@ class Attempt:
             "noise": self.noise.state(),
             "incidents": self.incidents,
             "failure": self.failure,
-            "loss_judged": self.loss_judged,
+            "departures_judged": self.departures_judged,
+            "silent": self.silent,
+            "ending": self.ending,
+            "outcome": self.outcome,
             "settled": self.settled,
         }
 
@@ -167,6 +178,14 @@ class Attempt:
         """Let go of records and steps: the run has ended."""
         self._board = None
         self.steps.clear()
+
+    def departures(self) -> list[Departure]:
+        """Ranks that left as they should not."""
+        return [
+            Departure(i.left_seconds, i.rank, i.last_step, i.ended or "LOST", i.detail)
+            for i in self.instances.values()
+            if i.left_seconds
+        ]
 
     def last_heard(self) -> float:
         """When any of its ranks last reported."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from foreshock_collector.verdicts import EXPECTED
+
 
 class Kind(StrEnum):
     """Prometheus metric types in use."""
@@ -36,40 +38,10 @@ class Series:
 RUN = ("experiment", "run")
 """Every run-level series carries these."""
 
-VERDICTS = (
-    "healthy",
-    "exploding_gradients",
-    "first_step_nonfinite",
-    "sudden_nonfinite",
-    "nonfinite_gradient",
-    "amp_overflow",
-    "amp_scale_collapse",
-    "bad_rank",
-    "loss_divergence",
-    "vanishing_gradients",
-    "duplicate_data",
-    "replica_drift",
-    "stalled",
-    "rank_lost",
-    "unknown",
-)
+VERDICTS = tuple(EXPECTED)
 """The closed list of causes. An incident never carries `healthy`."""
 
-INCIDENT_VERDICTS = (
-    "exploding_gradients",
-    "first_step_nonfinite",
-    "sudden_nonfinite",
-    "nonfinite_gradient",
-    "bad_rank",
-    "amp_scale_collapse",
-    "loss_divergence",
-    "vanishing_gradients",
-    "duplicate_data",
-    "replica_drift",
-    "stalled",
-    "rank_lost",
-    "unknown",
-)
+INCIDENT_VERDICTS = tuple(cause for cause, expected in EXPECTED.items() if expected.alert)
 """All but `healthy` and `amp_overflow`, which need nobody; their counters exist at 0 from a run's first report."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")
@@ -200,6 +172,11 @@ LAST_INCIDENT = _gauge(
     "seconds",
     (*RUN, "verdict"),
 )
+OPEN_INCIDENTS = _gauge(
+    "foreshock_open_incidents",
+    "Incidents with this verdict that are not over. That of a run that died is over once a later attempt makes steps.",
+    labels=(*RUN, "verdict"),
+)
 LAST_REPORT = _gauge(
     "foreshock_last_report_timestamp_seconds",
     "When the collector last heard of a rank, steps or not.",
@@ -209,7 +186,8 @@ LAST_REPORT = _gauge(
 LAST_STEP = _gauge("foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds")
 STALL_AFTER = _gauge(
     "foreshock_stall_after_seconds",
-    "A run that makes no step for this long has stalled: 20 of its own median steps, never under 10 minutes.",
+    "A run that makes no step for this long has stalled: 20 of its own median steps, between 2 and 30 minutes; 10 "
+    "minutes until an attempt has made ten.",
     "seconds",
 )
 RUN_ACTIVE = _gauge("foreshock_run_active", "1 while any rank of the run is there, 0 once all have left.")
@@ -228,10 +206,10 @@ INCIDENTS = _counter("foreshock_incidents_total", "Incidents opened.", (*RUN, "v
 INCIDENT_INFO = Series(
     name="foreshock_incident_info",
     kind=Kind.INFO,
-    labels=(*RUN, "incident", "verdict", "first_step", "lead_steps", "rank", "layer"),
+    labels=(*RUN, "incident", "alert", "verdict", "first_step", "lead_steps", "rank", "layer", "summary"),
     unit="",
-    help="The newest incident of a run. Rank and layer are empty where they are not known; lead_steps is 0 where "
-    "nothing preceded the first non-finite step.",
+    help="The newest incident of a run for each alert that tells of it. Rank and layer are empty where they are not "
+    "known; lead_steps is 0 where nothing preceded the first non-finite step.",
 )
 RECORDS_DROPPED = _counter(
     "foreshock_records_dropped_total", "Step records of a rank that never reached the collector.", (*RUN, "reason")

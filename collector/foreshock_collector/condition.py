@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
+from foreshock_collector.attempts import Attempt
+from foreshock_collector.incidents import DEATH
 from foreshock_collector.runs import Run
-
-Condition = Literal["failing", "building up", "stalled", "ranks missing", "running", "failed", "ended"]
+from foreshock_collector.verdicts import Condition
 
 
 def condition(run: Run, now: float, silent: float) -> Condition:
     """Of the newest attempt. now: Unix time; silent: seconds without a word after which a run has ended."""
     attempt = run.newest
     if not run.active(now, silent):
-        return "failed" if attempt.detector.failing else "ended"
+        return _end(attempt)
+    if DEATH in attempt.incidents:
+        return "failed"
     if attempt.detector.failing:
         return "failing"
     if attempt.detector.gradient.in_build_up:
         return "building up"
-    last = max(run.totals.last["step"], attempt.started_seconds, run.watched_since)
-    if now - last > run.totals.stall_after():
+    if "stalled" in attempt.incidents:
         return "stalled"
     if any(not instance.reporting for instance in attempt.instances.values()):
         return "ranks missing"
     return "running"
+
+
+def _end(attempt: Attempt) -> Condition:
+    if attempt.detector.failing:
+        return "failed"
+    if attempt.outcome:
+        return attempt.outcome
+    reasons = {instance.closed for instance in attempt.instances.values()}
+    if reasons & {"EXCEPTION", "LOST", ""}:
+        return "failed"  # one that never left has fallen silent
+    return "interrupted" if "INTERRUPTED" in reasons else "ended"

@@ -17,7 +17,7 @@ from foreshock_collector.verdicts import Cause, Verdict
 
 _CONFIDENCE: dict[Cause, float] = {
     "unknown": 0.3,
-    "loss_divergence": 0.6,
+    "nonfinite_divergence": 0.6,
     "amp_overflow": 0.7,
     "sudden_nonfinite": 0.75,
 }
@@ -89,7 +89,7 @@ def diagnose(
         evidence.append(f"no spike or build-up in the {rules.lead_steps} steps before")
     if diverging:
         evidence.append("the loss had been climbing")
-        return _quiet_before("loss_divergence", bad, evidence, culprit, parameter, layer)
+        return _quiet_before("nonfinite_divergence", bad, evidence, culprit, parameter, layer)
     if bad.loss is None or not math.isfinite(bad.loss):
         return _quiet_before("sudden_nonfinite", bad, evidence, culprit, parameter, layer)
     evidence.append("the loss was finite")
@@ -100,7 +100,6 @@ def diagnose(
 def _healthy(last: Step) -> Verdict:
     return Verdict(
         cause="healthy",
-        finite=True,
         attempt=last.attempt,
         first_bad_step=-1,
         onset_step=None,
@@ -208,7 +207,7 @@ def _quiet_before(
         else f"From step {bad.step} on the gradient overflows again and again, and every step is left out.",
         "amp_overflow": f"The gradient overflowed at step {bad.step}, the step was left out, and training went on: "
         "that is how a GradScaler finds its scale.",
-        "loss_divergence": f"The loss climbed until it was no longer finite at step {bad.step}; "
+        "nonfinite_divergence": f"The loss climbed until it was no longer finite at step {bad.step}; "
         "no gradient build-up was seen.",
         "unknown": f"Not finite at step {bad.step}; the records are too sparse to tell what came before.",
     }[cause]
@@ -228,7 +227,7 @@ def _quiet_before(
         alternatives={
             "sudden_nonfinite": ("overflow in half precision" if culprit is None else "a faulty device of that rank",),
             "amp_overflow": ("one bad batch, whose step was left out",),
-            "loss_divergence": ("gradients exploded between two records",),
+            "nonfinite_divergence": ("gradients exploded between two records",),
             "bad_rank": ("an operation that this rank's batch made unstable in backward",),
             "nonfinite_gradient": ("a fault in the all-reduce or in a compression hook",),
         }.get(cause, ()),

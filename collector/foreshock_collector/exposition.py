@@ -103,12 +103,14 @@ class RunSeries(Collector):
             yield Sample(c.NONFINITE_STEPS, (*labels, *key.split()), count)
         for reason, count in totals.dropped.items():
             yield Sample(c.RECORDS_DROPPED, (*labels, reason), count)
+        open_ = run.incidents.open_by_verdict()
         for verdict, count in totals.incidents.items():
             yield Sample(c.INCIDENTS, (*labels, verdict), count)
+            yield Sample(c.OPEN_INCIDENTS, (*labels, verdict), open_[verdict])
             yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
         yield Sample.of_histogram(c.GRADIENT_NORM, labels, totals.norms)
         yield Sample.of_histogram(c.STEP_DURATION, labels, totals.durations)
-        yield Sample(c.STALL_AFTER, labels, totals.stall_after())
+        yield Sample(c.STALL_AFTER, labels, run.stall_after())
         yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
         attempt = run.newest
         ranks = attempt.instances.values()
@@ -129,11 +131,11 @@ class RunSeries(Collector):
         # By name: of two layers of one name, which a model cannot have, one series.
         for layer, norm in dict(attempt.largest_layers()).items():
             yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
-        if (incident := run.incidents.newest) is not None:
+        for alert, incident in run.incidents.newest_by_alert().items():
             v = incident["verdict"]
             rank = "" if v["rank"] is None else str(v["rank"])
-            facts_ = (str(incident["id"]), v["cause"], str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])
-            yield Sample(c.INCIDENT_INFO, (*labels, *facts_), 1)
+            where = (str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])
+            yield Sample(c.INCIDENT_INFO, (*labels, str(incident["id"]), alert, v["cause"], *where, v["summary"]), 1)
 
 
 class Sample:

@@ -1,23 +1,23 @@
-"""Verdicts on troubles without a NaN: what lasts (faults.py), a rank that is lost, a run that stands still. Pure."""
+"""Verdicts on troubles without a NaN: what lasts (faults.py), and a run that stands still. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from foreshock_collector.faults import Change
 from foreshock_collector.steps import ModelFacts
-from foreshock_collector.verdicts import Cause, Verdict
+from foreshock_collector.verdicts import Cause, Verdict, finite_verdict
 
 _SUMMARIES: dict[Cause, str] = {
     "duplicate_data": "From step {step} on, all ranks compute the same gradient: they see the same data.",
-    "bad_rank": "Since step {step} the gradient of rank {rank} is out of all proportion to the others'.",
+    "outlier_rank": "Since step {step} the gradient of rank {rank} is out of all proportion to the others'.",
     "replica_drift": "At step {step} the weights of the ranks differ: they train different models{who}.",
     "vanishing_gradients": "Since step {step} gradients have all but vanished{where}.",
     "loss_divergence": "The loss has climbed since step {step}, and no gradient build-up explains it.",
 }
 _CONFIDENCE: dict[Cause, float] = {
     "duplicate_data": 0.9,
-    "bad_rank": 0.8,
+    "outlier_rank": 0.8,
     "replica_drift": 0.95,
     "vanishing_gradients": 0.8,
     "loss_divergence": 0.7,
@@ -28,7 +28,7 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
         "call sampler.set_epoch(epoch) at each epoch",
         "seed what draws the batches by rank, not alike everywhere",
     ),
-    "bad_rank": (
+    "outlier_rank": (
         "look at the data of that rank: another scale, another file, labels that do not belong to it",
         "look for what that rank does by itself: another loss weight, precision or batch size",
         "move it to another machine; if the fault stays behind, it is the device",
@@ -48,11 +48,6 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
         "look at what changed at that step: data, loss weights, regularization, a schedule",
         "go back to a checkpoint from before it",
     ),
-    "rank_lost": (
-        "look at the kernel's log of that node for the out-of-memory killer (dmesg), and at the scheduler's for a kill",
-        "look at the rank's own output: a crash in native code leaves no Python traceback",
-        "restart from the last checkpoint",
-    ),
     "stalled": (
         "dump the stacks of all ranks (py-spy dump --pid): the one that is not in a collective is the one to look at",
         "look for a rank that waits for data, for a lock, or in an evaluation that the others do not take part in",
@@ -61,10 +56,9 @@ _ADVICE: dict[Cause, tuple[str, ...]] = {
 }
 _ALTERNATIVES: dict[Cause, tuple[str, ...]] = {
     "duplicate_data": ("batches so large that ranks differ by less than rounding",),
-    "bad_rank": ("data that are meant to be harder on that rank",),
+    "outlier_rank": ("data that are meant to be harder on that rank",),
     "vanishing_gradients": ("layers that are meant to learn nothing",),
     "loss_divergence": ("data that became harder for good",),
-    "rank_lost": ("somebody ended the job on purpose",),
     "stalled": ("a long evaluation or checkpoint",),
 }
 
@@ -74,7 +68,7 @@ def verdict_on_fault(change: Change, attempt: int, model: ModelFacts) -> Verdict
     layer = model.layers[change.layer] if 0 <= change.layer < len(model.layers) else ""
     where = f" in layer {layer}" if layer else ""
     who = f": rank {change.rank} is unlike the others" if change.rank >= 0 else ""
-    return _verdict(
+    return finite_verdict(
         change.cause,
         attempt,
         step=change.step,
@@ -83,71 +77,52 @@ def verdict_on_fault(change: Change, attempt: int, model: ModelFacts) -> Verdict
         confidence=_CONFIDENCE[change.cause],
         summary=_SUMMARIES[change.cause].format(step=change.step, where=where, who=who, rank=change.rank),
         evidence=change.evidence,
+        try_=_ADVICE[change.cause],
+        alternatives=_ALTERNATIVES.get(change.cause, ()),
     )
 
 
-def verdict_on_loss(attempt: int, lost: Sequence[tuple[float, int, int]], world_size: int) -> Verdict:
-    """On ranks that ended without a goodbye. lost: when each was noticed, its rank, its last step; in that order."""
-    _, rank, step = lost[0]
-    evidence = [f"rank {rank} ended at step {step} without a goodbye: killed, or crashed below Python"]
-    if len(lost) > 1:
-        later = lost[-1][0] - lost[0][0]
-        evidence.append(f"{len(lost)} of {world_size} ranks are gone, the last {later:.1f} s after the first")
-    together = len(lost) == world_size > 1 and lost[-1][0] - lost[0][0] < 1
-    return _verdict(
-        "rank_lost",
-        attempt,
-        step=step,
-        rank=rank,
-        confidence=0.6 if together else 0.9,
-        summary=f"Rank {rank} was lost after step {step}: its process ended without a goodbye.",
-        evidence=tuple(evidence),
-    )
+def verdict_on_stall(
+    attempt: int, step: int | None, seconds: float, limit: float, passes: Mapping[int, int], unfinished: Sequence[int]
+) -> Verdict:
+    """On a run whose ranks are there and make no step.
 
-
-def verdict_on_stall(attempt: int, step: int, seconds: float, usual: float, missing: Sequence[int]) -> Verdict:
-    """On a run whose ranks are there and make no step. seconds: since the last; usual: what makes a stall.
-
-    missing: ranks that have not finished the newest step that another has.
+    step: the newest that any rank told; None: there was none. seconds: since then; limit: what makes a stall.
+    passes: backward passes of each rank, counted before it waits for the others; all 0 where the probe does not count.
+    unfinished: ranks that lack the newest step, or have not finished it.
     """
-    evidence = [f"no step for {seconds:.0f} s; {usual:.0f} s would be long for this run", "its ranks still report"]
-    if missing:
-        evidence.append(f"ranks that have not finished step {step}: {', '.join(map(str, missing))}")
-    return _verdict(
+    evidence = [f"no step for {seconds:.0f} s; {limit:.0f} s would be long for this run", "its ranks still report"]
+    most = max(passes.values(), default=0)
+    absent = sorted(rank for rank, count in passes.items() if count < most)
+    who = ""
+    if absent:
+        who = f": {_ranks(absent)} {'has' if len(absent) == 1 else 'have'} not arrived, and the others wait"
+        fewest = min(passes[rank] for rank in absent)
+        evidence.append(f"{_ranks(absent)} computed {fewest} backward passes, the others {most}")
+    elif most:
+        who = ": all ranks have arrived"
+        evidence.append(
+            f"all ranks computed the same {most} backward passes, so it is not one that keeps the others waiting: "
+            "look at the collective itself, the network, or what all do after it"
+        )
+    elif unfinished:
+        absent = sorted(unfinished)
+        evidence.append(f"not finished with step {step}: {_ranks(absent)}")
+    since = "has been made" if step is None else f"since step {step}"
+    return finite_verdict(
         "stalled",
         attempt,
-        step=step,
-        rank=missing[0] if len(missing) == 1 else None,
+        step=step or 0,
+        rank=absent[0] if len(absent) == 1 else None,
         confidence=0.8,
-        summary=f"No step since step {step}, for {seconds:.0f} s, though the ranks are alive.",
-        evidence=tuple(evidence),
-    )
-
-
-def _verdict(
-    cause: Cause,
-    attempt: int,
-    *,
-    step: int,
-    rank: int | None,
-    confidence: float,
-    summary: str,
-    evidence: tuple[str, ...],
-    layer: str = "",
-) -> Verdict:
-    return Verdict(
-        cause=cause,
-        attempt=attempt,
-        first_bad_step=step,
-        onset_step=None,
-        lead_steps=0,
-        finite=True,
-        rank=rank,
-        parameter="",
-        layer=layer,
-        confidence=confidence,
-        summary=summary,
+        summary=f"No step {since}, for {seconds:.0f} s, though the ranks are alive{who}.",
         evidence=evidence,
-        try_=_ADVICE[cause],
-        alternatives=_ALTERNATIVES.get(cause, ()),
+        try_=_ADVICE["stalled"],
+        alternatives=_ALTERNATIVES["stalled"],
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """At most eight of them by name."""
+    named = ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank{'s' if len(ranks) > 1 else ''} {named}"

@@ -225,7 +225,7 @@ class Faults:
             return None
         shows = seen.loudness > self._rules.outlier
         told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
-        change = self._count("bad_rank", shows, step, lambda: (told,))
+        change = self._count("outlier_rank", shows, step, lambda: (told,))
         return None if change is None else change._replace(rank=seen.loudest)
 
     def _drifting(self, step: Step, seen: Seen) -> Change | None:

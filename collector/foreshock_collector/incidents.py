@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
 
 from foreshock_collector.attempts import Attempt
 from foreshock_collector.totals import Totals
-from foreshock_collector.verdicts import Verdict
+from foreshock_collector.verdicts import EXPECTED, Verdict
 
 INCIDENTS_KEPT = 200
 """Of a run, at hand; the store has them all."""
 FAILURE = "failure"
-"""What the incident of a step that was not finite is open under; any other under its cause."""
+"""What the incident of a step that was not finite is open under..."""
+DEATH, SILENCE = "death", "silence"
+"""... of ranks that left as they should not, and of a run that nobody hears of; any other under its cause."""
 
 
 class Incidents:
@@ -28,6 +30,14 @@ class Incidents:
     def newest(self) -> dict[str, Any] | None:
         """The one that was opened last."""
         return self.kept[-1] if self.kept else None
+
+    def open_by_verdict(self) -> Counter[str]:
+        """How many are not over."""
+        return Counter(each["verdict"]["cause"] for each in self.kept if each["closed_seconds"] is None)
+
+    def newest_by_alert(self) -> dict[str, dict[str, Any]]:
+        """The one that each alert is about."""
+        return {EXPECTED[each["verdict"]["cause"]].alert: each for each in self.kept}
 
     def open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> int:
         """A new one, seen at the step of this sequence number; its own number. One of a key may be open at a time."""
@@ -59,9 +69,19 @@ class Incidents:
     def judge_anew(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> None:
         """More is known by now than when it was opened. A verdict that changes counts once more, as the new one."""
         if (incident := self._find(attempt, key)) is not None and incident["verdict"] != verdict.as_json():
-            if incident["verdict"]["cause"] != verdict.cause:
-                self._totals.add_incident(verdict.cause, now)
+            if (before := incident["verdict"]["cause"]) != verdict.cause:
+                others = (
+                    i["opened_seconds"] for i in self.kept if i is not incident and i["verdict"]["cause"] == before
+                )
+                self._totals.rename_incident(before, verdict.cause, now, seen=max(others, default=0.0))
             incident |= {"updated_seconds": now, "verdict": verdict.as_json()}
+            self._changed(incident)
+
+    def add_evidence(self, attempt: Attempt, key: str, line: str, now: float) -> None:
+        """Something more was seen."""
+        if (incident := self._find(attempt, key)) is not None:
+            evidence = [*incident["verdict"]["evidence"], line]
+            incident |= {"updated_seconds": now, "verdict": {**incident["verdict"], "evidence": evidence}}
             self._changed(incident)
 
     def close(self, attempt: Attempt, key: str, now: float) -> None:
@@ -71,9 +91,9 @@ class Incidents:
             self._changed(incident)
         attempt.incidents.pop(key, None)
 
-    def close_all(self, attempt: Attempt, now: float) -> None:
-        """The attempt is over."""
-        for key in list(attempt.incidents):
+    def close_all(self, attempt: Attempt, now: float, *, but: tuple[str, ...] = ()) -> None:
+        """The attempt is over. but: these stay open."""
+        for key in [key for key in attempt.incidents if key not in but]:
             self.close(attempt, key, now)
 
     def _find(self, attempt: Attempt, key: str) -> dict[str, Any] | None:

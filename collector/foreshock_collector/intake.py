@@ -197,10 +197,14 @@ class Intake:
         return True
 
     def expire(self) -> None:
-        """Let go of runs that have ended long enough ago: their series and records; the history stays."""
+        """Notice runs that nobody hears of any more, and let go of those that have ended long enough ago.
+
+        Their series and records go; the history stays.
+        """
         now = self._clock()
         for run in self._runs:
             with run.errors.caught("judge"):
+                run.fall_silent(now, self._silent)
                 if not run.resting and run.ended_for(now, self._silent) >= self._ended_seconds:
                     run.settle(now)
                     run.rest(now)

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
-from foreshock_collector.attempts import Attempt
+from foreshock_collector.attempts import PEACEFUL, Attempt
+from foreshock_collector.departures import ending_of, verdict_on_ending, verdict_on_silence
 from foreshock_collector.detection import Event
 from foreshock_collector.diagnosis import diagnose
-from foreshock_collector.fault_verdicts import verdict_on_fault, verdict_on_loss, verdict_on_stall
+from foreshock_collector.fault_verdicts import verdict_on_fault, verdict_on_stall
 from foreshock_collector.faults import Seen, look
-from foreshock_collector.incidents import FAILURE, Incidents
+from foreshock_collector.incidents import DEATH, FAILURE, SILENCE, Incidents
 from foreshock_collector.rules import Rules
 from foreshock_collector.steps import Step
 from foreshock_collector.totals import Totals
 from foreshock_collector.verdicts import Verdict
 from foreshock_collector.window import Window
 
-_LOST_PEER = re.compile(r"gloo|nccl|DistBackendError|connection (closed|reset|refused)|broken pipe", re.IGNORECASE)
-"""What the exceptions of a process group say when another rank has gone."""
 _HEARD_SECONDS = 60.0
 """A rank that was heard of so lately is alive: its recorder says so every second."""
 
@@ -98,7 +96,7 @@ class Judge:
             for e in self._events
             if e["attempt"] == attempt.number and "score" in e and e["sequence"] <= failure["sequence"]
         ]
-        return diagnose(
+        verdict = diagnose(
             [step for step in attempt.steps if step.sequence <= failure["sequence"]],
             events,
             attempt.board,
@@ -108,6 +106,7 @@ class Judge:
             diverging="loss_divergence" in attempt.incidents,
             rules=self._rules,
         )
+        return replace(verdict, evidence=(*verdict.evidence, attempt.ending)) if attempt.ending else verdict
 
     def _judge_anew(self, attempt: Attempt, now: float) -> None:
         """A rank has told of the step that began the failure after it was judged."""
@@ -118,33 +117,65 @@ class Judge:
             self._keep_window(attempt, number, sequence)
 
     def departures(self, attempt: Attempt, now: float) -> None:
-        """A rank was lost, if nothing else explains its end: a failure or another's exception ends all."""
-        lost = sorted(
-            (instance.lost_seconds, instance.rank, instance.last_step or 0)
-            for instance in attempt.instances.values()
-            if instance.lost_seconds
-        )
-        if not lost or attempt.loss_judged or now - attempt.lost_heard < self._rules.faults.lost_seconds:
+        """Ranks have left as they should not: say of what the first died, once its peers have had time to tell."""
+        left = attempt.departures()
+        if len(left) == attempt.departures_judged:
             return
-        attempt.loss_judged = True
-        errors = (i.detail for i in attempt.instances.values() if i.ended == "EXCEPTION")
-        # Ranks that wait for a dead one in a collective end with an error of their own.
-        if FAILURE not in attempt.incidents and all(_LOST_PEER.search(error) for error in errors):
-            verdict = verdict_on_loss(attempt.number, lost, attempt.world_size)
-            self._open(attempt, "rank_lost", verdict, attempt.settled, now)
+        if now - min(departure.seconds for departure in left) < self._rules.faults.lost_seconds:
+            return
+        attempt.departures_judged = len(left)
+        ending = ending_of(left)
+        if ending is None:
+            attempt.outcome = attempt.outcome or "interrupted"
+            return
+        attempt.outcome = "failed"
+        silent = [
+            (i.rank, i.last_step)
+            for i in attempt.instances.values()
+            if not i.ended and not i.left_seconds and now - i.last_report > self._rules.faults.lost_seconds
+        ]
+        if FAILURE in attempt.incidents:
+            # Paged for already: a script that ends at a NaN, or that computes on until something breaks.
+            if not attempt.ending:
+                attempt.ending = ending.told
+                self._incidents.add_evidence(attempt, FAILURE, ending.told, now)
+            return
+        verdict = verdict_on_ending(attempt.number, ending, attempt.world_size, silent)
+        self._incidents.close(attempt, SILENCE, now)
+        if DEATH in attempt.incidents:
+            self._incidents.judge_anew(attempt, DEATH, verdict, now)
+        else:
+            self._open(attempt, DEATH, verdict, attempt.settled, now)
+
+    def silence(self, attempt: Attempt, now: float, seconds: float) -> None:
+        """Nothing has been heard of it for so long, and some ranks have not left."""
+        silent = [(i.rank, i.last_step) for i in attempt.instances.values() if not i.ended]
+        done = [i.last_step or 0 for i in attempt.instances.values() if i.ended in PEACEFUL]
+        if done and all((step or 0) >= max(done) for _, step in silent):
+            # Others have told that the training is over; the last word of these was lost.
+            attempt.outcome = "ended"
+        elif not attempt.outcome and not attempt.incidents.keys() & {DEATH, FAILURE}:
+            verdict = verdict_on_silence(attempt.number, silent, attempt.world_size, seconds=seconds)
+            self._open(attempt, SILENCE, verdict, attempt.settled, now)
 
     def standstill(self, attempt: Attempt, now: float, *, since: float) -> None:
         """It makes no step though its ranks are there, by the run's own pace. since: at least so long watched."""
         quiet = now - max(self._totals.last["step"], since)
         there = [i for i in attempt.instances.values() if not i.closed and now - i.last_report < _HEARD_SECONDS]
-        usual = self._totals.stall_after()
-        if quiet <= usual or not there:
+        limit = self._totals.stall_after(attempt.settled)
+        if quiet <= limit or not there:
             self._incidents.close(attempt, "stalled", now)
-        elif not attempt.incidents.keys() & {"stalled", "rank_lost", FAILURE}:
-            step = max(instance.last_step or 0 for instance in there)
-            behind = [i.rank for i in there if (i.last_step or 0) < step or not i.last_finished]
-            missing = sorted(behind) if len(behind) < len(there) else []
-            verdict = verdict_on_stall(attempt.number, step, quiet, usual, missing)
+        elif not attempt.incidents.keys() & {"stalled", DEATH, FAILURE}:
+            step = max((i.last_step for i in there if i.last_step is not None), default=None)
+            behind = [i.rank for i in there if i.last_step != step or not i.last_finished]
+            verdict = verdict_on_stall(
+                attempt.number,
+                step,
+                quiet,
+                limit,
+                passes={i.rank: i.backward_passes for i in there},
+                unfinished=behind if len(behind) < len(there) else [],
+            )
             self._open(attempt, "stalled", verdict, attempt.settled, now)
 
     def _open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> None:

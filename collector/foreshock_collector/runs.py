@@ -7,18 +7,17 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-from foreshock_collector.attempts import Attempt, Instance
+from foreshock_collector.attempts import PEACEFUL, Attempt, Instance
 from foreshock_collector.board import complete, decode
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.errors import Errors, collector_errors
-from foreshock_collector.incidents import Incidents
+from foreshock_collector.incidents import DEATH, SILENCE, Incidents
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.steps import Step
@@ -28,6 +27,8 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 EVENTS_KEPT = 200
 """Events and incidents of a run at hand; the store has them all."""
+_CLOCK_SECONDS = 5.0
+"""Clocks that differ by more do not tell which of two ranks left first."""
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, has nothing more to say."""
 
@@ -115,6 +116,9 @@ class Run:
     def hear(self, instance: Instance, now: float) -> None:
         """It is alive."""
         instance.last_report = now
+        if instance.attempt.silent:
+            instance.attempt.silent = False
+            self.incidents.close(instance.attempt, SILENCE, now)
         self.changed().instances[instance.name] = instance
 
     def take(self, instance: Instance, batch: pb.StepBatch, now: float) -> Iterator[int]:
@@ -124,6 +128,7 @@ class Run:
         """
         records = decode(batch, instance.layers)
         self.hear(instance, now)
+        instance.backward_passes = max(instance.backward_passes, batch.backward_passes)
         for reason, count in batch.dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is told.
             if reason in self.totals.dropped:
@@ -159,8 +164,8 @@ class Run:
         if kind not in instance.told:
             instance.told.append(kind)
             if event.kind == pb.Event.RANK_LOST:
-                told = event.wall_seconds if 0 < event.wall_seconds < math.inf else now
-                instance.lost_seconds, instance.attempt.lost_heard = told, now
+                # The recorder's clock tells which was first; one that is wrong does not.
+                instance.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
             who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}
             self._note({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
 
@@ -174,6 +179,8 @@ class Run:
             instance.position = goodbye.last_sequence
         instance.leaving = pb.Goodbye.Reason.Name(goodbye.reason)
         instance.detail = goodbye.detail
+        if instance.leaving not in PEACEFUL:
+            instance.left_seconds = instance.left_seconds or now
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -196,12 +203,25 @@ class Run:
             for instance in each.instances.values():
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
-            if each.over:
-                self.incidents.close_all(each, now)
+            if each.over and each.departures_judged == len(each.departures()):
+                # A death is over only once a later attempt goes on.
+                self.incidents.close_all(each, now, but=(DEATH, SILENCE))
             if not newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
                 each.rest()
+        if self.attempts and self.newest.settled:
+            for each in self.attempts:
+                if each is not self.newest:
+                    self.incidents.close(each, DEATH, now)
+                    self.incidents.close(each, SILENCE, now)
         self.totals.add_dropped(self._missing)
         self._missing.clear()
+
+    def fall_silent(self, now: float, silent_seconds: float) -> None:
+        """Nobody has heard of the run for so long, and it never left."""
+        attempt = self.newest
+        if not attempt.silent and not attempt.over and not self.active(now, silent_seconds):
+            attempt.silent = True
+            self._judge.silence(attempt, now, silent_seconds)
 
     def _put_together(self, attempt: Attempt, upto: int) -> list[Step]:
         """Every step that can be: history has no hole behind one that cannot."""
@@ -258,6 +278,10 @@ class Run:
         """The attempt that started last: after an outage, an older one may be heard of later."""
         return max(self.attempts, key=lambda attempt: (attempt.started_seconds, attempt.number))
 
+    def stall_after(self) -> float:
+        """Seconds without a step that mean a stall, of the newest attempt."""
+        return self.totals.stall_after(self.newest.settled)
+
     def last_heard(self) -> float:
         """When any rank last reported."""
         return max((attempt.last_heard() for attempt in self.attempts), default=0.0)
@@ -268,7 +292,7 @@ class Run:
             now - instance.last_report < _LIVE_SECONDS
             for attempt in self.attempts
             for instance in attempt.instances.values()
-            if not (instance.ended or instance.gone or instance.lost_seconds)
+            if not (instance.ended or instance.gone or instance.left_seconds)
         )
 
     def active(self, now: float, silent_seconds: float) -> bool:

@@ -15,7 +15,9 @@ from foreshock_collector.steps import Step
 NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
 COUNTED_STEPS = ("steps", "clipped", "skipped", "shadow_clipped", "shadow_skipped")
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
-_STALL_STEPS, _STALL_LEAST_SECONDS = 20, 600.0
+_STALL_STEPS, _STALL_LEAST_SECONDS, _STALL_MOST_SECONDS = 20, 120.0, 1800.0
+_FIRST_STEPS, _FIRST_STEPS_SECONDS = 10, 600.0
+"""So many steps of an attempt are given so long each: compilation, or the index of a large data set."""
 _SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels", "bad")
 
 
@@ -110,13 +112,20 @@ class Totals:
         self.incidents[verdict] += 1
         self.last_incident[verdict] = now
 
+    def rename_incident(self, before: str, verdict: str, now: float, *, seen: float) -> None:
+        """An incident has another verdict now, and counts once more. seen: when there was one of the old before it."""
+        self.add_incident(verdict, now)
+        self.last_incident[before] = seen
+
     def add_dropped(self, counts: Counter[str]) -> None:
         """Count records that will never come, by reason."""
         self.dropped = {reason: count + counts[reason] for reason, count in self.dropped.items()}
 
-    def stall_after(self) -> float:
-        """Seconds without a step that mean a stall, by the run's own pace."""
-        return max(_STALL_LEAST_SECONDS, _STALL_STEPS * median(self._recent)) if self._recent else _STALL_LEAST_SECONDS
+    def stall_after(self, steps: int) -> float:
+        """Seconds without a step that mean a stall, by the run's own pace. steps: that the attempt has made."""
+        usual = _STALL_STEPS * median(self._recent) if self._recent else 0.0
+        least = _STALL_LEAST_SECONDS if steps >= _FIRST_STEPS else _FIRST_STEPS_SECONDS
+        return min(max(usual, least), _STALL_MOST_SECONDS)
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from foreshock_collector.condition import condition
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.runs import Run, Runs
 from foreshock_collector.store import Store
@@ -27,12 +28,26 @@ class Job:
         self.now = 1000.0
         self.layers = layers
         self.sent = [0] * ranks
-        names = [f"layer{i}" for i in range(layers)]
-        model = pb.ModelSummary(layers=names, parameters=names, parameter_sizes=[1] * layers)
-        model.parameter_layers.extend(range(layers))
+        self.launches = 0
         for rank in range(ranks):
-            place = pb.Topology(world_size=ranks, rank=rank)
-            self.runs.greet(hello(instance=f"r-{rank}", topology=place, model=model).hello, self.now)
+            self._greet(rank)
+
+    def _greet(self, rank: int) -> None:
+        names = [f"layer{i}" for i in range(self.layers)]
+        model = pb.ModelSummary(layers=names, parameters=names, parameter_sizes=[1] * self.layers)
+        model.parameter_layers.extend(range(self.layers))
+        told = hello(
+            instance=self.name(rank),
+            launch=f"l{self.launches}",
+            started_seconds=self.now,
+            topology=pb.Topology(world_size=len(self.sent), rank=rank),
+            model=model,
+        )
+        self.runs.greet(told.hello, self.now)
+
+    def name(self, rank: int) -> str:
+        """Of the instance that the rank is now."""
+        return f"r-{self.launches}-{rank}"
 
     @property
     def run(self) -> Run:
@@ -44,11 +59,11 @@ class Job:
         """Steps of one rank."""
         count = len(norms)
         told: dict[str, Any] = {"flags": [RANK_COLUMNS] * count, "loss": [2.0] * count, "local_norm": norms}
-        batch = steps(self.sent[rank] + 1, norms, instance=f"r-{rank}", **(told | columns)).steps
+        batch = steps(self.sent[rank] + 1, norms, instance=self.name(rank), **(told | columns)).steps
         if layer_norms is not None:
             batch.global_layer_norms.extend(layer_norms)
         self.sent[rank] += count
-        home = self.runs.home(f"r-{rank}")
+        home = self.runs.home(self.name(rank))
         assert home is not None
         for _ in self.run.take(home[1], batch, self.now):
             pytest.fail("so few steps need no room")
@@ -67,20 +82,35 @@ class Job:
         self.run.settle(self.now)
 
     def event(self, rank: int, kind: pb.Event.Kind, seconds: float = 0.0) -> None:
-        home = self.runs.home(f"r-{rank}")
+        home = self.runs.home(self.name(rank))
         assert home is not None
-        told = pb.Event(instance=f"r-{rank}", kind=kind, wall_seconds=self.now + seconds)
+        told = pb.Event(instance=self.name(rank), kind=kind, wall_seconds=self.now + seconds)
         self.run.happened(home[1], told, self.now)
 
     def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
-        home = self.runs.home(f"r-{rank}")
+        home = self.runs.home(self.name(rank))
         assert home is not None
-        goodbye = pb.Goodbye(instance=f"r-{rank}", reason=reason, detail=detail, last_sequence=self.sent[rank])
+        goodbye = pb.Goodbye(instance=self.name(rank), reason=reason, detail=detail, last_sequence=self.sent[rank])
         self.run.leave(home[1], goodbye, self.now)
+
+    def start_again(self) -> None:
+        """Another attempt, a second later."""
+        self.now += 1.0
+        self.launches += 1
+        for rank in range(len(self.sent)):
+            self.sent[rank] = 0
+            self._greet(rank)
+
+    def computed(self, rank: int, passes: int) -> None:
+        """It is alive, and has computed so many backward passes."""
+        batch = pb.StepBatch(instance=self.name(rank), first_sequence=self.sent[rank] + 1, backward_passes=passes)
+        home = self.runs.home(self.name(rank))
+        assert home is not None
+        assert list(self.run.take(home[1], batch, self.now)) == []
 
     def hear(self) -> None:
         for rank in range(len(self.sent)):
-            home = self.runs.home(f"r-{rank}")
+            home = self.runs.home(self.name(rank))
             assert home is not None
             self.run.hear(home[1], self.now)
 
@@ -135,7 +165,7 @@ def test_ranks_that_see_the_same_data_are_named_once_until_they_no_longer_do() -
     assert job.causes(only_open=True) == []
 
 
-def test_a_rank_out_of_all_proportion_is_a_bad_one_though_nothing_is_infinite() -> None:
+def test_a_rank_out_of_all_proportion_is_an_outlier_and_nothing_is_said_of_a_nan() -> None:
     job = Job(ranks=3)
     job.train(60)
     assert job.causes() == []
@@ -144,8 +174,8 @@ def test_a_rank_out_of_all_proportion_is_a_bad_one_though_nothing_is_infinite() 
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
     verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("bad_rank", 1, 60)
-    assert verdict["runbook"] == "ForeshockSuddenNonFinite"
+    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("outlier_rank", 1, 60)
+    assert (verdict["runbook"], verdict["finite"]) == ("ForeshockTrainingFault", True)
 
 
 def test_one_rank_is_never_its_own_duplicate() -> None:
@@ -210,38 +240,246 @@ def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> 
     assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("rank_lost", 1)
 
 
-def test_ranks_that_die_of_anothers_error_or_of_a_nan_are_not_lost() -> None:
-    error = Job(ranks=2)
-    error.train(30)
-    error.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
-    error.event(1, pb.Event.RANK_LOST)
-    error.settle(10.0)
-    assert error.causes() == []
-    failed = Job(ranks=2)
-    failed.train(30)
-    for rank in (0, 1):
-        failed.tell(rank, [NAN], loss=[NAN])
-    failed.settle(1.0)
-    failed.event(1, pb.Event.RANK_LOST)
-    failed.settle(10.0)
-    assert failed.causes() == ["sudden_nonfinite"]
+def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_not() -> None:
+    job = Job(ranks=3)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "DistBackendError: NCCL communicator was aborted")
+    job.leave(2, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.event(1, pb.Event.RANK_LOST)
+    job.settle(2.0)
+    assert job.causes() == []
+    job.settle(2.0)
+    (incident,) = job.run.incidents.kept
+    verdict = incident["verdict"]
+    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("crashed", 2, 29)
+    assert verdict["summary"] == "Rank 2 died after step 29: ValueError: no such file."
+    assert verdict["evidence"] == [
+        "rank 2 after step 29: ValueError: no such file",
+        "rank 0 lost a peer: DistBackendError: NCCL communicator was aborted",
+        "rank 1 ended without a goodbye, the last 0.0 s after the first",
+    ]
 
 
-def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one() -> None:
+def test_an_exception_of_all_ranks_is_one_incident_that_says_of_how_many() -> None:
+    job = Job(ranks=4)
+    job.train(30)
+    for rank in (2, 0, 1, 3):
+        job.leave(rank, pb.Goodbye.EXCEPTION, f"OutOfMemoryError: CUDA out of memory. GPU {rank} has 79.1 GiB")
+        job.now += 0.1
+    job.settle(5.0)
+    (incident,) = job.run.incidents.kept
+    verdict = incident["verdict"]
+    assert (verdict["cause"], verdict["rank"]) == ("crashed", 2)
+    assert verdict["summary"].startswith("4 ranks died after step 29, rank 2 first: OutOfMemoryError: CUDA out of")
+    assert "batch" in verdict["try"][0]
+
+
+def test_a_signal_that_is_known_makes_a_crash_and_one_that_is_not_a_lost_rank() -> None:
+    for detail, cause in (("killed by SIGKILL, memory pressure?", "crashed"), ("", "rank_lost")):
+        job = Job(ranks=2)
+        job.train(30)
+        job.event(1, pb.Event.RANK_LOST)
+        job.leave(1, pb.Goodbye.LOST, detail)
+        job.leave(0, pb.Goodbye.INTERRUPTED, "SIGTERM")
+        job.settle(5.0)
+        (incident,) = job.run.incidents.kept
+        assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == (cause, 1)
+        assert detail in incident["verdict"]["summary"]
+        assert condition(job.run, job.now, 900.0) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("reason", "detail", "word"),
+    [
+        (pb.Goodbye.FINISHED, "", "ended"),
+        (pb.Goodbye.DETACHED, "", "ended"),
+        (pb.Goodbye.INTERRUPTED, "KeyboardInterrupt", "interrupted"),
+    ],
+)
+def test_a_run_that_ends_well_or_at_its_users_word_is_no_incident(
+    reason: pb.Goodbye.Reason, detail: str, word: str
+) -> None:
     job = Job(ranks=2)
     job.train(30)
-    job.tell(0, [1.0])
+    job.leave(0, reason, detail)
+    job.leave(1, reason, detail)
     job.settle(1.0)
-    for _ in range(30):
+    assert condition(job.run, job.now, 900.0) == word
+    job.settle(10.0)
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], word)
+
+
+def test_what_breaks_because_its_user_interrupts_it_or_kills_what_hangs_on_is_no_crash() -> None:
+    job = Job(ranks=4)
+    job.train(30)
+    job.leave(0, pb.Goodbye.INTERRUPTED, "KeyboardInterrupt")
+    job.leave(1, pb.Goodbye.EXCEPTION, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Interrupt.")
+    job.leave(2, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    job.settle(30.0)
+    job.event(3, pb.Event.RANK_LOST)
+    job.leave(3, pb.Goodbye.LOST, "killed by SIGKILL")
+    job.settle(10.0)
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "interrupted")
+
+
+def test_an_attempt_that_fails_already_is_told_how_it_ended_and_nothing_is_opened() -> None:
+    for reason, detail in ((pb.Goodbye.EXCEPTION, "exit code 1"), (pb.Goodbye.LOST, "killed by SIGKILL")):
+        job = Job(ranks=2)
+        job.train(30)
+        for rank in (0, 1):
+            job.tell(rank, [NAN], loss=[NAN])
+            job.leave(rank, reason, detail)
+        for _ in range(10):
+            job.settle(1.0)
+        (incident,) = job.run.incidents.kept
+        assert incident["verdict"]["cause"] == "sudden_nonfinite"
+        assert incident["verdict"]["evidence"][-1] == f"ended by rank 0: {detail}"
+        assert incident["closed_seconds"] is not None
+        assert condition(job.run, job.now, 900.0) == "failed"
+
+
+def test_what_is_told_late_of_a_death_changes_the_verdict_and_not_the_number_of_incidents() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
+    for _ in range(5):
+        job.hear()
+        job.settle(1.0)
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["verdict"]["confidence"]) == ("crashed", 0.5)
+    job.leave(1, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.settle(5.0)
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("crashed", 1)
+
+
+def test_a_death_is_over_once_a_later_attempt_makes_steps() -> None:
+    job = Job(ranks=1)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.settle(5.0)
+    job.settle(100.0)
+    assert job.causes(only_open=True) == ["crashed"]
+    assert job.run.totals.incidents["crashed"] == 1
+    job.start_again()
+    job.settle(1.0)
+    assert job.causes(only_open=True) == ["crashed"]
+    job.train(1)
+    assert job.causes(only_open=True) == []
+    assert condition(job.run, job.now, 900.0) == "running"
+
+
+def test_a_restart_that_makes_steps_before_the_death_is_judged_leaves_it_closed() -> None:
+    job = Job(ranks=1)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.start_again()
+    job.train(1)
+    job.leave(0, pb.Goodbye.FINISHED)
+    job.settle(5.0)
+    assert (job.causes(), job.causes(only_open=True)) == (["crashed"], [])
+
+
+def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.now += 898.0
+    job.run.fall_silent(job.now, 900.0)
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "running")
+    job.now += 2.0
+    for _ in range(2):
+        job.run.fall_silent(job.now, 900.0)
+    (incident,) = job.run.incidents.kept
+    assert incident["verdict"]["cause"] == "rank_lost"
+    assert incident["verdict"]["summary"] == (
+        "2 of 2 ranks fell silent after step 29, without a goodbye: nothing has been heard of them for 900 s."
+    )
+    assert condition(job.run, job.now, 900.0) == "failed"
+    job.hear()
+    assert (job.causes(only_open=True), condition(job.run, job.now, 900.0)) == ([], "running")
+
+
+def test_a_rank_whose_last_word_is_lost_has_ended_with_the_others() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.leave(0, pb.Goodbye.FINISHED)
+    job.settle(901.0)
+    job.run.fall_silent(job.now, 900.0)
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "ended")
+
+
+def test_the_rank_of_a_machine_that_vanished_is_named_by_the_peers_that_lost_it() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.now += 5.0
+    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
+    job.settle(5.0)
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("rank_lost", 1)
+    assert "rank 0 lost it" in incident["verdict"]["evidence"][1]
+
+
+@pytest.mark.parametrize(
+    ("passes", "rank", "says"),
+    [
+        ((32, 31, 32), 1, "rank 1 has not arrived"),
+        ((31, 31, 32), None, "ranks 0, 1 have not arrived"),
+        ((32, 32, 32), None, "all ranks have arrived"),
+        ((0, 0, 0), 1, "though the ranks are alive."),
+    ],
+)
+def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
+    passes: tuple[int, ...], rank: int | None, says: str
+) -> None:
+    job = Job(ranks=3)
+    job.train(30)
+    for each in (0, 2):
+        job.tell(each, [1.0])
+    for each, count in enumerate(passes):
+        job.computed(each, count)
+    job.settle(6.0)
+    for _ in range(4):
         job.now += 30.0
         job.hear()
         job.settle()
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "running")
+    job.now += 30.0
+    job.hear()
+    job.settle()
     (incident,) = job.run.incidents.kept
     verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"]) == ("stalled", 1)
+    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("stalled", rank, 30)
+    assert says in verdict["summary"]
+    assert condition(job.run, job.now, 900.0) == "stalled"
     job.tell(1, [1.0])
     job.train(1)
     assert job.causes(only_open=True) == []
+
+
+def test_the_first_steps_of_an_attempt_have_ten_minutes_each_be_there_one_or_none() -> None:
+    for made in (0, 1, 9):
+        job = Job(ranks=2)
+        if made:
+            job.train(made)
+        for _ in range(20):
+            job.now += 30.0
+            job.hear()
+            job.settle()
+        assert job.causes() == []
+        job.now += 30.0
+        job.hear()
+        job.settle()
+        assert job.causes() == ["stalled"]
+
+
+@pytest.mark.parametrize(("duration", "limit"), [(0.1, 120.0), (30.0, 600.0), (600.0, 1800.0)])
+def test_a_stall_is_twenty_usual_steps_and_never_under_two_minutes_or_over_thirty(
+    duration: float, limit: float
+) -> None:
+    job = Job(ranks=1)
+    job.tell(0, [1.0] * 20, monotonic_seconds=[duration * i for i in range(1, 21)])
+    job.settle(1.0)
+    assert job.run.stall_after() == pytest.approx(limit)
 
 
 def test_a_run_nobody_hears_of_is_silent_and_not_stalled() -> None:

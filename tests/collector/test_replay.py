@@ -193,9 +193,9 @@ INF, NAN = math.inf, math.nan
         ([*CALM, (1.5, NAN)], "nonfinite_gradient", 60),
         ([*CALM, (1.5, NAN), (NAN, NAN)], "nonfinite_gradient", 60),
         ([*CALM, *[(1.5 + 0.1 * i, 1.0) for i in range(300)]], "loss_divergence", None),
-        ([*CALM, *[(1.5 + 0.1 * i, 1.0) for i in range(300)], (INF, INF)], "loss_divergence", 360),
+        ([*CALM, *[(1.5 + 0.1 * i, 1.0) for i in range(300)], (INF, INF)], "nonfinite_divergence", 360),
         ([*CALM, *[(1.5, 1e-7)] * 200], "vanishing_gradients", None),
-        ([*[(2.0, None)] * 60, (9.0, None), (40.0, None), (NAN, None)], "loss_divergence", 62),
+        ([*[(2.0, None)] * 60, (9.0, None), (40.0, None), (NAN, None)], "nonfinite_divergence", 62),
         ([*[(2.0, None)] * 60, (NAN, None)], "sudden_nonfinite", 60),
     ],
 )

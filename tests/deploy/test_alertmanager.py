@@ -29,19 +29,32 @@ EXPLODED = [
     ("ForeshockLossSpike", "exploded"),
     ("ForeshockStepsSkipped", "exploded"),
 ]
-SUDDEN = [("ForeshockSuddenNonFinite", "sudden"), ("ForeshockGradientBuildUp", "sudden")]
+SUDDEN = [
+    ("ForeshockSuddenNonFinite", "sudden"),
+    ("ForeshockGradientBuildUp", "sudden"),
+    ("ForeshockRanksMissing", "sudden"),
+]
 BUILDING = [("ForeshockGradientBuildUp", "building"), ("ForeshockGradientSpike", "building")]
+DIED = [
+    ("ForeshockRunDied", "died"),
+    ("ForeshockRankSilent", "died"),
+    ("ForeshockRanksMissing", "died"),
+    ("ForeshockRunStalled", "died"),
+    ("ForeshockTrainingFault", "died"),
+]
 DOWN = [
     ("ForeshockCollectorDown", ""),
     ("ForeshockRankSilent", "building"),
     ("ForeshockRanksMissing", "building"),
     ("ForeshockRunStalled", "building"),
 ]
-ALL = EXPLODED + SUDDEN + BUILDING + DOWN
+ALL = EXPLODED + SUDDEN + DIED + BUILDING + DOWN
 TOLD_OF = {
     ("ForeshockExplodingGradients", "exploded"),
     ("ForeshockStepsSkipped", "exploded"),
     ("ForeshockSuddenNonFinite", "sudden"),
+    ("ForeshockRunDied", "died"),
+    ("ForeshockTrainingFault", "died"),
     ("ForeshockGradientBuildUp", "building"),
     ("ForeshockCollectorDown", ""),
 }

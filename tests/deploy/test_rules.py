@@ -7,13 +7,14 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import promql_parser as promql
 import pytest
 import yaml
 
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
+from foreshock_collector.verdicts import EXPECTED, Cause
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
 
@@ -22,7 +23,11 @@ NAMES = [alert["alert"] for alert in ALERTS]
 SERIES = {series.name: series for series in CATALOGUE}
 SCRAPE_LABELS = {"job", "instance"}
 """Set by Prometheus on everything that it scrapes."""
-VALUES = {"verdict": set(VERDICTS), "reason": set(DROP_REASONS)}
+VALUES: dict[str, set[str]] = {
+    "verdict": set(VERDICTS),
+    "reason": set(DROP_REASONS),
+    "alert": {expected.alert for expected in EXPECTED.values() if expected.alert},
+}
 """Labels with a closed list of values."""
 QUERY = re.compile(r'printf ("(?:[^"\\]|\\.)*")((?: \$labels\.\w+)*) \| query')
 COLLECTOR = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
@@ -38,7 +43,8 @@ FACTS = {
     "ForeshockStepsSkipped": {"run", "newest_step"},
     "ForeshockRankSilent": {"run", "newest_step", "worst_rank"},
     "ForeshockRanksMissing": {"run", "newest_step"},
-    "ForeshockRunStalled": {"run", "since_step"},
+    "ForeshockRunDied": _INCIDENT - {"lead_steps", "layer"},
+    "ForeshockRunStalled": _INCIDENT - {"lead_steps", "layer"},
     "ForeshockRecordsDropped": {"run", "newest_step"},
     "ForeshockCollectorDown": set(),
 }
@@ -60,6 +66,7 @@ def test_the_alerts_are_these() -> None:
         "ForeshockSuddenNonFinite": "critical",
         "ForeshockTrainingFault": "warning",
         "ForeshockStepsSkipped": "warning",
+        "ForeshockRunDied": "critical",
         "ForeshockRankSilent": "warning",
         "ForeshockRanksMissing": "warning",
         "ForeshockRunStalled": "warning",
@@ -125,11 +132,27 @@ def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) 
         assert len(asked) == annotation.count("| query")
         for text, arguments in asked:
             query = json.loads(text)
-            assert query.count("%q") == len(arguments.split())
-            labels_of(promql.parse(query.replace("%q", '"x"')))
+            assert len(set(re.findall(r"%\[\d\]q", query)) or re.findall("%q", query)) == len(arguments.split())
+            labels_of(promql.parse(re.sub(r"%(\[\d\])?q", '"x"', query)))
         assert set(re.findall(r'\.Labels\.(\w+)|label "(\w+)"', annotation)) <= {
             pair for label in known for pair in ((label, ""), ("", label))
         }
+
+
+@pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
+def test_an_alert_is_about_the_verdicts_that_the_table_gives_it(alert: dict[str, Any]) -> None:
+    its = [cause for cause, expected in EXPECTED.items() if expected.alert == alert["alert"]]
+    asked = {tuple(found.split("|")) for found in re.findall(r'verdict=~?"([^"]*)"', alert["expr"])}
+    assert asked == ({tuple(its)} if its else set())
+    assert {EXPECTED[cause].severity for cause in its} <= {alert["labels"]["severity"]}
+    named = set(re.findall(r'alert=\\"(\w+)', "".join(alert["annotations"].values())))
+    assert named == ({alert["alert"]} if its else set())
+
+
+def test_every_verdict_has_an_expectation_and_its_alert_a_rule() -> None:
+    assert set(get_args(Cause)) == EXPECTED.keys()
+    assert {expected.alert for expected in EXPECTED.values()} - {""} <= set(NAMES)
+    assert all((expected.severity is None) == (not expected.alert) for expected in EXPECTED.values())
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
@@ -233,7 +256,7 @@ def labels_of(expression: Any) -> Labels:
         case promql.Call():
             arguments = [labels_of(argument) for argument in expression.args]
             vectors = [labels for labels in arguments if labels is not None]
-            if expression.func.name == "absent":
+            if expression.func.name == "absent_over_time":
                 return set()
             return vectors[0] if vectors else None
         case promql.AggregateExpr():

@@ -58,6 +58,7 @@ const SHAPES = {
   stalled: "M2 2h3v8H2zM7 2h3v8H7z",
   "ranks missing": "M6 1l5 5-5 5-5-5z",
   running: "M6 2a4 4 0 1 0 0 8a4 4 0 1 0 0-8z",
+  interrupted: "M3 2h6v8H3z",
   ended: "M6 2.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 1 0 0-7z",
 };
 
@@ -78,7 +79,10 @@ const VERDICTS = {
   first_step_nonfinite: "Not finite from the first step",
   sudden_nonfinite: "Suddenly not finite",
   nonfinite_gradient: "Gradient not finite",
+  nonfinite_divergence: "Loss climbed until not finite",
   bad_rank: "One bad rank",
+  outlier_rank: "One rank unlike the others",
+  stalled: "Makes no steps",
   amp_scale_collapse: "Loss scale collapsed",
   unknown: "Not finite, cause not known",
 };
