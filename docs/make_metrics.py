@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, INCIDENT_VERDICTS, RUN, VERDICTS, Kind, Series
+from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, RUN, Kind, Series
+from foreshock_collector.verdicts import EXPECTED
 
 PAGE = Path(__file__).with_name("metrics.md")
 HEAD = """# Series
@@ -41,8 +42,7 @@ def page() -> str:
     rows = ["| series | type | further labels | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     rows += [_row(series) for series in CATALOGUE]
     values = [
-        f"Values of `verdict`: {_quoted(VERDICTS)}.",
-        f"Of these, this version tells apart {_quoted(INCIDENT_VERDICTS)}.",
+        f"Values of `verdict`, and the alert that tells of each:\n\n{_verdicts()}",
         f"Values of `reason`: {_quoted(DROP_REASONS)}.",
     ]
     return "\n\n".join((HEAD, "\n".join(rows), *values, TAIL))
@@ -57,6 +57,19 @@ def _row(series: Series) -> str:
     if series.buckets:
         meaning += f" Buckets: {', '.join(f'{bound:g}' for bound in series.buckets)}."
     return f"| {name} | {series.kind} | {further} | {series.unit} | {meaning} |"
+
+
+def _verdicts() -> str:
+    rows = [
+        "| verdict | alert | severity | condition of the run | every number is finite |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for cause, expected in EXPECTED.items():
+        finite = "yes" if expected.finite else "no"
+        rows.append(
+            f"| `{cause}` | {expected.alert or 'none'} | {expected.severity or ''} | {expected.condition} | {finite} |"
+        )
+    return "\n".join(rows)
 
 
 def _quoted(words: Iterable[str]) -> str:

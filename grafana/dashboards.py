@@ -20,7 +20,7 @@ _ALERTS = Panel(
     width=8,
 )
 _INCIDENTS = Panel(
-    title="Newest incident of each run",
+    title="Newest incidents of each run",
     description="What went wrong, at which step, how many steps after its first sign, on which rank and layer. "
     "The run's page has the evidence and what to try.",
     kind="table",
@@ -29,10 +29,11 @@ _INCIDENTS = Panel(
     columns={
         "run": "run",
         "verdict": "verdict",
-        "first_step": "not finite since step",
+        "first_step": "since step",
         "lead_steps": "lead, steps",
         "rank": "rank",
         "layer": "layer",
+        "summary": "what happened",
     },
     links=(("Page of the run", _PAGE_LINK),),
 )
@@ -50,7 +51,7 @@ def fleet() -> Json:
     active = f"{of(c.RUN_ACTIVE)} == 1"
     missing = f"sum(({of(c.RANKS_EXPECTED)} - {of(c.RANKS_REPORTING)}) and on (experiment, run) ({active}))"
     recent = f"count(time() - {of(c.LAST_BUILD_UP)} < 3600)"
-    opened = f"count(time() - (max by (experiment, run) ({of(c.LAST_INCIDENT)})) < 86400)"
+    opened = f"sum({of(c.OPEN_INCIDENTS)})"
     runs = Panel(
         title="Runs",
         description="Runs that report, or have ended lately. Seconds since the last step say which ones stand still.",
@@ -77,7 +78,7 @@ def fleet() -> Json:
     rows = [
         [
             stat("Active runs", f"sum({of(c.RUN_ACTIVE)})", "Runs with a rank that is there."),
-            stat("Runs that failed, 24 h", f"{opened} or vector(0)", "Runs with an incident within a day.", red=1),
+            stat("Open incidents", f"{opened} or vector(0)", "Failures, faults and deaths that are not over.", red=1),
             stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm has climbed lately.", orange=1),
             stat("Ranks missing", f"{missing} or vector(0)", "Of active runs: ranks that do not report.", orange=1),
         ],

@@ -109,7 +109,7 @@ def _labels(name: str, query: str, selection: Json) -> Json:
 def _annotations() -> list[Json]:
     marks = (
         ("Build-ups", "foreshock_last_build_up_timestamp_seconds", "orange"),
-        ("Not finite", "foreshock_last_incident_timestamp_seconds", "red"),
+        ("Incidents", "foreshock_last_incident_timestamp_seconds", "red"),
     )
     return [
         {

@@ -121,7 +121,7 @@ def test_metrics_answer_between_a_hello_with_layers_and_the_first_step(tmp_path:
 def test_a_number_that_is_not_finite_is_left_out_of_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Totals, "stall_after", lambda _: math.inf)
+    monkeypatch.setattr(Totals, "stall_after", lambda *_: math.inf)
 
     async def test() -> None:
         async with Server(config(tmp_path)) as server:
