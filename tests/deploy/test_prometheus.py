@@ -75,7 +75,8 @@ def test_an_explosion_one_scrape_after_its_build_up_is_the_one_thing_told_of_tha
     collector: Collector, webhook: Webhook, start: Start, tmp_path: Path
 ) -> None:
     doomed, other = 'experiment="e",run="doomed"', 'experiment="e",run="other"'
-    incident = 'incident="1",verdict="exploding_gradients",first_step="812",lead_steps="6",rank="3",layer="blocks.2"'
+    about = 'incident="1",alert="ForeshockExplodingGradients",verdict="exploding_gradients",summary="It exploded."'
+    incident = f'{about},first_step="812",lead_steps="6",rank="3",layer="blocks.2"'
     now = time.time()
     build_up = f"foreshock_last_build_up_timestamp_seconds{{{doomed}}} {now}"
     collector.show(
