@@ -81,7 +81,7 @@ def page() -> str:
     ]
     groups = [(name, value) for name, value, _ in _members(DEFAULT) if is_dataclass(value)]
     single = [
-        (f"`{name}`", _value(value), meaning)
+        (f"`{name}`", _value(value), _range(DEFAULT, name), meaning)
         for name, value, meaning in _members(DEFAULT)
         if (name, value) not in groups
     ]
@@ -91,18 +91,26 @@ def page() -> str:
         COLLECTOR,
         _table(("setting", "flag", "variable", "default", "meaning"), settings),
         RULES,
-        _table(("rule", "default", "meaning"), single),
+        _table(("rule", "default", "range", "meaning"), single),
     ]
     channels = {name: value for name, value in groups if name != "faults"}
     both = [
-        (f"`{name}`", *(_value(getattr(channel, name)) for channel in channels.values()), meaning)
+        (
+            f"`{name}`",
+            *(_value(getattr(channel, name)) for channel in channels.values()),
+            _range(channels["gradient"], name),
+            meaning,
+        )
         for name, _, meaning in _members(channels["gradient"])
     ]
     parts.append("How the gradient's norm and the loss are judged, each a group of its own (`gradient.spike_z`):")
-    parts.append(_table(("rule", *(f"`{name}`" for name in channels), "meaning"), both))
-    faults = [(f"`faults.{name}`", _value(value), meaning) for name, value, meaning in _members(DEFAULT.faults)]
+    parts.append(_table(("rule", *(f"`{name}`" for name in channels), "range", "meaning"), both))
+    faults = [
+        (f"`faults.{name}`", _value(value), _range(DEFAULT.faults, name), meaning)
+        for name, value, meaning in _members(DEFAULT.faults)
+    ]
     parts.append("Troubles that last, though every number is finite:")
-    parts.append(_table(("rule", "default", "meaning"), faults))
+    parts.append(_table(("rule", "default", "range", "meaning"), faults))
     return "\n\n".join((*parts, TAIL))
 
 
@@ -116,6 +124,13 @@ def _members(group: Any) -> list[tuple[str, Any, str]]:
     """The same of an instance: its values."""
     texts = _docstrings(type(group))
     return [(field.name, getattr(group, field.name), texts.get(field.name, "")) for field in fields(group)]
+
+
+def _range(group: Any, name: str) -> str:
+    """What a rule may be."""
+    (rule,) = (field for field in fields(group) if field.name == name)
+    least, most = rule.metadata.get("range", (None, None))
+    return "true or false" if least is None else f"{least:g} to {most:g}"
 
 
 def _docstrings(kind: type[Any]) -> dict[str, str]:

@@ -45,8 +45,12 @@ def read_log(path: Path, *, run: str = "") -> list[Row]:
     """Rows of a file of any of the formats. run: which of a database's runs, the newest if empty. Raises `LogError`."""
     try:
         rows = list(_rows(path, run))
-    except (OSError, UnicodeDecodeError, csv.Error, sqlite3.Error) as error:
+    except LogError:
+        raise
+    except (OSError, ValueError, csv.Error, sqlite3.Error) as error:
         raise LogError(f"{path}: {error}") from error
+    except RecursionError:
+        raise LogError(f"{path}: it is nested too deeply to be a log") from None
     if not rows:
         raise LogError(f"{path}: it holds no rows")
     return rows
@@ -176,6 +180,6 @@ def _number(where: str, cells: Mapping[str, Any], names: tuple[str, ...]) -> flo
         if (value := cells.get(name)) is not None:
             try:
                 return float(value)
-            except (TypeError, ValueError):
-                raise LogError(f"{where}: {name} is {value!r}, not a number") from None
+            except (TypeError, ValueError, OverflowError):
+                raise LogError(f"{where}: {name} is {str(value)[:80]!r}, not a number") from None
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +107,12 @@ def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT) -> Replay:
 
 
 def main(arguments: list[str]) -> int:
-    """0: healthy; 1: trouble found; 2: a file cannot be read."""
+    """0: healthy; 1: trouble found; 2: a file cannot be read, or an error of its own."""
     parser = Parser(
         prog="foreshock diagnose",
         description="What happened in a recorded training log, where it began, and what to try.",
         epilog="Reads CSV (step,loss,grad_norm[,lr]), JSON lines, trainer_state.json, TensorBoard events and Foreshock "
-        "databases. Exit code 0: healthy, 1: trouble found, 2: a file cannot be read.",
+        "databases. Exit code 0: healthy, 1: trouble found, 2: a file cannot be read, or an error of its own.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--run", default="", help="of a Foreshock database: this run, not the newest")
@@ -133,12 +134,17 @@ def main(arguments: list[str]) -> int:
     for path in options.files:
         try:
             found = replay_file(path, run=options.run, rules=rules)
+            told = json.dumps(_as_json(path, found), allow_nan=False) + "\n" if options.json else _as_text(path, found)
         except LogError as error:
             sys.stderr.write(f"foreshock diagnose: {error}\n")
             code = 2
-            continue
-        code = max(code, int(_trouble(found)))
-        sys.stdout.write(json.dumps(_as_json(path, found)) + "\n" if options.json else _as_text(path, found))
+        except Exception:
+            # Uncaught, it would end with 1, which means trouble in the training.
+            sys.stderr.write(f"foreshock diagnose: {path}: an error of its own\n{traceback.format_exc()}")
+            code = 2
+        else:
+            code = max(code, int(_trouble(found)))
+            sys.stdout.write(told)
     return code
 
 

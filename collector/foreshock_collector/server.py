@@ -134,9 +134,12 @@ async def serve(config: Config) -> None:
         records = _joined(_reachable(config.host), server.grpc_port)
         print(f"foreshock collector: records to {records}, people to {server.public_url}", flush=True)  # noqa: T201
         if config.ready_file:
-            draft = Path(config.ready_file + ".draft")
-            draft.write_text(json.dumps({"grpc": server.address, "http": server.url}))
-            draft.rename(config.ready_file)
+            try:
+                draft = Path(config.ready_file + ".draft")
+                draft.write_text(json.dumps({"grpc": server.address, "http": server.url}))
+                draft.rename(config.ready_file)
+            except OSError as error:
+                raise ConfigError(f"--ready-file {config.ready_file} cannot be written: {error.strerror}") from error
         stopping = asyncio.create_task(stop.wait())
         # A collector that no longer commits must not look alive: end, loudly, and let the supervisor start another.
         await asyncio.wait((stopping, server.committer), return_when=asyncio.FIRST_COMPLETED)

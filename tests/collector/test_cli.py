@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.cli import incidents, report, status
+from foreshock_collector.cli import collector, diagnose, incidents, report, status
 from foreshock_collector.client import ask
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -66,6 +66,64 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("--database", "", "cannot be used: unable to open database file"),
+        ("--ready-file", "nowhere/ready", "cannot be written: No such file or directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, value: str, says: str
+) -> None:
+    settings = {
+        "--grpc-port": "0",
+        "--http-port": "0",
+        "--database": str(tmp_path / "db"),
+        setting: f"{tmp_path}/{value}",
+    }
+    assert collector([part for item in settings.items() for part in item]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("foreshock collector: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"loss": 1' + "0" * 5000 + "}", "Exceeds the limit"),
+        ('{"loss": 1' + "0" * 400 + "}", "not a number"),
+        ('{"loss": {}}', "loss is '{}', not a number"),
+        ('{"log_history": 7}', "log_history is no list"),
+        ("", "neither a loss nor a gradient norm"),
+        ("loss\n", "holds no rows"),
+        ("\0", "neither a loss nor a gradient norm"),
+    ],
+)
+def test_a_log_that_cannot_be_read_is_one_line_and_no_trouble_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(text)
+    for command in (diagnose, report):
+        assert command([str(log)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+
+
+def test_an_error_of_its_own_is_no_trouble_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreshock_collector.replay.replay", lambda *_, **__: 1 / 0)
+    log = tmp_path / "log.csv"
+    log.write_text("loss\n1\n")
+    assert diagnose([str(log)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"foreshock diagnose: {log}: an error of its own\nTraceback")
+    assert said.endswith("ZeroDivisionError: division by zero\n")
 
 
 def test_status_lists_runs_shows_one_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

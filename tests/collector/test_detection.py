@@ -123,7 +123,7 @@ def test_rules_are_changed_by_name_and_a_wrong_one_is_named() -> None:
         ({"gradient": 8}, "gradient is a group"),
         ({"recovered_after": 2.5}, "recovered_after must be a whole number"),
         ({"gradient": {"alpha": "high"}}, "gradient.alpha must be a number"),
-        ({"gradient": {"alpha": -1}}, "0 or more"),
+        ({"gradient": {"alpha": -1}}, "from 0 to 0.9999"),
     ):
         with pytest.raises(ValueError, match=says):
             DEFAULT.with_overrides(wrong)

@@ -221,7 +221,7 @@ def test_a_rule_may_be_set_and_a_wrong_one_is_named(tmp_path: Path, capsys: pyte
         "--set",
         "gradient.surge_steps=1000",
         "--set",
-        "gradient.steep_rise=1e9",
+        "gradient.steep_rise=700",
         "--set",
         "gradient.lasting_limit=1e9",
     ]
