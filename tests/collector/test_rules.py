@@ -54,7 +54,8 @@ def test_a_rule_may_be_anything_in_its_range_and_nothing_beyond(
     assert least <= default <= most
     for value in (least, most):
         assert replay(eventful(), DEFAULT.with_overrides(changed(name, value))).log
-    for value in (math.nextafter(least, -math.inf), math.nextafter(most, math.inf), math.nan, math.inf, True, "1"):
+    beyond: tuple[Any, ...] = (math.nextafter(least, -math.inf), math.nextafter(most, math.inf))
+    for value in (*beyond, math.nan, math.inf, True, "1"):
         with pytest.raises(ValueError, match=f"rule {name} must be a .*number from .* to .*, not "):
             DEFAULT.with_overrides(changed(name, value))
 
