@@ -54,7 +54,7 @@ docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series, docs/c
 	@$(BIN)/python docs/make_configuration.py
 
 .PHONY: screenshots
-screenshots: $(INSTALLED) chromium ## write docs/screenshots from a made-up run, in a real browser
+screenshots: $(INSTALLED) chromium ## write docs/screenshots from real small runs, in a real browser (3 minutes)
 	@$(BIN)/python -m docs.make_screenshots
 
 .PHONY: dashboards

@@ -1,47 +1,80 @@
-"""Writes docs/screenshots: a real collector, a real stream of made-up numbers, a real browser."""
+"""Writes docs/screenshots: real runs of examples/train.py, a real collector, a real browser."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from foreshock_collector.client import ask
 from tests.page.browser import Browser, collector
-from tests.page.job import Job
 
-FOLDER = Path(__file__).parent / "screenshots"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "screenshots"
 WIDE, NARROW = 1140, 390
 LOOKS = {"light": (WIDE, False), "dark": (WIDE, True), "phone": (NARROW, False), "phone-dark": (NARROW, True)}
 HEIGHT = {"fleet": 600, "run": 1400, "charts": 1230}
 ON_A_PHONE = 844
 MOST_BYTES = 200_000
+DEADLINE_SECONDS = 120.0
+EXPLODED, STEPS = "lr0.3", 190
+RUNS = {
+    # Name: learning rate, what is clipped, steps. Those of very many steps still run when the pictures are taken.
+    "lr0.03": (0.03, "none", STEPS),
+    EXPLODED: (0.3, "none", STEPS),
+    "lr0.1-clip1": (0.1, "1.0", 10**6),
+    "lr0.05": (0.05, "none", 10**6),
+}
 
 
 def main() -> None:
     """Each page in each look."""
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as (url, address):
-        jobs = [
-            Job(address, "gpt-350m-lr3e-4", ranks=8, experiment="pretrain"),
-            Job(address, "gpt-350m-lr6e-4", ranks=4, experiment="pretrain"),
-            Job(address, "gpt-1b-warmup-2k", ranks=16, experiment="pretrain"),
-            Job(address, "bert-base-seed-2", ranks=2, experiment="baseline"),
-        ]
-        for job, steps in zip(jobs, (640, 320, 1480, 900), strict=True):
-            job.train(steps)
-        jobs[1].train(9, explode=True)
-        jobs[1].train(1, nan=True)
-        for _ in range(12):
-            jobs[1].train(1, nan=True)
-        for job in jobs:
-            job.stored()
-        jobs[3].finish()
-        pages = {"fleet": "/", "run": f"/run/{jobs[1].run}", "charts": f"/run/{jobs[1].run}?first=290"}
+    with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as (url, address), ExitStack() as jobs:
+        for run, (rate, clip, steps) in RUNS.items():
+            jobs.enter_context(_training(run, rate, clip, steps, collector=address, rings=folder))
+            _reached(url, run, STEPS)
+        pages = {"fleet": "/", "run": f"/run/{EXPLODED}", "charts": f"/run/{EXPLODED}?first=100"}
         for look, (width, dark) in LOOKS.items():
             for page, path in pages.items():
                 _shoot(page, look, url + path, width=width, dark=dark)
-        for job in jobs:
-            job.leave()
+
+
+@contextmanager
+def _training(run: str, rate: float, clip: str, steps: int, *, collector: str, rings: str) -> Iterator[None]:
+    environment = {
+        **os.environ,
+        "FORESHOCK_COLLECTOR": collector,
+        "FORESHOCK_EXPERIMENT": "example",
+        "FORESHOCK_RUN": run,
+        "FORESHOCK_CLIP": clip,
+        "FORESHOCK_RING_DIR": rings,
+    }
+    script = [str(ROOT / "examples" / "train.py"), "--lr", str(rate), "--steps", str(steps), "--pace", "0.02"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
+    # torchrun tells at length that it was ended.
+    with (Path(rings) / f"{run}.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _reached(url: str, run: str, steps: int) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        found = [each for each in ask(url, "runs")["runs"] if each["run"] == run]
+        if found and found[0]["newest"].get("step", 0) >= steps - 1:
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"{run} has not come to step {steps}")
 
 
 def _shoot(page: str, look: str, url: str, *, width: int, dark: bool) -> None:
@@ -49,9 +82,9 @@ def _shoot(page: str, look: str, url: str, *, width: int, dark: bool) -> None:
     try:
         browser.open(url)
         if page == "fleet":
-            browser.until("document.querySelectorAll('tr[data-run]').length === 4", "four runs")
+            browser.until(f"document.querySelectorAll('tr[data-run]').length === {len(RUNS)}", "all runs")
         else:
-            browser.drawn(342)
+            browser.drawn(STEPS)
         if page == "charts":
             browser.ask("document.querySelector('#charts').scrollIntoView({behavior: 'instant'})")
         target = FOLDER / f"{page}-{look}.png"

@@ -227,7 +227,8 @@ def _rank(instance: Instance) -> dict[str, Any]:
         "stored": instance.stored,
         "last_step": instance.last_step,
         "last_complete": instance.last_finished,
-        "local_norm": instance.local_norm,
+        "local_norm": None if instance.local_nonfinite else instance.local_norm,
+        "local_norm_nonfinite": instance.local_nonfinite,
         "loss": instance.loss,
         "dropped": instance.dropped,
     }

@@ -61,7 +61,9 @@ class Instance:
     """The last step was not only launched."""
     loss: float | None = None
     local_norm: float | None = None
-    """Newest finite one."""
+    """Newest finite one..."""
+    local_nonfinite: str = ""
+    """... and "nan" or "inf" where a newer one is not finite."""
     dropped: dict[str, int] = field(default_factory=dict)
     """As told by the rank, cumulative since its attach: kept, so that nothing counts twice."""
     left_seconds: float = 0.0
@@ -94,8 +96,13 @@ class Instance:
         self.position = int(newest["sequence"])
         self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
         self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
-        norms = rows["local_norm"][(rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)]
-        norms = norms[np.isfinite(norms)]
+        told = rows[(rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)]
+        if told.size:
+            last = told[-1]
+            nan = last["local_nan_parameters"] > 0 or math.isnan(last["local_norm"])
+            inf = last["local_inf_parameters"] > 0 or math.isinf(last["local_norm"])
+            self.local_nonfinite = "nan" if nan else "inf" if inf else ""
+        norms = told["local_norm"][np.isfinite(told["local_norm"])]
         if norms.size:
             self.local_norm = float(norms[-1])
 

@@ -16,6 +16,7 @@ from foreshock_collector.client import ClientError, add_url, ask
 from foreshock_collector.config import ConfigError, Parser
 from foreshock_collector.logs import LogError
 from foreshock_collector.replay import Replay, replay_file
+from foreshock_collector.story import since
 
 _BEFORE, _AFTER = 96, 16
 """Steps around an incident that the heat maps show."""
@@ -243,7 +244,7 @@ def _charts(report: Report) -> list[str]:
 def _facts(verdict: dict[str, Any], runbooks: str) -> list[tuple[str, str]]:
     facts = [
         ("confidence", f"{verdict['confidence']:.0%}"),
-        ("since step" if verdict["finite"] else "first non-finite step", str(verdict["first_bad_step"])),
+        (since(verdict), str(verdict["first_bad_step"])),
     ]
     if verdict["onset_step"] is not None:
         facts.append(("began at step", f"{verdict['onset_step']}, {verdict['lead_steps']} steps before"))

@@ -27,7 +27,7 @@ _APPLICATION = 0x464F5245  # "FORE"
 _STEP_COLUMNS = tuple(field.name for field in fields(Step))
 _INSTANCE_COLUMNS = (
     *("rank", "local_rank", "node", "pid", "layers", "position", "closed", "detail", "last_report", "last_step"),
-    *("last_finished", "loss", "local_norm", "left_seconds", "backward_passes", "dropped", "told"),
+    *("last_finished", "loss", "local_norm", "local_nonfinite", "left_seconds", "backward_passes", "dropped", "told"),
 )
 _SHOWN_VALUES = (
     *("sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale", "global_norm"),

@@ -8,6 +8,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+_AFTER = frozenset({"crashed", "rank_lost", "stalled"})
+"""Of these the step is the last that was made."""
+
+
+def since(verdict: dict[str, Any]) -> str:
+    """What the verdict's step is."""
+    if verdict["cause"] in _AFTER:
+        return "last step"
+    return "since step" if verdict["finite"] else "not finite since step"
+
 
 def story(verdict: dict[str, Any]) -> RenderableType:
     """What happened, where it began, what to try: a verdict as the API tells it."""
@@ -20,7 +30,7 @@ def story(verdict: dict[str, Any]) -> RenderableType:
         facts.add_row("root", verdict["likely_root"].replace("_", " "))
     if verdict["onset_step"] is not None:
         facts.add_row("began", f"step {verdict['onset_step']}")
-    facts.add_row("since" if verdict["finite"] else "not finite", f"step {verdict['first_bad_step']}")
+    facts.add_row(since(verdict).removesuffix(" step"), f"step {verdict['first_bad_step']}")
     if verdict["lead_steps"]:
         facts.add_row("lead", f"{verdict['lead_steps']} step{'s' if verdict['lead_steps'] > 1 else ''}")
     if verdict["rank"] is not None:

@@ -371,3 +371,23 @@ def test_any_name_is_found_by_the_commands_the_api_and_the_page(
             await stream.close()
 
     serving(test())
+
+
+def test_a_rank_whose_newest_gradient_is_not_finite_is_shown_so(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            flags: dict[str, Any] = {"flags": [pb.LOCAL_NORMS] * 2}
+            await stream.send(
+                hello(), steps(1, [1.0, NAN], local_norm=[1.5, NAN], local_nan_parameters=[0, 1], **flags)
+            )
+            await stream.stored(2)
+            (rank,) = (await asyncio.to_thread(ask, server.url, "runs", "r"))["ranks"]
+            assert (rank["local_norm"], rank["local_norm_nonfinite"]) == (None, "nan")
+            await stream.send(steps(3, [2.0], local_norm=[2.5], flags=[pb.LOCAL_NORMS]))
+            await stream.stored(3)
+            (rank,) = (await asyncio.to_thread(ask, server.url, "runs", "r"))["ranks"]
+            assert (rank["local_norm"], rank["local_norm_nonfinite"]) == (2.5, "")
+            await stream.close()
+
+    serving(test())

@@ -2,9 +2,9 @@
 
 import { follow, json } from "./feed.js";
 import { spark } from "./spark.js";
-import { conditionMark, el, errorWords, number, plural, put, runUrl, span, verdictTitle, whole } from "./text.js";
+import { AFTER, conditionMark, el, errorWords, number, plural, put, runUrl, span, verdictTitle, whole } from "./text.js";
 
-const ORDER = ["failing", "building up", "stalled", "ranks missing", "running", "failed", "ended"];
+const ORDER = ["failed", "failing", "building up", "stalled", "ranks missing", "running", "interrupted", "ended"];
 const ENDED_SHOWN = 20;
 let allEnded = false;
 let known = null;
@@ -13,7 +13,7 @@ const rows = new Map();
 function summary({ runs, ended }) {
   const active = runs.filter((run) => run.state === "active");
   if (!active.length) return ended ? `No run is active, ${whole(ended)} ended` : "No run has reported yet";
-  const bad = ORDER.slice(0, 4)
+  const bad = ORDER.slice(0, 5)
     .map((condition) => [condition, active.filter((run) => run.condition === condition).length])
     .filter(([, count]) => count)
     .map(([condition, count]) => `${whole(count)} ${condition === "ranks missing" ? "with ranks missing" : condition}`);
@@ -32,7 +32,7 @@ function incidentLine(run) {
   ].filter(Boolean);
   return el("p", { class: "alarm" },
     el("a", { href: `${runUrl(run.run)}?attempt=${incident.attempt}#incident` }, verdictTitle(verdict.cause)),
-    ` at step ${whole(verdict.first_bad_step)}`,
+    ` ${AFTER.has(verdict.cause) ? "after" : "at"} step ${whole(verdict.first_bad_step)}`,
     verdict.onset_step === null ? "" : `, first sign at step ${whole(verdict.onset_step)}`,
     where.length ? `, ${where.join(", ")}` : "");
 }

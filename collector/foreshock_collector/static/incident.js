@@ -1,6 +1,6 @@
 // The incident card: what, since when, where, how it looked, what to do. In this order, above everything else.
 
-import { clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
+import { AFTER, clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
 
 export function age(incident, now) {
   return incident.closed_seconds === null
@@ -17,12 +17,14 @@ export function incidentCard(incident, show) {
       // The card is read out when it comes; its age is not, each time it grows.
       el("span", { class: "quiet", "aria-live": "off" }, ` incident ${incident.id}, `, el("span", { id: "incident-age" }))),
     el("dl", { class: "where" },
-      fact(verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
+      fact(AFTER.has(verdict.cause) ? "last step" : verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
       verdict.finite ? null : fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
         verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
       verdict.rank === null && !verdict.ranks_alike ? null
         : fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
-      fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
+      verdict.likely_root ? fact("likely root", el("strong", {}, verdict.likely_root.replaceAll("_", " "))) : null,
+      verdict.finite && !verdict.layer ? null
+        : fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
       fact("confidence", el("strong", {}, `${Math.round(verdict.confidence * 100)} %`))),
     el("p", { class: "summary" }, verdict.summary),
     el("div", { class: "columns" },

@@ -150,7 +150,7 @@ function rankTable(now) {
     el("tbody", {}, ranks.map((rank) => el("tr", {},
       el("th", { scope: "row" }, `${rank.rank}`), el("td", {}, rank.node || "–"),
       el("td", {}, rank.state, rank.last_complete ? "" : ", in a step that has not ended", rank.detail ? `: ${rank.detail}` : ""),
-      el("td", {}, whole(rank.last_step)), el("td", {}, number(rank.local_norm)),
+      el("td", {}, whole(rank.last_step)), el("td", {}, number(rank.local_norm_nonfinite || rank.local_norm)),
       el("td", {}, `${span(Math.max(0, now - rank.last_report_seconds))} ago`))))),
     known.world_size > ranks.length ? el("p", { class: "quiet" }, `${whole(ranks.length)} of ${whole(known.world_size)} ranks, those that are missing first`) : null);
 }

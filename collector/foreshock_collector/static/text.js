@@ -87,6 +87,9 @@ const VERDICTS = {
   unknown: "Not finite, cause not known",
 };
 
+// Of these the step of the verdict is the last that was made, and no first sign of trouble.
+export const AFTER = new Set(["crashed", "rank_lost", "stalled"]);
+
 export const verdictTitle = (cause) => VERDICTS[cause] ?? cause.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());
 export const runUrl = (name) => `/run/${encodeURIComponent(name)}`;
 export const runApi = (name) => `/api/v1/runs/${encodeURIComponent(name)}`;
