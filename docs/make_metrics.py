@@ -16,8 +16,8 @@ What the collector serves under `/metrics`. Made from `collector/foreshock_colle
 not edit by hand.
 
 A series about a run carries the labels `experiment` and `run`; the table names further ones. Prometheus adds `job`
-and `instance`. A run has at most a few series a rank, whatever the size of its model: a layer is named only in the
-description of an incident."""
+and `instance`. A run has at most a few series a rank and, of layers, at most 16, whatever the size of its model; ranks
+and layers never multiply."""
 TAIL = """How to read them:
 
 - Counters of events exist at 0 from a run's first report, so that `increase()` sees the first event.

@@ -18,7 +18,7 @@ from tests.deploy.test_prometheus import faster
 from tests.page.browser import collector
 from tests.page.job import Job
 
-NAME = "night run/7 <50%+>"
+NAME = "night run/7 {<50%+>}"
 """Each of its marks means something else to a URL or to HTML."""
 
 
