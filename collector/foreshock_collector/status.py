@@ -50,11 +50,16 @@ def incidents(arguments: list[str]) -> int:
 
 
 def _show(parser: Parser, arguments: list[str], command: Callable[[Any, Console], int]) -> int:
+    console = terminal()
     try:
-        return command(parser.parse_args(arguments), terminal())
+        with console.capture() as told:
+            code = command(parser.parse_args(arguments), console)
     except (ClientError, ConfigError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
+    # Tables fill their cells up with blanks: of no use at the end of a line that somebody copies.
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in told.get().splitlines())
+    return code
 
 
 def _status(options: Any, console: Console) -> int:
@@ -138,10 +143,10 @@ def _incidents(options: Any, console: Console) -> int:
 
 
 def _table(*columns: str) -> Table:
-    """What may be long folds where a terminal is narrow, and is never cut; numbers stay whole."""
+    """Where a terminal is narrow the widest columns fold, and nothing is cut."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in columns:
-        table.add_column(name, overflow="fold", no_wrap=name not in ("run", "layer", "verdict", "last verdict"))
+        table.add_column(name, overflow="fold")
     return table
 
 

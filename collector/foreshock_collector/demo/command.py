@@ -189,6 +189,8 @@ class _Stage:
                 await ended
             result = await self._over(run)
             live.update(live_table(run, result.steps, result.run["events"]), refresh=True)
+        if not self.console.is_terminal:
+            self.console.line()  # there the table ends without one
         return result
 
     async def tell(self, incident: dict[str, Any], run: str, alert: str) -> None:
