@@ -72,7 +72,7 @@ def diagnose(
         return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
     if left_out and not bad.overflow:
         collapsed = left_out >= rules.collapse_after
-        evidence.append(f"the loss stays finite, so {left_out} step(s) were left out, as a GradScaler does")
+        evidence.append(f"the loss stays finite: {_counted(left_out, 'step')} left out, as a GradScaler does")
         cause: Cause = "amp_scale_collapse" if collapsed else "amp_overflow"
         return _quiet_before(cause, bad, evidence, culprit, parameter, layer)
     if bad.overflow:
@@ -135,7 +135,8 @@ def _exploded(
     evidence.insert(0, f"global norm about {usual:.3g} until step {onset.step}, then up to {max(climb, default=0):.3g}")
     spikes = sum(sign.kind == "spike" for sign in signs)
     build_ups = len(signs) - spikes
-    evidence.append(f"{spikes} spike(s) and {build_ups} build-up(s) in the {lead} step(s) before")
+    found = f"{_counted(spikes, 'spike')} and {_counted(build_ups, 'build-up')}"
+    evidence.append(f"{found} in the {_counted(lead, 'step')} before")
     growing, growth = _growing_layer(window, onset, board, model)
     if growing:
         evidence.append(f"layer {growing} grew most: {growth:.3g} times its norm of before")
@@ -158,7 +159,7 @@ def _exploded(
         layer=layer or growing,
         confidence=0.6 if lone else 0.9,
         summary=f"Gradients exploded: from step {onset.step} the norm climbed from about {usual:.3g} to "
-        f"{max(climb, default=0):.3g}, and {lead} step{'s' if lead != 1 else ''} later, at step {bad.step}, "
+        f"{max(climb, default=0):.3g}, and {_counted(lead, 'step')} later, at step {bad.step}, "
         "it was no longer finite.",
         evidence=tuple(evidence),
         try_=against_explosion(steps, onset, usual, layer or growing, model, root),
@@ -367,3 +368,7 @@ def _shares(norms: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return np.where(place > i, ordered[:, [i]], ordered[:, [i + 1]])
 
     return 2 * norms / (without_own((others - 1) // 2) + without_own(others // 2))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
