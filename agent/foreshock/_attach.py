@@ -126,7 +126,7 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
     if decision.disabled:
         return DisabledWatch()
     # What may fail on one machine and not on another comes before the second agreement, every hook after it.
-    folder = ring_folder(decision.run)
+    folder = ring_folder(decision.run, decision.launch)
     path = folder / ring_name(decision.launch, ranks.rank)
     failure, records = "", None
     try:
@@ -146,7 +146,11 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         )
         announce(line, rank=ranks.rank)
     recorder = RecorderProcess(
-        folder, collector=settings.collector, python=settings.recorder_python, speaks=ranks.rank == 0
+        folder,
+        run=decision.run,
+        collector=settings.collector,
+        python=settings.recorder_python,
+        speaks=ranks.rank == 0,
     )
     recorder.ensure()
     watch = ActiveWatch(
@@ -206,7 +210,7 @@ def _line(mine: _Mine, decision: Decision, size: int) -> str:
     model = type(mine.model.module).__name__
     return (
         f"watching {model} ({len(plan.layers)} layers, {len(plan.parameters)} parameters) on {ranks}, {clip}; "
-        f"run {decision.run} to {where}; foreshock status {decision.run}"
+        f"run {decision.run} to {where}"
     )
 
 

@@ -14,6 +14,7 @@ _PURPOSE = {
     "incidents": "what went wrong, newest first",
     "diagnose": "what happened in a recorded training log",
     "report": "a run or a recorded log as one self-contained page",
+    "recorder": "hand in what jobs on this machine have left while their collector was away",
     "demo": "watch a real training job blow up, and read why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 from foreshock._console import say, say_once
-from foreshock_recorder.ring import LOCK_NAME, Ring
+from foreshock_recorder.ring import Ring, has_recorder
 
 FAREWELL_SECONDS = 2.0
 """Longest wait of a leaving rank for the collector's last acknowledgement."""
@@ -19,10 +20,11 @@ _STARTS = 3
 
 
 class RecorderProcess:
-    """The node's recorder of one run, as a rank sees it: somebody holds the lock, and looks at the ring."""
+    """The node's recorder of a launch, as a rank sees it: somebody holds the lock, and looks at the ring."""
 
-    def __init__(self, folder: Path, *, collector: str, python: str, speaks: bool) -> None:
+    def __init__(self, folder: Path, *, run: str, collector: str, python: str, speaks: bool) -> None:
         self._folder = folder
+        self._run = run
         self._command = [
             python or sys.executable, "-m", "foreshock_recorder", "--folder", str(folder), "--collector", collector
         ]  # fmt: skip
@@ -36,7 +38,10 @@ class RecorderProcess:
         # The folder of the script must not shadow the recorder's own imports.
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         try:
-            if self._starts == _STARTS or self._held():
+            if has_recorder(self._folder):
+                return
+            if self._starts == _STARTS:
+                say_once("recorder", f"no recorder stays alive, nothing reaches the collector ({self._log()})")
                 return
             self._starts += 1
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
@@ -64,6 +69,7 @@ class RecorderProcess:
         if now - ring.recorder_seen > 2 * _CHECK_SECONDS:
             self.ensure()
         self._say_trouble(ring)
+        self._say_page(ring)
 
     def wait_for_farewell(self, ring: Ring) -> None:
         """Bounded wait until everything is stored: a pod dies with its first process, and takes the recorder along."""
@@ -72,23 +78,13 @@ class RecorderProcess:
             if ring.acknowledged >= ring.launched and ring.acknowledged_farewell:
                 break
             time.sleep(0.005)
-        else:
-            if self._speaks and not ring.trouble:
-                left = ring.launched - ring.acknowledged
-                say_once("collector", f"{left} records have not reached the collector yet; the recorder goes on trying")
+        self._say_page(ring)
         self._say_trouble(ring)
+        if self._speaks and not ring.trouble and (left := ring.launched - ring.acknowledged):
+            goes_on = "the recorder goes on trying" if has_recorder(self._folder) else "no recorder runs here"
+            line = f"{left} records have not reached the collector yet; {goes_on}, a later job's hands them in"
+            say_once("collector", line)
         self._reap()
-
-    def _held(self) -> bool:
-        descriptor = os.open(self._folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            # Shared: two ranks that look at once must not take each other for a recorder.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
 
     def _reap(self) -> None:
         for process in self._processes:
@@ -100,6 +96,17 @@ class RecorderProcess:
     def _say_trouble(self, ring: Ring) -> None:
         if self._speaks and ring.trouble:
             say_once("collector", f"the collector does not take records, training goes on ({ring.trouble})")
+
+    def _say_page(self, ring: Ring) -> None:
+        page = ring.page
+        if self._speaks and page:
+            run = unquote(page.rpartition("/")[2])
+            other = "" if run == self._run else f"; the name {self._run} is in use by another run"
+            say_once(f"page {page}", f"run {run}: {page}{other}")
+
+    def _log(self) -> str:
+        log = self._folder / "recorder.log"
+        return f"see {log}" if log.exists() else f"try {shlex.join(self._command)}"
 
 
 def announce(line: str, *, rank: int) -> None:

@@ -14,9 +14,10 @@ import time
 from pathlib import Path
 from typing import NoReturn
 
-from foreshock_protos import DEFAULT_GRPC_PORT
-from foreshock_recorder.folder import LOG_NAME, lock, sweep, tidy
-from foreshock_recorder.ring import ring_folder
+from foreshock_recorder.address import address_of
+from foreshock_recorder.folder import LOG_NAME, lock, release
+from foreshock_recorder.orphans import give_up
+from foreshock_recorder.ring import has_recorder, run_folder
 
 logger = logging.getLogger("foreshock_recorder")
 
@@ -37,9 +38,10 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: list[str] | None = None) -> int:
     """Run until the last rank has gone. 0: done, or another recorder is there; 1: failed, see its log."""
     options = _options(arguments)
-    folder: Path = options.folder or ring_folder(options.run, options.ring_dir)
+    side_car = options.run is not None
+    folder: Path = run_folder(options.run, options.ring_dir) if side_car else options.folder
     try:
-        held = lock(folder)
+        held = None if has_recorder(folder) else lock(folder)
     except OSError as error:
         sys.stderr.write(f"foreshock_recorder: {folder} cannot be used: {error}\n")
         return 1
@@ -47,28 +49,33 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     _log_to(folder / LOG_NAME)
     logger.info("for %s, to %s", folder, options.collector)
+    base = folder.parent if side_car else folder.parent.parent
     try:
-        for name in sweep(folder.parent, keep=folder, now=time.time()):
-            logger.info("removed what was left of run %s", name)
-        lost = asyncio.run(_run(folder, options))
+        _keep_within_limits(base)
+        left = asyncio.run(_run(folder, held, options))
+        _keep_within_limits(base)
     except Exception:
         logger.exception("the recorder failed")
         return 1
-    if lost:
-        logger.warning("given up: %d records did not get to %s", lost, options.collector)
-    else:
-        tidy(folder)
-    os.close(held)
+    if left:
+        logger.warning("%d records did not get to %s; a later recorder hands them in", left, options.collector)
+    if side_car:
+        release(folder, held)
     return 0
 
 
-async def _run(folder: Path, options: argparse.Namespace) -> int:
+def _keep_within_limits(base: Path) -> None:
+    for line in give_up(base, now=time.time()):
+        logger.info("%s", line)
+
+
+async def _run(folder: Path, held: int, options: argparse.Namespace) -> int:
     # What gRPC has to say comes as an error too, and is in our log. Read when it is loaded, which takes a while: not
     # before we know that nobody else is there.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from foreshock_recorder.recorder import Recorder
 
-    recorder = Recorder(folder, collector=options.collector, linger=options.linger, waits=options.run is not None)
+    recorder = Recorder(folder, held, collector=options.collector, linger=options.linger, run=options.run or "")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, recorder.stop)
@@ -78,8 +85,8 @@ async def _run(folder: Path, options: argparse.Namespace) -> int:
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="foreshock_recorder", description="Read the ranks' rings, tell a collector.", epilog=_EPILOG)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--folder", type=Path, help="folder of the run's rings")
-    which.add_argument("--run", help="name of the run; its folder is found as the ranks find it")
+    which.add_argument("--folder", type=Path, help="folder of a launch's rings")
+    which.add_argument("--run", help="name of the run; its launches are found as the ranks find them")
     parser.add_argument("--ring-dir", default="", metavar="DIR", help="with --run: FORESHOCK_RING_DIR of the ranks")
     parser.add_argument(
         "--collector", type=_address, default="", metavar="HOST:PORT", help="default: this machine, default port"
@@ -96,10 +103,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if text and not (host and "/" not in text and port.isdecimal() and 0 < int(port) < 65536):
-        raise argparse.ArgumentTypeError(f"{text!r} is not host:port")
-    return text or f"127.0.0.1:{DEFAULT_GRPC_PORT}"
+    try:
+        return address_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seconds(text: str) -> float:

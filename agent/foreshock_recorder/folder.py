@@ -1,4 +1,4 @@
-"""A run's folder: the lock that lets one recorder stand in it, and what is left behind in it."""
+"""The folder of a launch's rings: the lock that lets one recorder stand in it, and what lies there."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import fcntl
 import os
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from foreshock_recorder.reader import RingReader
+from foreshock_recorder.reader import ReadOutcome, RingReader
 from foreshock_recorder.ring import LOCK_NAME, make_private
 
 LOG_NAME = "recorder.log"
+STACK_SUFFIX = ".stack"
+"""Of the file beside a ring in which a rank that is sent SIGTERM leaves its stack."""
 _LOCK_SECONDS = 1.0
-_STALE_SECONDS = 86400.0
-_OURS = ("*.ring", "*.draft", f"{LOG_NAME}*", LOCK_NAME)
+_OURS = ("*.ring", f"*{STACK_SUFFIX}", "*.draft", f"{LOG_NAME}*", LOCK_NAME)
 """The lock last: whoever still finds it waits until the folder is empty."""
 
 
@@ -26,7 +28,7 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
         path = folder / LOCK_NAME
         # A recorder that leaves takes the file along, and perhaps the folder: what was opened may be gone by now.
         with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):
@@ -39,50 +41,70 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
         time.sleep(0.05)
 
 
-def tidy(folder: Path) -> None:
-    """Leave nothing behind, unless another rank has come meanwhile. Call with the lock held."""
+def release(folder: Path, held: int) -> None:
+    """Give the lock back. Leave nothing behind, unless rings are left, or another rank has come meanwhile."""
     if not any(folder.glob("*.ring")):
-        _remove(folder, _OURS[2:])
+        remove(folder)
+    os.close(held)
 
 
-def sweep(base: Path, *, keep: Path, now: float) -> list[str]:
-    """Remove folders of runs that nobody has touched for a day and none of whose ranks lives; their names.
-
-    now: Unix seconds.
-    """
-    swept = []
-    for path in base.glob(f"*/{LOCK_NAME}"):
-        folder = path.parent
-        # A run that ends may take its folder along at any moment.
-        with suppress(FileNotFoundError):
-            if folder != keep and _untouched_since(folder) < now - _STALE_SECONDS:
-                descriptor = lock(folder, patience=0.0)
-                if descriptor is not None:
-                    if not any(_alive(ring) for ring in folder.glob("*.ring")):
-                        _remove(folder, _OURS)
-                        swept.append(folder.name)
-                    os.close(descriptor)
-    return swept
-
-
-def _untouched_since(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-
-
-def _alive(ring: Path) -> bool:
-    try:
-        reader = RingReader(ring)
-    except (OSError, ValueError):
-        return False
-    try:
-        return reader.alive
-    finally:
-        reader.close()
-
-
-def _remove(folder: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in patterns:
+def remove(folder: Path) -> None:
+    """Remove all of ours from a folder whose lock is held; then the folder and its run's, if they are empty."""
+    for pattern in _OURS:
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
+        folder.parent.rmdir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What the readable rings of a folder hold."""
+
+    folder: Path
+    run: str
+    """Name of the run that the ranks asked for."""
+    collector: str
+    """Address that the ranks were told; empty: this machine."""
+    ranks: int
+    alive: bool
+    """A rank still runs."""
+    unstored: int
+    """Records that no collector has acknowledged."""
+    newest: float
+    """Unix seconds: of the last record, or change."""
+    full_bytes: int
+    """Size of the rings that have not been given up."""
+
+
+def contents(folder: Path) -> Contents | None:
+    """Look into a folder without its lock. None: there is no ring that can be read."""
+    run = collector = ""
+    ranks = unstored = full_bytes = 0
+    newest, alive = 0.0, False
+    for path in folder.glob("*.ring"):
+        try:
+            reader = RingReader(path)
+        except (OSError, ValueError):
+            continue
+        last = reader.read(reader.launched)
+        newest = max(newest, path.stat().st_mtime, 0.0 if isinstance(last, ReadOutcome) else last.wall_seconds)
+        run, collector = str(reader.identity.get("run", "")), str(reader.identity.get("collector", ""))
+        alive |= reader.alive
+        unstored += max(0, reader.launched - reader.acknowledged)
+        full_bytes += 0 if reader.given_up else reader.layout.file_bytes
+        ranks += 1
+        reader.close()
+    if not ranks:
+        return None
+    return Contents(
+        folder=folder,
+        run=run,
+        collector=collector,
+        ranks=ranks,
+        alive=alive,
+        unstored=unstored,
+        newest=newest,
+        full_bytes=full_bytes,
+    )

@@ -39,6 +39,11 @@ class Rank:
             raise ValueError(f"{path} does not say whose it is: {error!r}") from error
         said = self._hello.hello
         self.instance = said.instance
+        self.run = said.run
+        """Name that it asked for."""
+        self.number = said.topology.rank
+        self.refused = ""
+        """Why this stream's collector takes nothing of it in."""
         self._columns = Columns(
             said.instance,
             rank=said.topology.rank,
@@ -111,8 +116,24 @@ class Rank:
             self._ending.close()
         self.reader.close()
 
+    def say_trouble(self, text: str) -> None:
+        """Tell the process, if there is one, why nothing gets to the collector; empty: it does."""
+        if not self._dead:
+            self.reader.trouble(text)
+
+    def say_page(self, address: str) -> None:
+        """Tell the process where its run's page is."""
+        if not self._dead and self.reader.page_address != address:
+            self.reader.page(address)
+
+    def refuse(self, trouble: str) -> None:
+        """Say nothing more on this stream: it is not wanted."""
+        self.refused = trouble
+        self.say_trouble(trouble)
+
     def rewind(self) -> None:
         """A new stream begins: all is to be said again, from what the collector will answer to Hello."""
+        self.refused = ""
         self._greeted = self._answered = self._said_goodbye = False
         self._untold = set(self._events)
         self._told_dropped: dict[str, int] = {}
@@ -122,8 +143,9 @@ class Rank:
         self._urgent = False
         self._flushed = -math.inf
 
-    def stored(self, position: pb.Ack.Position) -> None:
-        """The collector tells how far it has this rank."""
+    def stored(self, position: pb.Ack.Position) -> int:
+        """The collector tells how far it has this rank. How many records more than before."""
+        before = self.acknowledged
         if not self._answered:
             # It is the authority: with another database it asks for all that the ring still holds.
             self._answered = True
@@ -133,11 +155,13 @@ class Rank:
             self._sent.popleft()
         self.closed = position.closed and self.gone and not self.unstored
         self.reader.acknowledge(position.sequence, farewell=self.closed)
+        return max(0, self.acknowledged - before)
 
     def messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
         """What to say now. interval: seconds between batches without trouble; limit: records in a batch."""
-        if self.closed:
+        if self.closed or self.refused:
             return []
+        self._hello.hello.gone = self.gone
         said = [] if self._greeted else [self._hello]
         self._greeted = True
         due = now - self._flushed >= interval

@@ -29,6 +29,7 @@ from foreshock_recorder.ring import (
     OBSERVED,
     OBSERVED_PAYLOAD,
     PAGE_OFFSET,
+    TEXT_BYTES,
     TROUBLE_OFFSET,
     WORD_ACKNOWLEDGED,
     WORD_ACKNOWLEDGED_FAREWELL,
@@ -136,8 +137,13 @@ class RingReader(Side):
         self._write_text(TROUBLE_OFFSET, text)
 
     def page(self, address: str) -> None:
-        """Tell the rank where its run's page is."""
-        self._write_text(PAGE_OFFSET, address)
+        """Tell the rank where its run's page is. One that does not fit is left out: half of it leads nowhere."""
+        self._write_text(PAGE_OFFSET, address if len(address) < TEXT_BYTES else "")
+
+    @property
+    def page_address(self) -> str:
+        """What the rank was told of it."""
+        return self._read_text(PAGE_OFFSET)
 
     def heartbeat(self, monotonic: float) -> None:
         """Tell the rank that a recorder is looking."""

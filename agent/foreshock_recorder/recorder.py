@@ -1,166 +1,129 @@
-"""The recorder's life: finds the ranks of a run on this node, tells a collector about them, leaves after the last."""
+"""The recorder's life: serves the ranks of a launch, hands in what others have left, leaves after the last."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from pathlib import Path
 
-from foreshock_protos.v1 import telemetry_pb2 as pb
-from foreshock_recorder.ranks import Rank
-from foreshock_recorder.stream import RefusedError, Send, UnreachableError, converse
+from foreshock_recorder.address import address_of
+from foreshock_recorder.delivery import POLL_SECONDS, STOP_SECONDS, Delivery
+from foreshock_recorder.folder import lock
+from foreshock_recorder.orphans import launches, orphans
 
 logger = logging.getLogger("foreshock_recorder")
 
-_POLL_SECONDS = 0.05
 _EMPTY_SECONDS = 2.0
 """How long to look for another rank after the last one has gone."""
-_STOP_SECONDS = 2.0
-"""From SIGTERM to the end. Ranks that were told to stop as well say goodbye within it."""
-_RETRY_CAP_SECONDS = 30.0
+_LOOK_SECONDS = 10.0
+"""Between two looks for what others have left; the own ranks come first."""
+_AGAIN_SECONDS = 300.0
+"""Before one is tried again that nobody took."""
+_MOST_ADOPTED = 4
+"""Launches handed in at the same time."""
 
 
 class Recorder:
-    """All ranks of one run on one node.
+    """Serves `folder`, whose lock is `held`. As a side-car, with the name of a run, the launches that come below it.
 
-    linger: seconds to go on trying after the last rank has gone. waits: look for the first rank without limit.
+    collector: host:port. linger: seconds to go on trying after the last rank has gone.
     """
 
-    def __init__(self, folder: Path, *, collector: str, linger: float, waits: bool) -> None:
+    def __init__(self, folder: Path, held: int, *, collector: str, linger: float, run: str = "") -> None:
         self._folder = folder
         self._collector = collector
         self._linger = linger
-        self._ranks: dict[Path, Rank] = {}
-        self._strangers: set[Path] = set()
-        self._interval = 1.0
-        self._limit = 512
-        self._heard = False
-        self._trouble = ""
-        self._last_alive = None if waits else time.monotonic()
+        self._runs = {run} if run else set[str]()
+        self._side_car = self._waits = bool(run)
+        self._base = folder.parent if run else folder.parent.parent
+        self._own = [] if run else [self._delivery(folder, held, collector, empty=_EMPTY_SECONDS)]
+        # Left behind by ranks that have gone: not what a side-car waits for.
+        self._served = {found.folder for found in orphans(launches(self._base))}
+        self._adopted: list[Delivery] = []
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        self._tried: dict[Path, float] = {}
+        self._left = 0
         self._stop_at: float | None = None
 
     def stop(self) -> None:
         """Send what can be sent within two seconds, then leave. Rings stay for whoever comes next."""
         if self._stop_at is None:
             logger.info("told to stop")
-            self._stop_at = time.monotonic() + _STOP_SECONDS
+            self._stop_at = time.monotonic() + STOP_SECONDS
+            for delivery in (*self._own, *self._adopted):
+                delivery.stop()
 
     async def run(self) -> int:
-        """Until every rank has gone and all is stored, or time is up. How many records were given up."""
-        telling = asyncio.create_task(self._tell())
+        """Until every rank has gone and all is stored, or time is up. How many of its own ranks' records are left."""
         try:
-            while not self._over(time.monotonic()):
-                if telling.done():
-                    telling.result()
-                await asyncio.sleep(_POLL_SECONDS)
+            while not await self._over(time.monotonic()):
+                await asyncio.sleep(POLL_SECONDS)
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            for delivery in (*self._own, *self._adopted):
+                await delivery.close()
+        return self._left
+
+    async def _over(self, now: float) -> bool:
+        if self._side_car:
+            self._find_launches()
+        served = bool(self._own)
+        for delivery in list(self._own):
+            self._runs |= delivery.runs
+            if delivery.over(now):
+                self._left += delivery.unstored
+                self._own.remove(delivery)
+                await delivery.close()
+        for delivery in list(self._adopted):
+            if self._adopted_is_over(delivery, now):
+                self._adopted.remove(delivery)
+                await delivery.close()
         if self._stop_at is not None:
-            return 0
-        lost = sum(rank.unstored for rank in self._ranks.values())
-        for path in list(self._ranks):
-            self._let_go(path)
-        return lost
+            return now >= self._stop_at or all(delivery.empty for delivery in (*self._own, *self._adopted))
+        if self._waits or self._own:
+            if now >= self._look_at:
+                self._adopt(now)
+            return False
+        if served and not self._left:
+            # The last look: what is there now may wait long for another recorder.
+            self._adopt(now)
+        return not self._adopted
 
-    def _over(self, now: float) -> bool:
-        self._find()
-        for path, rank in list(self._ranks.items()):
-            rank.look(now, all_asked=self._stop_at is not None)
-            if rank.closed:
-                self._let_go(path)
-        if any(not rank.gone for rank in self._ranks.values()):
-            self._last_alive = now
-        elif self._ranks:
-            # Ranks that went before we came count from now on.
-            self._last_alive = self._last_alive or now
-        if self._stop_at is not None and (now >= self._stop_at or not self._ranks):
+    def _find_launches(self) -> None:
+        for folder in {path.parent for path in self._folder.glob("*/*.ring")} - self._served:
+            held = lock(folder, patience=0.0)
+            # Another recorder may have been there first.
+            if held is not None:
+                self._waits = False
+                self._served.add(folder)
+                self._own.append(self._delivery(folder, held, self._collector, empty=_EMPTY_SECONDS))
+
+    def _adopt(self, now: float) -> None:
+        self._look_at = now + _LOOK_SECONDS
+        mine = {delivery.folder for delivery in (*self._own, *self._adopted)}
+        for found in orphans(launches(self._base) - mine):
+            if len(self._adopted) >= _MOST_ADOPTED:
+                return
+            if self._tried.get(found.folder, now) > now:
+                continue
+            self._tried[found.folder] = now + _AGAIN_SECONDS
+            held = lock(found.folder, patience=0.0)
+            if held is not None:
+                # Of the same run, the address may have been put right since.
+                address = self._collector if found.run in self._runs else address_of(found.collector)
+                logger.info("hands in what run %s has left in %s, to %s", found.run, found.folder, address)
+                self._adopted.append(self._delivery(found.folder, held, address, empty=0.0))
+
+    def _adopted_is_over(self, delivery: Delivery, now: float) -> bool:
+        try:
+            over = delivery.over(now)
+        except Exception:
+            # Whatever is wrong with it, the own ranks are served.
+            logger.exception("%s cannot be handed in", delivery.folder)
             return True
-        patience = self._linger if self._ranks else _EMPTY_SECONDS
-        return self._last_alive is not None and now - self._last_alive >= patience
+        if over and delivery.unstored:
+            logger.info("%d records stay in %s (%s)", delivery.unstored, delivery.folder, delivery.trouble)
+        return over
 
-    def _find(self) -> None:
-        for path in sorted(self._folder.glob("*.ring")):
-            if path in self._ranks or path in self._strangers:
-                continue
-            try:
-                rank = Rank(path)
-            except (OSError, ValueError) as error:
-                self._strangers.add(path)
-                logger.warning("left alone: %s", error)
-                continue
-            self._ranks[path] = rank
-            rank.watch()
-            rank.reader.trouble(self._trouble)
-
-    def _let_go(self, path: Path) -> None:
-        rank = self._ranks.pop(path)
-        rank.close()
-        rank.left_behind.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-
-    # -- the collector -------------------------------------------------------------------------------------------
-
-    async def _tell(self) -> None:
-        failures = 0
-        while True:
-            while not self._ranks:
-                await asyncio.sleep(_POLL_SECONDS)
-            for rank in self._ranks.values():
-                rank.rewind()
-            self._heard = refused = False
-            why = "the collector has ended the stream"
-            try:
-                await converse(self._collector, self._talk, self._hear)
-            except UnreachableError as error:
-                why = str(error)
-            except RefusedError as error:
-                why, refused = f"refused: {error}", True
-            if self._heard and not refused:
-                logger.info("%s: %s", self._collector, why)
-                failures = 0
-            else:
-                self._say_trouble(f"{self._collector}: {why}")
-            # Full jitter: gRPC's own leaves two thirds of a fleet in the same second.
-            share = random.random()  # noqa: S311 - no secret
-            await asyncio.sleep(pause_seconds(failures, share, refused=refused))
-            failures += 1
-
-    async def _talk(self, send: Send) -> None:
-        while True:
-            interval = self._interval if self._stop_at is None else min(self._interval, _STOP_SECONDS / 10)
-            for rank in list(self._ranks.values()):
-                for message in rank.messages(time.monotonic(), interval=interval, limit=self._limit):
-                    await send(message)
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _hear(self, ack: pb.Ack) -> None:
-        if not self._heard:
-            self._heard = True
-            logger.info("%s answers; page: %s", self._collector, ack.page_url or "none")
-            self._say_trouble("")
-        if ack.flow.flush_interval_seconds > 0:
-            self._interval = min(ack.flow.flush_interval_seconds, 60.0)
-        if ack.flow.max_batch_steps > 0:
-            self._limit = ack.flow.max_batch_steps
-        positions = {position.instance: position for position in ack.positions}
-        for rank in self._ranks.values():
-            position = positions.get(rank.instance)
-            if position is not None and not rank.closed:
-                rank.stored(position)
-
-    def _say_trouble(self, text: str) -> None:
-        if text and text != self._trouble:
-            logger.warning("%s", text)
-        self._trouble = text
-        for rank in self._ranks.values():
-            rank.reader.trouble(text)
-
-
-def pause_seconds(failures: int, share: float, *, refused: bool) -> float:
-    """How long to wait before the next stream. failures: without an answer before this one; share: in [0, 1)."""
-    if refused:
-        return _RETRY_CAP_SECONDS * (0.5 + share)
-    return share * min(_RETRY_CAP_SECONDS, 2.0 ** min(failures, 10))
+    def _delivery(self, folder: Path, held: int, collector: str, *, empty: float) -> Delivery:
+        return Delivery(folder, held, collector=collector, linger=self._linger, empty=empty)

@@ -24,6 +24,7 @@ import json
 import math
 import mmap
 import os
+import stat
 import struct
 import tempfile
 import weakref
@@ -71,12 +72,13 @@ DEVICE_COLUMNS = (
 flags."""
 
 LOCK_NAME = "recorder.lock"
-"""In a run's folder: the recorder holds an exclusive flock on it for as long as it lives."""
+"""In a launch's folder: its recorder holds an exclusive flock on it for as long as it lives."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "given_up")
 """Why a record may be missing: the probe failed on that step; the ring was overwritten before it was read; or no
 collector took it for so long that the ring was removed."""
 _NAME_LENGTH = 100
+_MAKE_ATTEMPTS = 3
 
 
 class Farewell(IntEnum):
@@ -94,7 +96,7 @@ class Farewell(IntEnum):
 FACTS = struct.Struct("<8sIIIIIIQ")  # magic, version, slot bytes, slot count, layers, JSON bytes, pid, process start
 WORD_LAUNCHED, WORD_MEASURED, WORD_ACKNOWLEDGED, WORD_ACKNOWLEDGED_FAREWELL = 8, 9, 10, 11
 WORD_FAREWELL, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_DROPPED = 12, 13, 14, 16
-_TEXT_BYTES = 256
+TEXT_BYTES = 256
 NOTE_OFFSET, TROUBLE_OFFSET, FAREWELL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
 JSON_OFFSET = 1280
 _PAGE = 4096
@@ -162,11 +164,11 @@ class Side:
         self._words[WORD_FAREWELL] = reason
 
     def _write_text(self, offset: int, text: str) -> None:
-        data = text.encode(errors="replace")[: _TEXT_BYTES - 1]
+        data = text.encode(errors="replace")[: TEXT_BYTES - 1]
         self.memory[offset : offset + len(data) + 1] = data + b"\0"
 
     def _read_text(self, offset: int) -> str:
-        return self.memory[offset : offset + _TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
+        return self.memory[offset : offset + TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
 
 
 class Ring(Side):
@@ -289,17 +291,50 @@ class Ring(Side):
         self._words[end + 1] = sequence
 
 
-def ring_folder(run: str, base: str = "") -> Path:
-    """Where a run's rings lie on this machine: in `base`, FORESHOCK_RING_DIR, shared memory or the temporary folder."""
+def ring_base(base: str = "") -> Path:
+    """Where all rings of this user lie: `base`, FORESHOCK_RING_DIR, shared memory or the temporary folder."""
     base = base or os.environ.get("FORESHOCK_RING_DIR", "")
-    if not base:
-        memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
-        root = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-        base = str(root / f"foreshock-{os.getuid()}")
+    if base:
+        return Path(base)
+    memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
+    return (memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())) / _user_folder()
+
+
+def run_folder(run: str, base: str = "") -> Path:
+    """Where a run's launches have their folders on this machine."""
     safe = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in run).lstrip(".")[:_NAME_LENGTH]
     # Two names that only differ in what was replaced must not share a folder.
     suffix = "" if safe == run else f"-{zlib.crc32(run.encode(errors='replace')):08x}"
-    return Path(base) / f"{safe}{suffix}"
+    return ring_base(base) / f"{safe}{suffix}"
+
+
+def ring_folder(run: str, launch: str, base: str = "") -> Path:
+    """Where the rings of one launch lie: its ranks share a recorder, and an address, with no other."""
+    return run_folder(run, base) / launch
+
+
+def has_recorder(folder: Path) -> bool:
+    """A recorder holds the lock of this launch's folder; or, as a side-car, that of its run's."""
+    return any(_held(each / LOCK_NAME) for each in (folder, folder.parent))
+
+
+def _held(lock: Path) -> bool:
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared: two ranks that look at once must not take each other for a recorder.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _user_folder() -> str:
+    return f"foreshock-{os.getuid()}"
 
 
 def _open_new(path: Path) -> int:
@@ -314,10 +349,28 @@ def _open_new(path: Path) -> int:
 
 
 def make_private(folder: Path) -> None:
-    """Make a run's folder, for our user only. Raises `OSError` if it cannot be, or somebody else has made it."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid not in (os.getuid(), 0):
-        raise PermissionError(f"{folder} belongs to another user")
+    """Make a launch's folder, and those above it, for our user only.
+
+    Raises `OSError` if it cannot be, or if it or one of those that are ours alone is a link or somebody else's.
+    """
+    _make(folder)
+    ours = [folder, folder.parent, *(each for each in folder.parents[1:2] if each.name == _user_folder())]
+    for each in ours:
+        found = each.lstat()
+        if not stat.S_ISDIR(found.st_mode):
+            raise NotADirectoryError(f"{each} is not a folder")
+        if found.st_uid not in (os.getuid(), 0):
+            raise PermissionError(f"{each} belongs to another user")
+
+
+def _make(folder: Path) -> None:
+    for _ in range(_MAKE_ATTEMPTS):
+        if not folder.parent.exists():
+            _make(folder.parent)
+        with suppress(FileNotFoundError):
+            return folder.mkdir(mode=0o700, exist_ok=True)
+        # A recorder that left at this moment has taken the empty folder above along.
+    raise FileNotFoundError(f"{folder} cannot be made")
 
 
 def ring_name(launch: str, rank: int) -> str:

@@ -44,9 +44,10 @@ VERDICTS = tuple(EXPECTED)
 INCIDENT_VERDICTS = tuple(cause for cause, expected in EXPECTED.items() if expected.alert)
 """All but `healthy` and `amp_overflow`, which need nobody; their counters exist at 0 from a run's first report."""
 
-DROP_REASONS = ("probe_error", "ring_overrun", "never_finished")
+DROP_REASONS = ("probe_error", "ring_overrun", "never_finished", "given_up")
 """Why a step record of a rank is missing: the probe failed on it; the ring was overwritten before it was read (the
-collector was away for too long); or its step was launched and never finished."""
+collector was away for too long); its step was launched and never finished; or its job ended while no collector took it,
+and its ring was removed."""
 
 RUN_STAGES = ("take", "judge", "store", "expose", "page")
 """Where the collector itself may fail on a run: taking its records in, judging its steps, storing what came of them,

@@ -151,7 +151,7 @@ class RankProcess:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return tmp_path / "rings" / "crimson-otter"
+    return tmp_path / "rings" / "crimson-otter" / "first"
 
 
 @pytest.fixture

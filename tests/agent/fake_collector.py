@@ -45,6 +45,10 @@ class FakeCollector:
         """The highest sequence number that it stores."""
         self.answers = True
         self.refusal: tuple[grpc.StatusCode, str] | None = None
+        self.refused: dict[str, str] = {}
+        """Instances that it does not take in, and why."""
+        self.renamed: dict[str, str] = {}
+        """Runs that it calls otherwise."""
         self.flow = pb.FlowControl()
         self.port = 0
         self._held = threading.Event()
@@ -127,11 +131,19 @@ class FakeCollector:
         return str(inner.instance)
 
     def _ack(self, instances: set[str]) -> pb.Ack:
-        positions = [
-            pb.Ack.Position(instance=name, sequence=self.position[name], closed=name in self.closed)
-            for name in sorted(instances)
-        ]
+        positions = [self._position(name) for name in sorted(instances)]
         return pb.Ack(epoch="one", positions=positions, flow=self.flow, page_url="http://monitor:9327")
+
+    def _position(self, name: str) -> pb.Ack.Position:
+        if name in self.refused:
+            return pb.Ack.Position(instance=name, refused=self.refused[name])
+        asked = self.told[name].hellos[0].run
+        return pb.Ack.Position(
+            instance=name,
+            sequence=self.position[name],
+            closed=name in self.closed,
+            run=self.renamed.get(asked, asked),
+        )
 
 
 def free_port() -> int:

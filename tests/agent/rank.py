@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell, Ring, ring_name
 
 LAYERS = 2
@@ -47,6 +48,17 @@ def identity(rank: int = 0, **changes: Any) -> dict[str, Any]:
 
 def make_ring(folder: Path, rank: int = 0, *, slots: int | None = None, **changes: Any) -> Ring:
     return Ring.create(folder / ring_name("first", rank), identity(rank, **changes), layers=LAYERS, slot_count=slots)
+
+
+def leave(folder: Path, count: int, *, acknowledged: int = 0, **changes: Any) -> Path:
+    """Ring of a rank that wrote so many records and has ended."""
+    ring = make_ring(folder, **({"run": folder.parent.name} | changes))
+    for sequence in range(1, count + 1):
+        step(ring, sequence)
+    ring.farewell(Farewell.FINISHED)
+    reader = RingReader(ring.path)
+    reader.acknowledge(acknowledged)
+    return ring.path
 
 
 def launch(ring: Ring, sequence: int) -> None:

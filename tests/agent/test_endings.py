@@ -11,10 +11,10 @@ import pytest
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import endings
+from foreshock_recorder.delivery import POLL_SECONDS
 from foreshock_recorder.endings import farewell_of
 from foreshock_recorder.ranks import _LOOK_SECONDS, _STATUS_SECONDS, Rank
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.recorder import _POLL_SECONDS
 from foreshock_recorder.ring import Farewell
 from tests.agent.conftest import RankProcess, Start, until
 from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector
@@ -80,7 +80,7 @@ def test_a_ranks_end_is_told_with_its_signal_or_exit_code(
 
 
 def test_a_rank_is_not_missed_for_longer_than_a_second() -> None:
-    assert _POLL_SECONDS + _LOOK_SECONDS + _STATUS_SECONDS < 1.0
+    assert POLL_SECONDS + _LOOK_SECONDS + _STATUS_SECONDS < 1.0
 
 
 def test_a_rank_whose_parent_was_faster_is_lost_and_nothing_is_made_up(tmp_path: Path, rank: Ranks) -> None:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +19,10 @@ import pytest
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import stream
-from foreshock_recorder.folder import lock, sweep, tidy
+from foreshock_recorder.delivery import pause_seconds
+from foreshock_recorder.folder import lock, release
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.recorder import pause_seconds
-from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, ring_folder
+from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, has_recorder, ring_folder, run_folder
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, converse
 from tests.agent.conftest import RankProcess, Start, until
 from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector, free_port
@@ -296,7 +295,7 @@ def test_a_refusal_is_told_in_the_collectors_own_words(folder: Path, collector: 
     assert collector.refusal[1] in log_of(folder)
 
 
-def test_after_the_last_rank_it_gives_up_in_time_and_says_what_was_lost(
+def test_after_the_last_rank_it_leaves_in_time_and_keeps_what_nobody_took(
     folder: Path, collector: FakeCollector, recorder: Start
 ) -> None:
     collector.stop()
@@ -305,8 +304,11 @@ def test_after_the_last_rank_it_gives_up_in_time_and_says_what_was_lost(
         step(ring, sequence)
     ring.farewell(Farewell.FINISHED)
     assert recorder(linger=0.5).wait(WAIT_SECONDS) == 0
-    assert f"given up: 7 records did not get to {collector.address}" in log_of(folder)
-    assert not ring.path.exists()
+    assert f"7 records did not get to {collector.address}; a later recorder hands them in" in log_of(folder)
+    collector.start()
+    assert recorder().wait(WAIT_SECONDS) == 0
+    assert collector.told[FIRST].sequences() == list(range(1, 8))
+    assert not folder.exists()
 
 
 def test_a_collector_that_never_answers_does_not_keep_it(
@@ -317,7 +319,7 @@ def test_a_collector_that_never_answers_does_not_keep_it(
     step(ring, 1)
     ring.farewell(Farewell.FINISHED)
     assert recorder(linger=0.5).wait(WAIT_SECONDS) == 0
-    assert "given up: 1 records" in log_of(folder)
+    assert "1 records did not get to" in log_of(folder)
 
 
 # -- one stream --------------------------------------------------------------------------------------------------------
@@ -408,23 +410,26 @@ def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
 ) -> None:
     base = tmp_path / "elsewhere"
     process = recorder("--run", "night/1", "--ring-dir", str(base))
-    folder = ring_folder("night/1", str(base))
-    until(lambda: "for " in log_of(folder))
+    run = run_folder("night/1", str(base))
+    until(lambda: "for " in log_of(run))
+    folder = ring_folder("night/1", "first", str(base))
     ring = make_ring(folder)
+    assert has_recorder(folder)
     step(ring, 1)
     ring.farewell(Farewell.FINISHED)
     assert process.wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == [1]
-    assert not folder.exists()
+    assert not run.exists()
 
 
 def test_a_side_car_without_any_rank_leaves_when_told(folder: Path, recorder: Start) -> None:
-    process = recorder("--run", folder.name, "--ring-dir", str(folder.parent))
-    until(lambda: "for " in log_of(folder))
+    run = folder.parent
+    process = recorder("--run", run.name, "--ring-dir", str(run.parent))
+    until(lambda: "for " in log_of(run))
     until(lambda: handles_signals(process.pid))
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_SECONDS) == 0
-    assert not folder.exists()
+    assert not run.exists()
 
 
 def handles_signals(pid: int) -> bool:
@@ -470,35 +475,25 @@ def test_a_lock_on_a_file_that_is_gone_is_no_lock(folder: Path) -> None:
     os.close(second)
 
 
-def test_tidying_leaves_the_folder_to_a_rank_that_has_just_come(folder: Path) -> None:
+def test_a_folder_that_is_released_is_left_to_a_rank_that_has_just_come(folder: Path) -> None:
     ring = make_ring(folder)
     held = lock(folder)
     assert held is not None
-    tidy(folder)
+    release(folder, held)
     assert ring.path.exists() and (folder / LOCK_NAME).exists()
+    held = lock(folder)
+    assert held is not None
     ring.path.unlink()
-    tidy(folder)
+    release(folder, held)
     assert not folder.exists()
+
+
+def test_a_recorder_leaves_a_launch_to_a_side_car(folder: Path, recorder: Start) -> None:
+    held = lock(folder.parent)
+    assert held is not None
+    ring = make_ring(folder)
+    assert has_recorder(folder)
+    assert recorder().wait(WAIT_SECONDS) == 0
+    assert ring.recorder_seen == 0
     os.close(held)
-
-
-def test_what_dead_runs_left_is_removed_after_a_day_and_nothing_else(tmp_path: Path) -> None:
-    dead, living, held, strange = (tmp_path / name for name in ("dead", "living", "held", "strange"))
-    for folder in (dead, living, held):
-        folder.mkdir()
-        (folder / LOCK_NAME).touch()
-        (folder / "recorder.log").touch()
-    strange.mkdir()
-    (strange / "thesis.ring").touch()
-    (dead / "half.draft").touch()
-    (dead / "odd.ring").touch()
-    rank = RankProcess(living)
-    holder = lock(held)
-    assert holder is not None
-    now = time.time()
-    assert sweep(tmp_path, keep=tmp_path / "own", now=now) == []
-    assert sweep(tmp_path, keep=dead, now=now + 90_000) == []
-    assert sweep(tmp_path, keep=tmp_path / "own", now=now + 90_000) == ["dead"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "living", "strange"]
-    os.close(holder)
-    rank.end()
+    assert not has_recorder(folder)

@@ -24,6 +24,7 @@ from foreshock_recorder.ring import (
     process_start,
     ring_folder,
     ring_name,
+    run_folder,
 )
 from tests.agent.rank import LAYERS, identity, launch, make_ring, measure, step
 
@@ -245,18 +246,19 @@ def test_a_leftover_draft_does_not_stop_a_rank(tmp_path: Path) -> None:
 
 def test_a_run_has_a_folder_of_its_own_whatever_its_name() -> None:
     names = ["night", "a/b", "a_b", "a:b", "..", ".", "../../etc", "ü", "u", "x" * 200, "x" * 199, ".night"]
-    folders = {ring_folder(name, "/rings") for name in names}
+    folders = {run_folder(name, "/rings") for name in names}
     assert len(folders) == len(names)
     for folder in folders:
         assert folder.parent == Path("/rings") and not folder.name.startswith(".") and len(folder.name) < 128
-    assert ring_folder("night", "/rings").name == "night"
+    assert run_folder("night", "/rings").name == "night"
+    assert ring_folder("night", "first", "/rings") == Path("/rings/night/first")
 
 
 def test_the_environment_says_where_rings_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORESHOCK_RING_DIR", "/elsewhere")
-    assert ring_folder("night") == Path("/elsewhere/night")
+    assert run_folder("night") == Path("/elsewhere/night")
     monkeypatch.delenv("FORESHOCK_RING_DIR")
-    assert ring_folder("night").parent.name == f"foreshock-{os.getuid()}"
+    assert run_folder("night").parent.name == f"foreshock-{os.getuid()}"
 
 
 def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:

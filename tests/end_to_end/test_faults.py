@@ -51,8 +51,9 @@ def test_weights_are_the_same_with_a_collector_without_one_and_with_one_that_swa
         text = said(job(name, address, steps=40, weights=str(tmp_path / name)))
         assert "rank 1 done" in text
         lines = [line for line in text.splitlines() if line.startswith("foreshock:")]
-        # The line at attach, and one warning.
-        assert len(lines) == (1 if name == "served" else 2), text
+        # The line at attach, and the page's address or one warning.
+        assert len(lines) == 2, text
+        assert (f"run {name}: {collector.url}/run/{name}" in text) == (name == "served")
         for rank in (0, 1):
             weights = torch.load(tmp_path / f"{name}-{rank}.pt")
             assert all(torch.equal(weights[key], plain[key]) for key in plain)

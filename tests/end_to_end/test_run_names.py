@@ -1,0 +1,26 @@
+"""Two trainings of one name at once are two runs, and each hears which."""
+
+from __future__ import annotations
+
+from tests.end_to_end.conftest import Collector, Job, eventually
+from tests.end_to_end.test_path import left, said
+
+
+def test_two_trainings_of_one_name_at_once_are_two_runs_and_a_restart_is_an_attempt(
+    collector: Collector, job: Job
+) -> None:
+    first = job("night", collector.address, ranks=1, steps=10**6, pace=0.01)
+    eventually(lambda: collector.names() == ["night"], "the first")
+    second = job("night", collector.address, ranks=2, steps=120, pace=0.01, nan_at=100, nan_rank=1)
+    text = said(second)
+    assert f"run night-2: {collector.url}/run/night-2; the name night is in use by another run" in text
+    run = left(collector, "night-2")
+    assert run["counters"]["steps"] == 120 and run["incidents"]
+    night = collector.run("night")
+    assert night["condition"] == "running" and night["incidents"] == [] and night["attempt"] == 0
+    first.terminate()
+    first.wait()
+    third = job("night", collector.address, ranks=1, steps=20)
+    assert f"run night: {collector.url}/run/night" in said(third)
+    assert collector.run("night")["attempt"] == 1
+    assert sorted(collector.names()) == ["night", "night-2"]
