@@ -9,8 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from foreshock_collector.fleet import Runs
 from foreshock_collector.intake import Intake, Said
-from foreshock_collector.runs import Runs
 from foreshock_collector.service import Telemetry, make_server
 from foreshock_collector.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb

@@ -14,9 +14,10 @@ from foreshock_collector import heat
 from foreshock_collector.attempts import Attempt, Instance
 from foreshock_collector.baseline import Baselines
 from foreshock_collector.condition import condition
+from foreshock_collector.fleet import Runs
 from foreshock_collector.peaks import Peaks
 from foreshock_collector.recent import Recent
-from foreshock_collector.runs import Run, Runs
+from foreshock_collector.runs import Run
 from foreshock_collector.store import Store
 
 RUN = "{run:[^/]+}"

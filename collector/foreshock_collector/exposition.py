@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
-from foreshock_collector.runs import Run, Runs
+from foreshock_collector.fleet import Runs
+from foreshock_collector.runs import Run
 from foreshock_collector.totals import Histogram
 
 Labels = tuple[str, ...]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from foreshock_collector.attempts import Instance
 from foreshock_collector.board import ColumnsError
 from foreshock_collector.errors import Errors
-from foreshock_collector.runs import ContradictionError, Run, Runs
+from foreshock_collector.fleet import Runs
+from foreshock_collector.runs import ContradictionError, Run
 from foreshock_collector.store import Store
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb

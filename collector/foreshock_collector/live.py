@@ -10,7 +10,8 @@ from typing import Any
 from aiohttp import web
 
 from foreshock_collector.condition import condition
-from foreshock_collector.runs import Run, Runs
+from foreshock_collector.fleet import Runs
+from foreshock_collector.runs import Run
 
 _LOOK_SECONDS = 0.2
 """How often a stream looks for news. Well under the second in which a person calls something immediate."""

@@ -19,7 +19,7 @@ from aiohttp import web
 from markdown_it import MarkdownIt
 
 from foreshock_collector.api import RUN
-from foreshock_collector.runs import Runs
+from foreshock_collector.fleet import Runs
 from foreshock_collector.shipped import shipped
 
 _STATIC = Path(__file__).parent / "static"

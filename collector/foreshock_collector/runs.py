@@ -1,4 +1,4 @@
-"""State of every run: takes records in, puts steps together, hands them to the judge.
+"""State of a run: takes records in, puts steps together, hands them to the judge.
 
 Clocks come in as arguments. What happens between two commits gathers in `Run.changes`; what may be seen from outside
 moves only in `Run.settle`, which is followed by a commit before anybody looks, so that counters never go back.
@@ -6,9 +6,8 @@ moves only in `Run.settle`, which is followed by a commit before anybody looks, 
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from foreshock_collector.attempts import PEACEFUL, Attempt, Instance
 from foreshock_collector.board import complete, decode
 from foreshock_collector.catalogue import RUN_STAGES
-from foreshock_collector.errors import Errors, collector_errors
+from foreshock_collector.errors import Errors
 from foreshock_collector.incidents import DEATH, SILENCE, Incidents
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT, Rules
@@ -31,7 +30,6 @@ _CLOCK_SECONDS = 5.0
 """Clocks that differ by more do not tell which of two ranks left first."""
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, has nothing more to say."""
-
 _LIVE_SECONDS = 10.0
 """A rank that was heard of within it lives: its recorder has much to say each second, or that it is there."""
 
@@ -340,75 +338,3 @@ class Run:
         for piece in decode(batch, instance.layers).slices(board.capacity // 2):
             if board.room(piece) <= board.settled:
                 board.write(instance.rank, piece, now)
-
-
-class Runs:
-    """All runs, found by name or by instance. rules_of: the rules of a run, by its name."""
-
-    def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
-        self.rules_of = rules_of
-        self.errors = collector_errors()
-        """The collector's own, that no single run is to blame for."""
-        self._runs: dict[str, Run] = {}
-        self._instances: dict[str, tuple[Run, Instance]] = {}
-        self._launches: dict[tuple[str, str], Run] = {}
-        """By the name that was asked for, and the launch."""
-
-    def __iter__(self) -> Iterator[Run]:
-        return iter(list(self._runs.values()))
-
-    def get(self, name: str) -> Run | None:
-        """The run of this name."""
-        return self._runs.get(name)
-
-    def home(self, instance: str) -> tuple[Run, Instance] | None:
-        """An instance and its run."""
-        return self._instances.get(instance)
-
-    def add(self, run: Run) -> None:
-        """A run from the store, with its instances."""
-        self._runs[run.name] = run
-        for attempt in run.attempts:
-            self._launches[attempt.hello.run, attempt.launch] = run
-            for instance in attempt.instances.values():
-                self._instances[instance.name] = (run, instance)
-
-    def greet(self, hello: pb.Hello, now: float) -> Instance:
-        """Find or make an instance and its run. Raises `ContradictionError`."""
-        known = self._instances.get(hello.instance)
-        if known is not None:
-            run, instance = known
-            first = instance.attempt.hello
-            if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
-                raise ContradictionError("this instance has given another run, launch or rank before")
-            run.hear(instance, now)
-            return instance
-        run = self._run_of(hello, now)
-        instance = run.greet(hello, now)
-        self._runs[run.name] = run
-        self._launches[hello.run, hello.launch] = run
-        self._instances[instance.name] = (run, instance)
-        return instance
-
-    def _run_of(self, hello: pb.Hello, now: float) -> Run:
-        """The run of a launch; decided at its first hello, for all its ranks.
-
-        A launch is the next attempt of the run whose name it asks for. Where a living one has that name, or another
-        experiment, it becomes a run of its own: name-2, name-3 and so on.
-        """
-        run = self._launches.get((hello.run, hello.launch))
-        if run is not None:
-            if run.experiment != hello.experiment:
-                raise ContradictionError(
-                    f"experiment {hello.experiment!r}: this launch has told of {run.experiment!r} before"
-                )
-            return run
-        for number in itertools.count(1):
-            name = hello.run if number == 1 else f"{hello.run}-{number}"
-            run = self._runs.get(name)
-            if run is None:
-                return Run(hello.experiment, name, self.rules_of(hello.run))
-            # What a rank that has gone left behind does not run beside anything.
-            if run.experiment == hello.experiment and (hello.gone or not run.has_live_ranks(now)):
-                return run
-        raise AssertionError

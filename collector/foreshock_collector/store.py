@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from foreshock_collector.attempts import WINDOW_STEPS, Attempt, Instance
+from foreshock_collector.fleet import Runs
 from foreshock_collector.rules import DEFAULT, Rules
-from foreshock_collector.runs import EVENTS_KEPT, Changes, Run, Runs
+from foreshock_collector.runs import EVENTS_KEPT, Changes, Run
 from foreshock_collector.steps import Step, finite, kind_of
 from foreshock_collector.window import Window
 from foreshock_protos.v1 import telemetry_pb2 as pb

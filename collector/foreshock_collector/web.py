@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from foreshock_collector.api import Api, error
+from foreshock_collector.fleet import Runs
 from foreshock_collector.live import Live
 from foreshock_collector.page import Page
-from foreshock_collector.runs import Runs
 from foreshock_collector.store import Store
 
 _HEADERS = {

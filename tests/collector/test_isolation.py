@@ -18,9 +18,10 @@ from foreshock_collector.attempts import Attempt
 from foreshock_collector.board import Board
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.condition import condition
+from foreshock_collector.fleet import Runs
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT
-from foreshock_collector.runs import Run, Runs
+from foreshock_collector.runs import Run
 from foreshock_collector.server import Server
 from foreshock_collector.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb

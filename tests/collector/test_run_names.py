@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from foreshock_collector.attempts import Instance
-from foreshock_collector.runs import ContradictionError, Runs
+from foreshock_collector.fleet import Runs
+from foreshock_collector.runs import ContradictionError
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps
