@@ -20,8 +20,8 @@ from foreshock_recorder.folder import contents, lock
 from foreshock_recorder.orphans import COUNTED_SECONDS, KEPT_SECONDS, give_up, launches
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.recorder import Recorder
-from foreshock_recorder.ring import LOCK_NAME, Farewell, Ring
-from tests.agent.conftest import RankProcess, Start
+from foreshock_recorder.ring import LOCK_NAME, Farewell, Ring, has_recorder
+from tests.agent.conftest import RankProcess, Start, until
 from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector, free_port
 from tests.agent.rank import leave, make_ring
 from tests.agent.test_outage import StoringListener
@@ -109,6 +109,7 @@ def test_a_job_started_again_is_not_served_by_the_recorder_of_its_last_launch(
     wrong = f"127.0.0.1:{free_port()}"
     leave(rings / "night" / "old", 5, instance="old", collector=wrong)
     lingering = recorder("--folder", str(rings / "night" / "old"), "--collector", wrong)
+    until(lambda: has_recorder(rings / "night" / "old"))
     finishing(serve(rings / "night" / "new", collector.address, until=lambda: "living" in collector.told))
     assert lingering.poll() is None
     assert collector.told["living"].goodbyes
