@@ -31,7 +31,8 @@ obey `NO_COLOR`.
 ## The collector
 
 A flag wins over its variable, that over the file of `--config` (or `FORESHOCK_COLLECTOR_CONFIG`), that over the
-default. In the file a setting is named as in the first column."""
+default. In the file a setting is named as in the first column. A variable that is nearly one of these is told at
+the start, with the name that was meant."""
 RULES = """The file is TOML:
 
 ```toml

@@ -6,9 +6,10 @@ Each imports what is its own alone: an import that fails names what is missing.
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 
-from foreshock_collector.config import ConfigError, config_from
+from foreshock_collector.config import ConfigError, config_from, misspelt_variables
 
 
 def collector(arguments: list[str]) -> int:
@@ -17,7 +18,10 @@ def collector(arguments: list[str]) -> int:
     from foreshock_collector.store import StoreError
 
     try:
-        asyncio.run(serve(config_from(arguments)))
+        config = config_from(arguments)
+        for line in misspelt_variables(os.environ):
+            sys.stderr.write(f"foreshock collector: {line}\n")
+        asyncio.run(serve(config))
     except (ConfigError, StoreError) as error:
         sys.stderr.write(f"foreshock collector: {error}\n")
         return 2

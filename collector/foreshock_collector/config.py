@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import ipaddress
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -117,6 +118,21 @@ def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None 
         if (text := options[name] if options[name] is not None else env.get(_PREFIX + name.upper())) is not None:
             values[name] = _parse(_flag(name), str(setting.type), text)
     return Config(**values)
+
+
+def misspelt_variables(environment: Iterable[str]) -> list[str]:
+    """A line for each name in the environment that is nearly a setting's: it sets nothing.
+
+    Not for all others: Kubernetes makes names of a service called foreshock-collector.
+    """
+    known = ["CONFIG", *(setting.name.upper() for setting in _flagged())]
+    lines = []
+    for name in sorted(environment):
+        setting = name.removeprefix(_PREFIX)
+        near = difflib.get_close_matches(setting, known, n=1, cutoff=0.75)
+        if name.startswith(_PREFIX) and near and setting not in known:
+            lines.append(f"{name} is no setting, and is ignored; did you mean {_PREFIX}{near[0]}?")
+    return lines
 
 
 def _flagged() -> list[Any]:

@@ -21,6 +21,7 @@ import pytest
 
 from foreshock_collector.cli import collector, diagnose, incidents, report, status
 from foreshock_collector.client import ask
+from foreshock_collector.config import misspelt_variables
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps
@@ -125,6 +126,15 @@ def test_an_error_of_its_own_is_no_trouble_of_the_training(
     said = capsys.readouterr().err
     assert said.startswith(f"foreshock diagnose: {log}: an error of its own\nTraceback")
     assert said.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told_with_it_and_others_are_not() -> None:
+    names = ["HTP_PORT", "DATABSE", "HOST", "CONFIG", "SERVICE_HOST", "SERVICE_PORT", "PORT_9327_TCP"]
+    told = misspelt_variables([*(f"FORESHOCK_COLLECTOR_{name}" for name in names), "FORESHOCK_COLLECTOR", "HTTP_PORTS"])
+    assert told == [
+        f"FORESHOCK_COLLECTOR_{wrong} is no setting, and is ignored; did you mean FORESHOCK_COLLECTOR_{right}?"
+        for wrong, right in (("DATABSE", "DATABASE"), ("HTP_PORT", "HTTP_PORT"))
+    ]
 
 
 def test_status_lists_runs_shows_one_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
