@@ -53,7 +53,7 @@ def fired_in(tests: list[dict[str, Any]], folder: Path) -> list[Fired]:
         name = part.partition(",\n")[0]
         for one in re.split(r"^\s+alertname: ?", part, flags=re.MULTILINE)[1:]:
             alert, time = re.match(r"(\w+), time: (\w+)", one).groups()  # type: ignore[union-attr]
-            texts = zip(*(re.findall(rf"{kind}:{{(.*)}}$", one, re.MULTILINE) for kind in ("Labels", "Annotations")))
+            texts = re.findall(r"Labels:{(.*)}\n\s+Annotations:{(.*)}", one)
             found += [Fired(name, alert, time, _known(labels), _known(annotations)) for labels, annotations in texts]
     return found
 

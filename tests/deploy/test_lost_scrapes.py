@@ -14,7 +14,9 @@ from tests.deploy.conftest import SEVERITY
 from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet
 
 SUITES = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
-GAPS = (1, 2)
+LOST = (1, 3, 4)
+"""Scrapes that fail after the one that a scenario is looked at: one alone, then two in a row."""
+LOOKS = range(max(LOST) + 2)
 _UNITS = {"h": 3600, "m": 60, "s": 1}
 Series = dict[str, list[str]]
 
@@ -40,76 +42,64 @@ def values(notation: str) -> list[str]:
     return found
 
 
-def without(series: Series, first: int, count: int) -> Series:
-    """So many scrapes from this one on fail."""
+def holed(series: Series, scrape: int) -> Series:
+    """Those after this scrape fail."""
+    lost = {scrape + after for after in LOST}
     return {
-        name: [
-            "stale" if first <= place < first + count and value != "_" else value for place, value in enumerate(known)
-        ]
+        name: ["stale" if place in lost and value != "_" else value for place, value in enumerate(known)]
         for name, known in series.items()
     }
 
 
 @cache
-def scenarios() -> dict[tuple[str, int], Series]:
-    """Series by scenario, and the scrapes at which its suite looks."""
-    found = {}
+def scenarios() -> dict[str, tuple[int, Series]]:
+    """Of each alert the first in which it fires, and the healthy run: the scrape to look at, its series."""
+    found: dict[str, tuple[int, Series]] = {}
     for suite in SUITES:
         for test in yaml.safe_load(suite.read_text())["tests"]:
             series = {each["series"]: values(each["values"]) for each in test["input_series"]}
             for assertion in test["alert_rule_test"]:
-                found[test["name"], seconds(assertion["eval_time"]) // SCRAPE_SECONDS] = series
+                fires = assertion["alertname"] if assertion.get("exp_alerts") else ""
+                quiet_ = f"nothing at {assertion['eval_time']}" if suite.name.startswith("healthy") else ""
+                if name := fires or quiet_:
+                    scrape = seconds(assertion["eval_time"]) // SCRAPE_SECONDS
+                    found.setdefault(name, (scrape, series))
     return found
 
 
 @pytest.fixture(scope="module")
 def fired(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Fired]]:
+    """By scenario, with all scrapes and with holes."""
     tests: list[dict[str, Any]] = []
-    for (name, scrape), series in scenarios().items():
-        for gap in (0, *GAPS):
-            times = [f"{(scrape + after) * SCRAPE_SECONDS}s" for after in range(max(GAPS) + 2)]
-            tests.append(quiet(without(series, scrape + 1, gap), f"{name} at {scrape} without {gap}", times))
+    for name, (scrape, series) in scenarios().items():
+        times = [f"{(scrape + after) * SCRAPE_SECONDS}s" for after in LOOKS]
+        tests += [quiet(series, f"{name} whole", times), quiet(holed(series, scrape), f"{name} holed", times)]
     found: dict[str, list[Fired]] = {test["name"]: [] for test in tests}
     for each in fired_in(tests, tmp_path_factory.mktemp("gaps")):
         found[each.test].append(each)
     return found
 
 
-def names(fired: list[Fired], scrape: int) -> set[tuple[str, str]]:
-    """Alerts and their runs at this scrape."""
-    time = scrape * SCRAPE_SECONDS
-    return {(each.alert, each.labels.get("run", "")) for each in fired if seconds_of(each) == time}
-
-
-def seconds_of(fired: Fired) -> int:
-    return seconds(fired.time)
-
-
-@pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize(("name", "scrape"), scenarios())
-def test_lost_scrapes_neither_fire_nor_resolve_an_alert(
-    fired: dict[str, list[Fired]], name: str, scrape: int, gap: int
-) -> None:
-    whole, holed = (fired[f"{name} at {scrape} without {lost}"] for lost in (0, gap))
-    steady = [names(whole, scrape + after) for after in range(gap + 2)]
-    always, ever = set.intersection(*steady), set.union(*steady)
-    for after in range(gap + 2):
-        now = names(holed, scrape + after)
-        assert always <= now <= ever, f"{after} scrapes later"
-    # What has begun meanwhile is seen with the first scrape that works again.
-    assert names(holed, scrape + gap + 1) >= names(whole, scrape + gap + 1)
+def at(fired: list[Fired], scrape: int) -> dict[tuple[str, str], dict[str, str]]:
+    """Alerts and their runs at this scrape, with what they say."""
+    now = [each for each in fired if seconds(each.time) == scrape * SCRAPE_SECONDS]
+    return {(each.alert, each.labels.get("run", "")): each.annotations for each in now}
 
 
 def test_every_alert_is_tried_while_it_fires(fired: dict[str, list[Fired]]) -> None:
-    assert {each.alert for found in fired.values() for each in found} == SEVERITY.keys()
+    for name in SEVERITY:
+        assert name in {alert for alert, _ in at(fired[f"{name} whole"], scenarios()[name][0])}
 
 
-def test_what_an_alert_says_is_still_known_when_scrapes_are_lost(fired: dict[str, list[Fired]]) -> None:
-    for name, scrape in scenarios():
-        whole, holed = (fired[f"{name} at {scrape} without {lost}"] for lost in (0, max(GAPS)))
-        said = {(each.alert, each.time): each.annotations for each in whole}
-        for each in holed:
-            before = said.get((each.alert, each.time))
-            if before is not None:
-                assert each.annotations.keys() == before.keys()
-                assert [n for n, text in each.annotations.items() if text == "unknown" != before[n]] == [], each
+@pytest.mark.parametrize("name", scenarios())
+def test_lost_scrapes_neither_fire_nor_resolve_an_alert_nor_change_what_it_says(
+    fired: dict[str, list[Fired]], name: str
+) -> None:
+    scrape, _ = scenarios()[name]
+    for after in LOOKS:
+        whole, holed_ = (at(fired[f"{name} {kind}"], scrape + after) for kind in ("whole", "holed"))
+        assert holed_.keys() == whole.keys(), f"{after} scrapes later"
+        for alert, said in holed_.items():
+            assert {key for key, text in said.items() if text == "unknown"} == {
+                key for key, text in whole[alert].items() if text == "unknown"
+            }
