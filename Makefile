@@ -73,6 +73,10 @@ bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARG
 soak: $(INSTALLED) ## 20,000 steps of two ranks: flat memory, no thread more, nothing left behind (minutes)
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
+.PHONY: fuzz
+fuzz: $(INSTALLED) ## 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
+	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
+
 .PHONY: bench-detection
 bench-detection: $(INSTALLED) ## how well detection does on recorded faults, beside other rules; ARGS="--json --part tune"
 	@$(BIN)/python -m benchmarks.detection $(ARGS)

@@ -24,6 +24,9 @@ _MOST_CELLS = 2**18
 """Cells of a board, some 200 bytes each; a job of many ranks remembers fewer steps."""
 _LEAST_STEPS, _MOST_STEPS = 64, 2048
 
+MOST_SEQUENCE = 2**53
+"""Records are numbered from 1, and a float can still hold each number."""
+
 _INTEGERS = ("step", "flags", "first_nonfinite_global", "first_nonfinite_local")
 _NOT_COLUMNS = (
     *("instance", "first_sequence", "dropped", "backward_passes"),
@@ -79,7 +82,7 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
     for name in ("global_layer_norms", "local_layer_norms"):
         if len(getattr(batch, name)) not in (0, count * layers):
             raise ColumnsError(f"{name} has {len(getattr(batch, name))} values, not {count} rows of {layers} layers")
-    if count and not 0 < batch.first_sequence < 2**53 - count:
+    if count and not 0 < batch.first_sequence < MOST_SEQUENCE - count:
         raise ColumnsError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
     rows = np.zeros(count, RECORD)
     rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
@@ -89,7 +92,7 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
             continue
         values = np.fromiter(getattr(batch, name), "f8", count)
         # The first_nonfinite columns travel as float64, and not each of those is a whole number.
-        rows[name] = np.where(abs(values) < 2**53, values, -1.0) if name in _INTEGERS else _bounded(values)
+        rows[name] = np.where(abs(values) < MOST_SEQUENCE, values, -1.0) if name in _INTEGERS else _bounded(values)
     told = np.fromiter(batch.reduced_sequence, "f8", count)
     known = (told >= 1) & (told < batch.first_sequence + count)
     sums = np.zeros(int(known.sum()), SUMS)

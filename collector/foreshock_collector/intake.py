@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from foreshock_collector.attempts import Instance
-from foreshock_collector.board import ColumnsError
+from foreshock_collector.board import MOST_SEQUENCE, ColumnsError
 from foreshock_collector.errors import Errors
 from foreshock_collector.fleet import Runs
 from foreshock_collector.runs import ContradictionError, Run
@@ -24,8 +24,6 @@ _PATH_LENGTH = 2000
 """Parameters and layers of deeply wrapped models have long paths."""
 _TEXT_LENGTH = 2000
 _MOST_RANKS = 65_536
-_MOST_SEQUENCE = 2**53
-"""Records are numbered from 1, and a float can still hold each number."""
 
 
 class RefusedError(ValueError):
@@ -144,7 +142,7 @@ class Intake:
 
     def _goodbye(self, run: Run, instance: Instance, goodbye: pb.Goodbye) -> None:
         goodbye.detail = _printable(goodbye.detail, _TEXT_LENGTH)
-        if goodbye.last_sequence >= _MOST_SEQUENCE:
+        if goodbye.last_sequence >= MOST_SEQUENCE:
             raise RefusedError(f"goodbye.last_sequence {goodbye.last_sequence} is out of range")
         if goodbye.reason not in pb.Goodbye.Reason.values():
             raise RefusedError(f"goodbye.reason {goodbye.reason} is unknown")

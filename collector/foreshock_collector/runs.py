@@ -13,7 +13,7 @@ from itertools import zip_longest
 from typing import Any
 
 from foreshock_collector.attempts import PEACEFUL, Attempt, Instance
-from foreshock_collector.board import complete, decode
+from foreshock_collector.board import MOST_SEQUENCE, complete, decode
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.errors import Errors
 from foreshock_collector.incidents import DEATH, SILENCE, Incidents
@@ -126,7 +126,7 @@ class Run:
         """
         records = decode(batch, instance.layers)
         self.hear(instance, now)
-        instance.backward_passes = max(instance.backward_passes, batch.backward_passes)
+        instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MOST_SEQUENCE))
         for reason, count in batch.dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is told.
             if reason in self.totals.dropped:

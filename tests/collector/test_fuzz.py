@@ -1,0 +1,49 @@
+"""Whatever a run does and a recorder sends, the collector answers, in finite numbers; `make fuzz` does more."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+
+from benchmarks.fuzz import histories, messages
+from benchmarks.fuzz.live import unmuffled
+
+
+def bounded(examples: int) -> settings:
+    """The same examples each time. What one shrinks to is for whoever looks into it, by `make fuzz`."""
+    return settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@bounded(600)
+@given(histories.histories)
+def test_any_recorded_history_is_diagnosed(history: histories.History) -> None:
+    with unmuffled():
+        histories.diagnosed(history)
+
+
+@bounded(200)
+@given(histories.histories)
+def test_any_history_is_taken_in_stored_and_shown_across_restarts(history: histories.History) -> None:
+    with unmuffled():
+        histories.live(history)
+
+
+@bounded(250)
+@given(messages.conversations)
+def test_any_message_is_taken_or_refused(told: list[messages.Said]) -> None:
+    with unmuffled():
+        messages.conversation(told)
+
+
+def test_an_error_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector swallows what goes wrong in a run; here nothing is."""
+    monkeypatch.setattr("foreshock_collector.judging.Judge.standstill", lambda *_, **__: 1 / 0)
+    with unmuffled(), pytest.raises(AssertionError, match="judge"):
+        messages.conversation([messages.Said(kind="hello", rank=0, changes=[])])
