@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from benchmarks.fuzz.histories import diagnosed, histories, live
+from benchmarks.fuzz.histories import History, diagnosed, histories, live
 from benchmarks.fuzz.live import unmuffled
 from benchmarks.fuzz.messages import conversation, conversations
 
@@ -31,25 +30,23 @@ def main() -> None:
     start = random.randrange(2**32) if options.seed is None else options.seed
     print(f"seed {start}", flush=True)
     with unmuffled():
-        _run(
-            "histories",
-            histories,
-            lambda history: (diagnosed(history), live(history)),
-            options.count,
-            start,
-            weigh=None,
-        )
+        _run("histories", histories, _both, options.count, start)
         _run("messages", conversations, conversation, options.count, start, weigh=len)
+
+
+def _both(history: History) -> None:
+    diagnosed(history)
+    live(history)
 
 
 def _run(
     what: str,
     strategy: SearchStrategy[Any],
-    holds: Callable[[Any], object],
+    holds: Callable[[Any], None],
     count: int,
     start: int,
     *,
-    weigh: Callable[[Any], int] | None,
+    weigh: Callable[[Any], int] = lambda _: 1,
 ) -> None:
     done, began, told = 0, time.monotonic(), time.monotonic()
     batch = start
@@ -68,7 +65,7 @@ def _run(
         def test(example: Any) -> None:
             nonlocal done
             holds(example)
-            done += weigh(example) if weigh else 1
+            done += weigh(example)
 
         try:
             test()
@@ -84,4 +81,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
