@@ -132,7 +132,7 @@ def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
         ("experiment", run["experiment"]),
         ("condition", run["condition"]),
         ("attempt", f"{run['attempt']}, the newest of {attempts}" if attempts > 1 else f"{run['attempt']}"),
-        ("ranks", f"{run['ranks_reporting']} of {run['world_size']} reporting"),
+        ("ranks", _ranks(run)),
         ("model", f"{model['type']}, {size}" if model["type"] else ""),
         ("optimizer", optimizer["type"] + (", fused" if optimizer["fused"] else "")),
         ("clip", run["clip"]),
@@ -143,6 +143,13 @@ def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
         ("page", f"{url.rstrip('/')}/run/{urllib.parse.quote(run['run'], safe='')}"),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _ranks(run: dict[str, Any]) -> str:
+    there, all_ = run["ranks_reporting"], run["world_size"]
+    if run["state"] == "active":
+        return f"{there} of {all_} reporting"
+    return f"{all_}" if there == all_ else f"{all_}, of which {all_ - there} did not leave as they should"
 
 
 def _quiet(counters: dict[str, Any]) -> str:

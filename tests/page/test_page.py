@@ -125,7 +125,7 @@ def test_a_run_named_like_a_script_shows_as_text(url: str, job: Jobs, browser: B
     browser.drawn(207)
     assert browser.ask("location.pathname") == f"/run/{urllib.parse.quote(name, safe='()')}"
     assert browser.text("h1") == name
-    assert browser.text("article.incident .where div:nth-child(4) strong") == layers[0]
+    assert browser.text("article.incident [data-fact=layer] strong") == layers[0]
     ticks = "[...document.querySelectorAll('[data-chart=layers] .ytick text')].map(tick => tick.textContent)"
     assert browser.ask(ticks) == ["…nerror=alert(2)>", layers[1], layers[2]]
     assert browser.ask("document.querySelectorAll('main img, main b b, main script').length") == 0

@@ -2,14 +2,15 @@
 
 import { AFTER, clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
 
-export function age(incident, now) {
-  return incident.closed_seconds === null
-    ? `open for ${span(Math.max(0, now - incident.opened_seconds))}` : `over since ${clock(incident.closed_seconds)}`;
+// failed: it was open when the run ended, and only that has closed it.
+export function age(incident, now, failed) {
+  if (incident.closed_seconds === null) return `open for ${span(Math.max(0, now - incident.opened_seconds))}`;
+  return `${failed ? "open until the run's end" : "over since"} ${clock(incident.closed_seconds)}`;
 }
 
 export function incidentCard(incident, show) {
   const { verdict } = incident;
-  const fact = (term, ...words) => el("div", {}, el("dt", {}, term), el("dd", {}, ...words));
+  const fact = (term, ...words) => el("div", { "data-fact": term }, el("dt", {}, term), el("dd", {}, ...words));
   const list = (kind, items) => el(kind, {}, items.map((item) => el("li", {}, item)));
   const open = incident.closed_seconds === null;
   return el("article", { class: "incident", "data-open": open, "data-incident": incident.id },

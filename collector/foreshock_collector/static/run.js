@@ -98,12 +98,12 @@ function words() {
     newest ? incidentCard(newest, showIncident) : null,
     earlier(known.incidents.filter((incident) => incident !== newest).reverse(), showIncident),
   ]);
-  if (newest) put("incident-age", age(newest, now));
+  if (newest) put("incident-age", age(newest, now, known.condition === "failed" && newest === known.incidents.at(-1)));
   levels(now);
   const mine = known.events.filter((event) => event.attempt === view.attempt);
   keep("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
   const scrolled = document.querySelector("#ranks .scroll")?.scrollTop ?? 0;
-  put("ranks", el("h2", {}, `Ranks: ${known.ranks_reporting} of ${known.world_size} reporting`), rankTable(now));
+  put("ranks", el("h2", {}, `Ranks: ${rankWords()}`), rankTable(now));
   document.querySelector("#ranks .scroll").scrollTop = scrolled;
   keep("facts", known.attempt, facts);
 }
@@ -140,6 +140,12 @@ function levels(now) {
     ["skipped", whole(known.counters.skipped)], ["last step", last],
   ];
   put("levels", items.map(([term, value]) => el("div", { "data-level": term }, el("dt", {}, term), el("dd", {}, value))));
+}
+
+function rankWords() {
+  if (known.state === "active") return `${whole(known.ranks_reporting)} of ${whole(known.world_size)} reporting`;
+  const lost = known.world_size - known.ranks_reporting;
+  return lost ? `${whole(lost)} of ${whole(known.world_size)} did not leave as they should` : `all ${whole(known.world_size)} have left`;
 }
 
 function rankTable(now) {
