@@ -17,8 +17,10 @@ from foreshock_collector import exposition
 from foreshock_collector.attempts import Attempt
 from foreshock_collector.board import Board
 from foreshock_collector.catalogue import RUN_STAGES
+from foreshock_collector.cli import status
 from foreshock_collector.condition import condition
 from foreshock_collector.fleet import Runs
+from foreshock_collector.intake import Intake
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT
 from foreshock_collector.runs import Run
@@ -104,7 +106,10 @@ def test_a_run_of_zero_losses_one_of_nan_and_a_healthy_one_do_each_other_nothing
 
 
 def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def is_meant(_: Judge, attempt: Attempt, *__: Any) -> bool:
         return attempt.launch == "broken" and attempt.settled == 3
@@ -125,6 +130,8 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
             assert of_it["verdict"] == "sudden_nonfinite"  # judged again from the next step on
             _, history = await answer(server, "api/v1/runs/broken/steps")
             assert history["sequence"] == [1, 2, 3, 4, 5]
+            await asyncio.to_thread(status, ["--url", server.url])
+            assert capsys.readouterr().out.endswith("broken: errors inside the collector, see its log: judge 1\n")
             await end(broken, whole)
         async with Server(config(tmp_path)) as server:
             found = await families(server)
@@ -245,14 +252,14 @@ def test_a_run_that_cannot_be_shown_is_told_as_unknown(
     async def test() -> None:
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
             streams = await both(server)
-            status, told = await answer(server, path)
-            assert status == 200
+            code, told = await answer(server, path)
+            assert code == 200
             for run in told.get("runs", []):
                 assert (run["condition"], bool(run["errors"])) == (
                     ("unknown", True) if run["run"] == "broken" else ("running", False)
                 )
-            status, told = await answer(server, "api/v1/runs/broken")
-            assert (status, "its log says more" in told["error"]) == (500, True)
+            code, told = await answer(server, "api/v1/runs/broken")
+            assert (code, "its log says more" in told["error"]) == (500, True)
             found = await families(server)
             assert errors(found, "broken").keys() == {"page", "expose"}
             assert [s.labels["run"] for s in found["foreshock_run_active"].samples] == ["whole"]
@@ -297,6 +304,34 @@ def test_a_full_disk_acknowledges_nothing_loses_nothing_and_passes(
     assert len(told) == 2
     assert told[0].startswith("nothing can be stored: database or disk is full.")
     assert told[1] == "what happened is stored again"
+
+
+def test_a_commit_that_fails_altogether_is_made_good_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = iter(range(3))
+    broken = failing(Intake.commit, for_run=lambda _: next(failures, None) is not None)
+    monkeypatch.setattr(Intake, "commit", broken)
+
+    async def test() -> None:
+        async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
+            await end(*await both(server))
+            while next(failures, None) is not None:
+                await asyncio.sleep(0.05)
+            assert value(await families(server), "foreshock_collector_errors", stage="commit") >= 1
+
+    serving(test())
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -1e308, 0.0])
+def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) -> None:
+    runs, store = Runs(), Store(":memory:")
+    instance = runs.greet(hello().hello, 0.0)
+    (run,) = runs
+    run.happened(instance, pb.Event(instance="r-0", kind=pb.Event.RANK_LOST, wall_seconds=seconds), 1e9)
+    assert instance.left_seconds == 1e9
+    store.commit(runs)
+    assert not run.errors.shown()
 
 
 def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:

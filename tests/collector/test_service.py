@@ -94,6 +94,7 @@ def config(tmp_path: Path, **changes: Any) -> Config:
 
 async def families(server: Server) -> dict[str, Any]:
     async with aiohttp.ClientSession() as session, session.get(f"{server.url}/metrics") as response:
+        assert response.status == 200
         return {family.name: family for family in text_string_to_metric_families(await response.text())}
 
 
