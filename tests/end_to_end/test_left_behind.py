@@ -27,11 +27,11 @@ def test_a_job_that_ended_without_its_collector_is_handed_in_by_the_next_jobs_re
         os.kill(pid, signal.SIGTERM)
     eventually(lambda: not recorders(tmp_path), "recorders that leave")
     collector.start()
+    command = "import sys; from foreshock._cli import main; sys.exit(main())"
     one = tmp_path / "rings" / "first"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from foreshock._cli import main; sys.exit(main())", "recorder", "--dir", one],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", command, "recorder", "--dir", one], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, f"run first: 60 records handed in, {collector.url}/run/first\n")
     assert left(collector, "first")["counters"]["steps"] == 30
     assert "second" not in collector.names()
