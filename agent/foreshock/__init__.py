@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from foreshock._buckets import local_norms_wrapper
     from foreshock._clip import AdaptiveClip, NormClip, ValueClip
     from foreshock._errors import AttachError, ForeshockError, SettingsError
-    from foreshock._watch import Watch
+    from foreshock._handle import Watch
 
 __all__ = [
     "AdaptiveClip",
@@ -38,7 +38,7 @@ _HOMES = {
     "NormClip": "_clip",
     "SettingsError": "_errors",
     "ValueClip": "_clip",
-    "Watch": "_watch",
+    "Watch": "_handle",
     "attach": "_attach",
     "local_norms_wrapper": "_buckets",
 }

@@ -8,7 +8,6 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from foreshock._buckets import hook_taken, watch_buckets
 from foreshock._clip import Clip
 from foreshock._console import say_once
 from foreshock._errors import AttachError, SettingsError
+from foreshock._handle import DisabledWatch, Watch
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
@@ -31,7 +31,7 @@ from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
 from foreshock._variables import unknown_variables
 from foreshock._version import __version__
-from foreshock._watch import ActiveWatch, DisabledWatch, Watch, is_watched
+from foreshock._watch import ActiveWatch, is_watched
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
 
 
@@ -166,9 +166,7 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         strict=settings.strict,
     )
     if decision.local_norms:
-        watch_buckets(mine.model, watch)
-    # A finalizer of multiprocessing runs at the end of spawned processes too, where atexit does not.
-    Finalize(None, watch.leave_at_exit, exitpriority=100)
+        watch_buckets(mine.model, watch, watch.sums)
     announce(_line(mine, decision, ranks.size), rank=ranks.rank)
     return watch
 

@@ -5,8 +5,9 @@ DDP takes one hook for its whole life. It is ours, or the script's own in our wr
 
 # No postponed annotations here: DDP compares those of its hook with the classes themselves.
 
+import weakref
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, update_wrapper
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+
+from foreshock._local import RankSums
 
 CommHook = Callable[[Any, GradBucket], Future[Tensor]]
 
@@ -33,16 +36,25 @@ class Lookout:
     """The place in a model's communication hook where a watcher stands, if one does."""
 
     def __init__(self) -> None:
-        self.watcher: BucketWatcher | None = None
+        # DDP keeps its hook where Python's garbage collector does not look: held strongly, no watcher would ever go.
+        self._watcher: weakref.ref[BucketWatcher] | None = None
+        self._sums: RankSums | None = None
+
+    def place(self, watcher: BucketWatcher, sums: RankSums | None) -> None:
+        """sums: start with each backward pass, on every rank alike, for as long as the model lives."""
+        self._watcher, self._sums = weakref.ref(watcher), sums
 
     def show(self, bucket: GradBucket) -> None:
         """Before the bucket is reduced."""
-        if self.watcher is None:
-            return
-        self.watcher.bucket(bucket.parameters(), bucket.gradients(), first=bucket.index() == 0)
+        watcher = None if self._watcher is None else self._watcher()
+        if watcher is not None:
+            watcher.bucket(bucket.parameters(), bucket.gradients(), first=bucket.index() == 0)
         if bucket.is_last():
             # Before this bucket's own reduction: issued after it, half the sums are still under way a step later.
-            self.watcher.last_bucket()
+            if watcher is not None:
+                watcher.last_bucket()
+            if self._sums is not None:
+                self._sums.issue()
 
 
 def local_norms_wrapper(hook: CommHook) -> CommHook:
@@ -54,15 +66,24 @@ def local_norms_wrapper(hook: CommHook) -> CommHook:
     What it does is what `hook` does, with and without a watch. Local norms are those before `hook` has compressed
     anything, global ones those after it has reduced and decompressed. Wrap once for each model.
     """
-    lookout = Lookout()
+    return _Wrapped(hook)
 
-    @wraps(hook)
-    def look_then_reduce(state: Any, bucket: GradBucket) -> Future[Tensor]:
-        lookout.show(bucket)
-        return hook(state, bucket)
 
-    _wrapped[look_then_reduce] = lookout
-    return look_then_reduce
+class _Wrapped:
+    """Goes wherever the hook goes: DDP models are copied and saved with theirs."""
+
+    def __init__(self, hook: CommHook) -> None:
+        update_wrapper(self, hook)
+        self.hook = hook
+        self.lookout = Lookout()
+
+    def __call__(self, state: Any, bucket: GradBucket) -> Future[Tensor]:
+        """Look, then reduce."""
+        self.lookout.show(bucket)
+        return self.hook(state, bucket)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return local_norms_wrapper, (self.hook,)
 
 
 class Averaging:
@@ -75,10 +96,13 @@ class Averaging:
         self.works: list[dist.Work] = []
         """Reductions of the newest backward pass. gloo's thread must not be the last to let go of one: that needs the
         interpreter, and one that is about to end aborts the process."""
-        self._places: dict[Tensor, int] = {}
+        self._places: dict[int, int] = {}
+        """Where the gradient of each parameter, by its identity, lay before this backward pass."""
         if model.gradient_as_bucket_view and self.ranks & (self.ranks - 1):
-            # The wrapped module's forward: by then DDP has rebuilt its buckets, if it is going to.
-            model.module.register_forward_pre_hook(self._before_forward)
+            for parameter in model.module.parameters():
+                if parameter.requires_grad:
+                    # Hooks of a tensor go neither into its copies nor into files, as a module's would.
+                    parameter.register_hook(partial(self._arrives, weakref.ref(parameter)))
 
     def average(self, bucket: GradBucket) -> Tensor:
         """The bucket's buffer, divided by the number of ranks as DDP itself would: bit for bit.
@@ -93,13 +117,14 @@ class Averaging:
             return buffer
         if self._places:
             start = buffer.data_ptr()
-            if start <= self._places.get(bucket.parameters()[0], -1) < start + buffer.nbytes:
+            if start <= self._places.get(id(bucket.parameters()[0]), -1) < start + buffer.nbytes:
                 return buffer.div_(self.ranks)
         return buffer.mul_(1.0 / self.ranks)
 
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
-        # Where gradients lie before backward: afterwards all lie in their buckets.
-        self._places = {p: p.grad.data_ptr() for p in module.parameters() if p.grad is not None}
+    def _arrives(self, reference: weakref.ref[nn.Parameter], _: Tensor) -> None:
+        # Called before it is accumulated: afterwards all lie in their buckets.
+        if (parameter := reference()) is not None:
+            self._places[id(parameter)] = -1 if parameter.grad is None else parameter.grad.data_ptr()
 
 
 def look_then_average(state: Averaging, bucket: GradBucket) -> Future[Tensor]:
@@ -121,7 +146,6 @@ def _reduced(future: Future[list[Tensor]]) -> Tensor:
     return future.value()[0]
 
 
-_wrapped: WeakKeyDictionary[CommHook, Lookout] = WeakKeyDictionary()
 _lookouts: WeakKeyDictionary[nn.Module, Lookout] = WeakKeyDictionary()
 
 
@@ -134,19 +158,21 @@ def hook_taken(model: DistributedDataParallel) -> bool:
     return bool(model._comm_hooks or logged.get("comm_hook"))
 
 
-def watch_buckets(model: DistributedDataParallel, watcher: BucketWatcher) -> None:
+def watch_buckets(model: DistributedDataParallel, watcher: BucketWatcher, sums: RankSums | None) -> None:
     """Put a watcher into the model's communication hook; register ours where there is none."""
     lookout = _lookout(model)
     if lookout is None:
         averaging = Averaging(model)
         model.register_comm_hook(averaging, look_then_average)
+        # DDP's list is what a copy or a file of the model takes along, and it has a process group in it. Its reducer,
+        # which calls the hook, does not look there.
+        model._comm_hooks.pop()
         lookout = averaging.lookout
     _lookouts[model] = lookout
-    lookout.watcher = watcher
+    lookout.place(watcher, sums)
 
 
 def _lookout(model: DistributedDataParallel) -> Lookout | None:
     if model in _lookouts:
         return _lookouts[model]
-    hooks = (_wrapped.get(hook) for hook, _ in model._comm_hooks)
-    return next((lookout for lookout in hooks if lookout is not None), None)
+    return next((hook.lookout for hook, _ in model._comm_hooks if isinstance(hook, _Wrapped)), None)

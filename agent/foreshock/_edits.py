@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class GradientEdits:
@@ -13,25 +13,32 @@ class GradientEdits:
     The first and the last parameter tell of all: clipping is of all of them, or of the front or the back of a model.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], *, views: bool = False) -> None:
+        """views: gradients are views of DDP's buckets, so that each changes the version of its neighbours too."""
+        self._views = views
         self._ends = (parameters[0], parameters[-1])
         self._versions: tuple[int, ...] | None = None
-        self.seen = False
-        """The script edits gradients: it has been seen to."""
 
     def backward_ended(self) -> None:
         """Remember what they look like."""
         self._versions = self._now()
 
-    def before_step(self) -> bool:
-        """Whether the script has edited them."""
+    def before_step(self) -> bool | None:
+        """Whether the script has edited them; None: no backward pass to compare with."""
         versions, self._versions = self._versions, None
-        if versions is None:
-            # No backward pass to compare with: what the script is known for.
-            return self.seen
-        edited = versions != self._now()
-        self.seen = self.seen or edited
-        return edited
+        return None if versions is None else versions != self._now()
+
+    def dropped(self, arrived: Tensor) -> bool:
+        """In a new backward pass: the gradients of the last one, which `backward_ended` saw, are not there any more.
+
+        arrived: a parameter that has its new gradient already; it tells nothing. Unknown is no.
+        """
+        if self._versions is None:
+            return False
+        for parameter, version in zip(self._ends, self._versions, strict=True):
+            if parameter is not arrived and version >= 0:
+                return parameter.grad is None or (not self._views and parameter.grad._version != version)
+        return False
 
     def _now(self) -> tuple[int, ...]:
         return tuple(-1 if p.grad is None else p.grad._version for p in self._ends)

@@ -5,57 +5,86 @@ Each hook is a few lines that hand over to a plain object.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 
 from foreshock._guard import Guard
 
+_NO_TASK = -1
+
+
+class BackwardWatcher(Protocol):
+    """Who follows the backward passes."""
+
+    def backward_began(self, first: Tensor) -> None:
+        """`first` is the first of the parameters looked at that has its gradient; the others have theirs of before."""
+
+    def backward_computed(self) -> None:
+        """This rank's own gradients are computed; the averaging may still wait for other ranks."""
+
+    def backward_ended(self) -> None:
+        """DDP has put the averaged gradients in place."""
+
 
 class BackwardEnd:
-    """Calls back once a backward pass is over and DDP has put the averaged gradients in place."""
+    """Tells of the backward passes that reach these parameters. Holds its watcher weakly: parameters hold the hooks."""
 
-    _SAMPLES = 3
-
-    def __init__(self, parameters: Sequence[nn.Parameter], call: Callable[[], None], guard: Guard) -> None:
+    def __init__(self, watcher: BackwardWatcher, guard: Guard) -> None:
         """guard: autograd lets us queue a callback by a way that it does not document."""
-        self._call = call
+        self._watcher = weakref.ref(watcher)
         self._guard = guard
-        self._armed = False
+        self._task = _NO_TASK
+        """Which pass it is, as autograd numbers them: one that raised has never ended."""
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """These, from now on."""
+        self.remove()
         last = len(parameters) - 1
-        chosen = {0, last // 2, last}
+        # A few tell of all: a hook on each would cost more than the rest.
         self._handles = [
             parameters[i].register_post_accumulate_grad_hook(self._arm)  # type: ignore[no-untyped-call]
-            for i in sorted(chosen)
+            for i in sorted({0, last // 2, last})
+            if parameters[i].requires_grad
         ]
-
-    def rearm(self) -> None:
-        """A backward pass that raised never ended: be ready for the next one all the same."""
-        self._armed = False
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
 
-    def _arm(self, _: Tensor) -> None:
-        if not self._armed:
+    def _arm(self, parameter: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        watcher = self._watcher()
+        if task == self._task or watcher is None:
+            return
+        self._task = task
+        with self._guard:
+            _engine().queue_callback(self._computed)
+        with self._guard:
+            watcher.backward_began(parameter)
+
+    def _computed(self) -> None:
+        if (watcher := self._watcher()) is None:
+            return
+        with self._guard:
+            watcher.backward_computed()
+        with self._guard:
+            # DDP queues its own callback after ours, and waits there: go behind it once more.
+            _engine().queue_callback(self._ended)
+
+    def _ended(self) -> None:
+        self._task = _NO_TASK
+        if (watcher := self._watcher()) is not None:
             with self._guard:
-                self._armed = True
-                _engine().queue_callback(self._requeue)
-
-    def _requeue(self) -> None:
-        with self._guard:
-            # DDP queues its own callback after ours: go behind it once more.
-            _engine().queue_callback(self._fire)
-
-    def _fire(self) -> None:
-        self._armed = False
-        with self._guard:
-            self._call()
+                watcher.backward_ended()
 
 
 def _engine() -> Any:

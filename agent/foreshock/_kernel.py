@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foreshock._clip import Clip
+from foreshock._console import say_once
 from foreshock._numbers import Flag, Number, number, ratio
 from foreshock._policies import Ruling
 from foreshock._summary import trainable
@@ -25,11 +26,20 @@ class Kernel:
         """parameters: that are clipped. The kernel divides all gradients of its optimizer, or none."""
         self._optimizer = optimizer
         self._clip = clip
-        self._fused = clips_in_kernel(optimizer) and set(trainable(optimizer)) <= set(parameters)
+        self.clips(parameters)
         # As the kernels take them.
         one = torch.ones((), dtype=torch.float32, device=next(iter(parameters)).device)
         self._divisor, self._skip = one, one.clone()
         self._lent: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+    def clips(self, parameters: Collection[Tensor]) -> None:
+        """These parameters, from now on."""
+        self._all_clipped = set(trainable(self._optimizer)) <= set(parameters)
+
+    @property
+    def _fused(self) -> bool:
+        # Asked anew each step: a checkpoint brings the `fused` of its own optimizer along.
+        return clips_in_kernel(self._optimizer) and self._all_clipped
 
     @property
     def scale(self) -> Number | None:
@@ -81,6 +91,9 @@ class Kernel:
                 setattr(self._optimizer, name, theirs)
 
     def _leave_out(self, skip: Flag) -> None:
+        if not clips_in_kernel(self._optimizer):
+            say_once("not fused", f"steps cannot be left out any more: {why_not_skipped(self._optimizer)}")
+            return
         self._guard_momentum()
         if skip is False:
             return

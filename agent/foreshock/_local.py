@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +96,8 @@ class _InFlight:
     """Kept until the next one takes its place: see `BucketHook.works`."""
     taken: bool
     sequence: int
+    turn: int
+    """The sums that were started before it."""
     scale: Number | None
     """What the loss of that step was multiplied by, as far as it is known."""
 
@@ -111,16 +115,18 @@ class RankSums:
         self._zero, self._one = constant(0.0, device), constant(1.0, device)
         self._scale: Number | None = None
         self._ring = [
-            _InFlight(values=self._buffer(), work=None, taken=True, sequence=0, scale=None) for _ in range(depth)
+            _InFlight(values=self._buffer(), work=None, taken=True, sequence=0, turn=0, scale=None)
+            for _ in range(depth)
         ]
         self._turn = 0
         self._prepared: _InFlight | None = None
         self._idle = self.contribution(None, None)
-        self._spare = _InFlight(values=self._idle, work=None, taken=True, sequence=0, scale=None)
+        self._spare = _InFlight(values=self._idle, work=None, taken=True, sequence=0, turn=0, scale=None)
         """Of a sum that this rank has nothing to say to, and whose result it leaves alone."""
         self.newest: Sequence[Number] = [self._zero] * (1 + len(SUM_FIELDS))
         """The sequence number that issued the newest finished sum (0: none yet), then its values."""
-        self._newest_sequence = 0
+        self._newest_turn = 0
+        _all.add(self)
 
     def contribution(self, summary: NormSummary | None, loss: Number | None) -> Tensor:
         """This rank's part. Sums stay finite: NaN and Inf are counted beside them. Without a summary it is idle."""
@@ -141,13 +147,13 @@ class RankSums:
 
     def prepare(self, sequence: int, contribution: Tensor) -> None:
         """Make ready what this rank adds to the sum of a step."""
-        slot = self._ring[self._turn]
+        slot = self._ring[self._turn % len(self._ring)]
         if slot.work is not None and not slot.work.is_completed():
             # Four steps behind: leave that buffer to its collective rather than wait for it.
             slot.values = self._buffer()
         slot.values.copy_(contribution)
-        slot.sequence, slot.scale, slot.taken = sequence, self._scale, False
-        self._turn = (self._turn + 1) % len(self._ring)
+        self._turn += 1
+        slot.sequence, slot.turn, slot.scale, slot.taken = sequence, self._turn, self._scale, False
         self._prepared = slot
 
     def issue(self) -> None:
@@ -160,7 +166,7 @@ class RankSums:
 
     def scaled_by(self, scale: Number | None) -> None:
         """What the loss of the newest sum was multiplied by, the same on every rank; None: nothing."""
-        self._ring[self._turn - 1].scale = self._scale = scale
+        self._ring[(self._turn - 1) % len(self._ring)].scale = self._scale = scale
 
     def collect(self) -> Sequence[Number]:
         """`newest`, brought up to date with what has finished by now. Waits for nothing."""
@@ -168,8 +174,8 @@ class RankSums:
             if slot.work is None or slot.taken or not slot.work.is_completed():
                 continue
             slot.taken = True
-            if slot.sequence > self._newest_sequence and _succeeded(slot.work.get_future()):
-                self._newest_sequence = slot.sequence
+            if slot.turn > self._newest_turn and _succeeded(slot.work.get_future()):
+                self._newest_turn = slot.turn
                 # A copy: the buffer goes on to another step.
                 square, *others = numbers(slot.values.clone())
                 if slot.scale is not None:
@@ -184,6 +190,16 @@ class RankSums:
         """A sum has not finished."""
         slots = (*self._ring, self._spare)
         return any(slot.work is not None and not slot.work.is_completed() for slot in slots)
+
+
+_all: weakref.WeakSet[RankSums] = weakref.WeakSet()
+
+
+def settle(seconds: float) -> None:
+    """Bounded wait for the last sums: a process that ends with a collective under way may be aborted."""
+    deadline = time.monotonic() + seconds
+    while any(sums.under_way() for sums in _all) and time.monotonic() < deadline:
+        time.sleep(0.001)
 
 
 def _succeeded(future: Future[list[Tensor]]) -> bool:

@@ -31,7 +31,7 @@ class NormSummary:
     inf_parameters: Number
     """Parameters with an Inf and no NaN."""
     first_nonfinite: Number
-    """Index of the first parameter, in the order given, that is not finite; -1 if all are."""
+    """Number of the first parameter, in the order given, that is not finite; -1 if all are."""
     layers: Norms
     """[layers]: L2 norm of each layer."""
     largest: Number | None = None
@@ -51,13 +51,23 @@ class NormSummary:
 class Places:
     """Which parameter, and which layer, each of several norms is of."""
 
-    def __init__(self, parameters: tuple[int, ...], layer_of: Sequence[int], layers: int, device: torch.device) -> None:
-        """parameters: index of each. layer_of: each index's layer, of `layers`. device: of the gradients."""
+    def __init__(
+        self,
+        parameters: tuple[int, ...],
+        layer_of: Sequence[int],
+        layers: int,
+        device: torch.device,
+        numbers: Sequence[int],
+    ) -> None:
+        """parameters: index of each. layer_of: each index's layer, of `layers`. device: of the gradients. numbers: what
+        the collector calls each index.
+        """
         self.parameters = parameters
         self.layer_of = [layer_of[i] for i in parameters]
         self.layers = layers
         self.device = device
-        self.parameters_there = torch.tensor(parameters, dtype=torch.int64, device=device)
+        self.numbers = [numbers[i] for i in parameters]
+        self.numbers_there = torch.tensor(self.numbers, dtype=torch.int64, device=device)
         self.layer_of_there = torch.tensor(self.layer_of, dtype=torch.int64, device=device)
 
 
@@ -88,7 +98,7 @@ def summarize(norms: Norms, places: Places) -> NormSummary:
     total, nan, inf, first = overall(norms), 0, 0, -1
     if not finite(total):
         nan, inf = sum(map(math.isnan, norms)), sum(map(math.isinf, norms))
-        bad = (i for i, norm in zip(places.parameters, norms, strict=True) if not math.isfinite(norm))
+        bad = (i for i, norm in zip(places.numbers, norms, strict=True) if not math.isfinite(norm))
         first = next(bad, -1)
     return NormSummary(
         total=total,
@@ -108,7 +118,7 @@ def _summarized_there(norms: Tensor, places: Places) -> NormSummary:
         )
     nan, bad = norms.isnan(), ~norms.isfinite()
     nan_count = nan.sum(dtype=torch.float64)
-    first = torch.where(bad.any(), places.parameters_there.take(bad.to(torch.uint8).argmax()), -1)
+    first = torch.where(bad.any(), places.numbers_there.take(bad.to(torch.uint8).argmax()), -1)
     return NormSummary(
         total=total,
         nan_parameters=nan_count,

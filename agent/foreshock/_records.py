@@ -6,6 +6,7 @@ into the ring on a later step, once an event says that it has arrived. Nothing h
 
 from __future__ import annotations
 
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from foreshock._norms import Norms
 from foreshock._numbers import Number
-from foreshock_recorder.ring import Ring
+from foreshock_recorder.ring import DEVICE_COLUMNS, Ring
 
+_LOSSES = ("reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses")
 _STAGES = 32
 """Rows under way at most; a device further behind loses records, counted, rather than memory."""
 
@@ -51,6 +53,15 @@ class Records:
     def sequence(self) -> int:
         """Number of the newest record; 0 before the first."""
         return self._sequence
+
+    @property
+    def losses_told(self) -> int:
+        """Ranks that told their loss, by the newest sum over them that has come into the ring."""
+        newest = self.ring.measured
+        if not newest:
+            return 0
+        row = struct.unpack_from(f"<{len(DEVICE_COLUMNS)}d", self.ring.memory, self.ring.measured_offset(newest))
+        return int(sum(row[DEVICE_COLUMNS.index(name)] for name in _LOSSES))
 
     def launch(self, *, step: int, learning_rate: float, flags: int = 0) -> None:
         """A step begins: open its record. flags: as `Ring.launch` takes them."""

@@ -26,6 +26,11 @@ class Row:
         self._no_sums = [self._zero] * (1 + len(SUM_FIELDS))
         no_layers = torch.zeros(layers, dtype=torch.float64, device=device)
         self._no_layers: Norms = no_layers.tolist() if on_host(device) else no_layers
+        zero, none = self._zero, self._none
+        self.nothing = NormSummary(
+            total=zero, nan_parameters=zero, inf_parameters=zero, first_nonfinite=none, layers=self._no_layers
+        )
+        """Of a gradient that was not measured."""
         self._row = torch.zeros(columns, dtype=torch.float64, device=device)
         """Preallocated, and written anew each step."""
 

@@ -27,6 +27,8 @@ class ParameterPlan:
     """Index into layers, one per parameter."""
     index: dict[Tensor, int] = field(repr=False)
     """Position by identity: DDP reorders its buckets after the first step, so nothing else is stable."""
+    numbers: tuple[int, ...]
+    """What the collector calls them, one per parameter: their position in the model summary, told at attach."""
 
     def device(self) -> torch.device:
         """Where the parameters live."""
@@ -34,7 +36,7 @@ class ParameterPlan:
 
     def places(self, parameters: tuple[int, ...]) -> Places:
         """Of norms of these parameters, given by their positions, in this order."""
-        return Places(parameters, self.layer_of, len(self.layers), self.device())
+        return Places(parameters, self.layer_of, len(self.layers), self.device(), self.numbers)
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -52,14 +54,51 @@ def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored:
     named = [(name, p) for name, p in model.named_parameters() if p in wanted and name not in ignored]
     names = tuple(name for name, _ in named)
     layers, layer_of = group_layers(names)
+    return _plan(named, layers, layer_of, tuple(range(len(named))))
+
+
+def follow(
+    plan: ParameterPlan, model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()
+) -> ParameterPlan:
+    """The plan of the parameters that the optimizer holds by now, beside those of `plan`, made earlier.
+
+    Layers stay as they were told. A parameter that has come since counts to the layer whose name is nearest to its own,
+    and has a number that the collector has no name for.
+    """
+    wanted = set(trainable(optimizer))
+    named = [(name, p) for name, p in model.named_parameters() if p in wanted and name not in ignored]
+    new = [name for name, p in named if p not in plan.index]
+    unnamed = max(plan.numbers) + 1
+    layer_of = [plan.layer_of[plan.index[p]] if p in plan.index else _nearest(name, plan.layers) for name, p in named]
+    numbers = [plan.numbers[plan.index[p]] if p in plan.index else unnamed + new.index(name) for name, p in named]
+    return _plan(named, plan.layers, tuple(layer_of), tuple(numbers))
+
+
+def _plan(
+    named: Sequence[tuple[str, nn.Parameter]],
+    layers: tuple[str, ...],
+    layer_of: tuple[int, ...],
+    numbers: tuple[int, ...],
+) -> ParameterPlan:
     parameters = tuple(p for _, p in named)
     return ParameterPlan(
         parameters=parameters,
-        names=names,
+        names=tuple(name for name, _ in named),
         layers=layers,
         layer_of=layer_of,
         index={p: i for i, p in enumerate(parameters)},
+        numbers=numbers,
     )
+
+
+def _nearest(name: str, layers: Sequence[str]) -> int:
+    """The layer that shares most of the path; of several the last."""
+
+    def shared(layer: str) -> int:
+        alike = [mine == theirs for mine, theirs in zip(name.split("."), layer.split("."), strict=False)]
+        return [*alike, False].index(False)
+
+    return max(range(len(layers)), key=lambda layer: (shared(layers[layer]), layer))
 
 
 def group_layers(names: Sequence[str], limit: int = MAX_LAYERS) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -38,7 +38,6 @@ from foreshock_recorder.ring import (
     WORD_FAREWELL,
     WORD_HEARTBEAT,
     WORD_LAUNCHED,
-    WORD_MEASURED,
     Farewell,
     Layout,
     Part,
@@ -154,11 +153,6 @@ class RingReader(Side):
         """The lowest sequence number that may still be readable."""
         kept = 0 if self.given_up else self.layout.slot_count
         return max(1, self.launched - kept + 1)
-
-    @property
-    def measured(self) -> int:
-        """The newest record whose measured part is whole; 0 before the first."""
-        return self._words[WORD_MEASURED]
 
     @property
     def backward_passes(self) -> int:

@@ -155,6 +155,11 @@ class Side:
         return self._words[WORD_LAUNCHED]
 
     @property
+    def measured(self) -> int:
+        """The newest record whose measured part is whole; 0 before the first."""
+        return self._words[WORD_MEASURED]
+
+    @property
     def acknowledged(self) -> int:
         """The highest sequence number that a collector has stored."""
         return self._words[WORD_ACKNOWLEDGED]

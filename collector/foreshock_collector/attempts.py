@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from foreshock_collector.board import Board, Records, complete, trouble
+from foreshock_collector.board import Board, Records, complete, locally_measured, trouble
 from foreshock_collector.departures import Departure
 from foreshock_collector.detection import Detector
 from foreshock_collector.faults import Faults
@@ -96,7 +96,7 @@ class Instance:
         self.position = int(newest["sequence"])
         self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
         self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
-        told = rows[(rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)]
+        told = rows[locally_measured(rows)]
         if told.size:
             last = told[-1]
             nan = last["local_nan_parameters"] > 0 or math.isnan(last["local_norm"])

@@ -131,6 +131,13 @@ def complete(rows: Rows) -> NDArray[np.bool_]:
     return finished
 
 
+def locally_measured(rows: Rows) -> NDArray[np.bool_]:
+    """Which records hold norms of the rank's own gradient: not those that no backward pass came before."""
+    known: NDArray[np.bool_] = (rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)
+    known &= (rows["flags"] & pb.GRADIENT_UNKNOWN == 0) | (rows["local_norm"] != 0)
+    return known
+
+
 def observed(rows: Rows) -> NDArray[np.bool_]:
     """Which records hold a loss."""
     has_loss: NDArray[np.bool_] = rows["flags"] & pb.LOSS_OBSERVED != 0
@@ -229,7 +236,7 @@ class Board:
     def local_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """[steps, ranks]; NaN where there is no record, or none with local norms."""
         cells = self._cells[sequences % self.capacity]
-        known = (cells["sequence"] == sequences[:, None]) & (cells["flags"] & pb.LOCAL_NORMS != 0) & complete(cells)
+        known = (cells["sequence"] == sequences[:, None]) & locally_measured(cells)
         norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
         return norms
 
@@ -258,10 +265,11 @@ class Board:
         if not ranks.size:
             return None
         # Ranks hold the same averaged gradient: any view of it will do.
-        first = rows[0]
+        known = np.flatnonzero(rows["flags"] & pb.GRADIENT_UNKNOWN == 0)
+        first = rows[known[0] if known.size else 0]
         loss, nan_loss, inf_loss = self._loss(sequence, rows)
-        norm = float(first["global_norm"])
-        return Step(
+        norm = float(first["global_norm"]) if known.size else math.nan
+        step = Step(
             attempt=attempt,
             sequence=sequence,
             step=int(first["step"]),
@@ -275,15 +283,19 @@ class Board:
             skipped=bool(first["flags"] & pb.SKIPPED),
             nan_loss=nan_loss,
             inf_loss=inf_loss,
-            nan_gradient=_any(rows, "global_nan_parameters", "local_nan_parameters") or math.isnan(norm),
+            nan_gradient=_any(rows, "global_nan_parameters", "local_nan_parameters")
+            or bool(known.size and norm != norm),
             inf_gradient=_any(rows, "global_inf_parameters", "local_inf_parameters") or math.isinf(norm),
             ranks=len(ranks),
+            stepped=not first["flags"] & pb.NOT_STEPPED,
             shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
             shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
             gradient_absolute_maximum=_measured(first["gradient_absolute_maximum"]),
             parameter_norm=_measured(first["parameter_norm"]),
             update_ratio=_measured(first["update_ratio"]),
         )
+        # Some scripts drop gradients by design, as those that flow through a GAN's other model: there is nothing to it.
+        return step if step.stepped or step.nonfinite or step.loss is not None else None
 
     def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:
         """Mean over ranks, and whether any is NaN, any Inf.

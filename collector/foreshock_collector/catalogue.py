@@ -120,6 +120,11 @@ LEARNING_RATE = _gauge("foreshock_learning_rate", "Learning rate of the first pa
 LOSS_SCALE = _gauge("foreshock_loss_scale", "Scale of the GradScaler at the newest step; 1 without one.")
 STEP = _gauge("foreshock_step", "The newest optimizer step.")
 STEPS = _counter("foreshock_steps_total", "Optimizer steps seen.")
+ABANDONED_STEPS = _counter(
+    "foreshock_abandoned_steps_total",
+    "Steps that were observed or measured and then left out by the script itself, or by its GradScaler: the optimizer "
+    "was never called. Not counted as steps.",
+)
 CLIPPED_STEPS = _counter("foreshock_clipped_steps_total", "Steps whose gradient was scaled down.")
 SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer was told to leave out.")
 SHADOW_CLIPPED_STEPS = _counter(

@@ -216,6 +216,9 @@ class Detector:
         self.finite_ever: bool = state.get("finite_ever", False)
         self.left_out: int = state.get("left_out", 0)
         """Steps in a row."""
+        self.withheld: dict[str, Any] | None = state.get("withheld")
+        """The first of the newest steps in a row that the script itself left out because they were not finite, as an
+        event, and what was known before: no failure if training goes on, the failure if it ends here."""
         self.climbing: int = state.get("climbing", 0)
         """Sequence number of the last step that belonged to a build-up; 0: none did."""
         self.rate: float | None = state.get("rate")
@@ -230,6 +233,7 @@ class Detector:
             "finite_steps": self.finite_steps,
             "finite_ever": self.finite_ever,
             "left_out": self.left_out,
+            "withheld": self.withheld,
             "climbing": self.climbing,
             "rate": self.rate,
         }
@@ -245,10 +249,12 @@ class Detector:
         rate: float = math.nan,
         nonfinite: int = 0,
         left_out: bool = False,
+        stepped: bool = True,
     ) -> list[Event]:
         """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
 
-        left_out: by a GradScaler that looks for its scale, or by `skip`: a few of these in a row are no failure.
+        left_out: by a GradScaler that looks for its scale, by `skip` or by the script: a few of these in a row are no
+        failure. stepped: the optimizer was called. norm: NaN where it is not known.
         Of a failure only the first step is an event.
         """
         events: list[Event] = []
@@ -260,7 +266,12 @@ class Detector:
         self._expect(rate)
         self.left_out = self.left_out + 1 if left_out else 0
         if left_out and nonfinite and self.left_out < self.rules.collapse_after:
+            if not stepped and self.withheld is None and not self.failing:
+                before = {"finite_before": self.finite_ever, "climbing": self.climbing}
+                note("nonfinite", float(nonfinite))
+                self.withheld = {"event": asdict(events.pop()), "before": before}
             return events
+        self.withheld = None
         if nonfinite:
             if not self.failing:
                 note("nonfinite", float(nonfinite))
@@ -279,6 +290,14 @@ class Detector:
             self.failing = False
             note("recovered", float(self.finite_steps))
         return events
+
+    def end(self) -> tuple[Event, dict[str, Any]] | None:
+        """No step follows: the failure that was withheld, and what was known before it."""
+        withheld, self.withheld = self.withheld, None
+        if withheld is None:
+            return None
+        self.failing, self.finite_steps = True, 0
+        return Event(**withheld["event"]), withheld["before"]
 
     def start_anew(self) -> None:
         """What comes next is another series: no step before says what is usual."""

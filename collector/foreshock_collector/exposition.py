@@ -33,6 +33,7 @@ _STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_sp
 _COUNTERS = {
     "steps": c.STEPS,
     "clipped": c.CLIPPED_STEPS,
+    "abandoned": c.ABANDONED_STEPS,
     "skipped": c.SKIPPED_STEPS,
     "shadow_clipped": c.SHADOW_CLIPPED_STEPS,
     "shadow_skipped": c.SHADOW_SKIPPED_STEPS,

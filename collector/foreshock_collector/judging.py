@@ -52,6 +52,9 @@ class Judge:
             self._lasting(attempt, step, seen, now)
             if not step.nonfinite:
                 attempt.noise.take(seen.agreement, step.global_norm, attempt.world_size)
+        if any(instance.ended for instance in attempt.instances.values()) and (last := attempt.detector.end()):
+            # Its script left steps out because they were not finite, and then it ended.
+            self._happened(attempt, *last, now)
         if attempt.more_is_known:
             self._judge_anew(attempt, now)
 
@@ -68,16 +71,21 @@ class Judge:
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
             left_out=step.left_out,
+            stepped=step.stepped,
         ):
-            self._totals.add_event(event.kind, event.step, now)
-            self._note(asdict(event), now)
-            if event.kind == "recovered":
-                self._incidents.close(attempt, FAILURE, now)
-            if event.kind == "nonfinite":
-                attempt.failure = {"sequence": step.sequence, **before}
-                self._open(attempt, FAILURE, self._diagnose(attempt), step.sequence, now)
+            self._happened(attempt, event, before, now)
         if step.nonfinite and was_failing:
             self._incidents.goes_on(attempt, FAILURE, step.step, now)
+
+    def _happened(self, attempt: Attempt, event: Event, before: dict[str, Any], now: float) -> None:
+        """before: what was known before its step."""
+        self._totals.add_event(event.kind, event.step, now)
+        self._note(asdict(event), now)
+        if event.kind == "recovered":
+            self._incidents.close(attempt, FAILURE, now)
+        if event.kind == "nonfinite":
+            attempt.failure = {"sequence": event.sequence, **before}
+            self._open(attempt, FAILURE, self._diagnose(attempt), event.sequence, now)
 
     def _lasting(self, attempt: Attempt, step: Step, seen: Seen, now: float) -> None:
         for change in attempt.faults.update(step, seen, building_up=attempt.detector.gradient.in_build_up):

@@ -14,7 +14,7 @@ and ratios of what is left stay finite."""
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step of the run: its ranks put together."""
+    """One optimizer step of the run, or what was told or measured without one: its ranks put together."""
 
     attempt: int
     sequence: int
@@ -29,6 +29,7 @@ class Step:
     """Mean over ranks; None if the script tells no loss."""
     loss_scale: float
     global_norm: float
+    """NaN: not finite, which `nan_gradient` says, or not measured."""
     clip_coefficient: float
     skipped: bool
     nan_loss: bool
@@ -37,6 +38,8 @@ class Step:
     inf_gradient: bool
     ranks: int
     """How many had reported it when it was put together."""
+    stepped: bool = True
+    """False: the optimizer was never called. The script's own guard, or a GradScaler, has left the step out."""
     shadow_clipped: bool = False
     """In shadow mode: would have been clipped."""
     shadow_skipped: bool = False
@@ -65,7 +68,11 @@ class Step:
 
     @property
     def left_out(self) -> bool:
-        """So that it did no harm: by a GradScaler that looks for its scale, or by `skip`, which has a budget."""
+        """So that it did no harm: by a GradScaler that looks for its scale, by `skip`, which has a budget, or by the
+        script itself. A NaN in the loss is no matter of scale.
+        """
+        if not self.stepped:
+            return not (self._scaled and self.nan_loss)
         return (self.overflow and self.loss_scale >= 1) or (self.skipped and not self._scaled)
 
     @property

@@ -13,7 +13,7 @@ from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_
 from foreshock_collector.steps import Step
 
 NONFINITE_KINDS = tuple((source, kind) for source in ("loss", "gradient") for kind in ("nan", "inf"))
-COUNTED_STEPS = ("steps", "clipped", "skipped", "shadow_clipped", "shadow_skipped")
+COUNTED_STEPS = ("steps", "abandoned", "clipped", "skipped", "shadow_clipped", "shadow_skipped")
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS, _STALL_MOST_SECONDS = 20, 120.0, 1800.0
 _FIRST_STEPS, _FIRST_STEPS_SECONDS = 10, 600.0
@@ -62,7 +62,7 @@ class Totals:
 
     def add_step(self, step: Step, now: float, *, newest: bool) -> None:
         """Count one step. newest: its attempt is, so its values are the run's."""
-        self.counters["steps"] += 1
+        self.counters["steps" if step.stepped else "abandoned"] += 1
         self.counters["clipped"] += step.clip_coefficient < 1
         self.counters["skipped"] += step.skipped
         self.counters["shadow_clipped"] += step.shadow_clipped
@@ -72,7 +72,7 @@ class Totals:
             self.last["nonfinite"] = now
         if math.isfinite(step.global_norm):
             self.norms.add(step.global_norm)
-        if step.duration_seconds is not None:
+        if step.duration_seconds is not None and step.stepped:
             self.durations.add(step.duration_seconds)
             self._recent.append(step.duration_seconds)
         self.last["step"] = now
@@ -89,7 +89,8 @@ class Totals:
                 "loss": step.loss,
             }
             self.levels |= {name: value for name, value in levels.items() if value is not None and math.isfinite(value)}
-            self.bad["gradient"] = _kind(step.nan_gradient, step.inf_gradient)
+            if step.stepped or not math.isnan(step.global_norm) or step.nan_gradient:
+                self.bad["gradient"] = _kind(step.nan_gradient, step.inf_gradient)
             if step.loss is not None:
                 self.bad["loss"] = _kind(step.nan_loss, step.inf_loss)
 

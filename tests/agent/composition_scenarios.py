@@ -50,7 +50,7 @@ def beside_stock(make: Make, *, attach: dict[str, Any] | None = None, **training
     model, optimizer = make()
     with foreshock.attach(model, optimizer, clip=MAX_NORM, **(attach or {})) as watch:
         ours = train(model, optimizer, lambda: None, **training)
-        local = active(watch)._local is not None
+        local = active(watch)._measures.local is not None
         found = told(watch)
     return {
         "apart": apart(stock, ours),

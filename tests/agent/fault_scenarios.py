@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import foreshock
-from foreshock import _averaged, _local, _weights
+from foreshock import _averaged, _local, _watch, _weights
 from foreshock._averaged import AveragedGradient
 from foreshock._edits import GradientEdits
 from foreshock._kernel import Kernel
@@ -33,6 +33,7 @@ from tests.agent.training import (
     main,
     make_model,
     make_optimizer,
+    ring_of,
     told,
     train,
     weights,
@@ -51,7 +52,7 @@ SITES: dict[str, tuple[Any, str]] = {
     "rule": (Policies, "rule"),
     "collect": (RankSums, "collect"),
     "row": (ActiveWatch, "_write_row"),
-    "observe": (ActiveWatch, "_as_number"),
+    "observe": (_watch, "told_by_script"),
     "hook_order": (ActiveWatch, "_check_hook_order"),
 }
 """Call sites, one for each guard of the path of a step and more."""
@@ -169,7 +170,7 @@ class Beside:
         loss.backward()  # type: ignore[no-untyped-call]
         sys.setprofile(None)
         # So that each step finds the sum of its own, and takes it.
-        while self.watch._sums is not None and self.watch._sums.under_way():
+        while self.watch.sums is not None and self.watch.sums.under_way():
             time.sleep(0.0005)
         sys.setprofile(profile)
         self._optimizer.step()
@@ -194,11 +195,8 @@ def everywhere_adaptive() -> dict[str, Any]:
 
 
 def dropped(watch: ActiveWatch) -> int:
-    reader = RingReader(watch._records.ring.path)
-    try:
-        return sum(reader.dropped.values())
-    finally:
-        reader.close()
+    with ring_of(watch) as path:
+        return sum(RingReader(path).dropped.values())
 
 
 def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
@@ -239,7 +237,7 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
     late = [site for site in of_rank_1(list(sites)) if not fails(site, pair)]
     # What ranks have learnt is what they decide by.
     learnt: list[Any] = [None, None]
-    history = pair.watch._policies._history
+    history = pair.watch._action.policies._history
     dist.all_gather_object(learnt, None if history is None else history.state)
     pair.watch.detach()
     runs, never = {run: len(sites) - len(late)}, []

@@ -48,7 +48,7 @@ def column(found: dict[str, Any], name: str) -> list[Any]:
 
 def settle(watch: foreshock.Watch) -> None:
     """Wait for the sums over ranks, as training never does, so that each step's record has its own."""
-    sums = active(watch)._sums
+    sums = active(watch).sums
     assert sums is not None
     for slot in sums._ring:
         if slot.work is not None:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
 from foreshock_recorder.reader import RingReader
+from tests.agent.training import ring_of
 
 STEPS = 20
 CASES = json.loads(sys.argv[1])
@@ -66,11 +67,10 @@ def train(case, *, stock):
                 norms.append(float(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])))
         optimizer.step()
     if watch is not None:
-        path = watch._records.ring.path
-        reader = RingReader(path)
-        norms = [reader.read(i + 1).measured[1] for i in range(STEPS)]
-        locals_ = [reader.read(i + 1).measured[3] for i in range(STEPS)]
-        reader.close()
+        with ring_of(watch) as path:
+            reader = RingReader(path)
+            norms = [reader.read(i + 1).measured[1] for i in range(STEPS)]
+            locals_ = [reader.read(i + 1).measured[3] for i in range(STEPS)]
         watch.detach()
         return norms, [p.detach().clone() for p in model.parameters()], locals_
     return norms, [p.detach().clone() for p in model.parameters()], None

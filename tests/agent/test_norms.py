@@ -35,7 +35,7 @@ def summary_of(*norms: float, parameters: list[int] | None = None, layers: list[
     layer_of = list(range(max(parameters or [], default=len(norms)) + 1)) if layers is None else layers
     order = tuple(range(len(norms)) if parameters is None else parameters)
     found: Norms = list(norms) if on_host(CPU) else torch.tensor(norms, dtype=torch.float64)
-    return summarize(found, Places(order, layer_of, max(layer_of) + 1, CPU))
+    return summarize(found, Places(order, layer_of, max(layer_of) + 1, CPU, range(len(layer_of))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

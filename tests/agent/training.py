@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import foreshock
 from foreshock import _console, _numbers
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.reader import Record, RingReader
-from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED
+from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
 
 STEPS = 6
 WIDTH = 12
@@ -102,7 +103,22 @@ def active(watch: foreshock.Watch) -> ActiveWatch:
 
 def told(watch: foreshock.Watch) -> dict[str, Any]:
     """What the rank's ring holds: its records by column, what was dropped and why."""
-    reader = RingReader(active(watch)._records.ring.path)
+    with ring_of(watch) as path:
+        return told_in(path)
+
+
+@contextlib.contextmanager
+def ring_of(watch: foreshock.Watch) -> Iterator[Path]:
+    """A copy of its ring, made from memory: who opens and closes the file itself lets go of the rank's lock on it."""
+    with tempfile.NamedTemporaryFile(suffix=".ring") as copy:
+        copy.write(active(watch)._records.ring.memory[:])
+        copy.flush()
+        yield Path(copy.name)
+
+
+def told_in(path: Path) -> dict[str, Any]:
+    """The same of a ring's file."""
+    reader = RingReader(path)
     records: list[dict[str, Any]] = []
     for sequence in range(1, reader.launched + 1):
         record = reader.read(sequence)
@@ -111,11 +127,25 @@ def told(watch: foreshock.Watch) -> dict[str, Any]:
         if record.measured is not None:
             measured = dict(zip(DEVICE_COLUMNS, record.measured, strict=False))
         records.append(
-            {"step": record.step, "edited": bool(record.flags & EDITED), "loss": record.loss, "measured": measured}
+            {
+                "step": record.step,
+                "edited": bool(record.flags & EDITED),
+                "stepped": not record.flags & NOT_STEPPED,
+                "unknown": bool(record.flags & GRADIENT_UNKNOWN),
+                "loss": record.loss,
+                "measured": measured,
+            }
         )
         if record.measured is not None:
             record.measured.release()
-    found = {"records": records, "dropped": reader.dropped, "note": reader.note}
+    found = {
+        "records": records,
+        "dropped": reader.dropped,
+        "note": reader.note,
+        "farewell": reader.farewell.name,
+        "detail": reader.farewell_detail,
+        "passes": reader.backward_passes,
+    }
     reader.close()
     return found
 

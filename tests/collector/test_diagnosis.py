@@ -59,7 +59,7 @@ def verdict(
         )
         made.append(step)
         known = (detector.finite_ever, detector.climbing)
-        where = {"attempt": 0, "sequence": sequence, "step": step.step}
+        where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": step.step}
         bad = len(step.nonfinite)
         events += detector.update(norm=norm, loss=loss, nonfinite=bad, left_out=step.overflow, **where)
     board = board or Board(world_size=1, layers=len(model.layers))
@@ -126,7 +126,7 @@ def test_sparse_records_cannot_tell() -> None:
 def test_a_scaler_that_looks_for_its_scale_is_no_failure() -> None:
     detector = Detector()
     for sequence in range(1, DEFAULT.collapse_after):
-        where = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
+        where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
         assert detector.update(norm=INF, loss=2.0, nonfinite=1, left_out=True, **where) == []
     where = {"attempt": 0, "sequence": DEFAULT.collapse_after, "step": DEFAULT.collapse_after - 1}
     (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, left_out=True, **where)

@@ -1,0 +1,55 @@
+"""What attach returns: what a script may do with it. This one does nothing."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+
+class Watch:
+    """Handle of an attached model. A context manager: leaving it detaches."""
+
+    enabled: bool = False
+
+    def observe(self, *, loss: Tensor | float | None = None, step: int | None = None) -> None:
+        """Tell this rank's loss and the script's own step number, once per optimizer step, before or after it.
+
+        loss: a device tensor (scalar, or averaged), never read back here. step: of the optimizer, a whole number; a
+        resumed run says where it resumes. Both optional. What is told of a step that the script, or a GradScaler, then
+        leaves out is a record of its own.
+        """
+
+    @property
+    def tripped(self) -> bool:
+        """With `skip`: a step that had to be left out was not, since too many had been. Time to save and stop.
+
+        Eight steps late, and for that the same on every rank at the same step, and without waiting for the device.
+        """
+        return False
+
+    def shadow_counts(self) -> dict[str, int]:
+        """With `shadow`: "steps" so far, and how many of them would have been "clipped" and "skipped".
+
+        Waits for the device: not for every step. Empty without `shadow`.
+        """
+        return {}
+
+    def detach(self) -> None:
+        """Stop watching. DDP's communication hook stays and goes on averaging, so ranks may detach at any time."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._leave_block(error)
+
+    def _leave_block(self, error: BaseException | None) -> None:
+        """A `with` block is over, by this exception or by itself."""
+
+
+class DisabledWatch(Watch):
+    """Does nothing: the kill switch is on, or a rank could not attach."""

@@ -1,0 +1,276 @@
+"""How a rank leaves: what its goodbye says, and when it is said.
+
+No signal is taken in Python: a rank that waits in a collective would no longer die of it. faulthandler's handler is C,
+writes the stack into a file beside the ring, and lets the process die at once.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TextIO
+
+from foreshock._console import say_once
+from foreshock._launch import RecorderProcess
+from foreshock_recorder.ring import Farewell, Ring
+
+
+class Ending(NamedTuple):
+    """How a rank leaves, and what there is to say about it."""
+
+    reason: Farewell
+    detail: str = ""
+
+
+class Leaver(Protocol):
+    """Who says goodbye."""
+
+    enabled: bool
+    """It has not said it yet."""
+    steps: int
+    """How many it has seen."""
+
+    def leave(self, ending: Ending, *, wait: bool = True) -> None:
+        """Say goodbye, once. wait: for the last acknowledgement."""
+
+    def leave_at_exit(self) -> None:
+        """The interpreter ends."""
+
+    def go_inert(self) -> None:
+        """This is a forked copy of the rank."""
+
+
+class _Exits:
+    """What `sys.exit` was called with, and the exception that was being handled: nothing else tells it at the end."""
+
+    def __init__(self) -> None:
+        self._theirs: Callable[..., Any] | None = None
+        self._called: tuple[Any, BaseException | None] | None = None
+        self._before: BaseException | None = None
+        """Raised before we came: not this run's end."""
+
+    def watch(self) -> None:
+        """From the first attach on."""
+        self._called, self._before = None, _last_error()
+        if self._theirs is None:
+            self._theirs, sys.exit = sys.exit, self._exit
+
+    def let_go(self) -> None:
+        """After the last watch has left."""
+        if self._theirs is not None and sys.exit == self._exit:
+            sys.exit, self._theirs = self._theirs, None
+
+    def went_on(self) -> None:
+        """A step was made: whoever called `sys.exit` was caught."""
+        self._called = None
+
+    def _exit(self, status: Any = None, /) -> Any:
+        self._called = status, sys.exc_info()[1]
+        assert self._theirs is not None
+        return self._theirs(status)
+
+    def ending(self) -> Ending:
+        """Why the interpreter ends, as far as it can be known."""
+        error = sys.exc_info()[1]
+        if error is not None:
+            # Of a spawned process, where finalizers run while it is on its way.
+            return ending_by(error)
+        if self._called is not None:
+            status, handled = self._called
+            if isinstance(handled, KeyboardInterrupt) or (handled is not None and exit_code(status)):
+                return ending_by(handled)
+            return _ending_with(status)
+        error = _last_error()
+        # At a prompt an error ends nothing.
+        if error is None or error is self._before or hasattr(sys, "ps1"):
+            return Ending(Farewell.FINISHED)
+        return ending_by(error)
+
+
+def ending_by(error: BaseException) -> Ending:
+    """What an exception that nobody caught says."""
+    if isinstance(error, KeyboardInterrupt):
+        return Ending(Farewell.INTERRUPTED, "KeyboardInterrupt")
+    if isinstance(error, SystemExit):
+        handled = error.__context__
+        if isinstance(handled, KeyboardInterrupt) or (isinstance(handled, Exception) and exit_code(error.code)):
+            return ending_by(handled)
+        return _ending_with(error.code)
+    if isinstance(error, GeneratorExit):
+        return Ending(Farewell.DETACHED)
+    return Ending(Farewell.EXCEPTION, f"{type(error).__name__}: {error}")
+
+
+def exit_code(status: Any) -> int:
+    """What a process ends with that was told `sys.exit(status)`."""
+    if status is None or isinstance(status, int):
+        return int(status or 0)
+    return 1
+
+
+def _ending_with(status: Any) -> Ending:
+    code = exit_code(status)
+    if not code:
+        return Ending(Farewell.FINISHED)
+    text = "" if isinstance(status, int) else f": {status}"
+    return Ending(Farewell.EXCEPTION, f"exit code {code}{text}")
+
+
+def _last_error() -> BaseException | None:
+    error: BaseException | None = getattr(sys, "last_value", None)
+    return error
+
+
+class _Stack:
+    """Where the stack goes when SIGTERM comes: a file of its own for each ring, one and the same."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._paths: set[Path] = set()
+
+    def keep(self, path: Path) -> None:
+        """Also beside this ring. Not where SIGTERM is somebody's already."""
+        with suppress(OSError, ValueError, RuntimeError):
+            if self._file is None:
+                if not _is_ours_to_take(signal.SIGTERM):
+                    return
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                self._file = os.fdopen(descriptor, "w")
+                faulthandler.register(signal.SIGTERM, file=self._file, all_threads=False, chain=True)
+            else:
+                path.hardlink_to(next(iter(self._paths)))
+            self._paths.add(path)
+
+    def drop(self, path: Path) -> None:
+        """That rank has said goodbye."""
+        if path in self._paths:
+            self._paths.discard(path)
+            with suppress(OSError):
+                path.unlink()
+            if not self._paths:
+                self.let_go()
+
+    def let_go(self) -> None:
+        """Take the handler away, unless somebody has put theirs in its place since."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            faulthandler.unregister(signal.SIGTERM)
+            file.close()
+        else:
+            # faulthandler still knows its number, which must not become another file's.
+            _kept.append(file)
+
+
+def _is_ours_to_take(number: signal.Signals) -> bool:
+    """Nobody handles it, neither in Python nor in C."""
+    if signal.getsignal(number) is not signal.SIG_DFL:
+        return False
+    status = Path("/proc/self/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return not int(caught.split()[1], 16) >> (number - 1) & 1
+
+
+_ONE_END_SECONDS = 1.0
+_unheard: list[tuple[float, Ring, RecorderProcess]] = []
+"""Goodbyes that nobody waited for, and when they were said."""
+_kept: list[TextIO] = []
+_exits = _Exits()
+_stack = _Stack()
+_here: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+"""All that have arrived, and their number in order."""
+_steps: dict[int, int] = {}
+"""By number: how many steps the others had seen when the newest made its first."""
+_process = 0
+"""Whose end we have asked to be told of: a forked process begins anew."""
+
+
+def stack_path(ring: Path) -> Path:
+    """The file beside a ring that has something in it if SIGTERM ended the rank."""
+    return ring.with_suffix(".stack")
+
+
+def arrived(leaver: Leaver, ring: Path) -> None:
+    """From now on it is told of the end."""
+    global _process
+    if _process != os.getpid():
+        _process = os.getpid()
+        # A finalizer of multiprocessing runs at the end of spawned processes too, where atexit does not.
+        Finalize(None, _leave_all, exitpriority=100)
+    _exits.watch()
+    _stack.keep(stack_path(ring))
+    _here[leaver] = max(_here.values(), default=0) + 1
+
+
+def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) -> None:
+    """The goodbye. wait: for its acknowledgement, two seconds at most."""
+    ring.farewell(*ending)
+    _stack.drop(stack_path(ring.path))
+    if wait and not any(each.enabled for each in present()):
+        _exits.let_go()
+    if wait:
+        recorder.ensure()
+        recorder.wait_for_farewell(ring)
+    else:
+        _unheard.append((time.monotonic(), ring, recorder))
+
+
+def went_on(leaver: Leaver) -> None:
+    """It has made a step. Trainings of this process that make none between two of a later one have ended."""
+    _exits.went_on()
+    if leaver.steps > 2:
+        return
+    for other, number in list(_here.items()):
+        if not other.enabled or number >= _here[leaver]:
+            continue
+        if leaver.steps == 1:
+            _steps[number] = other.steps
+        elif 0 < other.steps == _steps.get(number):
+            other.leave(Ending(Farewell.FINISHED), wait=False)
+            say_once(
+                f"ended {number}",
+                "an earlier training of this process has made no step since another began, and counts as finished: "
+                "attach again to go on with it",
+            )
+
+
+def present() -> list[Any]:
+    """All that have arrived and are not forgotten, in no order."""
+    return list(_here)
+
+
+def ending_now() -> Ending:
+    """Why the interpreter ends."""
+    return _exits.ending()
+
+
+def _leave_all() -> None:
+    now, ending = time.monotonic(), ending_now()
+    for leaver in present():
+        leaver.leave_at_exit()
+    for said, ring, recorder in _unheard:
+        if now - said < _ONE_END_SECONDS:
+            # What a function holds goes when it returns, a moment before its process does: both are one end.
+            say(ring, recorder, ending, wait=True)
+
+
+def _go_inert() -> None:
+    for leaver in present():
+        leaver.go_inert()
+    _stack.let_go()
+    _stack._paths.clear()
+    _exits.let_go()
+    _unheard.clear()
+
+
+# A DataLoader's worker is a copy of the rank: it must neither write into the rank's ring nor say goodbye for it.
+os.register_at_fork(after_in_child=_go_inert)

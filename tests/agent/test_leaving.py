@@ -1,0 +1,177 @@
+"""How a rank leaves is told truly: finished, detached, by which exception or exit code, interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from foreshock_recorder.reader import RingReader
+from tests.agent.conftest import HERE
+
+ENDINGS = {
+    "ends": ("FINISHED", ""),
+    "exit_0": ("FINISHED", ""),
+    "exit_0_while_handling": ("FINISHED", ""),
+    "exit_caught": ("FINISHED", ""),
+    "old_error": ("FINISHED", ""),
+    "exit_1": ("EXCEPTION", "exit code 1"),
+    "exit_text": ("EXCEPTION", "exit code 1: no data left"),
+    "exit_while_handling": ("EXCEPTION", "ValueError: bad batch"),
+    "exit_while_interrupted": ("INTERRUPTED", "KeyboardInterrupt"),
+    "raises": ("EXCEPTION", "ValueError: bad batch"),
+    "interrupted": ("INTERRUPTED", "KeyboardInterrupt"),
+    "block": ("DETACHED", ""),
+    "block_raises": ("EXCEPTION", "ValueError: bad batch"),
+    "block_interrupted": ("INTERRUPTED", "KeyboardInterrupt"),
+    "exit_after_detach": ("DETACHED", ""),
+}
+CODES = {"exit_1": 1, "exit_text": 1, "exit_while_handling": 1, "exit_while_interrupted": 1, "raises": 1}
+CODES |= {"interrupted": -signal.SIGINT, "block_interrupted": -signal.SIGINT}
+
+
+class Place:
+    """Where scripts run, and leave their rings: there is no recorder that would take them away."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *command: str, rank: int = 0, ranks: int = 1) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={
+                **os.environ, "FORESHOCK_RING_DIR": str(self.folder / "rings"), "FORESHOCK_COLLECTOR": "127.0.0.1:9",
+                "FORESHOCK_RECORDER_PYTHON": "/bin/true", "FORESHOCK_STRICT": "1", "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(HERE.parents[1]), "RANK": str(rank), "WORLD_SIZE": str(ranks),
+            },
+        )  # fmt: skip
+        self._started.append(process)
+        return process
+
+    def leave(self, mode: str, **options: int) -> subprocess.Popen[str]:
+        return self.start(str(HERE / "leaves.py"), mode, str(self.folder), **options)
+
+    def ring(self, mode: str, rank: int = 0) -> RingReader:
+        """Of the newest run of this name."""
+        rings = {p: RingReader(p) for p in (self.folder / "rings").rglob(f"*-rank-{rank:05d}.ring")}
+        (found,) = [ring for ring in rings.values() if ring.identity["run"] == mode]
+        return found
+
+    def ready(self, mode: str, rank: int = 0) -> None:
+        """Wait until it says so."""
+        self.await_file(f"ready-{mode}-{rank}")
+
+    def await_file(self, name: str) -> Path:
+        deadline = time.monotonic() + 60
+        while not (path := self.folder / name).exists() or (name == "pid" and not path.read_text()):
+            assert time.monotonic() < deadline, f"{name} never came"
+            time.sleep(0.01)
+        return path
+
+    def close(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    place = Place(tmp_path_factory.mktemp("leaving"))
+    yield place
+    place.close()
+
+
+@pytest.fixture(scope="module")
+def endings(place: Place) -> dict[str, tuple[int, str, str, bool]]:
+    """Exit code of each script, its goodbye in two parts, and whether a file for its stack is left."""
+    output, _ = place.leave(",".join(ENDINGS)).communicate(timeout=170)
+    assert "foreshock/_" not in output, output
+    found = {}
+    for mode, code in json.loads(Path(place.folder, "codes.json").read_text()).items():
+        ring = place.ring(mode)
+        stack = ring.path.with_suffix(".stack").exists()
+        found[mode] = code, ring.farewell.name, ring.farewell_detail, stack
+    return found
+
+
+@pytest.mark.parametrize("mode", ENDINGS)
+def test_a_goodbye_says_how_the_rank_left(endings: dict[str, tuple[int, str, str, bool]], mode: str) -> None:
+    # And the process ends as it would have without Foreshock.
+    assert endings[mode] == (CODES.get(mode, 0), *ENDINGS[mode], False)
+
+
+def test_a_spawned_rank_says_which_exception_it_left_by(place: Place) -> None:
+    process = place.leave("spawned_raises")
+    process.communicate(timeout=120)
+    assert process.returncode == 1
+    ring = place.ring("spawned_raises", 1)
+    assert (ring.farewell.name, ring.farewell_detail) == ("EXCEPTION", "ValueError: bad batch")
+
+
+def test_spawned_ranks_that_are_done_have_finished(place: Place) -> None:
+    process = place.leave("spawned")
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert [place.ring("spawned", rank).farewell.name for rank in (0, 1)] == ["FINISHED", "FINISHED"]
+
+
+def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
+    lines = (HERE / "leaves.py").read_text().split('if __name__ == "__main__":')[0]
+    lines = lines.replace("from __future__ import annotations", "").replace("sys.argv[1]", "'prompt'")
+    script = place.folder / "cell.py"
+    script.write_text(lines.replace("sys.argv[2]", f"{str(place.folder)!r}"))
+    process = place.start("-i")
+    typed = f"exec(open({str(script)!r}).read())\nunknown_before\nmain()\nunknown_after\nexit()\n"
+    output, _ = process.communicate(typed, timeout=120)
+    assert output.count("NameError") == 2
+    assert place.ring("prompt").farewell.name == "FINISHED"
+
+
+def test_a_rank_in_a_collective_dies_at_once_of_sigterm_and_leaves_its_stack(place: Place) -> None:
+    ranks = [place.leave("collective", rank=rank, ranks=2) for rank in (0, 1)]
+    for rank in (0, 1):
+        place.ready("collective", rank)
+    ring = place.ring("collective")
+    # It waits for the other's gradients.
+    deadline = time.monotonic() + 60
+    while ring.backward_passes < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert place.ring("collective", 1).backward_passes == 3
+    ranks[0].send_signal(signal.SIGTERM)
+    assert ranks[0].wait(timeout=10) == -signal.SIGTERM
+    assert ring.farewell.name == "NONE"
+    stack = ring.path.with_suffix(".stack")
+    assert "leaves.py" in stack.read_text() and stack.stat().st_mode & 0o777 == 0o600
+    ranks[1].kill()
+
+
+@pytest.mark.parametrize("mode", ["handler_before", "handler_after"])
+def test_a_scripts_own_handler_of_sigterm_works_as_without_foreshock(place: Place, mode: str) -> None:
+    process = place.leave(mode)
+    place.ready(mode)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    ring = place.ring(mode)
+    assert (ring.farewell.name, ring.farewell_detail) == ("EXCEPTION", "exit code 1: asked to end")
+    stack = ring.path.with_suffix(".stack")
+    assert not stack.exists()
+
+
+def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
+    process = place.leave("worker")
+    place.ready("worker")
+    ring = place.ring("worker")
+    os.kill(int(place.await_file("pid").read_text()), signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    assert ring.farewell.name == "FINISHED"
