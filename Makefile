@@ -82,7 +82,7 @@ bench-detection: $(INSTALLED) ## how well detection does on recorded faults, bes
 	@$(BIN)/python -m benchmarks.detection $(ARGS)
 
 .PHONY: faults
-faults: $(INSTALLED) ## record the fault corpus anew (10 minutes); ARGS="--only 'bit_flip-*'"
+faults: $(INSTALLED) ## record the fault corpus anew (20 minutes); ARGS="--only 'bit_flip-*'"
 	@$(BIN)/python -m benchmarks.faults $(ARGS)
 
 .PHONY: wheel-check

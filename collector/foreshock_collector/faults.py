@@ -252,7 +252,7 @@ class Faults:
         if len(course.norms) < _FIRST_STEPS or len(course.losses) < _FIRST_STEPS:
             return None
         start, loss = median(course.norms), median(course.losses)
-        shows = step.global_norm < rules.faded * start and course.loss > rules.unlearnt * loss > 0
+        shows = step.global_norm < rules.faded * start and course.loss > rules.unlearned * loss > 0
         return self._count(
             "vanishing_gradients",
             shows,

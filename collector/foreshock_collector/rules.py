@@ -80,7 +80,7 @@ class Faults:
     """... if it is so for this many steps in a row."""
     faded: float = _within(0, 1, 1e-4)
     """So does a model whose norm is this part of that of its first steps, while its loss..."""
-    unlearnt: float = _within(0, 1e3, 0.5)
+    unlearned: float = _within(0, 1e3, 0.5)
     """... is still this part of the loss of its first steps."""
     divergence: float = _within(0, 1e9, 1.0)
     """A loss that stands above its best by this part of it..."""

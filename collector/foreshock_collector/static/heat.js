@@ -24,7 +24,7 @@ const median = (values) => {
 
 // log10 of each cell over what is usual; null where nothing is known or it is not finite.
 // A rank's usual is what the others have at that step. Layers differ by nature: a layer's is its own median, times what
-// all layers do at that step. So what is common to all stays grey (the norm above shows it), and what is not stands out.
+// all layers do at that step. So what is common to all stays gray (the norm above shows it), and what is not stands out.
 export function relative(heat, chart) {
   const { values } = heat;
   const own = chart.id === "layers" || values.length === 1;
