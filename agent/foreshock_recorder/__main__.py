@@ -65,8 +65,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _keep_within_limits(base: Path) -> None:
-    for line in give_up(base, now=time.time()):
-        logger.info("%s", line)
+    try:
+        for line in give_up(base, now=time.time()):
+            logger.info("%s", line)
+    except Exception:
+        # Its own ranks come first.
+        logger.exception("what others have left cannot be kept within limits")
 
 
 async def _run(folder: Path, held: int, options: argparse.Namespace) -> int:

@@ -22,8 +22,9 @@ COUNTED_SECONDS = 7 * 86400.0
 
 
 def launches(base: Path) -> set[Path]:
-    """Folders of all launches below a user's folder of rings."""
-    return {path.parent for pattern in ("*.ring", LOCK_NAME) for path in base.glob(f"*/*/{pattern}")}
+    """Folders of this user's launches below a folder of rings."""
+    found = {path.parent for pattern in ("*.ring", LOCK_NAME) for path in base.glob(f"*/*/{pattern}")}
+    return {folder for folder in found if _is_ours(folder)}
 
 
 def orphans(folders: set[Path]) -> list[Contents]:
@@ -83,6 +84,13 @@ def _cut(folder: Path) -> int:
             if not reader.given_up:
                 lost += reader.give_up()
     return lost
+
+
+def _is_ours(folder: Path) -> bool:
+    # A launch that ends may take its folder along at any moment.
+    with suppress(FileNotFoundError):
+        return folder.lstat().st_uid == os.getuid()
+    return False
 
 
 def _removed(folder: Path) -> int:

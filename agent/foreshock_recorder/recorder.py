@@ -100,6 +100,13 @@ class Recorder:
 
     def _adopt(self, now: float) -> None:
         self._look_at = now + _LOOK_SECONDS
+        try:
+            self._hand_in_others(now)
+        except Exception:
+            # Whatever is wrong with what others have left, the own ranks are served.
+            logger.exception("what others have left cannot be handed in")
+
+    def _hand_in_others(self, now: float) -> None:
         mine = {delivery.folder for delivery in (*self._own, *self._adopted)}
         for found in orphans(launches(self._base) - mine):
             if len(self._adopted) >= _MOST_ADOPTED:
@@ -118,7 +125,6 @@ class Recorder:
         try:
             over = delivery.over(now)
         except Exception:
-            # Whatever is wrong with it, the own ranks are served.
             logger.exception("%s cannot be handed in", delivery.folder)
             return True
         if over and delivery.unstored:

@@ -148,6 +148,31 @@ def test_what_has_a_recorder_or_a_living_rank_is_nobody_elses(rings: Path, colle
     other.end()
 
 
+def test_trouble_with_what_others_left_costs_the_own_ranks_nothing(
+    rings: Path, collector: FakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def broken(folders: set[Path]) -> list[Any]:
+        asked.append(folders)
+        if len(asked) > 1:
+            raise OSError("stale file handle")
+        return []
+
+    monkeypatch.setattr(recorder, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(recorder, "orphans", broken)
+    finishing(serve(rings / "day" / "new", collector.address, until=lambda: len(asked) > 3))
+    assert collector.told["living"].goodbyes
+
+
+def test_what_another_user_left_is_left_to_that_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = leave(tmp_path / "night" / "old", 5)
+    assert launches(tmp_path) == {path.parent}
+    another = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: another)
+    assert launches(tmp_path) == set()
+
+
 # -- limits ------------------------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,28 @@ def test_a_ring_is_ours_alone_and_leaves_no_draft(tmp_path: Path) -> None:
     assert list(ring.path.parent.iterdir()) == [ring.path]
 
 
+def test_every_folder_that_is_made_is_ours_alone(tmp_path: Path) -> None:
+    path = make_ring(ring_folder("night", "first", str(tmp_path / "rings"))).path
+    for folder in (path.parent, path.parent.parent, tmp_path / "rings"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_a_link_in_place_of_a_folder_or_a_ring_is_not_followed(tmp_path: Path, level: int) -> None:
+    folder = ring_folder("night", "first", str(tmp_path / "rings"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    link = (folder, folder.parent)[level]
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(OSError, match="is not a folder"):
+        make_ring(folder)
+    other = make_ring(tmp_path / "run")
+    (tmp_path / "link.ring").symlink_to(other.path)
+    with pytest.raises(OSError):
+        RingReader(tmp_path / "link.ring")
+
+
 def test_a_ring_fits_a_containers_shared_memory_however_many_layers(tmp_path: Path) -> None:
     for layers in (0, 1, 100, 2000):
         ring = Ring.create(tmp_path / ring_name("first", layers), identity(), layers=layers)
