@@ -118,16 +118,15 @@ def from_run(url: str, name: str) -> Report:
         events=events,
         verdicts=verdicts,
         heat=heat,
-        about=_about(run, url, series["wall_seconds"]),
+        about=_about(run, url),
         quiet=_quiet(run["counters"]),
         runbooks=f"{url.rstrip('/')}/runbooks",
     )
 
 
-def _about(run: dict[str, Any], url: str, steps: Sequence[float]) -> list[tuple[str, str]]:
+def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
     model, optimizer, attempts = run["model"], run["optimizer"], len(run["attempts"])
-    # By the clock of the ranks, both: how long records took to come says nothing of the run.
-    ran = steps[-1] - run["started_seconds"] if steps and run["started_seconds"] else None
+    ended = max(run["last_step_seconds"], run["last_report_seconds"])
     size = f"{len(model['layers'])} layers, {model['elements']:,} elements in {model['parameters']:,} parameters"
     facts = [
         ("experiment", run["experiment"]),
@@ -138,7 +137,7 @@ def _about(run: dict[str, Any], url: str, steps: Sequence[float]) -> list[tuple[
         ("optimizer", optimizer["type"] + (", fused" if optimizer["fused"] else "")),
         ("clip", run["clip"]),
         ("began", _moment(run["started_seconds"]) if run["started_seconds"] else ""),
-        ("ran for", "" if ran is None else f"{_span(ran)}, until its newest step"),
+        ("ran for", _span(ended - run["started_seconds"]) if run["started_seconds"] else ""),
         ("last report", _moment(run["last_report_seconds"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))),
         ("page", f"{url.rstrip('/')}/run/{urllib.parse.quote(run['run'], safe='')}"),
