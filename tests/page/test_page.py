@@ -113,7 +113,7 @@ def test_the_fleet_names_what_is_wrong_first(url: str, job: Jobs, browser: Brows
 
 
 def test_a_run_named_like_a_script_shows_as_text(url: str, job: Jobs, browser: Browser) -> None:
-    name = "<script>alert(1)</script>"
+    name = "<script>alert(1)</script>{seed} 100%/é"
     layers = ("<img src=x onerror=alert(2)>", "<b>b</b>", "c&lt;")
     run = job(name, layers=layers, experiment='"><script>alert(3)</script>')
     exploded(run)
