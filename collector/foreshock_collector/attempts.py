@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -237,7 +237,8 @@ class Attempt:
         finally:
             self.settled = board.settled
 
-    def forget(self) -> None:
-        """What judging has learnt is not to be trusted: it begins anew. Its incidents have been closed."""
+    def forget(self, *, but: Sequence[str]) -> None:
+        """What judging has learnt of the steps is not to be trusted: it begins anew. but: incidents that stay open."""
+        self.incidents = {key: number for key, number in self.incidents.items() if key in but}
         self.detector, self.faults, self.noise = Detector(rules=self._rules), Faults(rules=self._rules), NoiseScale()
         self.failure, self.more_is_known = {}, False

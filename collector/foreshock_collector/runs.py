@@ -243,9 +243,9 @@ class Run:
         except Exception as error:
             self.errors.add("judge", error)
             with self.errors.caught("judge"):
-                self.incidents.close_all(attempt, now)
-            attempt.incidents.clear()
-            attempt.forget()
+                # That ranks have died is no matter of steps.
+                self.incidents.close_all(attempt, now, but=(DEATH, SILENCE))
+            attempt.forget(but=(DEATH, SILENCE))
 
     def _note(self, event: dict[str, Any], now: float) -> None:
         event = {**event, "seen_seconds": now}

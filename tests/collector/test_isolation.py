@@ -20,6 +20,7 @@ from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.cli import status
 from foreshock_collector.condition import condition
 from foreshock_collector.fleet import Runs
+from foreshock_collector.incidents import DEATH, FAILURE
 from foreshock_collector.intake import Intake
 from foreshock_collector.judging import Judge
 from foreshock_collector.rules import DEFAULT
@@ -341,12 +342,14 @@ def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
     bad: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED] * 4, "loss": [2.0, 2.0, math.nan, math.nan]}
     list(run.take(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0))
     run.settle(0.0)
-    assert run.newest.incidents
+    run.leave(instance, pb.Goodbye(instance="r-0", reason=pb.Goodbye.LOST, detail="SIGKILL", last_sequence=4), 0.5)
+    assert run.newest.incidents.keys() == {FAILURE}
+    run.newest.incidents[DEATH] = 0
     run.newest.detector = None  # type: ignore[assignment]
     list(run.take(instance, steps(5, [1.0]).steps, 1.0))
     run.settle(1.0)
     assert run.errors.shown() == {"judge": 1}
-    assert not run.newest.incidents
+    assert run.newest.incidents == {DEATH: 0}  # of ranks, not of steps
     assert run.incidents.newest is not None
     assert run.incidents.newest["closed_seconds"] == 1.0
     list(run.take(instance, steps(6, [math.nan], global_nan_parameters=[1.0]).steps, 2.0))
