@@ -277,4 +277,4 @@ def _finite(value: Any) -> float | None:
 
 def _logarithm(value: Any) -> float | None:
     number = _finite(value)
-    return math.log10(number) if number else None
+    return math.log10(number) if number and number > 0 else None
