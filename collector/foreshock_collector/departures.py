@@ -42,6 +42,11 @@ class Departure(NamedTuple):
         return self.reason == "INTERRUPTED" or _ON_PURPOSE.search(self.detail) is not None
 
     @property
+    def well(self) -> bool:
+        """It said nothing, and its process reported success: a script that ends with os._exit(0)."""
+        return self.reason == "LOST" and self.detail == "exit code 0"
+
+    @property
     def told(self) -> str:
         """Its end in a few words."""
         text = " ".join(self.detail.split()) or "its process ended without a goodbye"
@@ -62,13 +67,18 @@ class Ending(NamedTuple):
 
 
 def ending_of(left: Sequence[Departure]) -> Ending | None:
-    """What began it; None where somebody ended the job on purpose. left: at least one."""
+    """What began it; None where the job ended well or on purpose."""
+    left = [departure for departure in left if not departure.well]
+    purpose = [departure.seconds for departure in left if departure.on_purpose]
     causes = [departure for departure in left if not departure.lost_peer and not departure.on_purpose]
-    purpose = min((departure.seconds for departure in left if departure.on_purpose), default=None)
-    first = min((departure.seconds for departure in causes), default=0.0)
-    if purpose is not None and (not causes or first > purpose + _TOGETHER_SECONDS):
+    if not causes:
+        if purpose or not left:
+            return None
+        causes = left  # all say that a peer went away
+    first = min(departure.seconds for departure in causes)
+    if purpose and first > min(purpose) + _TOGETHER_SECONDS:
         return None
-    near = [d for d in causes or left if d.seconds <= first + _TOGETHER_SECONDS or not causes]
+    near = [departure for departure in causes if departure.seconds <= first + _TOGETHER_SECONDS]
     # Of those that may have been first, one that says why explains the most.
     cause = min(near, key=lambda d: (not d.detail, d.seconds, -1 if d.step is None else d.step, d.rank))
     return Ending(cause, tuple(departure for departure in left if departure is not cause))

@@ -134,7 +134,8 @@ class Judge:
         attempt.departures_judged = len(left)
         ending = ending_of(left)
         if ending is None:
-            attempt.outcome = attempt.outcome or "interrupted"
+            on_purpose = any(departure.on_purpose for departure in left)
+            attempt.outcome = attempt.outcome or ("interrupted" if on_purpose else "ended")
             return
         attempt.outcome = "failed"
         silent = [

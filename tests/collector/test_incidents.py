@@ -310,6 +310,16 @@ def test_a_run_that_ends_well_or_at_its_users_word_is_no_incident(
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], word)
 
 
+def test_a_process_that_ends_with_success_and_without_a_word_has_ended_well() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    job.leave(0, pb.Goodbye.FINISHED)
+    job.event(1, pb.Event.RANK_LOST)
+    job.leave(1, pb.Goodbye.LOST, "exit code 0")
+    job.settle(10.0)
+    assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "ended")
+
+
 def test_what_breaks_because_its_user_interrupts_it_or_kills_what_hangs_on_is_no_crash() -> None:
     job = Job(ranks=4)
     job.train(30)
