@@ -15,7 +15,7 @@ _ON_PURPOSE = re.compile(r"KeyboardInterrupt|SIGINT|SIGTERM|signal: (2|15|Interr
 _OUT_OF_MEMORY = re.compile(r"out of memory|OutOfMemory|MemoryError|memory pressure", re.IGNORECASE)
 _TOGETHER_SECONDS = 2.0
 """Recorders look about once a second: what they tell within so long may have happened in any order."""
-_MOST_TEXT = 240
+_MOST_TEXT, _ALIKE_TEXT = 240, 40
 
 
 class Departure(NamedTuple):
@@ -91,7 +91,9 @@ def verdict_on_ending(
     first, others = ending
     if first.lost_peer and silent:
         return verdict_on_silence(attempt, silent, world_size, told=f"rank {first.rank} lost it: {first.told}")
-    alike = [d for d in others if d.detail and _kind(d.detail) == _kind(first.detail)]
+    alike = [
+        d for d in others if d.lost_peer == first.lost_peer and d.detail and _kind(d.detail) == _kind(first.detail)
+    ]
     peers = [d for d in others if d.lost_peer and d not in alike]
     lost = [d for d in others if not d.detail and d.reason == "LOST"]
     evidence = [
@@ -179,8 +181,8 @@ def _advice(first: Departure) -> tuple[str, ...]:
 
 
 def _kind(detail: str) -> str:
-    """The type of an exception: its text often holds numbers that differ."""
-    return detail.partition(":")[0]
+    """What is the same in errors of one cause: their numbers, such as a rank or an amount of memory, differ."""
+    return re.sub(r"\d+", "", detail)[:_ALIKE_TEXT]
 
 
 def _when(step: int | None) -> str:
