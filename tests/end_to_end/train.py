@@ -1,6 +1,7 @@
 """A small DDP job, as a user would write it. What happens to it comes as JSON in TRAIN."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -18,6 +19,8 @@ options = {
     # What a rank does after a step, and which ranks do it: all of them without a list.
     "kill_at": None, "raise_at": None, "error": "the script gives up", "exit_at": None, "exit_code": 1, "hang_at": None,
     "who": [0, 1, 2, 3],
+    # What the script does about a loss or a gradient that is not finite.
+    "guard": "",
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -29,6 +32,7 @@ watch = None
 if options["attach_ranks"] is None or rank in options["attach_ranks"]:
     watch = foreshock.attach(model, optimizer, **options["attach"])
 torch.manual_seed(1 + rank)
+torch.autograd.set_detect_anomaly(options["guard"] == "anomaly", check_nan=True)
 for i in range(options["steps"]):
     step = options["start"] + i
     x = torch.randn(16, 8)
@@ -44,7 +48,18 @@ for i in range(options["steps"]):
     loss = (out - out.detach()).mean() if options["zero_loss"] else ((out - y) ** 2).mean()
     if watch is not None:
         watch.observe(loss=loss.detach(), step=step)
+    if options["guard"] in ("exit", "raise", "skip"):
+        everywhere = loss.detach().clone()
+        dist.all_reduce(everywhere)
+        if not math.isfinite(everywhere):
+            if options["guard"] == "exit":
+                sys.exit(1)
+            if options["guard"] == "raise":
+                raise FloatingPointError("Loss became infinite or NaN")
+            continue
     loss.backward()
+    if options["guard"] == "error_if_nonfinite":
+        nn.utils.clip_grad_norm_(model.parameters(), 1e9, error_if_nonfinite=True)
     optimizer.step()
     if rank == 0 and i % 1000 == 0:
         sys.stdout.write(f"step {i}\n")
