@@ -238,8 +238,8 @@ def went_on(leaver: Leaver) -> None:
             other.leave(Ending(Farewell.FINISHED), wait=False)
             say_once(
                 f"ended {number}",
-                "an earlier training of this process has made no step since another began, and counts as finished: "
-                "attach again to go on with it",
+                "an earlier training of this process has made no step since another began, and counts as finished; "
+                "nothing of it is clipped any more: attach again to go on with it",
             )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.agent.conftest import Scenario, run_scenarios
+from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
 
 SCRIPT = "left_out_scenarios.py"
 NAMES = [
@@ -20,13 +20,19 @@ NAMES = [
 STEPS, BAD = 9, 5
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("left_out"), SCRIPT, NAMES)
+@pytest.fixture(scope="module", params=ARITHMETIC)
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
+    return run_scenarios(tmp_path_factory.mktemp("left_out"), SCRIPT, NAMES, TEST_ARITHMETIC=request.param)
 
 
 def steps(records: list[dict[str, Any]], *, stepped: bool = True) -> list[int]:
     return [record["step"] for record in records if record["stepped"] is stepped]
+
+
+def nothing_to_it(records: list[dict[str, Any]]) -> bool:
+    """Gradients that a script drops by design. On a device nobody knows at once that they are finite: the collector
+    leaves those records out."""
+    return all(r["loss"] is None and math.isfinite(r["global_norm"]) for r in records if not r["stepped"])
 
 
 def test_a_batch_left_out_before_backward_is_a_record_on_every_rank(found: dict[str, Scenario]) -> None:
@@ -122,7 +128,8 @@ def test_a_run_that_ends_before_its_step_tells_what_was_told_and_what_can_be_mea
 
 @pytest.mark.parametrize("name", ["an_optimizer_that_never_steps", "another_optimizer_steps"])
 def test_an_optimizer_that_does_not_step_is_told_of_once(found: dict[str, Scenario], name: str) -> None:
-    assert found[name].results == [0, 0]
+    for records in found[name].results:
+        assert steps(records) == [] and nothing_to_it(records)
     for lines in found[name].said:
         assert sum("the watched optimizer has not stepped for 8 backward passes" in line for line in lines) == 1
 
@@ -131,7 +138,7 @@ def test_two_models_that_train_in_turn_are_both_watched_and_keep_their_own(found
     for result in found["gan"].results:
         assert result["enabled"] == [True, True]
         assert steps(result["g"]) == list(range(8)) and steps(result["d"]) == list(range(24))
-        assert steps(result["g"], stepped=False) == steps(result["d"], stepped=False) == []
+        assert nothing_to_it(result["g"]) and nothing_to_it(result["d"])
     assert not any(
         "counts as finished" in line or "has not stepped" in line for lines in found["gan"].said for line in lines
     )
