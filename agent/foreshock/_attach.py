@@ -26,12 +26,13 @@ from foreshock._handle import DisabledWatch, Watch
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
+from foreshock._leaving import is_watched, make_room
 from foreshock._records import Records
 from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
 from foreshock._variables import unknown_variables
 from foreshock._version import __version__
-from foreshock._watch import ActiveWatch, is_watched
+from foreshock._watch import ActiveWatch
 from foreshock_recorder.ring import Ring, ring_folder, ring_name
 
 
@@ -153,6 +154,7 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         speaks=ranks.rank == 0,
     )
     recorder.ensure()
+    make_room(mine.model, mine.optimizer)
     watch = ActiveWatch(
         model=mine.model,
         optimizer=mine.optimizer,

@@ -34,7 +34,9 @@ class Leaver(Protocol):
     """Who says goodbye."""
 
     enabled: bool
-    """It has not said it yet."""
+    """It watches, and clips what it was told to."""
+    retired: bool
+    """Its goodbye is said: another training has followed. It clips on, and nothing is recorded."""
     steps: int
     """How many it has seen."""
 
@@ -43,6 +45,12 @@ class Leaver(Protocol):
 
     def leave_at_exit(self) -> None:
         """The interpreter ends."""
+
+    def retire(self) -> None:
+        """Say goodbye, and go on doing to steps what it was told to."""
+
+    def watches(self, which: object) -> bool:
+        """This is its model, or its optimizer."""
 
     def go_inert(self) -> None:
         """This is a forked copy of the rank."""
@@ -215,7 +223,7 @@ def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) ->
     """The goodbye. wait: for its acknowledgement, two seconds at most."""
     ring.farewell(*ending)
     _stack.drop(stack_path(ring.path))
-    if wait and not any(each.enabled for each in present()):
+    if wait and not any(each.enabled and not each.retired for each in present()):
         _exits.let_go()
     if wait:
         recorder.ensure()
@@ -227,20 +235,46 @@ def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) ->
 def went_on(leaver: Leaver) -> None:
     """It has made a step. Trainings of this process that make none between two of a later one have ended."""
     _exits.went_on()
+    if leaver.retired:
+        say_once(
+            "retired",
+            "a training goes on that counts as finished, since it made no step while a later one of this process made "
+            "two: it is clipped as before, and not recorded any more; attach again to record it",
+        )
     if leaver.steps > 2:
         return
     for other, number in list(_here.items()):
-        if not other.enabled or number >= _here[leaver]:
+        if not other.enabled or other.retired or number >= _here[leaver]:
             continue
         if leaver.steps == 1:
             _steps[number] = other.steps
         elif 0 < other.steps == _steps.get(number):
-            other.leave(Ending(Farewell.FINISHED), wait=False)
-            say_once(
-                f"ended {number}",
-                "an earlier training of this process has made no step since another began, and counts as finished; "
-                "nothing of it is clipped any more: attach again to go on with it",
-            )
+            other.retire()
+
+
+def is_watched(which: object) -> bool:
+    """A watch of this model or optimizer has neither been detached nor retired."""
+    return any(each.enabled and not each.retired and each.watches(which) for each in present())
+
+
+def make_room(*those: object) -> None:
+    """These are attached to anew: a retired watch of one of them lets go of it."""
+    for each in present():
+        if each.retired and any(each.watches(which) for which in those):
+            each.leave(Ending(Farewell.FINISHED), wait=False)
+
+
+def with_model(leaver: Leaver) -> Callable[[object], None]:
+    """For the end of its model: the training is over."""
+    mine = weakref.ref(leaver)
+
+    def end(_: object) -> None:
+        leaver = mine()
+        # Once the interpreter has taken modules apart, all have left.
+        if leaver is not None and leaver.enabled:
+            leaver.leave(ending_now(), wait=False)
+
+    return end
 
 
 def present() -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class ActiveWatch(Watch):
         strict: bool,
     ) -> None:
         # Nothing of ours keeps a model alive: its end is the end of the watch.
-        self._model = weakref.ref(model, _ended_with_model(self))
+        self._model = weakref.ref(model, _leaving.with_model(self))
         self._optimizer = optimizer
         self._clip = clip
         self._records = records
@@ -85,11 +85,13 @@ class ActiveWatch(Watch):
         self._backward_end = BackwardEnd(self, self._guard)
         self._backward_end.watch(plan.parameters)
         self.enabled = True
+        self.retired = False
         _leaving.arrived(self, records.ring.path)
 
     def __del__(self) -> None:
         # The optimizer is gone, which holds the hooks that hold this.
-        self.leave(_leaving.ending_now(), wait=False)
+        if self.enabled:
+            self.leave(_leaving.ending_now(), wait=False)
 
     # -- the script ----------------------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class ActiveWatch(Watch):
     def _leave_block(self, error: BaseException | None) -> None:
         self.leave(Ending(Farewell.DETACHED) if error is None else ending_by(error))
 
-    def watches(self, which: torch.optim.Optimizer | DistributedDataParallel) -> bool:
+    def watches(self, which: object) -> bool:
         """This is the optimizer of this watch, or its model."""
         return which is self._optimizer or which is self._model()
 
@@ -223,7 +225,8 @@ class ActiveWatch(Watch):
         self.steps += 1
         with self._guard:
             self._check_hook_order()
-            self._recorder.check(self._records.ring, time.monotonic())
+            if not self.retired:
+                self._recorder.check(self._records.ring, time.monotonic())
             _leaving.went_on(self)
 
     def after_step(self) -> None:
@@ -248,7 +251,14 @@ class ActiveWatch(Watch):
             self._records.flush()
             if wait and self._action.shadow is not None:
                 announce(self._action.shadow.line(), rank=self.rank)
-            _leaving.say(self._records.ring, self._recorder, ending, wait=wait)
+            if not self.retired:
+                _leaving.say(self._records.ring, self._recorder, ending, wait=wait)
+
+    def retire(self) -> None:
+        with self._guard:
+            self.retired = True
+            self._records.flush()
+            _leaving.say(self._records.ring, self._recorder, Ending(Farewell.FINISHED), wait=False)
 
     def leave_at_exit(self) -> None:
         """The interpreter ends, by itself or by an exception that nobody caught."""
@@ -378,18 +388,3 @@ class ActiveWatch(Watch):
     def _check_hook_order(self) -> None:
         if self._clip is not None and not self._step_hooks.is_last():
             say_once("hook order", "another step pre-hook was registered after attach: what it does is not clipped")
-
-
-def is_watched(which: torch.optim.Optimizer | DistributedDataParallel) -> bool:
-    """An attach to it has not been detached."""
-    return any(watch.enabled and watch.watches(which) for watch in _leaving.present())
-
-
-def _ended_with_model(watch: ActiveWatch) -> Callable[[object], None]:
-    mine = weakref.ref(watch)
-
-    def end(_: object) -> None:
-        if (watch := mine()) is not None:
-            watch.leave(_leaving.ending_now(), wait=False)
-
-    return end

@@ -321,8 +321,42 @@ def a_sweep() -> dict[str, Any]:
             watch.observe(step=step)
         numbers.append([record["step"] for record in told(watch)["records"]])
         kept.append((model, optimizer, watch))
-    found = {"enabled": [watch.enabled for _, _, watch in kept], "steps": numbers}
+    found = {"retired": [active(watch).retired for _, _, watch in kept], "steps": numbers}
+    found["farewells"] = [_farewell(active(watch)._records.ring) for _, _, watch in kept]
     kept[-1][2].detach()
+    return found
+
+
+def in_turn() -> dict[str, Any]:
+    """Two models, one for some steps and then the other: retired or not, each is clipped as stock clips it."""
+
+    def pair() -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
+        model = make_model()
+        return model, make_optimizer(model)
+
+    def trained(pairs: Any, *, watched: bool) -> tuple[list[Tensor], list[foreshock.Watch]]:
+        watches = [foreshock.attach(*pair, clip=MAX_NORM) for pair in pairs] if watched else []
+        data = batches()
+        for turn in range(4):
+            model, optimizer = pairs[turn % 2]
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss_of(model, data).backward()  # type: ignore[no-untyped-call]
+                if not watched:
+                    nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+        return [weight for model, _ in pairs for weight in weights(model)], watches
+
+    pairs = [pair(), pair()]
+    stock, _ = trained([pair(), pair()], watched=False)
+    ours, watches = trained(pairs, watched=True)
+    first, second = map(active, watches)
+    found = {"apart": apart(stock, ours), "retired": [first.retired, second.retired]}
+    # What is attached to anew is watched by one.
+    again = foreshock.attach(*pairs[0], clip=MAX_NORM)
+    found["again"] = [first.enabled, again.enabled]
+    for watch in (second, again):
+        watch.detach()
     return found
 
 

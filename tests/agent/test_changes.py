@@ -16,7 +16,7 @@ CHANGES = [
 ]  # fmt: skip
 NEW_PARAMETERS = ["joins_fused", "joins_unfused", "leaves", "freezes_and_unfreezes"]
 COPIES = ["copies", "copies_with_bucket_views", "copies_with_a_wrapped_hook"]
-OTHERS = ["odd_observations", "nothing_keeps_a_model", "only_the_model_goes", "a_sweep"]
+OTHERS = ["odd_observations", "nothing_keeps_a_model", "only_the_model_goes", "a_sweep", "in_turn"]
 
 
 @pytest.fixture(scope="module")
@@ -63,5 +63,20 @@ def test_a_training_that_a_later_one_follows_has_ended_and_each_counts_its_own_s
 ) -> None:
     result: Any
     for result in found["a_sweep"].results:
-        assert result == {"enabled": [False, False, True], "steps": [[0, 1, 2, 3]] * 3}
-    assert sum("counts as finished" in line for line in found["a_sweep"].said[0]) == 2
+        assert result == {
+            "retired": [True, True, False],
+            "farewells": ["FINISHED", "FINISHED", "NONE"],
+            "steps": [[0, 1, 2, 3]] * 3,
+        }
+    assert not any("counts as finished" in line for line in found["a_sweep"].said[0])
+
+
+def test_a_training_that_goes_on_after_another_is_clipped_as_before_and_may_be_attached_to_again(
+    found: dict[str, Scenario],
+) -> None:
+    result: Any
+    for result in found["in_turn"].results:
+        assert result["apart"] < 1e-4
+        assert (result["retired"], result["again"]) == ([True, False], [False, True])
+    for lines in found["in_turn"].said:
+        assert sum("counts as finished" in line for line in lines) == 1

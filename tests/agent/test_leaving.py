@@ -131,9 +131,16 @@ def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
     script = place.folder / "cell.py"
     script.write_text(lines.replace("sys.argv[2]", f"{str(place.folder)!r}"))
     process = place.start("-i")
-    typed = f"exec(open({str(script)!r}).read())\nunknown_before\nmain()\nunknown_after\nexit()\n"
-    output, _ = process.communicate(typed, timeout=120)
-    assert output.count("NameError") == 2
+    cells = (
+        f"exec(open({str(script)!r}).read())",
+        "unknown_before",
+        "model, optimizer, watch = begin(RANK, RANKS)",
+        "steps(model, optimizer)",
+        "unknown_after",
+        "exit()",
+    )
+    output, _ = process.communicate("\n".join((*cells, "")), timeout=120)
+    assert output.count("NameError") == output.count("Traceback") == 2
     assert place.ring("prompt").farewell.name == "FINISHED"
 
 
