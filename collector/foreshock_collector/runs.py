@@ -70,6 +70,8 @@ class Run:
         """Silence counts from here: before the newest attempt, or while the collector was away, nobody could report."""
         self.changes: Changes | None = None
         """None: nothing has happened since the last commit."""
+        self.unexplained = True
+        """Ranks may have left, and of what is not said yet: that is judged later, though nothing more comes of them."""
         self._missing: Counter[str] = Counter()
         """Dropped records that were learnt of since the last commit."""
 
@@ -211,6 +213,7 @@ class Run:
                 if each is not self.newest:
                     self.incidents.close(each, DEATH, now)
                     self.incidents.close(each, SILENCE, now)
+        self.unexplained = any(each.departures_judged != len(each.departures()) for each in self.attempts)
         self.totals.add_dropped(self._missing)
         self._missing.clear()
 
@@ -260,8 +263,8 @@ class Run:
 
     @property
     def resting(self) -> bool:
-        """Nothing of it is at hand but what counts."""
-        return all(attempt.resting for attempt in self.attempts)
+        """Nothing of it is at hand but what counts, and nothing is open: a run may die before its first record."""
+        return not self.unexplained and all(attempt.resting and not attempt.incidents for attempt in self.attempts)
 
     def rest(self, now: float) -> None:
         """The run has ended: let go of all that the store can do without."""
