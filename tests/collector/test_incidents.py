@@ -488,6 +488,24 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
     assert job.causes(only_open=True) == []
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left: bool) -> None:
+    job = Job(ranks=3)
+    job.train(30)
+    if left:
+        job.leave(2, pb.Goodbye.FINISHED)
+    for _ in range(7):
+        job.now += 20.0
+        for rank in (0, 1):
+            job.computed(rank, 31)
+        job.settle()
+    (incident,) = job.run.incidents.kept
+    verdict = incident["verdict"]
+    assert (verdict["cause"], verdict["rank"]) == ("stalled", 2)
+    assert "though other ranks are alive: rank 2 is not there." in verdict["summary"]
+    assert verdict["evidence"][1:] == ["its other ranks still report", "left, or not heard of: rank 2"]
+
+
 def test_what_was_open_in_an_attempt_whose_machine_vanished_is_over_once_another_goes_on() -> None:
     job = Job(ranks=2)
     job.train(60, alike=True)
