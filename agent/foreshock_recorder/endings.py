@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
+import struct
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +15,10 @@ from foreshock_recorder.ring import Farewell, process_start
 _REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals by which a user or a scheduler ends a job."""
 _CGROUPS = Path("/sys/fs/cgroup")
+_INFO = struct.Struct("QQ11Ii")
+"""struct pidfd_info: what is asked for and answered, the control group, ids, the wait status."""
+_GET_INFO, _INFO_EXIT = 0xC040FF0B, 8
+"""PIDFD_GET_INFO for that struct, PIDFD_INFO_EXIT."""
 
 
 class Ending:
@@ -23,7 +29,7 @@ class Ending:
 
     def __init__(self, pid: int, started: int) -> None:
         self.status: int | None = None
-        """Its wait status; None while it runs, or where its parent was faster."""
+        """Its wait status; None while it runs, or where its parent was faster and the kernel is an older one."""
         self._pid, self._started = pid, started
         self._accounts: list[Path] = []
         self._kills = 0
@@ -56,8 +62,11 @@ class Ending:
             self._descriptor = None
 
     def _ended(self) -> None:
-        # At once: when its parent has fetched it, nobody can ask any more.
-        self.status = _wait_status(self._pid, self._started)
+        # At once: when its parent has fetched it, only a newer kernel can be asked any more.
+        assert self._descriptor is not None
+        self.status = _zombies_status(self._pid, self._started)
+        if self.status is None:
+            self.status = _reaped_status(self._descriptor)
         self.close()
 
 
@@ -88,7 +97,7 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _wait_status(pid: int, started: int) -> int | None:
+def _zombies_status(pid: int, started: int) -> int | None:
     """Of a process that has ended and that nobody has waited for yet."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
@@ -96,6 +105,17 @@ def _wait_status(pid: int, started: int) -> int | None:
         return None
     fields = stat[stat.rindex(b")") + 2 :].split()
     return int(fields[-1]) if int(fields[19]) == started and fields[0] in (b"Z", b"X") else None
+
+
+def _reaped_status(descriptor: int) -> int | None:
+    """Of a process whose parent has waited for it: Linux 6.15 keeps it for whoever had opened the process before."""
+    info = bytearray(_INFO.pack(_INFO_EXIT, *[0] * 13))
+    try:
+        fcntl.ioctl(descriptor, _GET_INFO, info)
+    except OSError:
+        return None
+    mask, *_, status = _INFO.unpack(info)
+    return status if mask & _INFO_EXIT else None
 
 
 def _memory_accounts(groups: str) -> list[Path]:

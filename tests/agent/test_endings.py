@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +15,10 @@ import pytest
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import endings
 from foreshock_recorder.delivery import POLL_SECONDS
-from foreshock_recorder.endings import farewell_of
+from foreshock_recorder.endings import Ending, farewell_of
 from foreshock_recorder.ranks import _LOOK_SECONDS, _STATUS_SECONDS, Rank
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.ring import Farewell
+from foreshock_recorder.ring import Farewell, process_start
 from tests.agent.conftest import RankProcess, Start, until
 from tests.agent.fake_collector import WAIT_SECONDS, FakeCollector
 from tests.agent.rank import make_ring, step
@@ -90,6 +93,27 @@ def test_a_rank_whose_parent_was_faster_is_lost_and_nothing_is_made_up(tmp_path:
     one.look(1000.0)
     assert (one.reader.farewell, one.reader.farewell_detail) == (Farewell.LOST, "")
     one.close()
+
+
+def test_a_parent_that_has_waited_for_its_child_leaves_its_status_to_newer_kernels() -> None:
+    def ends(parent_first: bool) -> int | None:
+        async def watched() -> int | None:
+            child = subprocess.Popen(["sleep", "60"])
+            ending = Ending(child.pid, process_start(child.pid) or 0)
+            child.kill()
+            if parent_first:
+                child.wait()
+            while ending.pending:
+                await asyncio.sleep(0.01)
+            child.wait()
+            return ending.status
+
+        return asyncio.run(watched())
+
+    assert ends(parent_first=False) == signal.SIGKILL
+    kernel = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    reaped = ends(parent_first=True)
+    assert reaped == signal.SIGKILL or (reaped is None and kernel < (6, 15))
 
 
 def test_how_a_rank_ended_is_known_to_the_next_recorder_too(
