@@ -83,22 +83,36 @@ def verdict_on_fault(change: Change, attempt: int, model: ModelFacts) -> Verdict
 
 
 def verdict_on_stall(
-    attempt: int, step: int | None, seconds: float, limit: float, passes: Mapping[int, int], unfinished: Sequence[int]
+    attempt: int,
+    step: int | None,
+    seconds: float,
+    limit: float,
+    *,
+    passes: Mapping[int, int],
+    unfinished: Sequence[int],
+    away: Sequence[int],
 ) -> Verdict:
-    """On a run whose ranks are there and make no step.
+    """On a run of which ranks are there, and which makes no step.
 
     step: the newest that any rank told; None: there was none. seconds: since then; limit: what makes a stall.
-    passes: backward passes of each rank, counted before it waits for the others; all 0 where the probe does not count.
-    unfinished: ranks that lack the newest step, or have not finished it.
+    passes: backward passes of each rank that is there, counted before it waits for the others; all 0 where the probe
+    does not count. unfinished: those that lack the newest step, or have not finished it. away: ranks that are not
+    there, so that nobody knows how far they came.
     """
-    evidence = [f"no step for {seconds:.0f} s; {limit:.0f} s would be long for this run", "its ranks still report"]
+    still = "its other ranks still report" if away else "its ranks still report"
+    evidence = [f"no step for {seconds:.0f} s; {limit:.0f} s would be long for this run", still]
     most = max(passes.values(), default=0)
     absent = sorted(rank for rank, count in passes.items() if count < most)
     who = ""
+    if away:
+        evidence.append(f"left, or not heard of: {_ranks(away)}")
     if absent:
         who = f": {_ranks(absent)} {'has' if len(absent) == 1 else 'have'} not arrived, and the others wait"
         fewest = min(passes[rank] for rank in absent)
         evidence.append(f"{_ranks(absent)} computed {fewest} backward passes, the others {most}")
+    elif away:
+        absent = sorted(away)
+        who = f": {_ranks(absent)} {'is' if len(absent) == 1 else 'are'} not there"
     elif most:
         who = ": all ranks have arrived"
         evidence.append(
@@ -115,7 +129,7 @@ def verdict_on_stall(
         step=step or 0,
         rank=absent[0] if len(absent) == 1 else None,
         confidence=0.8,
-        summary=f"No step {since}, for {seconds:.0f} s, though the ranks are alive{who}.",
+        summary=f"No step {since}, for {seconds:.0f} s, though {'other ' if away else 'the '}ranks are alive{who}.",
         evidence=evidence,
         try_=_ADVICE["stalled"],
         alternatives=_ALTERNATIVES["stalled"],

@@ -184,6 +184,7 @@ class Judge:
                 limit,
                 passes={i.rank: i.backward_passes for i in there},
                 unfinished=behind if len(behind) < len(there) else [],
+                away=sorted(set(range(attempt.world_size)) - {i.rank for i in there}),
             )
             self._open(attempt, "stalled", verdict, attempt.settled, now)
 

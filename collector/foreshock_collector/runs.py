@@ -70,6 +70,8 @@ class Run:
         """Silence counts from here: before the newest attempt, or while the collector was away, nobody could report."""
         self.changes: Changes | None = None
         """None: nothing has happened since the last commit."""
+        self.unexplained = True
+        """Ranks may have left, and of what is not said yet: that is judged later, though nothing more comes of them."""
         self._missing: Counter[str] = Counter()
         """Dropped records that were learnt of since the last commit."""
 
@@ -205,12 +207,15 @@ class Run:
                 # A death is over only once a later attempt goes on.
                 self.incidents.close_all(each, now, but=(DEATH, SILENCE))
             if not newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
+                # It need not have left, as when its machine has vanished.
+                self.incidents.close_all(each, now, but=(DEATH, SILENCE))
                 each.rest()
         if self.attempts and self.newest.settled:
             for each in self.attempts:
                 if each is not self.newest:
                     self.incidents.close(each, DEATH, now)
                     self.incidents.close(each, SILENCE, now)
+        self.unexplained = any(each.departures_judged != len(each.departures()) for each in self.attempts)
         self.totals.add_dropped(self._missing)
         self._missing.clear()
 
@@ -219,6 +224,7 @@ class Run:
         attempt = self.newest
         if not attempt.silent and not attempt.over and not self.active(now, silent_seconds):
             attempt.silent = True
+            self.changed()
             self._judge.silence(attempt, now, silent_seconds)
 
     def _put_together(self, attempt: Attempt, upto: int) -> list[Step]:
@@ -260,8 +266,8 @@ class Run:
 
     @property
     def resting(self) -> bool:
-        """Nothing of it is at hand but what counts."""
-        return all(attempt.resting for attempt in self.attempts)
+        """Nothing of it is at hand but what counts, and nothing is open: a run may die before its first record."""
+        return not self.unexplained and all(attempt.resting and not attempt.incidents for attempt in self.attempts)
 
     def rest(self, now: float) -> None:
         """The run has ended: let go of all that the store can do without."""
@@ -295,7 +301,8 @@ class Run:
 
     def active(self, now: float, silent_seconds: float) -> bool:
         """A rank of the newest attempt has not left, and has been heard of lately."""
-        return any(
+        # A collector that starts gives each run time to be heard of again, but none that was silent before.
+        return not self.newest.silent and any(
             not instance.closed and now - max(instance.last_report, self.watched_since) < silent_seconds
             for instance in self.newest.instances.values()
         )
@@ -306,7 +313,8 @@ class Run:
             return 0.0
         if self.newest.over:
             return max(0.0, now - self.last_heard())
-        return max(0.0, now - max(self.last_heard(), self.watched_since) - silent_seconds)
+        since = self.last_heard() if self.newest.silent else max(self.last_heard(), self.watched_since)
+        return max(0.0, now - since - silent_seconds)
 
     def snapshot(self) -> dict[str, Any]:
         """All that must survive beside the tables, as JSON."""

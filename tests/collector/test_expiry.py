@@ -6,7 +6,11 @@ from pathlib import Path
 
 import aiohttp
 
+from foreshock_collector.condition import condition
+from foreshock_collector.fleet import Runs
+from foreshock_collector.intake import Intake, Said
 from foreshock_collector.server import Server
+from foreshock_collector.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, families, hello, serving, steps, value
 
@@ -93,3 +97,31 @@ def test_an_ended_run_that_comes_back_goes_on_counting_where_it_was(tmp_path: Pa
             await again.close()
 
     serving(test())
+
+
+def test_a_run_that_dies_before_its_first_step_is_told_of_and_its_incident_goes_with_its_series(tmp_path: Path) -> None:
+    clock, said = Clock(), Said()
+    died = pb.Goodbye(instance="r-0", reason=pb.Goodbye.EXCEPTION, detail="OutOfMemoryError: CUDA out of memory")
+    store = Store(tmp_path / "died.db")
+    intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
+    intake.take(hello(), said)
+    intake.commit()
+    clock.now += 1
+    intake.take(pb.FromRecorder(goodbye=died), said)
+    intake.commit()
+    store.close()
+    # The collector is away at just that moment.
+    store = Store(tmp_path / "died.db")
+    runs = store.load(clock())
+    intake = Intake(runs, store, clock, ended_seconds=900.0, silent=900.0)
+    run = runs.get("r")
+    assert run is not None
+    for _ in range(4):
+        clock.now += 1
+        intake.commit()
+    assert (run.incidents.open_by_verdict()["crashed"], condition(run, clock(), 900.0)) == (1, "failed")
+    clock.now += 900
+    intake.expire()
+    # Or its next attempt would page for it a second time.
+    assert (run.incidents.open_by_verdict()["crashed"], run.resting) == (0, True)
+    store.close()

@@ -410,6 +410,27 @@ def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again(
     assert (job.causes(only_open=True), condition(job.run, job.now, 900.0)) == ([], "running")
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_collector_that_starts_does_not_take_a_run_that_fell_silent_for_one_that_is_there(left: bool) -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    if left:
+        job.leave(0, pb.Goodbye.FINISHED)
+    job.settle(901.0)
+    job.run.fall_silent(job.now, 900.0)
+    word = condition(job.run, job.now, 900.0)
+    store = Store(":memory:")
+    store.commit(job.runs)
+    job.now += 10_000.0
+    job.runs = store.load(job.now)
+    assert not job.run.active(job.now, 900.0)
+    assert (condition(job.run, job.now, 900.0), word) == (word, "ended" if left else "failed")
+    assert job.run.ended_for(job.now, 900.0) > 9_000.0
+    job.hear()
+    assert job.run.active(job.now, 900.0)
+    store.close()
+
+
 def test_a_rank_whose_last_word_is_lost_has_ended_with_the_others() -> None:
     job = Job(ranks=2)
     job.train(30)
@@ -465,6 +486,39 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
     job.tell(1, [1.0])
     job.train(1)
     assert job.causes(only_open=True) == []
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left: bool) -> None:
+    job = Job(ranks=3)
+    job.train(30)
+    if left:
+        job.leave(2, pb.Goodbye.FINISHED)
+    for _ in range(7):
+        job.now += 20.0
+        for rank in (0, 1):
+            job.computed(rank, 31)
+        job.settle()
+    (incident,) = job.run.incidents.kept
+    verdict = incident["verdict"]
+    assert (verdict["cause"], verdict["rank"]) == ("stalled", 2)
+    assert "though other ranks are alive: rank 2 is not there." in verdict["summary"]
+    assert verdict["evidence"][1:] == ["its other ranks still report", "left, or not heard of: rank 2"]
+
+
+def test_what_was_open_in_an_attempt_whose_machine_vanished_is_over_once_another_goes_on() -> None:
+    job = Job(ranks=2)
+    job.train(60, alike=True)
+    for _ in range(3):
+        job.now += 60.0
+        job.hear()
+        job.settle()
+    assert job.causes(only_open=True) == ["duplicate_data", "stalled"]
+    job.now += 120.0
+    job.start_again()
+    job.train(1)
+    assert job.causes(only_open=True) == []
+    assert (job.run.resting, condition(job.run, job.now, 900.0)) == (False, "running")
 
 
 def test_the_first_steps_of_an_attempt_have_ten_minutes_each_be_there_one_or_none() -> None:
