@@ -53,7 +53,7 @@ class Instance:
     """What it said at its end."""
     last_report: float = 0.0
     gone: bool = False
-    """It had left when it was first heard of: its records are handed in afterwards."""
+    """It had left when it said hello: its records are handed in afterwards."""
     troubled: bool = False
     """Its newest batch held something that is not finite."""
     last_step: int | None = None

@@ -52,6 +52,7 @@ class Runs:
             if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
             run.hear(instance, now)
+            instance.gone |= hello.gone
             return instance
         run = self._run_of(hello, now)
         instance = run.greet(hello, now)
@@ -78,7 +79,11 @@ class Runs:
             run = self._runs.get(name)
             if run is None:
                 return Run(hello.experiment, name, self.rules_of(hello.run))
+            if run.experiment != hello.experiment:
+                continue
+            if number > 1 and run.attempts[0].hello.run != hello.run:
+                continue  # called so on purpose: it has nothing to do with this one
             # What a rank that has gone left behind does not run beside anything.
-            if run.experiment == hello.experiment and (hello.gone or not run.has_live_ranks(now)):
+            if hello.gone or not run.has_live_ranks(now):
                 return run
         raise AssertionError

@@ -164,6 +164,8 @@ class Run:
         if kind not in instance.told:
             instance.told.append(kind)
             if event.kind == pb.Event.RANK_LOST:
+                # Its goodbye says so as well, but only behind its last records.
+                instance.detail = instance.detail or event.detail
                 # The recorder's clock tells which was first; one that is wrong does not.
                 instance.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
             who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}

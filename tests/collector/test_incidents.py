@@ -82,10 +82,10 @@ class Job:
         self.now += seconds
         self.run.settle(self.now)
 
-    def event(self, rank: int, kind: pb.Event.Kind, seconds: float = 0.0) -> None:
+    def event(self, rank: int, kind: pb.Event.Kind, seconds: float = 0.0, detail: str = "") -> None:
         home = self.runs.home(self.name(rank))
         assert home is not None
-        told = pb.Event(instance=self.name(rank), kind=kind, wall_seconds=self.now + seconds)
+        told = pb.Event(instance=self.name(rank), kind=kind, wall_seconds=self.now + seconds, detail=detail)
         self.run.happened(home[1], told, self.now)
 
     def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
@@ -408,6 +408,20 @@ def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again(
     assert condition(job.run, job.now, 900.0) == "failed"
     job.hear()
     assert (job.causes(only_open=True), condition(job.run, job.now, 900.0)) == ([], "running")
+
+
+@pytest.mark.parametrize(("detail", "causes"), [("killed by SIGKILL", ["crashed"]), ("exit code 0", [])])
+def test_a_death_is_judged_by_what_the_recorder_said_at_once_where_the_goodbye_takes_its_time(
+    detail: str, causes: list[str]
+) -> None:
+    job = Job(ranks=1)
+    job.train(30)
+    job.event(0, pb.Event.RANK_LOST, detail=detail)
+    for _ in range(5):
+        job.settle(1.0)
+    job.leave(0, pb.Goodbye.LOST, detail)
+    job.settle(1.0)
+    assert job.causes() == causes
 
 
 @pytest.mark.parametrize("left", [False, True])

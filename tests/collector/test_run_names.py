@@ -96,6 +96,26 @@ def test_what_is_handed_in_afterwards_belongs_to_the_run_of_its_name_and_takes_i
     assert names.greet("next") == ("night", 3)
 
 
+def test_a_run_that_was_called_name_2_on_purpose_is_left_alone() -> None:
+    names = Names()
+    assert names.greet("a", run="night-2") == ("night-2", 0)
+    names.leave("a-0", pb.Goodbye.FINISHED)
+    assert names.greet("b") == ("night", 0)
+    assert names.greet("c", after=1.0) == ("night-3", 0)
+    names.leave("c-0", pb.Goodbye.EXCEPTION)
+    assert names.greet("d", after=1.0) == ("night-3", 1)
+    # A job of that name may also be resumed by it.
+    assert names.greet("e", run="night-3", after=60.0) == ("night-3", 2)
+
+
+def test_a_rank_that_has_gone_while_the_collector_was_away_does_not_keep_its_name() -> None:
+    names = Names()
+    names.greet("a")
+    # Its recorder is back, and the goodbye comes behind all that the ring holds.
+    names.greet("a", gone=True, after=60.0)
+    assert names.greet("b", after=0.5) == ("night", 1)
+
+
 def test_another_experiment_gets_a_run_of_its_own_even_later() -> None:
     names = Names()
     names.greet("a")
