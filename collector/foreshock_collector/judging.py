@@ -169,8 +169,11 @@ class Judge:
 
     def standstill(self, attempt: Attempt, now: float, *, since: float) -> None:
         """It makes no step though its ranks are there, by the run's own pace. since: at least so long watched."""
-        quiet = now - max(self._totals.last["step"], since)
-        there = [i for i in attempt.instances.values() if not i.closed and now - i.last_report < _HEARD_SECONDS]
+        # That a collector has only just started is no step that would end a stall.
+        last = self._totals.last["step"]
+        quiet = now - (last if "stalled" in attempt.incidents else max(last, since))
+        ranks = attempt.instances.values()
+        there = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _HEARD_SECONDS]
         limit = self._totals.stall_after(attempt.settled)
         if quiet <= limit or not there:
             self._incidents.close(attempt, "stalled", now)

@@ -520,6 +520,28 @@ def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left
     assert verdict["evidence"][1:] == ["its other ranks still report", "left, or not heard of: rank 2"]
 
 
+def test_a_stall_goes_on_while_the_collector_starts_again() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    for _ in range(3):
+        job.now += 60.0
+        job.hear()
+        job.settle()
+    store = Store(":memory:")
+    store.commit(job.runs)
+    job.now += 90.0
+    job.runs = store.load(job.now, lambda _: FAST)
+    job.settle()
+    assert job.causes(only_open=True) == ["stalled"]
+    job.now += 50.0
+    job.hear()
+    job.settle(50.0)
+    assert job.causes(only_open=True) == ["stalled"]
+    job.train(1)
+    assert (job.causes(), job.causes(only_open=True)) == (["stalled"], [])
+    store.close()
+
+
 def test_what_was_open_in_an_attempt_whose_machine_vanished_is_over_once_another_goes_on() -> None:
     job = Job(ranks=2)
     job.train(60, alike=True)
