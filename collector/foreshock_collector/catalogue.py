@@ -180,7 +180,8 @@ LAST_INCIDENT = _gauge(
 )
 OPEN_INCIDENTS = _gauge(
     "foreshock_open_incidents",
-    "Incidents with this verdict that are not over. That of a run that died is over once a later attempt makes steps.",
+    "Incidents with this verdict that are not over. That of a run that died is over once a later attempt makes steps, "
+    "or when its series go.",
     labels=(*RUN, "verdict"),
 )
 LAST_REPORT = _gauge(
