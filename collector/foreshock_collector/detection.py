@@ -249,12 +249,12 @@ class Detector:
         rate: float = math.nan,
         nonfinite: int = 0,
         left_out: bool = False,
-        stepped: bool = True,
+        guarded: bool = False,
     ) -> list[Event]:
         """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
 
         left_out: by a GradScaler that looks for its scale, by `skip` or by the script: a few of these in a row are no
-        failure. stepped: the optimizer was called. norm: NaN where it is not known.
+        failure. guarded: by the script. norm: NaN where it is not known.
         Of a failure only the first step is an event.
         """
         events: list[Event] = []
@@ -266,7 +266,7 @@ class Detector:
         self._expect(rate)
         self.left_out = self.left_out + 1 if left_out else 0
         if left_out and nonfinite and self.left_out < self.rules.collapse_after:
-            if not stepped and self.withheld is None and not self.failing:
+            if guarded and self.withheld is None and not self.failing:
                 before = {"finite_before": self.finite_ever, "climbing": self.climbing}
                 note("nonfinite", float(nonfinite))
                 self.withheld = {"event": asdict(events.pop()), "before": before}

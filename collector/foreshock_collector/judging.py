@@ -71,7 +71,8 @@ class Judge:
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
             left_out=step.left_out,
-            stepped=step.stepped,
+            # A scaler's overflow is none, also where it is the last step of all.
+            guarded=not step.stepped and not step.overflow,
         ):
             self._happened(attempt, event, before, now)
         if step.nonfinite and was_failing:

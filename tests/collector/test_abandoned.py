@@ -99,6 +99,18 @@ def test_a_nan_in_the_loss_that_only_a_scaler_left_out_is_a_failure_and_an_overf
     assert job.causes() == ["sudden_nonfinite"]
 
 
+@pytest.mark.parametrize("reason", [pb.Goodbye.FINISHED, pb.Goodbye.DETACHED, pb.Goodbye.INTERRUPTED])
+def test_a_run_whose_last_step_a_scaler_left_out_has_ended_well(reason: pb.Goodbye.Reason) -> None:
+    job = Job()
+    job.train(60)
+    for rank in range(2):
+        job.tell(rank, [math.inf], local_inf_parameters=[1.0], flags=[LEFT_OUT], loss_scale=[1024.0])
+        job.leave(rank, reason)
+    for _ in range(5):
+        job.settle(1.0)
+    assert job.causes() == []
+
+
 def test_finite_gradients_that_a_script_drops_without_a_word_are_nothing() -> None:
     job = Job()
     job.train(60)
