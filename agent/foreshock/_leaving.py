@@ -73,6 +73,8 @@ class _Exits:
 
     def let_go(self) -> None:
         """After the last watch has left."""
+        # An exception keeps all that its frames hold: a model, and what lies on its device.
+        self._called = self._before = None
         if self._theirs is not None and sys.exit == self._exit:
             sys.exit, self._theirs = self._theirs, None
 
@@ -229,7 +231,9 @@ def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) ->
         recorder.ensure()
         recorder.wait_for_farewell(ring)
     else:
-        _unheard.append((time.monotonic(), ring, recorder))
+        now = time.monotonic()
+        # An older one is not waited for at the end, and its ring is memory and a descriptor that others need.
+        _unheard[:] = [*(each for each in _unheard if now - each[0] < _ONE_END_SECONDS), (now, ring, recorder)]
 
 
 def went_on(leaver: Leaver) -> None:

@@ -23,6 +23,9 @@ _LOSSES = ("reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses")
 _STAGES = 32
 """Rows under way at most; a device further behind loses records, counted, rather than memory."""
 
+_FLUSH_SECONDS = 2.0
+"""A device that lives is a few steps behind."""
+
 
 @dataclass(kw_only=True)
 class _Stage:
@@ -38,6 +41,7 @@ class Records:
         self.ring = ring
         self._device = device
         self._sequence = 0
+        self._closed = False
         self._staged: deque[_Stage] = deque()
         self._free: list[Tensor] = []
         if device.type != "cpu":
@@ -66,19 +70,22 @@ class Records:
     def launch(self, *, step: int, learning_rate: float, flags: int = 0) -> None:
         """A step begins: open its record. flags: as `Ring.launch` takes them."""
         self._drain()
-        self.ring.launch(
-            self._sequence + 1,
-            step=step,
-            wall=time.time(),
-            monotonic=time.monotonic(),
-            learning_rate=learning_rate,
-            flags=flags,
-        )
+        if not self._closed:
+            self.ring.launch(
+                self._sequence + 1,
+                step=step,
+                wall=time.time(),
+                monotonic=time.monotonic(),
+                learning_rate=learning_rate,
+                flags=flags,
+            )
         self._sequence += 1
 
     def measured(self, row: Norms) -> None:
         """The newest record's row, [columns]."""
         sequence = self._sequence
+        if self._closed:
+            return
         if isinstance(row, Tensor):
             self._stage(row, lambda host: self.ring.measure(sequence, host.tolist()))
         else:
@@ -86,16 +93,28 @@ class Records:
 
     def observed(self, sequence: int, *, step: int | None, loss: Number | None) -> None:
         """What the script told about a record's step."""
+        if self._closed:
+            return
         if isinstance(loss, Tensor):
             self._stage(loss, lambda host: self.ring.observe(sequence, step=step, loss=float(host[0])))
         else:
             self.ring.observe(sequence, step=step, loss=loss)
 
-    def flush(self) -> None:
-        """Wait for everything under way: a host-device synchronisation, for the end of a run only."""
-        for stage in self._staged:
-            stage.arrived.synchronize()
+    def flush(self) -> bool:
+        """Bounded wait for everything under way, for the end of a run only. Whether all of it has arrived.
+
+        A device that waits for a rank that has gone never gets there: a process must end all the same.
+        """
+        deadline = time.monotonic() + _FLUSH_SECONDS
         self._drain()
+        while self._staged and time.monotonic() < deadline:
+            time.sleep(0.001)
+            self._drain()
+        return not self._staged
+
+    def close(self) -> None:
+        """Go on counting, and write no more: after the goodbye, which ends what the collector is told."""
+        self._closed = True
 
     def _stage(self, value: Tensor, deliver: Callable[[Tensor], None]) -> None:
         if value.is_cpu:

@@ -247,17 +247,20 @@ class ActiveWatch(Watch):
             self._step_hooks.remove()
             self._backward_end.remove()
             self.after_step()
+        # A device that has failed, or hangs, must not cost the goodbye, which says so.
         with self._guard:
-            self._records.flush()
-            if wait and self._action.shadow is not None:
+            if self._records.flush() and wait and self._action.shadow is not None:
                 announce(self._action.shadow.line(), rank=self.rank)
+        with self._guard:
             if not self.retired:
                 _leaving.say(self._records.ring, self._recorder, ending, wait=wait)
 
     def retire(self) -> None:
+        self.retired = True
         with self._guard:
-            self.retired = True
             self._records.flush()
+        self._records.close()
+        with self._guard:
             _leaving.say(self._records.ring, self._recorder, Ending(Farewell.FINISHED), wait=False)
 
     def leave_at_exit(self) -> None:

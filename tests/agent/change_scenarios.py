@@ -352,6 +352,7 @@ def in_turn() -> dict[str, Any]:
     ours, watches = trained(pairs, watched=True)
     first, second = map(active, watches)
     found = {"apart": apart(stock, ours), "retired": [first.retired, second.retired]}
+    found["records"] = [watch._records.ring.launched for watch in (first, second)]
     # What is attached to anew is watched by one.
     again = foreshock.attach(*pairs[0], clip=MAX_NORM)
     found["again"] = [first.enabled, again.enabled]

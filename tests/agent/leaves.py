@@ -18,6 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock import _records
+from foreshock._watch import ActiveWatch
 
 MODE, PLACE = sys.argv[1], Path(sys.argv[2])
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -45,6 +47,15 @@ def handled(error: BaseException, status: Any) -> None:
         sys.exit(status)
 
 
+class Device:
+    """Values that are under way on it, and never arrive."""
+
+    def query(self) -> bool:
+        if MODE == "device_failed":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return False
+
+
 def main() -> None:
     if MODE == "old_error":
         sys.last_value = NameError("of an earlier cell")
@@ -69,7 +80,11 @@ def main() -> None:
             sys.exit(1)
         except SystemExit:
             steps(model, optimizer)
-    if MODE == "raises":
+    if MODE.startswith("device"):
+        assert isinstance(watch, ActiveWatch)
+        watch._guard._strict = False
+        watch._records._staged.append(_records._Stage(host=torch.ones(1), arrived=Device(), deliver=print))  # type: ignore[arg-type]
+    if MODE == "raises" or MODE.startswith("device"):
         raise ValueError("bad batch")
     if MODE == "interrupted":
         os.kill(os.getpid(), signal.SIGINT)

@@ -78,5 +78,6 @@ def test_a_training_that_goes_on_after_another_is_clipped_as_before_and_may_be_a
     for result in found["in_turn"].results:
         assert result["apart"] < 1e-4
         assert (result["retired"], result["again"]) == ([True, False], [False, True])
+        assert result["records"] == [3, 6], "after its goodbye a training is not recorded"
     for lines in found["in_turn"].said:
         assert sum("counts as finished" in line for line in lines) == 1

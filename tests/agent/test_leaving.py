@@ -8,13 +8,20 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from foreshock import _console, _leaving
+from foreshock._launch import RecorderProcess
+from foreshock._leaving import Ending
 from foreshock_recorder.reader import RingReader
+from foreshock_recorder.ring import Farewell
 from tests.agent.conftest import HERE
+from tests.agent.rank import make_ring
 
 ENDINGS = {
     "ends": ("FINISHED", ""),
@@ -27,6 +34,8 @@ ENDINGS = {
     "exit_while_handling": ("EXCEPTION", "ValueError: bad batch"),
     "exit_while_interrupted": ("INTERRUPTED", "KeyboardInterrupt"),
     "raises": ("EXCEPTION", "ValueError: bad batch"),
+    "device_failed": ("EXCEPTION", "ValueError: bad batch"),
+    "device_hangs": ("EXCEPTION", "ValueError: bad batch"),
     "interrupted": ("INTERRUPTED", "KeyboardInterrupt"),
     "block": ("DETACHED", ""),
     "block_raises": ("EXCEPTION", "ValueError: bad batch"),
@@ -34,6 +43,7 @@ ENDINGS = {
     "exit_after_detach": ("DETACHED", ""),
 }
 CODES = {"exit_1": 1, "exit_text": 1, "exit_while_handling": 1, "exit_while_interrupted": 1, "raises": 1}
+CODES |= {"device_failed": 1, "device_hangs": 1}
 CODES |= {"interrupted": -signal.SIGINT, "block_interrupted": -signal.SIGINT}
 
 
@@ -182,3 +192,48 @@ def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
     os.kill(int(place.await_file("pid").read_text()), signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     assert ring.farewell.name == "FINISHED"
+
+
+def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_leaving, "_unheard", [])
+    monkeypatch.setattr(_leaving, "_ONE_END_SECONDS", 0.0)
+    rings = []
+    for number in range(3):
+        ring = make_ring(tmp_path / "sweep" / str(number))
+        recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", speaks=False)
+        _leaving.say(ring, recorder, Ending(Farewell.FINISHED), wait=False)
+        rings.append(weakref.ref(ring))
+        del ring
+    assert [ring() is None for ring in rings] == [True, True, False]
+
+
+def test_an_error_of_before_is_not_kept_when_nobody_watches_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OldError(Exception):
+        """Its traceback would hold a model."""
+
+    theirs, exits = sys.exit, _leaving._Exits()
+    error = OldError()
+    monkeypatch.setattr(sys, "last_value", error, raising=False)
+    exits.watch()
+    monkeypatch.undo()
+    exits.let_go()
+    assert sys.exit is theirs
+    old = weakref.ref(error)
+    del error
+    assert old() is None
+
+
+@pytest.mark.parametrize("broken", [None, "closed", "full"])
+def test_a_line_that_nobody_can_hear_costs_nothing(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
+    stream = None if broken is None else Path("/dev/full").open("w")  # noqa: SIM115 - closed below
+    if broken == "closed":
+        assert stream is not None
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", stream)
+    _console.say("a line")
+    monkeypatch.undo()
+    if stream is not None:
+        with suppress(OSError):
+            stream.close()
