@@ -181,6 +181,11 @@ class Attempt:
         """All ranks that ever said hello have left."""
         return bool(self.instances) and all(i.closed for i in self.instances.values())
 
+    @property
+    def handed_in(self) -> bool:
+        """All its ranks had left before the collector heard of them, or heard of them again."""
+        return all(i.gone for i in self.instances.values())
+
     def rest(self) -> None:
         """Let go of records and steps: the run has ended."""
         self._board = None

@@ -212,11 +212,11 @@ class Run:
                 # It need not have left, as when its machine has vanished.
                 self.incidents.close_all(each, now, but=(DEATH, SILENCE))
                 each.rest()
-        if self.attempts and self.newest.settled:
-            for each in self.attempts:
-                if each is not self.newest:
-                    self.incidents.close(each, DEATH, now)
-                    self.incidents.close(each, SILENCE, now)
+        for each in self.attempts:
+            # Training goes on since; or it has been started again before anybody could be told.
+            if each is not self.newest and (self.newest.settled or each.handed_in):
+                self.incidents.close(each, DEATH, now)
+                self.incidents.close(each, SILENCE, now)
         self.unexplained = any(each.departures_judged != len(each.departures()) for each in self.attempts)
         self.totals.add_dropped(self._missing)
         self._missing.clear()

@@ -33,16 +33,16 @@ class Job:
         for rank in range(ranks):
             self._greet(rank)
 
-    def _greet(self, rank: int) -> None:
+    def _greet(self, rank: int, **changes: Any) -> None:
         names = [f"layer{i}" for i in range(self.layers)]
         model = pb.ModelSummary(layers=names, parameters=names, parameter_sizes=[1] * self.layers)
         model.parameter_layers.extend(range(self.layers))
         told = hello(
             instance=self.name(rank),
             launch=f"l{self.launches}",
-            started_seconds=self.now,
             topology=pb.Topology(world_size=len(self.sent), rank=rank),
             model=model,
+            **({"started_seconds": self.now} | changes),
         )
         self.runs.greet(told.hello, self.now)
 
@@ -94,13 +94,13 @@ class Job:
         goodbye = pb.Goodbye(instance=self.name(rank), reason=reason, detail=detail, last_sequence=self.sent[rank])
         self.run.leave(home[1], goodbye, self.now)
 
-    def start_again(self) -> None:
+    def start_again(self, **changes: Any) -> None:
         """Another attempt, a second later."""
         self.now += 1.0
         self.launches += 1
         for rank in range(len(self.sent)):
             self.sent[rank] = 0
-            self._greet(rank)
+            self._greet(rank, **changes)
 
     def computed(self, rank: int, passes: int) -> None:
         """It is alive, and has computed so many backward passes."""
@@ -389,6 +389,23 @@ def test_a_restart_that_makes_steps_before_the_death_is_judged_leaves_it_closed(
     job.leave(0, pb.Goodbye.FINISHED)
     job.settle(5.0)
     assert (job.causes(), job.causes(only_open=True)) == (["crashed"], [])
+
+
+def test_a_death_that_is_handed_in_after_the_next_start_needs_nobody() -> None:
+    job = Job(ranks=2)
+    job.settle(1.0)
+    # What the collector was away for, from a recorder that found it at the new job's start.
+    job.start_again(gone=True, started_seconds=500.0)
+    for rank in (0, 1):
+        job.tell(rank, [1.0] * 5)
+        job.leave(rank, pb.Goodbye.LOST, "killed by SIGKILL")
+    for _ in range(5):
+        job.hear()
+        job.settle(1.0)
+        assert job.causes(only_open=True) == []
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["attempt"]) == ("crashed", 1)
+    assert condition(job.run, job.now, 900.0) == "running"
 
 
 def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again() -> None:
