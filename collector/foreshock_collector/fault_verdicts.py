@@ -113,15 +113,16 @@ def verdict_on_stall(
     elif away:
         absent = sorted(away)
         who = f": {_ranks(absent)} {'is' if len(absent) == 1 else 'are'} not there"
-    elif most:
-        who = ": all ranks have arrived"
-        evidence.append(
-            f"all ranks computed the same {most} backward passes, so it is not one that keeps the others waiting: "
-            "look at the collective itself, the network, or what all do after it"
-        )
     elif unfinished:
         absent = sorted(unfinished)
+        who = f": {_ranks(absent)} {'has' if len(absent) == 1 else 'have'} not finished step {step}"
         evidence.append(f"not finished with step {step}: {_ranks(absent)}")
+    elif most:
+        who = ": all ranks have computed their gradients"
+        evidence.append(
+            f"all ranks computed the same {most} backward passes: they wait in the averaging, or one is held up in "
+            "what follows it, before its next backward pass"
+        )
     since = "has been made" if step is None else f"since step {step}"
     return finite_verdict(
         "stalled",

@@ -487,8 +487,8 @@ def test_the_rank_of_a_machine_that_vanished_is_named_by_the_peers_that_lost_it(
     [
         ((32, 31, 32), 1, "rank 1 has not arrived"),
         ((31, 31, 32), None, "ranks 0, 1 have not arrived"),
-        ((32, 32, 32), None, "all ranks have arrived"),
-        ((0, 0, 0), 1, "though the ranks are alive."),
+        ((32, 32, 32), 1, "rank 1 has not finished step 30"),
+        ((0, 0, 0), 1, "rank 1 has not finished step 30"),
     ],
 )
 def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
@@ -598,6 +598,19 @@ def test_a_stall_is_twenty_usual_steps_and_never_under_two_minutes_or_over_thirt
     job.tell(0, [1.0] * 20, monotonic_seconds=[duration * i for i in range(1, 21)])
     job.settle(1.0)
     assert job.run.stall_after() == pytest.approx(limit)
+
+
+def test_of_a_stall_in_which_all_have_come_equally_far_nobody_is_named() -> None:
+    job = Job(ranks=3)
+    job.train(30)
+    for rank in range(3):
+        job.computed(rank, 31)
+    job.now += 130.0
+    job.hear()
+    job.settle()
+    (incident,) = job.run.incidents.kept
+    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("stalled", None)
+    assert "all ranks have computed their gradients" in incident["verdict"]["summary"]
 
 
 def test_a_run_nobody_hears_of_is_silent_and_not_stalled() -> None:
