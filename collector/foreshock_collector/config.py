@@ -17,6 +17,8 @@ from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"
+_MOST_ACK_SECONDS = 5.0
+"""Recorders report as often; a rank counts as living for twice as long (`Run.has_live_ranks`)."""
 
 
 class ConfigError(ValueError):
@@ -38,7 +40,7 @@ class Config:
     database: str = "foreshock.db"
     """SQLite file that keeps runs, steps and incidents."""
     ack_seconds: float = 1.0
-    """Seconds between commits, acknowledgements and the recorders' flushes."""
+    """Seconds between commits, acknowledgements and the recorders' flushes; at most 5."""
     retention_seconds: float = 900.0
     """Seconds for which the series of an ended run stay."""
     silent_seconds: float = 900.0
@@ -68,6 +70,9 @@ class Config:
         for name in ("ack_seconds", "retention_seconds", "silent_seconds"):
             if not 0 < getattr(self, name) < 1e7:
                 raise ConfigError(f"{_flag(name)} must be a positive number of seconds, not {getattr(self, name):g}")
+        if self.ack_seconds > _MOST_ACK_SECONDS:
+            most = f"at most {_MOST_ACK_SECONDS:g}, not {self.ack_seconds:g}"
+            raise ConfigError(f"--ack-seconds must be {most}: a rank that reports less often looks as if it had gone")
         if not 0 <= self.metrics_cache_seconds < 1e7:
             raise ConfigError(f"--metrics-cache-seconds must be 0 or more, not {self.metrics_cache_seconds:g}")
         for name in ("host", "database"):

@@ -314,6 +314,7 @@ def test_the_health_service_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--ack-seconds", "30"], "--ack-seconds must be at most 5, not 30"),
         (["--host", "0.0.0.0"], "--allow-unauthenticated"),
         (["--grpc-port", "many"], "--grpc-port must be a whole number"),
         (["--http-port", "70000"], "--http-port"),
