@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 
 from foreshock_recorder.reader import ReadOutcome, RingReader
@@ -16,7 +17,8 @@ LOG_NAME = "recorder.log"
 STACK_SUFFIX = ".stack"
 """Of the file beside a ring in which a rank that is sent SIGTERM leaves its stack."""
 _LOCK_SECONDS = 1.0
-_OURS = ("*.ring", f"*{STACK_SUFFIX}", "*.draft", f"{LOG_NAME}*", LOCK_NAME)
+_RINGS = ("*.ring", "*.draft")
+_BESIDE = (f"*{STACK_SUFFIX}", f"{LOG_NAME}*", LOCK_NAME)
 """The lock last: whoever still finds it waits until the folder is empty."""
 
 
@@ -43,14 +45,20 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
 
 def release(folder: Path, held: int) -> None:
     """Give the lock back. Leave nothing behind, unless rings are left, or another rank has come meanwhile."""
-    if not any(folder.glob("*.ring")):
-        remove(folder)
-    os.close(held)
+    try:
+        if not any(path for pattern in _RINGS for path in folder.glob(pattern)):
+            _remove(folder, _BESIDE)
+    finally:
+        os.close(held)
 
 
 def remove(folder: Path) -> None:
     """Remove all of ours from a folder whose lock is held; then the folder and its run's, if they are empty."""
-    for pattern in _OURS:
+    _remove(folder, (*_RINGS, *_BESIDE))
+
+
+def _remove(folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     with suppress(OSError):
@@ -78,18 +86,24 @@ class Contents:
     """Size of the rings that have not been given up."""
 
 
+def paths_below(folder: Path, pattern: str) -> list[Path]:
+    """Those that match; a folder that is removed meanwhile is passed over, where `Path.glob` raises."""
+    return [folder / name for name in glob(pattern, root_dir=folder)]  # noqa: PTH207
+
+
 def contents(folder: Path) -> Contents | None:
-    """Look into a folder without its lock. None: there is no ring that can be read."""
+    """Look into a folder without its lock: it may be removed meanwhile. None: there is no ring that can be read."""
     run = collector = ""
     ranks = unstored = full_bytes = 0
     newest, alive = 0.0, False
-    for path in folder.glob("*.ring"):
+    for path in paths_below(folder, "*.ring"):
         try:
             reader = RingReader(path)
         except (OSError, ValueError):
             continue
         last = reader.read(reader.launched)
-        newest = max(newest, path.stat().st_mtime, 0.0 if isinstance(last, ReadOutcome) else last.wall_seconds)
+        # By its descriptor: whoever has handed it in may just have removed the file.
+        newest = max(newest, reader.changed, 0.0 if isinstance(last, ReadOutcome) else last.wall_seconds)
         run, collector = str(reader.identity.get("run", "")), str(reader.identity.get("collector", ""))
         alive |= reader.alive
         unstored += max(0, reader.launched - reader.acknowledged)

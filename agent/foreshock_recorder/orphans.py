@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from foreshock_recorder.folder import Contents, contents, lock, release, remove
+from foreshock_recorder.folder import Contents, contents, lock, paths_below, release, remove
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import LOCK_NAME
 
@@ -23,7 +23,7 @@ COUNTED_SECONDS = 7 * 86400.0
 
 def launches(base: Path) -> set[Path]:
     """Folders of this user's launches below a folder of rings."""
-    found = {path.parent for pattern in ("*.ring", LOCK_NAME) for path in base.glob(f"*/*/{pattern}")}
+    found = {path.parent for pattern in ("*.ring", LOCK_NAME) for path in paths_below(base, f"*/*/{pattern}")}
     return {folder for folder in found if _is_ours(folder)}
 
 
@@ -81,7 +81,8 @@ def _cut(folder: Path) -> int:
     for path in folder.glob("*.ring"):
         with suppress(OSError, ValueError):
             reader = RingReader(path)
-            if not reader.given_up:
+            # A rank may have come since they were counted.
+            if not reader.given_up and not reader.alive:
                 lost += reader.give_up()
     return lost
 

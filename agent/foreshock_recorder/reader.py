@@ -187,6 +187,11 @@ class RingReader(Side):
         found: int = _FILE_LOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, asked))[0]
         return found != fcntl.F_UNLCK
 
+    @property
+    def changed(self) -> float:
+        """Unix seconds at which the file was made or cut, as far as its file system knows of writes to memory."""
+        return os.fstat(self._descriptor).st_mtime
+
     def say_farewell(self, reason: Farewell, detail: str) -> None:
         """Say goodbye for a rank that could not: for this recorder, and for one that may follow."""
         self._write_farewell(reason, detail)

@@ -39,7 +39,7 @@ class Recorder:
         self._base = folder.parent if run else folder.parent.parent
         self._own = [] if run else [self._delivery(folder, held, collector, empty=_EMPTY_SECONDS)]
         # Left behind by ranks that have gone: not what a side-car waits for.
-        self._served = {found.folder for found in orphans(launches(self._base))}
+        self._served = {found.folder for found in orphans(launches(self._base))} if run else set[Path]()
         self._adopted: list[Delivery] = []
         self._look_at = time.monotonic() + _LOOK_SECONDS
         self._tried: dict[Path, float] = {}

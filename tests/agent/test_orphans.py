@@ -225,7 +225,28 @@ def test_what_lives_is_never_given_up_whatever_its_size_and_age(
     assert list(give_up(tmp_path, now=time.time() + 30 * DAY)) == []
     assert not RingReader(living.path).given_up and not RingReader(held_ring).given_up
     os.close(held)
+    # Nor where it has come since somebody looked.
+    old = leave(living.path.parent, 5, rank=1)
+    assert orphans._cut(living.path.parent) == 5
+    assert RingReader(old).given_up and not RingReader(living.path).given_up
     living.end()
+
+
+def test_a_ring_that_is_handed_in_while_another_recorder_looks_at_it_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = leave(tmp_path / "night" / "old", 5)
+
+    def opened(path: Path) -> RingReader:
+        reader = RingReader(path)
+        path.unlink()
+        return reader
+
+    monkeypatch.setattr("foreshock_recorder.folder.RingReader", opened)
+    found = contents(path.parent)
+    assert found is not None and found.unstored == 5
+    path.parent.rmdir()
+    assert contents(path.parent) is None and launches(tmp_path) == set()
 
 
 def test_the_counts_of_what_was_given_up_wait_a_week(tmp_path: Path) -> None:

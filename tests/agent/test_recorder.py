@@ -483,7 +483,13 @@ def test_a_folder_that_is_released_is_left_to_a_rank_that_has_just_come(folder: 
     assert ring.path.exists() and (folder / LOCK_NAME).exists()
     held = lock(folder)
     assert held is not None
-    ring.path.unlink()
+    # Not whole yet.
+    draft = ring.path.rename(ring.path.with_suffix(".draft"))
+    release(folder, held)
+    assert draft.exists()
+    held = lock(folder)
+    assert held is not None
+    draft.unlink()
     release(folder, held)
     assert not folder.exists()
 
