@@ -25,7 +25,7 @@ from foreshock_collector.window import Window
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 EVENTS_KEPT = 200
-"""Events and incidents of a run at hand; the store has them all."""
+"""Of a run, at hand; the store has them all."""
 _CLOCK_SECONDS = 5.0
 """Clocks that differ by more do not tell which of two ranks left first."""
 _SUPERSEDED_SECONDS = 60.0

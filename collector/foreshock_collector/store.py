@@ -17,6 +17,7 @@ from typing import Any
 
 from foreshock_collector.attempts import WINDOW_STEPS, Attempt, Instance
 from foreshock_collector.fleet import Runs
+from foreshock_collector.incidents import INCIDENTS_KEPT
 from foreshock_collector.rules import DEFAULT, Rules
 from foreshock_collector.runs import EVENTS_KEPT, Changes, Run
 from foreshock_collector.steps import Step, finite, kind_of
@@ -197,7 +198,7 @@ class Store:
         run.events.extend(json.loads(e) for (e,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall()))
         newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
         run.incidents.kept.extend(
-            json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, EVENTS_KEPT)).fetchall())
+            json.loads(i) for (i,) in reversed(self._db.execute(newest, (name, INCIDENTS_KEPT)).fetchall())
         )
         waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
         for instance, batch in self._db.execute(waiting, (name,)).fetchall():
@@ -223,7 +224,7 @@ class Store:
         for name, *values in self._db.execute(query, (run.name, attempt.number)).fetchall():
             known = dict(zip(_INSTANCE_COLUMNS, values, strict=True))
             known |= {"dropped": json.loads(known["dropped"]), "told": json.loads(known["told"])}
-            known |= {"last_finished": bool(known["last_finished"]), "loss": _restored(known["loss"])}
+            known |= {"last_finished": bool(known["last_finished"]), "loss": _loaded(known["loss"])}
             instance = Instance(name=name, attempt=attempt, **known)
             instance.stored, instance.closed_stored = instance.position, bool(instance.closed)
             attempt.instances[instance.rank] = instance
@@ -233,7 +234,7 @@ class Store:
         query = f"SELECT {', '.join(_STEP_COLUMNS)} FROM steps WHERE run=? AND attempt=? ORDER BY sequence DESC LIMIT ?"  # noqa: S608
         for values in reversed(self._db.execute(query, (run.name, attempt.number, WINDOW_STEPS)).fetchall()):
             known = dict(zip(_STEP_COLUMNS, values, strict=True))
-            attempt.steps.append(Step(**{name: _restored(value) for name, value in known.items()}))
+            attempt.steps.append(Step(**{name: _loaded(value) for name, value in known.items()}))
 
     def steps(self, run: str, *, attempt: int, after: int, limit: int) -> dict[str, list[Any]]:
         """Columns of a run's step history, from a sequence number on.
@@ -290,7 +291,7 @@ def _lock(path: Path | str) -> Any:
 
 def _columns(rows: list[Any]) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {
-        name: [finite(_restored(row[i])) for row in rows] for i, name in enumerate(_SHOWN_VALUES)
+        name: [finite(_loaded(row[i])) for row in rows] for i, name in enumerate(_SHOWN_VALUES)
     }
     first = len(_SHOWN_VALUES)
     columns["skipped"] = [bool(skipped) for skipped in columns["skipped"]]
@@ -312,7 +313,7 @@ def _stored(value: Any) -> Any:
     return kind_of(value) or value if isinstance(value, float) else value
 
 
-def _restored(value: Any) -> Any:
+def _loaded(value: Any) -> Any:
     return float(value) if value in ("nan", "inf") else value
 
 
