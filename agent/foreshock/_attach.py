@@ -33,7 +33,7 @@ from foreshock._summary import ParameterPlan, model_summary, plan_parameters, tr
 from foreshock._variables import unknown_variables
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
-from foreshock_recorder.ring import Ring, ring_folder, ring_name
+from foreshock_recorder.ring import Farewell, Ring, ring_folder, ring_name
 
 
 def attach(
@@ -129,16 +129,19 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
     # What may fail on one machine and not on another comes before the second agreement, every hook after it.
     folder = ring_folder(decision.run, decision.launch)
     path = folder / ring_name(decision.launch, ranks.rank)
-    failure, records = "", None
+    failure, ring, records = "", None, None
     try:
-        identity = _identity(mine, decision, ranks)
-        records = Records(Ring.create(path, identity, layers=len(mine.plan.layers)), mine.plan.device())
+        ring = Ring.create(path, _identity(mine, decision, ranks), layers=len(mine.plan.layers))
+        records = Records(ring, mine.plan.device())
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
-    ready = ranks.agree(mine.posting(failure), timeout=settings.attach_timeout)
+    try:
+        ready = ranks.agree(mine.posting(failure), timeout=settings.attach_timeout)
+    except BaseException:
+        _withdraw(ring)
+        raise
     if ready.disabled or records is None:
-        with suppress(OSError):
-            path.unlink()
+        _withdraw(ring)
         return DisabledWatch()
     if decision.hook_taken:
         line = (
@@ -171,6 +174,14 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         watch_buckets(mine.model, watch, watch.sums)
     announce(_line(mine, decision, ranks.size), rank=ranks.rank)
     return watch
+
+
+def _withdraw(ring: Ring | None) -> None:
+    """Nobody watches. A recorder that has seen the ring already must not take its end for a death."""
+    if ring is not None:
+        ring.farewell(Farewell.DETACHED)
+        with suppress(OSError):
+            ring.path.unlink()
 
 
 def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:

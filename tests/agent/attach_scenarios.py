@@ -17,6 +17,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock_recorder.ring import Farewell, Ring
 from tests.agent.training import (
     STEPS,
     environment,
@@ -154,8 +155,19 @@ def _no_room(rank: int) -> dict[str, Any]:
     # A file, where a folder would have to be.
     rings = Path(os.environ["FORESHOCK_RING_DIR"])
     before = set(rings.rglob("*.ring"))
+    said: list[str] = []
+    farewell = Ring.farewell
+
+    def heard(ring: Ring, reason: Farewell, detail: str = "") -> None:
+        # Before its file goes: a recorder may have found it.
+        said.append(reason.name * ring.path.exists())
+        farewell(ring, reason, detail)
+
+    Ring.farewell = heard  # type: ignore[method-assign, assignment]
     with environment(RING_DIR=__file__ if dist.get_rank() == rank else str(rings)):
         found = outcome(on=set())
+    Ring.farewell = farewell  # type: ignore[method-assign]
+    found["said"] = said
     found["rings"] = len(set(rings.rglob("*.ring")) - before)
     return found
 

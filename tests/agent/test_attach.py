@@ -115,6 +115,7 @@ def test_no_room_for_a_ring_on_one_machine_disables_all_and_training_goes_on(
     nobody_watches(scenario.results)
     assert [result["error"] for result in scenario.results] == [None, None]
     assert scenario.results[1 - rank]["rings"] == 0
+    assert [result["said"] for result in scenario.results] == ([[], ["DETACHED"]] if rank == 0 else [["DETACHED"], []])
     ((line,), others) = not_watching(scenario)
     assert f"attach failed on rank {rank}: " in line and "Error" in line and not others
 
