@@ -88,11 +88,7 @@ class _Exits:
         return self._theirs(status)
 
     def ending(self) -> Ending:
-        """Why the interpreter ends, as far as it can be known."""
-        error = sys.exc_info()[1]
-        if error is not None:
-            # Of a spawned process, where finalizers run while it is on its way.
-            return ending_by(error)
+        """Why the interpreter ends, as far as it can be known by what has gone before."""
         if self._called is not None:
             status, handled = self._called
             if isinstance(handled, KeyboardInterrupt) or (handled is not None and exit_code(status)):
@@ -276,7 +272,7 @@ def with_model(leaver: Leaver) -> Callable[[object], None]:
         leaver = mine()
         # Once the interpreter has taken modules apart, all have left.
         if leaver is not None and leaver.enabled:
-            leaver.leave(ending_now(), wait=False)
+            leaver.leave(ending_of_model(), wait=False)
 
     return end
 
@@ -286,9 +282,16 @@ def present() -> list[Any]:
     return list(_here)
 
 
+def ending_of_model() -> Ending:
+    """Why a training ends whose model or optimizer goes. An exception that is being handled there is not its own."""
+    return _exits.ending()
+
+
 def ending_now() -> Ending:
     """Why the interpreter ends."""
-    return _exits.ending()
+    error = sys.exc_info()[1]
+    # Of a spawned process, where finalizers run while it is on its way.
+    return _exits.ending() if error is None else ending_by(error)
 
 
 def _leave_all() -> None:

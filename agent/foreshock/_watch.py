@@ -91,7 +91,7 @@ class ActiveWatch(Watch):
     def __del__(self) -> None:
         # The optimizer is gone, which holds the hooks that hold this.
         if self.enabled:
-            self.leave(_leaving.ending_now(), wait=False)
+            self.leave(_leaving.ending_of_model(), wait=False)
 
     # -- the script ----------------------------------------------------------------------------------------------
 
