@@ -18,8 +18,8 @@ class Watch:
 
         loss: a device tensor (scalar, or averaged), never read back here. step: of the optimizer, a whole number; a
         resumed run says where it resumes. Both optional. What is told of a step that the script, or a GradScaler, then
-        leaves out is a record of its own. Hence only training losses: a validation loss that one rank tells as well makes
-        a record on that rank alone, and shifts all that follow against the others'.
+        leaves out is a record of its own. Hence only training losses: a validation loss that one rank tells as well
+        makes a record on that rank alone, and shifts all that follow against the others'.
         """
 
     @property
