@@ -181,6 +181,11 @@ class Attempt:
         """All ranks that ever said hello have left."""
         return bool(self.instances) and all(i.closed for i in self.instances.values())
 
+    def ended_at(self, sequence: int) -> bool:
+        """A rank that made this step has left, and not at its user's word; one that left before tells nothing of it."""
+        ranks = self.instances.values()
+        return any(i.ended not in ("", "INTERRUPTED") and i.position >= sequence for i in ranks)
+
     @property
     def handed_in(self) -> bool:
         """All its ranks had left before the collector heard of them, or heard of them again."""

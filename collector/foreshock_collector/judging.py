@@ -52,8 +52,11 @@ class Judge:
             self._lasting(attempt, step, seen, now)
             if not step.nonfinite:
                 attempt.noise.take(seen.agreement, step.global_norm, attempt.world_size)
-        if any(instance.ended for instance in attempt.instances.values()) and (last := attempt.detector.end()):
+        withheld = attempt.detector.withheld
+        if withheld is not None and attempt.ended_at(withheld["event"]["sequence"]):
             # Its script left steps out because they were not finite, and then it ended.
+            last = attempt.detector.end()
+            assert last is not None
             self._happened(attempt, *last, now)
         if attempt.more_is_known:
             self._judge_anew(attempt, now)

@@ -59,6 +59,26 @@ def test_a_run_that_ends_at_its_own_nan_guard_has_an_incident_at_that_step(reaso
     assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("sudden_nonfinite", 1, 60)
 
 
+def test_a_step_left_out_is_no_failure_where_a_user_interrupts_the_run_or_where_a_rank_left_before_it() -> None:
+    job = Job()
+    job.train(60)
+    leave_out(job, 2.0, NAN)
+    for rank in range(2):
+        job.leave(rank, pb.Goodbye.INTERRUPTED, "KeyboardInterrupt")
+    job.settle(5.0)
+    assert job.causes() == []
+    job = Job()
+    job.train(60)
+    job.leave(1, pb.Goodbye.DETACHED)
+    job.settle(1.0)
+    job.tell(0, [0.0], loss=[NAN], flags=[TOLD_ONLY], local_norm=[0.0])
+    job.settle(5.0)
+    assert job.causes() == []
+    job.leave(0, pb.Goodbye.EXCEPTION, "exit code 1")
+    job.settle(5.0)
+    assert job.causes() == ["sudden_nonfinite"]
+
+
 def test_a_guard_that_ends_an_explosion_tells_it_with_its_lead() -> None:
     job = Job()
     job.train(60)
