@@ -114,7 +114,8 @@ class Attempt:
         state = state or {}
         self.number = number
         self.launch = hello.launch
-        self.started_seconds = hello.started_seconds
+        self.started_seconds: float = state.get("started_seconds", hello.started_seconds)
+        """Unix time; never before an attempt that it has followed, whatever the clock of its machine says."""
         self.hello = hello
         self.world_size = hello.topology.world_size
         self.model = ModelFacts.from_summary(hello.model)
@@ -144,6 +145,7 @@ class Attempt:
     def state(self) -> dict[str, Any]:
         """What must survive, as JSON."""
         return {
+            "started_seconds": self.started_seconds,
             "detector": self.detector.state(),
             "faults": self.faults.state(),
             "noise": self.noise.state(),

@@ -89,6 +89,8 @@ class Run:
         place = hello.topology
         if attempt is None:
             attempt = Attempt(len(self.attempts), hello, self.rules)
+            if self.attempts and not hello.gone:
+                attempt.started_seconds = max(attempt.started_seconds, self.newest.started_seconds)
             self.attempts.append(attempt)
             self.watched_since = now
             self.changed().attempts.append(attempt)

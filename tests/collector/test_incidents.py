@@ -380,6 +380,21 @@ def test_a_death_is_over_once_a_later_attempt_makes_steps() -> None:
     assert condition(job.run, job.now, 900.0) == "running"
 
 
+def test_a_restart_on_a_machine_whose_clock_is_behind_is_the_newest_attempt_all_the_same() -> None:
+    job = Job(ranks=1)
+    job.train(30)
+    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.settle(5.0)
+    job.start_again(started_seconds=900.0)
+    job.train(1)
+    store = Store(":memory:")
+    store.commit(job.runs)
+    job.runs = store.load(job.now)
+    assert (job.run.newest.number, job.causes(only_open=True)) == (1, [])
+    assert condition(job.run, job.now, 900.0) == "running"
+    store.close()
+
+
 def test_a_restart_that_makes_steps_before_the_death_is_judged_leaves_it_closed() -> None:
     job = Job(ranks=1)
     job.train(30)
