@@ -126,6 +126,7 @@ def run() -> Json:
         for series, what in (
             (c.CLIPPED_STEPS, "clipped"),
             (c.SKIPPED_STEPS, "skipped"),
+            (c.ABANDONED_STEPS, "left out by the script"),
             (c.SHADOW_CLIPPED_STEPS, "shadow: clipped"),
             (c.SHADOW_SKIPPED_STEPS, "shadow: skipped"),
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from foreshock._console import say_once
 from foreshock._numbers import Number, number
 
-_INT64 = range(-(2**63), 2**63)
+_STEPS = range(-(2**53), 2**53)
 
 
 class Told(NamedTuple):
@@ -113,7 +113,7 @@ def _step(step: Any) -> int | None:
         whole = None if step is None or there else operator.index(step)
     except TypeError:
         whole = None
-    if step is not None and (whole is None or whole not in _INT64):
+    if step is not None and (whole is None or whole not in _STEPS):
         say_once("observe step", f"observe: step must be a whole number, not {_shown(step)}; steps are counted instead")
         return None
     return whole

@@ -122,8 +122,9 @@ ENTRIES = {
 }  # fmt: skip
 """What a hook calls before any guard: to enter a method cannot fail, and an average or a collective is training itself.
 All that they call in their turn is among the sites."""
-RARE = {"RankSums._buffer"}
-"""Only where a sum is four steps behind: sums.py is about that."""
+RARE = {"RankSums._buffer", "_reduced"}
+"""Only where a sum is four steps behind: sums.py is about that. Only where a reduction is over before its callback is
+set: else another thread calls it."""
 
 
 def site_of(frame: FrameType, event: str) -> Site | None:

@@ -40,7 +40,7 @@ def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
     (_, serve, (listening,)), *rest = [each for each in commands() if not each[1].startswith("pip install ")]
     base = {name: value for name, value in os.environ.items() if not name.startswith("FORESHOCK_")}
-    base |= {"PATH": f"{BIN}:{os.environ['PATH']}", "FORESHOCK_RING_DIR": str(tmp_path)}
+    base |= {"PATH": f"{BIN}:{os.environ['PATH']}", "FORESHOCK_RING_DIR": str(tmp_path / "rings")}
     told = {"GRPC_PORT": "0", "HTTP_PORT": "0", "READY_FILE": str(ready), "DATABASE": str(tmp_path / "db")}
     environment = base | {f"FORESHOCK_COLLECTOR_{name}": value for name, value in told.items()}
     with subprocess.Popen(
