@@ -133,6 +133,8 @@ class Attempt:
         self.ending: str = state.get("ending", "")
         """What ended it while it was failing already."""
         self.outcome: Outcome = state.get("outcome", "")
+        self.past = False
+        """A later attempt makes steps, or its ranks had left before they were heard of: nobody can do anything now."""
         self.more_is_known = False
         """Records of that step have come since it was judged."""
         self.noise = NoiseScale(**state.get("noise", {}))

@@ -136,6 +136,9 @@ def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...]
     prints = rows["parameter_fingerprint"]
     if len(rows) < world or world < 2 or (prints < 0).any():
         return None
+    if (rows["step"] != rows["step"][0]).any():
+        # A rank that observes more often than the others counts apart: these are weights of different steps.
+        return None
     values, counts = np.unique(prints, return_counts=True)
     most = counts == counts.max()
     usual = values[most] if most.sum() == 1 else values[:0]

@@ -56,7 +56,7 @@ class Incidents:
         }
         attempt.incidents[key] = number
         self.kept.append(incident)
-        self._totals.add_incident(verdict.cause, now)
+        self._totals.add_incident(verdict.cause, now, past=attempt.past)
         self._changed(incident)
         return number
 
@@ -73,7 +73,8 @@ class Incidents:
                 others = (
                     i["opened_seconds"] for i in self.kept if i is not incident and i["verdict"]["cause"] == before
                 )
-                self._totals.rename_incident(before, verdict.cause, now, seen=max(others, default=0.0))
+                seen = max(others, default=0.0)
+                self._totals.rename_incident(before, verdict.cause, now, seen=seen, past=attempt.past)
             incident |= {"updated_seconds": now, "verdict": verdict.as_json()}
             self._changed(incident)
 

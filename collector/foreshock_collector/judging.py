@@ -83,7 +83,7 @@ class Judge:
 
     def _happened(self, attempt: Attempt, event: Event, before: dict[str, Any], now: float) -> None:
         """before: what was known before its step."""
-        self._totals.add_event(event.kind, event.step, now)
+        self._totals.add_event(event.kind, event.step, now, past=attempt.past)
         self._note(asdict(event), now)
         if event.kind == "recovered":
             self._incidents.close(attempt, FAILURE, now)

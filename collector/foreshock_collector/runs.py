@@ -196,6 +196,7 @@ class Run:
         """Take all that is due to the judge. at_least: of this attempt, settle up to here in any case."""
         for each in self.attempts:
             newest = each is self.newest
+            each.past = self._is_past(each)
             if not each.resting:
                 steps = self._put_together(each, max(each.due(now), at_least if each is attempt else 0))
                 self._judge_steps(each, steps, now, newest=newest)
@@ -216,12 +217,15 @@ class Run:
                 each.rest()
         for each in self.attempts:
             # Training goes on since; or it has been started again before anybody could be told.
-            if each is not self.newest and (self.newest.settled or each.handed_in):
+            if self._is_past(each):
                 self.incidents.close(each, DEATH, now)
                 self.incidents.close(each, SILENCE, now)
         self.unexplained = any(each.departures_judged != len(each.departures()) for each in self.attempts)
         self.totals.add_dropped(self._missing)
         self._missing.clear()
+
+    def _is_past(self, attempt: Attempt) -> bool:
+        return attempt is not self.newest and bool(self.newest.settled or attempt.handed_in)
 
     def fall_silent(self, now: float, silent_seconds: float) -> None:
         """Nobody has heard of the run for so long, and it never left."""

@@ -101,21 +101,23 @@ class Totals:
         truth |= {"loss": None} if self.bad["loss"] else {}
         return truth | ({"global_norm": None} if self.bad["gradient"] else {})
 
-    def add_event(self, kind: str, step: int, now: float) -> None:
-        """Count what the detector has found."""
+    def add_event(self, kind: str, step: int, now: float, *, past: bool) -> None:
+        """Count what the detector has found. past: as `Attempt.past`; it is told too late to alert anybody."""
         if kind in COUNTED_EVENTS:
             self.counters[kind] += 1
-            self.last[kind] = now
-            self.event_steps[kind] = step
+            if not past:
+                self.last[kind] = now
+                self.event_steps[kind] = step
 
-    def add_incident(self, verdict: str, now: float) -> None:
-        """Count an incident."""
+    def add_incident(self, verdict: str, now: float, *, past: bool) -> None:
+        """Count an incident. past: as in `add_event`."""
         self.incidents[verdict] += 1
-        self.last_incident[verdict] = now
+        if not past:
+            self.last_incident[verdict] = now
 
-    def rename_incident(self, before: str, verdict: str, now: float, *, seen: float) -> None:
+    def rename_incident(self, before: str, verdict: str, now: float, *, seen: float, past: bool) -> None:
         """An incident has another verdict now, and counts once more. seen: when there was one of the old before it."""
-        self.add_incident(verdict, now)
+        self.add_incident(verdict, now, past=past)
         self.last_incident[before] = seen
 
     def add_dropped(self, counts: Counter[str]) -> None:

@@ -423,6 +423,43 @@ def test_a_death_that_is_handed_in_after_the_next_start_needs_nobody() -> None:
     assert condition(job.run, job.now, 900.0) == "running"
 
 
+@pytest.mark.parametrize(("shift", "causes"), [(0, ["replica_drift"]), (1, [])])
+def test_weights_are_compared_between_ranks_only_at_the_same_step(shift: int, causes: list[str]) -> None:
+    """A rank that observes once more than the others, for its validation, is a record behind from then on."""
+    job = Job(ranks=2)
+    for rank in (0, 1):
+        numbers = [number - shift * rank for number in range(31)]
+        prints = [100.0 + number for number in numbers]
+        if not shift:
+            prints[-1] += rank
+        job.tell(rank, [1.0] * 31, local_norm=[1.5 + rank] * 31, step=numbers, parameter_fingerprint=prints)
+    job.settle(1.0)
+    assert job.causes() == causes
+
+
+def test_a_failure_of_the_attempt_before_that_is_told_late_alerts_nobody() -> None:
+    job = Job(ranks=1)
+    job.train(40)
+    before, sent = job.name(0), job.sent[0]
+    # Its node is cut off, and the job goes on elsewhere.
+    job.now += 20.0
+    job.start_again()
+    job.train(5)
+    home = job.runs.home(before)
+    assert home is not None
+    late = steps(sent + 1, [30.0, 300.0, NAN], instance=before, flags=[RANK_COLUMNS] * 3, loss=[2.0, 2.0, NAN])
+    for _ in job.run.take(home[1], late.steps, job.now):
+        pytest.fail("so few steps need no room")
+    job.settle(5.0)
+    (incident,) = job.run.incidents.kept
+    cause = incident["verdict"]["cause"]
+    assert (cause, incident["attempt"]) == ("exploding_gradients", 0)
+    totals = job.run.totals
+    assert (totals.incidents[cause], totals.last_incident[cause]) == (1, 0.0)
+    assert totals.counters["build_up"] == 1 and totals.last["build_up"] == 0.0
+    assert condition(job.run, job.now, 900.0) == "running"
+
+
 def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again() -> None:
     job = Job(ranks=2)
     job.train(30)
