@@ -9,7 +9,7 @@ import pytest
 
 from foreshock_collector.rules import DEFAULT
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from tests.collector.test_incidents import NAN, RANK_COLUMNS, Job
+from tests.collector.job import NAN, RANK_COLUMNS, Job
 
 LEFT_OUT = RANK_COLUMNS | pb.NOT_STEPPED
 TOLD_ONLY = LEFT_OUT | pb.GRADIENT_UNKNOWN
