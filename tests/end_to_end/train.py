@@ -16,11 +16,13 @@ import foreshock
 options = {
     "steps": 60, "pace": 0.0, "pace_from": 0, "explode_at": None, "nan_at": None, "nan_rank": None, "start": 0,
     "attach": {}, "attach_ranks": None, "zero_loss": False, "weights": "",
-    # What a rank does after a step, and which ranks do it: all of them without a list.
+    # What a rank does after a step, and which ranks do it.
     "kill_at": None, "raise_at": None, "error": "the script gives up", "exit_at": None, "exit_code": 1, "hang_at": None,
     "who": [0, 1, 2, 3],
     # What the script does about a loss or a gradient that is not finite.
     "guard": "",
+    # A second model and optimizer, trained and watched in turn with the first, as in a GAN.
+    "critic": False,
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -31,6 +33,10 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 watch = None
 if options["attach_ranks"] is None or rank in options["attach_ranks"]:
     watch = foreshock.attach(model, optimizer, **options["attach"])
+if options["critic"]:
+    critic = DistributedDataParallel(nn.Linear(8, 1))
+    critic_optimizer = torch.optim.SGD(critic.parameters(), lr=0.01)
+    critic_watch = foreshock.attach(critic, critic_optimizer)
 torch.manual_seed(1 + rank)
 torch.autograd.set_detect_anomaly(options["guard"] == "anomaly", check_nan=True)
 for i in range(options["steps"]):
@@ -61,6 +67,11 @@ for i in range(options["steps"]):
     if options["guard"] == "error_if_nonfinite":
         nn.utils.clip_grad_norm_(model.parameters(), 1e9, error_if_nonfinite=True)
     optimizer.step()
+    if options["critic"]:
+        critic_optimizer.zero_grad()
+        critic(x.nan_to_num()).square().mean().backward()
+        critic_optimizer.step()
+        critic_watch.observe(step=step)
     if rank == 0 and i % 1000 == 0:
         sys.stdout.write(f"step {i}\n")
         sys.stdout.flush()
