@@ -125,6 +125,7 @@ class Recorder:
         try:
             over = delivery.over(now)
         except Exception:
+            # As above: its rings stay, and are tried again later.
             logger.exception("%s cannot be handed in", delivery.folder)
             return True
         if over and delivery.unstored:
