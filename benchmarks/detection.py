@@ -20,12 +20,12 @@ import numpy as np
 
 from benchmarks.faults.outcome import bad_steps
 from benchmarks.faults.traces import Trace, all_traces
-from foreshock_collector.detection import Channel
-from foreshock_collector.fleet import Runs
-from foreshock_collector.logs import Row
-from foreshock_collector.replay import replay
-from foreshock_collector.rules import DEFAULT
-from foreshock_collector.runs import Run
+from foreshock_collector.analysis.detection import Channel
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import replay
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 EPISODE_STEPS = 10

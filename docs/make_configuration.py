@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from foreshock._variables import COLLECTOR_PREFIX, VARIABLES
+from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
-from foreshock_collector.rules import DEFAULT
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 Every environment variable and every setting of a file. Made from `agent/foreshock/_variables.py`,
-`collector/foreshock_collector/config.py` and `rules.py` by `make docs`; do not edit by hand.
+`collector/foreshock_collector/config.py` and `analysis/rules.py` by `make docs`; do not edit by hand.
 
 ## Where ranks run, and for the commands
 

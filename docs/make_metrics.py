@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from foreshock_collector.analysis.verdicts import EXPECTED
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, RUN, Kind, Series
-from foreshock_collector.verdicts import EXPECTED
 
 PAGE = Path(__file__).with_name("metrics.md")
 HEAD = """# Series

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from foreshock_collector.client import ask
+from foreshock_collector.commands.client import ask
 from tests.page.browser import Browser, collector
 
 ROOT = Path(__file__).parents[1]

@@ -32,6 +32,23 @@ ARROWS = {
     "foreshock_protos": set(),
 }
 """Package: what it may import of the others."""
+COLLECTOR = "foreshock_collector"
+COLLECTOR_ARROWS = {
+    "records": set(),
+    "analysis": {"records"},
+    "catalogue": {"analysis"},
+    "config": {"analysis"},
+    "shipped": set(),
+    "state": {"analysis", "catalogue", "records"},
+    "ingest": {"records", "state"},
+    "web": {"analysis", "catalogue", "records", "shipped", "state"},
+    "server": {"config", "ingest", "state", "web"},
+    "commands": {"analysis", "config", "records", "server", "shipped", "state"},
+    "__main__": {"commands"},
+}
+"""Sub-package or top-level module of the collector: what it may import of the others."""
+PURE = {"asyncio", "datetime", "socket", "sqlite3", "time", "threading"}
+"""Clocks, databases and sockets: `analysis` and `records` import none of them."""
 MOST_LINES = 400
 LOADED = "import json, sys; print(json.dumps(sorted(sys.modules)))"
 
@@ -65,21 +82,45 @@ def top_level(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
+def imported_by(path: Path) -> list[tuple[int, str]]:
+    """Line and dotted name of everything that a file imports."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+    return found
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_imports_of_the_others_only_what_its_arrow_points_at(package: str) -> None:
     for path in sources(package):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                assert node.module is not None
-                names = [f"{node.module}.{alias.name}" for alias in node.names]
-            else:
-                continue
-            for name in names:
-                if name.partition(".")[0] in PACKAGES.keys() - {package}:
-                    allowed = any(f"{name}.".startswith(f"{target}.") for target in ARROWS[package])
-                    assert allowed, f"{path.relative_to(ROOT)}:{node.lineno} imports {name}"
+        for line, name in imported_by(path):
+            if name.partition(".")[0] in PACKAGES.keys() - {package}:
+                allowed = any(f"{name}.".startswith(f"{target}.") for target in ARROWS[package])
+                assert allowed, f"{path.relative_to(ROOT)}:{line} imports {name}"
+
+
+def test_the_collectors_parts_import_each_other_only_along_their_arrows() -> None:
+    folder = PACKAGES[COLLECTOR]
+    seen: dict[str, set[str]] = {part: set() for part in COLLECTOR_ARROWS}
+    for path in sources(COLLECTOR):
+        part = path.relative_to(folder).with_suffix("").parts[0]
+        for line, name in imported_by(path):
+            package, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if package == COLLECTOR and target != part:
+                assert target in COLLECTOR_ARROWS[part], f"{path.relative_to(ROOT)}:{line} imports {name}"
+                seen[part].add(target)
+    assert seen == COLLECTOR_ARROWS, "an arrow that nothing follows"
+
+
+@pytest.mark.parametrize("part", ["analysis", "records"])
+def test_what_decides_knows_no_clock_database_or_socket(part: str) -> None:
+    for path in sorted((PACKAGES[COLLECTOR] / part).rglob("*.py")):
+        for line, name in imported_by(path):
+            assert name.partition(".")[0] not in PURE, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
 def test_the_ring_needs_only_the_standard_library() -> None:

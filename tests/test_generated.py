@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from docs import make_configuration, make_metrics
+from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
-from foreshock_collector.rules import DEFAULT
 
 ROOT = Path(__file__).parents[1]
 

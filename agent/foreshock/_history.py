@@ -1,8 +1,9 @@
 """A run's own history of norms: the collector's rule for decisions that cannot wait for it.
 
 The same exponentially weighted mean and absolute deviation of the logarithm, fed with clamped values, as
-`foreshock_collector.detection.Channel` keeps on the host, with the constants of `foreshock_collector.rules` (a test
-holds them together; a collector that was given other rules for a run does not change these). On a GPU
+`foreshock_collector.analysis.detection.Channel` keeps on the host, with the constants of
+`foreshock_collector.analysis.rules` (a test holds them together; a collector that was given other rules for a run does
+not change these). On a GPU
 some sixty kernels on single numbers a step, whatever the model, and no read-back.
 """
 

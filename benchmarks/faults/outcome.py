@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.faults.traces import Trace
-from foreshock_collector.board import bad_locally, observed
+from foreshock_collector.records.board import bad_locally, observed
 
 _STEPS_BEFORE_BAD = {"first_step_nonfinite": 0}
 

@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from foreshock_collector.fleet import Runs
-from foreshock_collector.intake import Intake, Said
-from foreshock_collector.service import Telemetry, make_server
-from foreshock_collector.store import Store
+from foreshock_collector.ingest.intake import Intake, Said
+from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _ACK_SECONDS = 0.2

@@ -11,10 +11,10 @@ from typing import Any
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.live import Live
-from foreshock_collector.board import COLUMNS
-from foreshock_collector.logs import Row
-from foreshock_collector.replay import _as_json, _as_text, replay
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import _as_json, _as_text, replay
+from foreshock_collector.records.board import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 

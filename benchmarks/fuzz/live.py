@@ -15,12 +15,12 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
-from foreshock_collector.api import Api
-from foreshock_collector.errors import Errors
-from foreshock_collector.exposition import RunSeries
-from foreshock_collector.intake import Intake, RefusedError, Said
-from foreshock_collector.rules import Rules
-from foreshock_collector.store import Store
+from foreshock_collector.analysis.rules import Rules
+from foreshock_collector.ingest.intake import Intake, RefusedError, Said
+from foreshock_collector.state.errors import Errors
+from foreshock_collector.state.store import Store
+from foreshock_collector.web.api import Api
+from foreshock_collector.web.exposition import RunSeries
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _LIMITS = {"ended_seconds": 900.0, "silent": 900.0}

@@ -2,7 +2,7 @@
 
 import sys
 
-from foreshock_collector.cli import collector
+from foreshock_collector.commands.cli import collector
 
 if __name__ == "__main__":
     sys.exit(collector(sys.argv[1:]))

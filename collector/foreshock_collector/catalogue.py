@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from foreshock_collector.verdicts import EXPECTED
+from foreshock_collector.analysis.verdicts import EXPECTED
 
 
 class Kind(StrEnum):

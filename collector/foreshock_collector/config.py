@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
-from foreshock_collector.rules import DEFAULT, Rules
+from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"

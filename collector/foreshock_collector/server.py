@@ -18,11 +18,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from foreshock_collector.config import Config, ConfigError
-from foreshock_collector.exposition import RunSeries
-from foreshock_collector.intake import Intake
-from foreshock_collector.service import Telemetry, make_server
-from foreshock_collector.store import Store
-from foreshock_collector.web import Pages
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.state.store import Store
+from foreshock_collector.web.app import Pages
+from foreshock_collector.web.exposition import RunSeries
 
 _DRAIN_SECONDS = 2.0
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on

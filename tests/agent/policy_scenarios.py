@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock_collector import rules
-from foreshock_collector.detection import Detector
+from foreshock_collector.analysis import rules
+from foreshock_collector.analysis.detection import Detector
 from tests.agent.training import alike, apart, batches, error_of, loss_of, main, make_model, same, told, weights
 
 RULE = rules.DEFAULT.gradient

@@ -15,8 +15,8 @@ from foreshock import _history
 from foreshock._history import SKIP_RISE, History, Standing
 from foreshock._numbers import number, on_host
 from foreshock._policies import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
-from foreshock_collector import rules
-from foreshock_collector.detection import Detector
+from foreshock_collector.analysis import rules
+from foreshock_collector.analysis.detection import Detector
 
 CPU = torch.device("cpu")
 NEAR = 1e-3

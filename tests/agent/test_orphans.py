@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.fleet import Runs
+from foreshock_collector.state.fleet import Runs
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import hand_in, orphans, recorder
 from foreshock_recorder.folder import contents, lock

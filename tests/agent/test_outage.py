@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.attempts import Instance
-from foreshock_collector.fleet import Runs
-from foreshock_collector.runs import Run
+from foreshock_collector.state.attempts import Instance
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.ring import MAX_SLOTS, Farewell, Ring
 from tests.agent.conftest import RankProcess, Start

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.fleet import Runs
-from foreshock_collector.rules import DEFAULT, Rules
-from foreshock_collector.runs import Run
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import hello, steps
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.job import NAN, RANK_COLUMNS, Job
 

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.cli import collector, diagnose, incidents, report, status
-from foreshock_collector.client import ask
+from foreshock_collector.commands.cli import collector, diagnose, incidents, report, status
+from foreshock_collector.commands.client import ask
 from foreshock_collector.config import misspelt_variables
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -119,7 +119,7 @@ def test_a_log_that_cannot_be_read_is_one_line_and_no_trouble_of_the_training(
 def test_an_error_of_its_own_is_no_trouble_of_the_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foreshock_collector.replay.replay", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("foreshock_collector.commands.replay.replay", lambda *_, **__: 1 / 0)
     log = tmp_path / "log.csv"
     log.write_text("loss\n1\n")
     assert diagnose([str(log)]) == 2

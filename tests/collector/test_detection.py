@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import pytest
 
-from foreshock_collector.detection import Channel, Detector, Event
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.analysis.detection import Channel, Detector, Event
+from foreshock_collector.analysis.rules import DEFAULT
 
 
 def feed(norms: list[float], detector: Detector | None = None) -> list[Event]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock_collector.board import Board, decode
-from foreshock_collector.detection import Detector, Event
-from foreshock_collector.diagnosis import _shares, diagnose
-from foreshock_collector.rules import DEFAULT
-from foreshock_collector.steps import ModelFacts, Step
-from foreshock_collector.verdicts import Verdict
+from foreshock_collector.analysis.detection import Detector, Event
+from foreshock_collector.analysis.diagnosis import _shares, diagnose
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.analysis.verdicts import Verdict
+from foreshock_collector.records.board import Board, decode
+from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import steps
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import aiohttp
 
-from foreshock_collector.condition import condition
-from foreshock_collector.fleet import Runs
-from foreshock_collector.intake import Intake, Said
+from foreshock_collector.ingest.intake import Intake, Said
 from foreshock_collector.server import Server
-from foreshock_collector.store import Store
+from foreshock_collector.state.condition import condition
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, families, hello, serving, steps, value
 

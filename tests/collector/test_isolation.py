@@ -13,20 +13,20 @@ from typing import Any
 import aiohttp
 import pytest
 
-from foreshock_collector import exposition
-from foreshock_collector.attempts import Attempt
-from foreshock_collector.board import Board
+from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.catalogue import RUN_STAGES
-from foreshock_collector.cli import status
-from foreshock_collector.condition import condition
-from foreshock_collector.fleet import Runs
-from foreshock_collector.incidents import DEATH, FAILURE
-from foreshock_collector.intake import Intake
-from foreshock_collector.judging import Judge
-from foreshock_collector.rules import DEFAULT
-from foreshock_collector.runs import Run
+from foreshock_collector.commands.cli import status
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.records.board import Board
 from foreshock_collector.server import Server
-from foreshock_collector.store import Store
+from foreshock_collector.state.attempts import Attempt
+from foreshock_collector.state.condition import condition
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.incidents import DEATH, FAILURE
+from foreshock_collector.state.judging import Judge
+from foreshock_collector.state.runs import Run
+from foreshock_collector.state.store import Store
+from foreshock_collector.web import exposition
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, families, hello, serving, steps, value
 
@@ -140,7 +140,7 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
             assert value(found, "foreshock_steps", run="broken") == 5
 
     serving(test())
-    (told,) = [record for record in caplog.records if record.name == "foreshock_collector.errors"]
+    (told,) = [record for record in caplog.records if record.name == "foreshock_collector.state.errors"]
     assert "run 'broken': judge failed" in told.getMessage()
     assert told.exc_info
 
@@ -245,7 +245,7 @@ def test_a_run_that_cannot_be_shown_is_told_as_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     broken = failing(condition, for_run=lambda run, *_: run.name == "broken")
-    monkeypatch.setattr("foreshock_collector.api.condition", broken)
+    monkeypatch.setattr("foreshock_collector.web.api.condition", broken)
     monkeypatch.setattr(
         exposition.RunSeries, "_of", failing(exposition.RunSeries._of, for_run=lambda _, run, __: run.name == "broken")
     )

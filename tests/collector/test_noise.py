@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from foreshock_collector.noise import NoiseScale
+from foreshock_collector.analysis.noise import NoiseScale
 
 
 def fed(signal: float, noise: float, *, world: int, steps: int = 4000, size: int = 400) -> NoiseScale:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.attempts import Attempt
-from foreshock_collector.board import Board, decode
-from foreshock_collector.cli import diagnose
-from foreshock_collector.detection import Channel, Detector
-from foreshock_collector.logs import Row
-from foreshock_collector.noise import NoiseScale
-from foreshock_collector.replay import replay
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.analysis.detection import Channel, Detector
+from foreshock_collector.analysis.noise import NoiseScale
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.commands.cli import diagnose
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import replay
+from foreshock_collector.records.board import Board, decode
 from foreshock_collector.server import Server
-from foreshock_collector.totals import Totals
+from foreshock_collector.state.attempts import Attempt
+from foreshock_collector.state.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, families, hello, serving, steps, value
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector import terminal
-from foreshock_collector.cli import diagnose
-from foreshock_collector.logs import Row
-from foreshock_collector.replay import replay, replay_file
+from foreshock_collector.commands import terminal
+from foreshock_collector.commands.cli import diagnose
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import replay, replay_file
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps

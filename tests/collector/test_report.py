@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.cli import report
+from foreshock_collector.commands.cli import report
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_replay import csv, explosion, healthy

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.cli import collector, diagnose
-from foreshock_collector.logs import Row
-from foreshock_collector.replay import replay
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.commands.cli import collector, diagnose
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import replay
 
 
 def numbers(group: Any = DEFAULT, path: str = "") -> Iterator[tuple[str, float, float, float]]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.attempts import Instance
-from foreshock_collector.fleet import Runs
-from foreshock_collector.runs import ContradictionError
 from foreshock_collector.server import Server
+from foreshock_collector.state.attempts import Instance
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import ContradictionError
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import Stream, config, hello, serving, steps
 

@@ -14,12 +14,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
-from foreshock_collector.board import COLUMNS
+from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.catalogue import CATALOGUE, INCIDENT_VERDICTS
 from foreshock_collector.config import Config, ConfigError, config_from
-from foreshock_collector.rules import DEFAULT
+from foreshock_collector.records.board import COLUMNS
 from foreshock_collector.server import Server
-from foreshock_collector.store import Store, StoreError
+from foreshock_collector.state.store import Store, StoreError
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 

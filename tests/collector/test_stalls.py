@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from foreshock_collector.condition import condition
-from foreshock_collector.store import Store
+from foreshock_collector.state.condition import condition
+from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.job import FAST, Job
 

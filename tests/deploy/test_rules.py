@@ -13,8 +13,8 @@ import promql_parser as promql
 import pytest
 import yaml
 
+from foreshock_collector.analysis.verdicts import EXPECTED, Cause
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
-from foreshock_collector.verdicts import EXPECTED, Cause
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from foreshock_collector.condition import condition
-from foreshock_collector.incidents import FAILURE
-from foreshock_collector.verdicts import EXPECTED, Cause, Verdict
+from foreshock_collector.analysis.verdicts import EXPECTED, Cause, Verdict
+from foreshock_collector.state.condition import condition
+from foreshock_collector.state.incidents import FAILURE
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.deploy.watched import MEASURED, SILENT_SECONDS, Watched, alerts_of
 

@@ -13,12 +13,12 @@ from typing import Any
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from foreshock_collector.exposition import RunSeries
-from foreshock_collector.fleet import Runs
-from foreshock_collector.intake import Intake, Said
-from foreshock_collector.rules import DEFAULT
-from foreshock_collector.runs import Run
-from foreshock_collector.store import Store
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.ingest.intake import Intake, Said
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
+from foreshock_collector.state.store import Store
+from foreshock_collector.web.exposition import RunSeries
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import hello, steps
 from tests.deploy.firing import SCRAPE_SECONDS, fired_in, quiet

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock_collector.baseline import Baseline
-from foreshock_collector.board import Board, decode
-from foreshock_collector.detection import Channel
-from foreshock_collector.heat import MOST_ROWS, around_incident, thinned
-from foreshock_collector.rules import DEFAULT
-from foreshock_collector.window import Window
+from foreshock_collector.analysis.detection import Channel
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.records.board import Board, decode
+from foreshock_collector.records.window import Window
+from foreshock_collector.web.baseline import Baseline
+from foreshock_collector.web.heat import MOST_ROWS, around_incident, thinned
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import steps
 from tests.page.job import LAYERS, LOUD_LAYER, LOUD_RANK, Job

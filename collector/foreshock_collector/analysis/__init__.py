@@ -1,0 +1,1 @@
+"""Detection and diagnosis: functions of steps and records. No clock, no I/O."""

@@ -1,0 +1,143 @@
+"""What most likely made gradients explode, and what to try after each verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from foreshock_collector.analysis.detection import Event
+from foreshock_collector.analysis.verdicts import Cause, Root
+from foreshock_collector.records.steps import ModelFacts, Step
+
+USUAL_STEPS = 50
+"""Steps before a climb that show what was usual."""
+_EARLY_STEPS = 40
+"""A climb that begins so soon, with a steady learning rate, was there from the start."""
+_LARGE_NORM, _LARGE_LOSS = 50.0, 30.0
+"""A first step beyond these comes of the weights that training began with: the norm of a sane start is about 1 to 10,
+and no cross entropy starts above 30."""
+_RISING = 1.2
+"""The learning rate before a climb over its least of the steps before."""
+_DEEP_LAYERS = 8
+_LEAST_OF_HEALTHY = 0.01
+"""Of the median norm of healthy steps: nobody trains well with a smaller max_norm."""
+_TINY_NORM = 1e-3
+"""A max_norm below is no advice to copy: the number says more of how the loss is scaled than of the training."""
+_PLAIN = ("RNN", "RNNCell")
+_RECURRENT = (*_PLAIN, "LSTM", "GRU", "LSTMCell", "GRUCell")
+_NORMALIZATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
+
+
+def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
+    """What most likely made the factors grow: the first of these that the records show."""
+    before = [s.learning_rate for s in steps if 0 <= onset.sequence - s.sequence <= USUAL_STEPS]
+    rates = [rate for rate in before if math.isfinite(rate)]
+    if rates and rates[-1] > _RISING * min(rates):
+        return "learning_rate"
+    types = model.module_types
+    early = onset.sequence <= _EARLY_STEPS and steps[0].sequence == 1
+    deep = len(model.layers) >= _DEEP_LAYERS and not any(name.startswith(_NORMALIZATIONS) for name in types)
+    first = steps[0]
+    if early and not deep and (first.global_norm > _LARGE_NORM or (first.loss or 0.0) > _LARGE_LOSS):
+        return "initialization"
+    if any(name in types for name in _PLAIN):
+        return "recurrent"
+    if deep:
+        return "normalization"
+    if early and rates:
+        return "learning_rate"
+    return "recurrent" if any(name in types for name in _RECURRENT) else "unknown"
+
+
+def against_explosion(
+    steps: Sequence[Step], onset: Event, usual: float, layer: str, model: ModelFacts, root: Root
+) -> tuple[str, ...]:
+    """What to try after an explosion: what its likely root asks for first. usual: the norm of before the onset."""
+    last = steps[-1]
+    types = model.module_types
+    rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
+    rates = [step.learning_rate for step in steps if math.isfinite(step.learning_rate)]
+    rising = bool(rates) and last.learning_rate > _RISING * min(rates)
+    slower = f"a smaller learning rate{rate}, {'or a slower' if rising else 'with a'} warm-up"
+    recurrent = (
+        "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
+        if any(name in types for name in _PLAIN)
+        else "truncated backpropagation through time: detach the state more often"
+    )
+    normalized = any(name.startswith(_NORMALIZATIONS) for name in types)
+    normalization = "a normalization (LayerNorm, RMSNorm): the model has none"
+    structure: list[str] = []
+    if any(name in types for name in _RECURRENT):
+        structure.append(recurrent)
+    if types and not normalized:
+        structure.append(normalization)
+    clip = _clip_near(steps, onset, usual)
+    back = "go back to a checkpoint from before the first sign"
+    if root == "learning_rate":
+        return (slower, clip, back)
+    if root == "unknown":
+        return (clip, slower, *structure, back)
+    of = f", first of {layer}" if layer else ""
+    cure = {
+        "initialization": f"a smaller initialization{of}: see how its weights are scaled",
+        "recurrent": recurrent,
+        "normalization": normalization,
+    }[root]
+    return (cure, clip, slower, *(line for line in structure if line != cure), back)
+
+
+def _clip_near(steps: Sequence[Step], onset: Event, usual: float) -> str:
+    """Where to clip: at the usual norm, and where that had faded to next to nothing, not far below the healthy ones."""
+    if any(step.clip_coefficient < 1 for step in steps):
+        return "clip lower: clipping was on and did not hold it"
+    norms = [step.global_norm for step in steps if step.sequence < onset.sequence]
+    healthy = [norm for norm in norms if math.isfinite(norm) and norm > 0]
+    least = _LEAST_OF_HEALTHY * median(healthy) if healthy else 0.0
+    near = max(usual, least) if math.isfinite(usual) else least
+    if near < _TINY_NORM:
+        return (
+            f"clip near the usual norm (about {near:.1g})" if near > 0 else "clip by norm, near that of healthy steps"
+        )
+    return f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={float(f'{near:.1g}'):g})"
+
+
+def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tuple[str, ...]:
+    """What to try where nothing preceded. where: " on rank 1", or nothing."""
+    batch = f"look at the batch of step {bad.step}{where}: NaN, an empty or all-masked sample, a label out of range"
+    if cause == "amp_scale_collapse":
+        return (
+            "use bfloat16: it has the range of float32, and needs no scaler",
+            "a smaller learning rate, and clipping by norm: a scale that only falls follows gradients that grow",
+            "keep losses, norms and softmax of large values in float32",
+        )
+    if cause == "amp_overflow":
+        return ("nothing, while it stays rare: a GradScaler halves its scale and goes on",)
+    if cause == "nonfinite_divergence":
+        return (
+            "a smaller learning rate, or one that decays: small steps in a bad direction add up",
+            "look at what changed where the loss began to climb: data, loss weights, a schedule",
+            "go back to a checkpoint from before it",
+        )
+    if cause == "bad_rank":
+        return (
+            f"move rank {culprit} to another machine, and look at that one's device: memory errors, heat",
+            "go back to the last checkpoint: this step's gradient was averaged into every rank",
+            batch,
+        )
+    if cause == "nonfinite_gradient":
+        return (
+            "find the operation: torch.autograd.set_detect_anomaly(True) on the batch of that step",
+            "look for what has no gradient at its edge: sqrt or norm at 0, x**p at 0, torch.where over a NaN branch",
+            "a gradient that is sent in half precision overflows beyond 65504: send it in bfloat16 or float32",
+        )
+    if cause == "unknown":
+        return ("log loss and gradient norm at every step: a climb takes 3 to 8 of them", batch)
+    advice = [
+        batch,
+        "look for an operation that this batch made unstable: log(0), sqrt at 0, division by zero",
+        "leave such a step out and go on, if it stays the only one",
+    ]
+    if culprit is not None:
+        advice.append(f"if rank {culprit} is named again with other data, suspect its machine and move it to another")
+    return tuple(advice)

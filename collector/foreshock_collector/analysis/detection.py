@@ -1,0 +1,314 @@
+"""Sees a foreshock coming: streaming rules over a run's steps. Pure: no clock, no I/O; a NaN never blinds them.
+
+The logarithm makes norms additive and their tails tame; an exponentially weighted mean and absolute deviation of it
+are the history, fed with clamped values, so that a spike does not hide the next. A lone spike is noted; only a climb,
+or spikes in quick succession, add up to a build-up: a one-sided CUSUM with capped steps, and a surge, some steps in a
+row that each stand far above the usual, which needs no deviation and so sees a run that explodes from its start.
+
+One episode is one build-up. It lasts until the sum has stayed at zero for some steps in a row: a norm that goes on
+climbing for a hundred steps is one warning and not twelve. The constants are in rules.py.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, Literal, NamedTuple
+
+from foreshock_collector.analysis import rules
+from foreshock_collector.analysis.rules import Rules
+from foreshock_collector.records.steps import LARGEST, bounded
+
+EventKind = Literal["spike", "build_up", "loss_spike", "nonfinite", "recovered"]
+_LARGEST_LOGARITHM = math.log(sys.float_info.max)
+_SIGMA = 1.2533
+"""sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something worth knowing about one step."""
+
+    kind: EventKind
+    attempt: int
+    sequence: int
+    step: int
+    score: float
+    """z of a spike, sum of a build-up, number of bad values of a non-finite step, finite steps of a recovery."""
+    value: float | None = None
+    """Norm or loss of the step."""
+    usual: float | None = None
+    """What it would have been by history."""
+
+
+class Finding(NamedTuple):
+    """What a channel found in one of the values."""
+
+    place: int
+    """Which of the values."""
+    kind: Literal["spike", "build_up"]
+    score: float
+    usual: float
+    """What history led one to expect."""
+
+
+@dataclass
+class Channel:
+    """State of the rule on one quantity: a few numbers, so it can be stored beside the steps."""
+
+    mean: float = 0.0
+    deviation: float = 0.0
+    count: int = 0
+    total: float = 0.0
+    """The sum of high steps..."""
+    peak: float = 0.0
+    """... and how far the highest of them stood above the usual."""
+    in_build_up: bool = False
+    quiet: int = 0
+    spikes_in_a_row: int = 0
+    accepting: int = 0
+    high: list[float] = field(default_factory=list)
+    """How far the newest steps stood above the usual, while each in a row rose as a spike does."""
+    first: list[float] = field(default_factory=list)
+    """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
+
+    def scan(self, values: Sequence[float], rule: rules.Channel) -> list[Finding]:
+        """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
+
+        Calm steps, nearly all of them, stay in this loop, which does for them what `_judge` does for every other.
+        """
+        found: list[Finding] = []
+        log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
+        beta, rise, settled = 1 - rule.alpha, rule.high_rise, self._settled(rule)
+        mean, deviation, count = self.mean, self.deviation, self.count
+        calm = self._calm
+        for place, value in enumerate(values):
+            if calm and count >= settled and (plain or value > 0):
+                x = value if plain else log(value)
+                scale = abs(mean) if plain else 1.0
+                sigma = _SIGMA * deviation
+                if sigma < floor * scale:
+                    sigma = floor * scale
+                off = x - mean
+                size = off if off > 0 else -off
+                if size < clamp * sigma and off < rise * scale:
+                    deviation += beta * (size - deviation)
+                    mean += beta * off
+                    count += 1
+                    continue
+            self.mean, self.deviation, self.count = mean, deviation, count
+            self._judge(place, value, rule, found)
+            mean, deviation, count = self.mean, self.deviation, self.count
+            calm = self._calm
+        self.mean, self.deviation, self.count = mean, deviation, count
+        return found
+
+    def expect_change(self, rule: rules.Channel) -> None:
+        """What comes next was planned: follow it to its new level, and warn only of a surge."""
+        self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
+
+    def usual(self, rule: rules.Channel) -> float | None:
+        """The value that history leads one to expect; None without history."""
+        if not self.count:
+            return None
+        return _exp(self.mean) if rule.logarithmic else self.mean
+
+    def band(self, rule: rules.Channel) -> tuple[float, float] | None:
+        """From where to where values are clamped before they become history; None while no step is judged yet."""
+        if self.count < rule.ready_after:
+            return None
+        reach = rule.clamp * self._sigma(rule)
+        low, high = self.mean - reach, self.mean + reach
+        return (_exp(low), _exp(high)) if rule.logarithmic else (low, high)
+
+    @property
+    def _calm(self) -> bool:
+        """Nothing is under way: a step that is not high leaves all but the history as it is."""
+        return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
+
+    def _settled(self, rule: rules.Channel) -> int:
+        """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
+        return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
+
+    def _judge(self, place: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
+        if not math.isfinite(value) or (rule.logarithmic and value <= 0):
+            return
+        x = math.log(value) if rule.logarithmic else bounded(value)
+        if self.count == 0:
+            self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
+            self.first = [x]
+            return
+        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        sigma = self._sigma(rule)
+        ready = self.count >= rule.ready_after
+        # Under rules that have changed since, the first values may be gone.
+        usual = self.mean if ready or not self.first else median(self.first)
+        off, z = x - usual, (x - self.mean) / sigma
+        expected = _exp(usual) if rule.logarithmic else usual
+        spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
+        if spike:
+            found.append(Finding(place, "spike", z, expected))
+        score = self._add_up(z, _part(off, scale), rule, judged=ready and not self.accepting)
+        if score is not None:
+            if not self.in_build_up:
+                found.append(Finding(place, "build_up", score, expected))
+            self.in_build_up, self.total, self.peak, self.quiet = True, 0.0, 0.0, 0
+        self.spikes_in_a_row = self.spikes_in_a_row + 1 if spike else 0
+        if self.spikes_in_a_row >= rule.accept_after:
+            self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
+        self._learn(x, sigma, rule, clamped=ready and not self.accepting)
+
+    def _sigma(self, rule: rules.Channel) -> float:
+        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
+
+    def _add_up(self, z: float, off: float, rule: rules.Channel, *, judged: bool) -> float | None:
+        """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
+        steep, highest = off >= rule.steep_rise, off >= self.peak
+        self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
+        surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high) - rule.high_rise)
+        if judged:
+            self.total = max(
+                0.0, self.total + (min(z, rule.cusum_cap) if off >= rule.high_rise else 0) - rule.cusum_slack
+            )
+            self.quiet = self.quiet + 1 if self.total == 0.0 else 0
+            self.peak = max(self.peak, off) if self.total else 0.0
+            self.in_build_up = self.in_build_up and self.quiet < rule.quiet_steps
+        climbs = self.total >= rule.cusum_limit and steep and highest
+        lasts = self.total >= rule.lasting_limit and off >= rule.spike_rise
+        return max(self.total, rule.cusum_limit) if climbs or lasts or surge else None
+
+    def _learn(self, x: float, sigma: float, rule: rules.Channel, *, clamped: bool) -> None:
+        if clamped:
+            x = min(max(x, self.mean - rule.clamp * sigma), self.mean + rule.clamp * sigma)
+        alpha = min(rule.alpha, 1 - 1 / (self.count + 1))
+        if self.accepting:
+            alpha, self.accepting = rule.accept_alpha, self.accepting - 1
+        self.deviation = alpha * self.deviation + (1 - alpha) * abs(x - self.mean)
+        self.mean = alpha * self.mean + (1 - alpha) * x
+        self.count += 1
+        self.first = [*self.first, x] if self.count < rule.ready_after else []
+
+
+def _part(off: float, scale: float) -> float:
+    """off, as part of scale: finite, however small that is, and 0 where it is."""
+    return off / scale if abs(off) < LARGEST * scale else math.copysign(LARGEST, off) if scale else 0.0
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, _LARGEST_LOGARITHM))
+
+
+class Detector:
+    """Both channels of one attempt, and whether it is in a failure."""
+
+    def __init__(self, state: dict[str, Any] | None = None, rules: Rules = rules.DEFAULT) -> None:
+        state = state or {}
+        self.rules = rules
+        self.gradient = Channel(**state.get("gradient", {}))
+        self.loss = Channel(**state.get("loss", {}))
+        self.failing: bool = state.get("failing", False)
+        """From a non-finite step until enough finite ones in a row: one failure is one incident."""
+        self.finite_steps: int = state.get("finite_steps", 0)
+        self.finite_ever: bool = state.get("finite_ever", False)
+        self.left_out: int = state.get("left_out", 0)
+        """Steps in a row."""
+        self.withheld: dict[str, Any] | None = state.get("withheld")
+        """The first of the newest steps in a row that the script itself left out because they were not finite, as an
+        event, and what was known before: no failure if training goes on, the failure if it ends here."""
+        self.climbing: int = state.get("climbing", 0)
+        """Sequence number of the last step that belonged to a build-up; 0: none did."""
+        self.rate: float | None = state.get("rate")
+        """Learning rate of the last step that told one."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return {
+            "gradient": asdict(self.gradient),
+            "loss": asdict(self.loss),
+            "failing": self.failing,
+            "finite_steps": self.finite_steps,
+            "finite_ever": self.finite_ever,
+            "left_out": self.left_out,
+            "withheld": self.withheld,
+            "climbing": self.climbing,
+            "rate": self.rate,
+        }
+
+    def update(
+        self,
+        *,
+        attempt: int,
+        sequence: int,
+        step: int,
+        norm: float,
+        loss: float | None,
+        rate: float = math.nan,
+        nonfinite: int = 0,
+        left_out: bool = False,
+        guarded: bool = False,
+    ) -> list[Event]:
+        """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
+
+        left_out: by a GradScaler that looks for its scale, by `skip` or by the script: a few of these in a row are no
+        failure. guarded: by the script. norm: NaN where it is not known.
+        Of a failure only the first step is an event.
+        """
+        events: list[Event] = []
+
+        def note(kind: EventKind, score: float, value: float | None = None, usual: float | None = None) -> None:
+            where = {"attempt": attempt, "sequence": sequence, "step": step}
+            events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
+
+        self._expect(rate)
+        self.left_out = self.left_out + 1 if left_out else 0
+        if left_out and nonfinite and self.left_out < self.rules.collapse_after:
+            if guarded and self.withheld is None and not self.failing:
+                before = {"finite_before": self.finite_ever, "climbing": self.climbing}
+                note("nonfinite", float(nonfinite))
+                self.withheld = {"event": asdict(events.pop()), "before": before}
+            return events
+        self.withheld = None
+        if nonfinite:
+            if not self.failing:
+                note("nonfinite", float(nonfinite))
+            self.failing, self.finite_steps = True, 0
+            return events
+        self.finite_ever = True
+        for found in self.gradient.scan((norm,), self.rules.gradient):
+            note(found.kind, found.score, norm, found.usual)
+        if self.gradient.in_build_up:
+            self.climbing = sequence
+        for found in self.loss.scan((loss,), self.rules.loss) if loss is not None else ():
+            if found.kind == "spike":
+                note("loss_spike", found.score, loss, found.usual)
+        self.finite_steps += 1
+        if self.failing and self.finite_steps >= self.rules.recovered_after:
+            self.failing = False
+            note("recovered", float(self.finite_steps))
+        return events
+
+    def end(self) -> tuple[Event, dict[str, Any]] | None:
+        """No step follows: the failure that was withheld, and what was known before it."""
+        withheld, self.withheld = self.withheld, None
+        if withheld is None:
+            return None
+        self.failing, self.finite_steps = True, 0
+        return Event(**withheld["event"]), withheld["before"]
+
+    def start_anew(self) -> None:
+        """What comes next is another series: no step before says what is usual."""
+        self.gradient, self.loss = Channel(), Channel()
+
+    def _expect(self, rate: float) -> None:
+        """A learning rate that jumps was changed on purpose, and the norm may follow it."""
+        if not math.isfinite(rate) or rate <= 0:
+            return
+        if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(
+            self.rules.planned_rate_change
+        ):
+            self.gradient.expect_change(self.rules.gradient)
+        self.rate = rate

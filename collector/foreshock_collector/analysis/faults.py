@@ -1,0 +1,311 @@
+"""Troubles that last though every number is finite: data that ranks share, replicas that differ, gradients that vanish,
+a loss that climbs. Pure: no clock, no I/O.
+
+Each begins when some steps in a row have shown it, and ends when some in a row have not: one that comes and goes is
+one. A step that cannot tell, because a rank has not reported or local norms are not measured, counts for neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.analysis.verdicts import Cause
+from foreshock_collector.records.board import Board, Rows
+from foreshock_collector.records.steps import Step
+
+_FIRST_STEPS = 25
+"""They show what the norm and the loss were at the start."""
+_LOSS_ALPHA = 0.9
+"""Weight of the past in the running mean of the loss: a half-life of 7 steps."""
+
+
+class Seen(NamedTuple):
+    """What ranks and layers show of one step, beside its own numbers."""
+
+    agreement: float
+    """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN: not known."""
+    spread: float
+    """Largest less smallest local norm, as part of the largest; NaN: not known."""
+    weakest: int
+    """The layer with the smallest norm that is not zero (one without a gradient is frozen); -1: not known."""
+    weakness: float
+    """Its norm as part of the largest layer's."""
+    loudest: int = -1
+    """The rank with the largest local norm; -1: not known..."""
+    loudness: float = math.nan
+    """... and how many times the median of the others that is."""
+    unlike: tuple[int, ...] | None = None
+    """Ranks whose weights differ from those of most; None: not known, or not looked at on this step."""
+
+
+class Change(NamedTuple):
+    """A trouble has begun, or is over."""
+
+    cause: Cause
+    begins: bool
+    sequence: int
+    """Of the first step that showed it."""
+    step: int
+    evidence: tuple[str, ...] = ()
+    layer: int = -1
+    rank: int = -1
+
+
+@dataclass
+class Streak:
+    """How long a trouble has been seen, or not."""
+
+    shown: int = 0
+    missed: int = 0
+    on: bool = False
+    sequence: int = 0
+    """Of the first step of the streak that shows it."""
+    step: int = 0
+    start: float = 0.0
+    """The loss early in the streak, to compare with."""
+
+    def count(self, shows: bool, step: Step, *, begins_after: int, ends_after: int) -> bool | None:
+        """True: it begins with this step; False: it is over; None: nothing new."""
+        if shows:
+            if not self.shown and not self.on:
+                self.sequence, self.step = step.sequence, step.step
+            self.shown, self.missed = self.shown + 1, 0
+        else:
+            self.shown, self.missed = 0, self.missed + 1
+        if not self.on and self.shown >= begins_after:
+            self.on = True
+            return True
+        if self.on and self.missed >= ends_after:
+            self.on = False
+            return False
+        return None
+
+
+def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
+    """What the board shows of these steps, in order."""
+    sequences = np.array([step.sequence for step in steps], np.int64)
+    norms = np.array([step.global_norm for step in steps])
+    local = board.local_norms(sequences)
+    layers = board.layer_norms_of(sequences)
+    unlike = [_unlike(*board.records(step.sequence), local.shape[1]) for step in steps]
+    found = []
+    with np.errstate(all="ignore"):
+        mean_squares = np.square(local / norms[:, None]).mean(axis=1)
+        agreements = np.where(local.shape[1] > 1, 1 / mean_squares, math.nan)
+        spreads = (local.max(axis=1) - local.min(axis=1)) / local.max(axis=1)
+        finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
+        layers = np.where(layers > 0, layers, math.inf)
+    for place in range(len(steps)):
+        weakest, weakness = -1, math.nan
+        if finite[place] and np.isfinite(layers[place]).any():
+            weakest = int(layers[place].argmin())
+            weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
+        loudest, loudness = _loudest(local[place])
+        found.append(
+            Seen(
+                agreement=float(agreements[place]),
+                spread=float(spreads[place]),
+                weakest=weakest,
+                weakness=weakness,
+                loudest=loudest,
+                loudness=loudness,
+                unlike=unlike[place],
+            )
+        )
+    return found
+
+
+def _loudest(norms: NDArray[np.float64]) -> tuple[int, float]:
+    if len(norms) < 2 or not np.isfinite(norms).all():
+        return -1, math.nan
+    loudest = int(norms.argmax())
+    others = float(np.median(np.delete(norms, loudest)))
+    return (loudest, float(norms[loudest]) / others) if others > 0 else (-1, math.nan)
+
+
+def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
+    """Ranks whose fingerprint is not that of most; of two that differ, both."""
+    prints = rows["parameter_fingerprint"]
+    if len(rows) < world or world < 2 or (prints < 0).any():
+        return None
+    if (rows["step"] != rows["step"][0]).any():
+        # A rank that observes more often than the others counts apart: these are weights of different steps.
+        return None
+    values, counts = np.unique(prints, return_counts=True)
+    most = counts == counts.max()
+    usual = values[most] if most.sum() == 1 else values[:0]
+    return tuple(ranks[~np.isin(prints, usual)].tolist())
+
+
+@dataclass
+class Course:
+    """What the norm and the loss were at the start, and the best the loss has been."""
+
+    norms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """Of the first steps."""
+    loss: float = math.nan
+    """Its running mean..."""
+    best: float = math.inf
+    """... and the least that it has been."""
+
+    def take(self, norm: float, loss: float | None) -> None:
+        """A finite step."""
+        if len(self.norms) < _FIRST_STEPS and norm > 0:
+            self.norms.append(norm)
+        if loss is None or not math.isfinite(loss):
+            return
+        if len(self.losses) < _FIRST_STEPS:
+            self.losses.append(loss)
+        self.loss = loss if math.isnan(self.loss) else _LOSS_ALPHA * self.loss + (1 - _LOSS_ALPHA) * loss
+        if len(self.losses) == _FIRST_STEPS:
+            self.best = min(self.best, self.loss)
+
+
+class Faults:
+    """Those of one attempt."""
+
+    def __init__(self, state: dict[str, Any] | None = None, rules: Rules = DEFAULT) -> None:
+        state = state or {}
+        self._rules = rules.faults
+        self._course = Course(**{name: _restored(value) for name, value in state.get("course", {}).items()})
+        self._alike_step: int = state.get("alike_step", -1)
+        """The last at which all ranks had the same weights; -1: none was."""
+        self._streaks = {cause: Streak(**streak) for cause, streak in state.get("streaks", {}).items()}
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        course = {name: _stored(value) for name, value in asdict(self._course).items()}
+        return {
+            "course": course,
+            "alike_step": self._alike_step,
+            "streaks": {cause: asdict(streak) for cause, streak in self._streaks.items()},
+        }
+
+    @property
+    def diverging(self) -> bool:
+        """The loss has been climbing for long."""
+        return "loss_divergence" in self._streaks and self._streaks["loss_divergence"].on
+
+    def update(self, step: Step, seen: Seen, *, building_up: bool) -> list[Change]:
+        """One step, in order. building_up: the norm is climbing, which explains a climbing loss."""
+        if step.nonfinite:
+            return []
+        self._course.take(step.global_norm, step.loss)
+        found = (
+            self._duplicate(step, seen),
+            self._outlying(step, seen),
+            self._drifting(step, seen),
+            self._vanishing(step, seen),
+            self._diverging(step, building_up),
+        )
+        return [change for change in found if change is not None]
+
+    def _duplicate(self, step: Step, seen: Seen) -> Change | None:
+        if math.isnan(seen.agreement) or math.isnan(seen.spread):
+            return None
+        shows = seen.agreement > self._rules.agreement and seen.spread < self._rules.spread
+        return self._count(
+            "duplicate_data",
+            shows,
+            step,
+            lambda: (
+                f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
+                f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
+            ),
+        )
+
+    def _outlying(self, step: Step, seen: Seen) -> Change | None:
+        if seen.loudest < 0:
+            return None
+        shows = seen.loudness > self._rules.outlier
+        told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
+        change = self._count("outlier_rank", shows, step, lambda: (told,))
+        return None if change is None else change._replace(rank=seen.loudest)
+
+    def _drifting(self, step: Step, seen: Seen) -> Change | None:
+        if seen.unlike is None:
+            return None
+        told = "the weights of all ranks differ in their bits"
+        if len(seen.unlike) == 1:
+            told = f"the weights of rank {seen.unlike[0]} differ from the others' in their bits"
+        before = self._alike_step
+        if not seen.unlike:
+            self._alike_step = step.step
+        since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
+        rank = seen.unlike[0] if len(seen.unlike) == 1 else -1
+        change = self._count("replica_drift", bool(seen.unlike), step, lambda: (told, since), after=1, ends_after=1)
+        return None if change is None else change._replace(rank=rank)
+
+    def _vanishing(self, step: Step, seen: Seen) -> Change | None:
+        rules, course = self._rules, self._course
+        if seen.weakest >= 0 and seen.weakness < rules.vanished:
+            told = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
+            return self._count(
+                "vanishing_gradients", True, step, lambda: (told,), after=rules.vanishing_steps, layer=seen.weakest
+            )
+        if len(course.norms) < _FIRST_STEPS or len(course.losses) < _FIRST_STEPS:
+            return None
+        start, loss = median(course.norms), median(course.losses)
+        shows = step.global_norm < rules.faded * start and course.loss > rules.unlearned * loss > 0
+        return self._count(
+            "vanishing_gradients",
+            shows,
+            step,
+            lambda: (f"of the start's: global norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
+            after=rules.vanishing_steps,
+        )
+
+    def _diverging(self, step: Step, building_up: bool) -> Change | None:
+        rules, course = self._rules, self._course
+        if step.loss is None or not math.isfinite(course.best):
+            return None
+        scale = max(abs(course.best), 0.1 * abs(median(course.losses)))
+        above = course.loss - course.best
+        streak = self._streaks.setdefault("loss_divergence", Streak())
+        shows = above > rules.divergence * scale and not building_up
+        if streak.shown == _FIRST_STEPS:
+            # By now the running mean has arrived at a new level, if it is one.
+            streak.start = course.loss
+        if shows and streak.shown + 1 >= rules.divergence_steps and not streak.on:
+            # High alone is a new level, such as harder data: wait until it has climbed further.
+            shows = course.loss > streak.start + rules.divergence_rise * abs(streak.start)
+        told = (
+            f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
+        )
+        return self._count("loss_divergence", shows, step, lambda: (told,), after=rules.divergence_steps)
+
+    def _count(
+        self,
+        cause: Cause,
+        shows: bool,
+        step: Step,
+        evidence: Callable[[], tuple[str, ...]],
+        *,
+        after: int = 0,
+        ends_after: int = 0,
+        layer: int = -1,
+    ) -> Change | None:
+        """evidence: called where the trouble begins, and so only on a step that shows it."""
+        streak = self._streaks.setdefault(cause, Streak())
+        after = after or self._rules.begins_after
+        begins = streak.count(shows, step, begins_after=after, ends_after=ends_after or self._rules.ends_after)
+        if begins is None:
+            return None
+        return Change(cause, begins, streak.sequence, streak.step, evidence() if begins else (), layer)
+
+
+def _stored(value: Any) -> Any:
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _restored(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value

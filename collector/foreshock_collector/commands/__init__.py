@@ -1,0 +1,1 @@
+"""The foreshock commands that come with the collector."""

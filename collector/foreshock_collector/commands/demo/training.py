@@ -1,0 +1,86 @@
+"""The demo's training jobs: torchrun with two ranks, and nothing left of them afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from foreshock_collector.commands.demo import DemoError
+
+RANKS = 2
+_END_SECONDS = 15.0
+_RECORDER_SECONDS = 10.0
+_POLL_SECONDS = 0.1
+
+
+def check_torch() -> None:
+    """Raises `DemoError` where there is no torch to train with."""
+    if importlib.util.find_spec("torch") is None:
+        raise DemoError("it trains a small model, and torch is missing: pip install torch")
+
+
+@asynccontextmanager
+async def training(run: str, *, collector: str, folder: Path, options: list[str]) -> AsyncIterator[asyncio.Task[None]]:
+    """A job under way, as a task that ends with it and raises `DemoError` if it failed.
+
+    On leaving the block the job, its ranks and its recorder are gone, in whatever way the block was left.
+    """
+    rings, log = folder / "rings", folder / f"{run}.log"
+    environment = {
+        **os.environ,
+        "FORESHOCK_RING_DIR": str(rings),
+        "FORESHOCK_COLLECTOR": collector,
+        "FORESHOCK_EXPERIMENT": "demo",
+        "FORESHOCK_RUN": run,
+        "OMP_NUM_THREADS": "1",
+    }
+    with log.open("wb") as output:
+        # In a session of its own Ctrl-C does not reach it: it is ended below, in order.
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
+            *("--module", "foreshock._demo_training", *options),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            start_new_session=True,
+        )
+    ended = asyncio.create_task(_ended(process, log))
+    try:
+        yield ended
+    finally:
+        ended.cancel()
+        await asyncio.gather(ended, return_exceptions=True)
+        await end(process, seconds=_END_SECONDS)
+        await _recorder_left(rings)
+
+
+async def end(process: asyncio.subprocess.Process, *, seconds: float) -> None:
+    """Ask a process to end, then make it."""
+    with suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), seconds)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
+async def _ended(process: asyncio.subprocess.Process, log: Path) -> None:
+    code = await process.wait()
+    if code != 0:
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DemoError(f"the training job ended with {code}:\n{tail}")
+
+
+async def _recorder_left(rings: Path) -> None:
+    """It leaves by itself once the ranks are gone, and takes the run's folder along."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + _RECORDER_SECONDS
+    while rings.is_dir() and any(rings.iterdir()) and loop.time() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)

@@ -1,0 +1,1 @@
+"""gRPC in: decode, validate, keep, commit."""

@@ -1,0 +1,274 @@
+"""What the collector does with a message: validate, keep, commit. Knows no gRPC."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from foreshock_collector.records.board import MOST_SEQUENCE, ColumnsError
+from foreshock_collector.state.attempts import Instance
+from foreshock_collector.state.errors import Errors
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import ContradictionError, Run
+from foreshock_collector.state.store import Store
+from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+logger = logging.getLogger(__name__)
+
+_NAME_LENGTH = 200
+"""Names become labels of series: longer ones are nobody's intention."""
+_PATH_LENGTH = 2000
+"""Parameters and layers of deeply wrapped models have long paths."""
+_TEXT_LENGTH = 2000
+_MOST_RANKS = 65_536
+
+
+class RefusedError(ValueError):
+    """The message is wrong; the text says how."""
+
+
+class UnknownVersionError(RefusedError):
+    """The recorder speaks a version that this collector does not know."""
+
+
+@dataclass
+class Said:
+    """What has been said on one stream."""
+
+    greeted: set[str] = field(default_factory=set)
+    """Instances that have said hello."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Instances whose hello was wrong, and how: nothing more of them is taken in, the others go on."""
+
+    def includes(self, instances: set[str]) -> bool:
+        """Any of these has spoken here."""
+        return not instances.isdisjoint(self.greeted) or not instances.isdisjoint(self.refused)
+
+
+class Intake:
+    """The one place where messages change state. `clock` gives Unix time."""
+
+    def __init__(
+        self, runs: Runs, store: Store, clock: Callable[[], float], *, ended_seconds: float, silent: float
+    ) -> None:
+        self._runs = runs
+        self._store = store
+        self._clock = clock
+        self._ended_seconds = ended_seconds
+        self._silent = silent
+        self.urgent: set[str] = set()
+        """Instances that wait for an acknowledgement at once."""
+        self.storing = True
+        """The last commit has worked."""
+
+    @property
+    def errors(self) -> Errors:
+        """The collector's own, that no single run is to blame for."""
+        return self._runs.errors
+
+    def take(self, message: pb.FromRecorder, said: Said) -> None:
+        """One message of a stream. said: on it before. Raises `RefusedError` for one that no recorder sends.
+
+        A hello that is wrong costs its own instance alone.
+        """
+        which = message.WhichOneof("message")
+        if which is None:
+            raise RefusedError("the message is empty: it holds no hello, steps, event or goodbye")
+        if which == "hello":
+            self._hello(message.hello, said)
+            return
+        content = getattr(message, which)
+        if content.instance in said.refused:
+            return
+        if content.instance not in said.greeted:
+            raise RefusedError(f"instance {content.instance[:_NAME_LENGTH]!r} has not said hello on this stream")
+        home = self._runs.home(content.instance)
+        assert home is not None
+        run, instance = home
+        try:
+            if which == "steps":
+                self._steps(run, instance, message.steps)
+            elif which == "event":
+                self._event(run, instance, message.event)
+            else:
+                self._goodbye(run, instance, message.goodbye)
+        except RefusedError:
+            raise
+        except Exception as error:
+            run.errors.add("take", error)
+            if which == "steps":
+                run.keep(instance, message.steps)
+
+    def _hello(self, hello: pb.Hello, said: Said) -> None:
+        _check_version(hello)
+        _check_name("hello.instance", hello.instance)
+        self.urgent.add(hello.instance)
+        try:
+            hello = _checked(hello)
+            self._runs.greet(hello, self._clock())
+        except Exception as error:
+            said.refused[hello.instance] = str(error)
+            said.greeted.discard(hello.instance)
+            if not isinstance(error, (RefusedError, ContradictionError)):
+                self._runs.errors.add("take", error)
+                said.refused[hello.instance] = "the collector failed on its hello; see the collector's log"
+        else:
+            said.greeted.add(hello.instance)
+            said.refused.pop(hello.instance, None)
+
+    def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
+        now = self._clock()
+        instance.troubled = False
+        try:
+            for room in run.take(instance, batch, now):
+                with run.errors.caught("judge"):
+                    run.settle(now, attempt=instance.attempt, at_least=room)
+                self._commit([run])
+        except ColumnsError as error:
+            raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
+        if instance.troubled:
+            # It may be this rank's last word: let it know soon that it is safe.
+            self.urgent.add(instance.name)
+
+    def _event(self, run: Run, instance: Instance, event: pb.Event) -> None:
+        if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:
+            return  # of a later version: nothing to refuse
+        event.detail = _printable(event.detail, _TEXT_LENGTH)
+        run.happened(instance, event, self._clock())
+        self.urgent.add(instance.name)
+
+    def _goodbye(self, run: Run, instance: Instance, goodbye: pb.Goodbye) -> None:
+        goodbye.detail = _printable(goodbye.detail, _TEXT_LENGTH)
+        if goodbye.last_sequence >= MOST_SEQUENCE:
+            raise RefusedError(f"goodbye.last_sequence {goodbye.last_sequence} is out of range")
+        if goodbye.reason not in pb.Goodbye.Reason.values():
+            raise RefusedError(f"goodbye.reason {goodbye.reason} is unknown")
+        run.leave(instance, goodbye, self._clock())
+        self.urgent.add(instance.name)
+
+    def commit(self) -> None:
+        """Settle what is due in every run, and store all that has come since the last time.
+
+        Both in one go: nobody sees a counter that a crash could still set back.
+        """
+        now = self._clock()
+        for run in self._runs:
+            with run.errors.caught("judge"):
+                if not run.resting or run.changes is not None:
+                    run.settle(now)
+        if self._commit(self._runs):
+            self.urgent.clear()
+
+    def commit_urgent(self) -> set[str]:
+        """The same for runs in which something cannot wait; the instances to acknowledge at once."""
+        now = self._clock()
+        if not self.storing:
+            return set()  # the next commit of all tries again
+        waiting, self.urgent = self.urgent, set()
+        homes = (self._runs.home(name) for name in waiting)
+        hasty = {id(home[0]): home[0] for home in homes if home is not None}
+        for run in self._runs:
+            with run.errors.caught("judge"):
+                if id(run) in hasty or run.overdue(now):
+                    hasty[id(run)] = run
+                    run.settle(now)
+        if self._commit(hasty.values()):
+            return waiting
+        self.urgent |= waiting
+        return set()
+
+    def _commit(self, runs: Iterable[Run]) -> bool:
+        """Store what has changed. False: not now, and nothing is lost; the log tells once, and once when it is over."""
+        try:
+            self._store.commit(runs)
+        except Exception as error:
+            self._runs.errors.counts["commit"] += 1
+            if self.storing:
+                logger.exception("nothing can be stored: %s. Trying again; until then nothing is acknowledged.", error)
+            self.storing = False
+            return False
+        if not self.storing:
+            logger.warning("what happened is stored again")
+        self.storing = True
+        return True
+
+    def expire(self) -> None:
+        """Notice runs that nobody hears of any more, and let go of those that have ended long enough ago.
+
+        Their series and records go; the history stays.
+        """
+        now = self._clock()
+        for run in self._runs:
+            with run.errors.caught("judge"):
+                run.fall_silent(now, self._silent)
+                if not run.resting and run.ended_for(now, self._silent) >= self._ended_seconds:
+                    run.settle(now)
+                    run.rest(now)
+                    if self._commit([run]):
+                        self._store.forget_window(run)
+
+    def positions(self, said: Said) -> list[pb.Ack.Position]:
+        """How far each instance of a stream is stored, or why it is not taken in."""
+        found = []
+        for name in sorted(said.greeted):
+            home = self._runs.home(name)
+            assert home is not None
+            run, instance = home
+            found.append(
+                pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name)
+            )
+        return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(said.refused.items())]
+
+
+def _check_version(hello: pb.Hello) -> None:
+    if hello.schema_version != SCHEMA_VERSION:
+        raise UnknownVersionError(
+            f"this recorder speaks schema version {hello.schema_version}, this collector knows version "
+            f"{SCHEMA_VERSION}: bring both to the same release of foreshock"
+        )
+
+
+def _checked(hello: pb.Hello) -> pb.Hello:
+    """The same, with names that can be shown. Raises `RefusedError`."""
+    # By these things are found again: they are taken as they are, or not at all.
+    for name in ("run", "experiment", "launch"):
+        _check_name(f"hello.{name}", getattr(hello, name))
+    if not math.isfinite(hello.started_seconds):
+        raise RefusedError("hello.started_seconds is not a time")
+    place, model = hello.topology, hello.model
+    if not place.rank < place.world_size <= _MOST_RANKS:
+        raise RefusedError(f"hello.topology: rank {place.rank} of world_size {place.world_size}")
+    parameters, layers = len(model.parameters), len(model.layers)
+    for name in ("parameter_sizes", "parameter_layers"):
+        if len(getattr(model, name)) != parameters:
+            raise RefusedError(f"hello.model: {len(getattr(model, name))} {name} for {parameters} parameters")
+    if any(layer >= layers for layer in model.parameter_layers):
+        raise RefusedError(f"hello.model: parameter_layers points beyond the {layers} layers")
+    shown = pb.Hello()
+    shown.CopyFrom(hello)
+    shown.clip = _printable(hello.clip, _NAME_LENGTH)
+    shown.topology.node = _printable(place.node, _NAME_LENGTH)
+    shown.optimizer.type = _printable(hello.optimizer.type, _NAME_LENGTH)
+    shown.model.type = _printable(model.type, _NAME_LENGTH)
+    shown.model.parameters[:] = [_printable(name, _PATH_LENGTH) for name in model.parameters]
+    shown.model.layers[:] = [_printable(name, _PATH_LENGTH) for name in model.layers]
+    shown.model.module_types.clear()
+    for kind, count in model.module_types.items():
+        shown.model.module_types[_printable(kind, _PATH_LENGTH)] = count
+    return shown
+
+
+def _check_name(where: str, name: str) -> None:
+    if not 0 < len(name) <= _NAME_LENGTH:
+        raise RefusedError(f"{where} must have 1 to {_NAME_LENGTH} characters, it has {len(name)}")
+    if not name.isprintable():
+        raise RefusedError(f"{where} holds characters that cannot be printed")
+
+
+def _printable(text: str, most: int) -> str:
+    """Fit for a label and a terminal: line breaks and the like as Python would write them, and not too long."""
+    shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if len(shown) <= most else shown[: most - 3] + "..."

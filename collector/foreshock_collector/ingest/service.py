@@ -1,0 +1,135 @@
+"""The gRPC side: decode, call, encode."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from foreshock_collector.ingest.intake import Intake, RefusedError, Said, UnknownVersionError
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+MAX_MESSAGE_BYTES = 4 * 2**20
+_MAX_BATCH_STEPS = 512
+_TICK_SECONDS = 0.05
+_EXPIRY_SECONDS = 10.0
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # The defaults turn away a quarter of 4,096 recorders that come back at once.
+    ("grpc.server.max_pending_requests", 16384),
+    ("grpc.server.max_pending_requests_hard_limit", 32768),
+    # With it, windows grow until a stalled handler has buffered 4 MiB a stream.
+    ("grpc.http2.bdp_probe", 0),
+    # Two collectors on one port would split a run's ranks between them.
+    ("grpc.so_reuseport", 0),
+)
+
+
+class _Stream:
+    """One recorder."""
+
+    def __init__(self) -> None:
+        self.said = Said()
+        self.wake = asyncio.Event()
+
+
+class Telemetry:
+    """One stream per recorder. Acknowledges about once a second, and only what is committed."""
+
+    def __init__(self, intake: Intake, epoch: str, *, ack_seconds: float, page_url: Callable[[], str]) -> None:
+        self._intake = intake
+        self._errors = intake.errors
+        self._epoch = epoch
+        self._ack_seconds = ack_seconds
+        self._page_url = page_url
+        self._streams: set[_Stream] = set()
+        self._draining = False
+
+    async def committer(self) -> None:
+        """Commit about once a second, at once on trouble, and let the streams acknowledge. Runs until cancelled."""
+        loop = asyncio.get_running_loop()
+        committed = expired = loop.time()
+        while True:
+            await asyncio.sleep(_TICK_SECONDS)
+            now = loop.time()
+            with self._errors.caught("commit"):
+                if now - committed >= self._ack_seconds:
+                    committed = now
+                    self._intake.commit()
+                    self._wake(self._streams)
+                else:
+                    waiting = self._intake.commit_urgent()
+                    self._wake(stream for stream in self._streams if stream.said.includes(waiting))
+                if now - expired >= _EXPIRY_SECONDS:
+                    expired = now
+                    self._intake.expire()
+
+    def drain(self) -> None:
+        """Commit, let every stream send its last acknowledgement, and end them."""
+        self._draining = True
+        self._intake.commit()
+        self._wake(self._streams)
+
+    async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.Ack]:
+        """Handle one recorder."""
+        stream = _Stream()
+        reader = asyncio.create_task(self._read(requests, stream))
+        self._streams.add(stream)
+        try:
+            while True:
+                await stream.wake.wait()
+                stream.wake.clear()
+                if reader.done():
+                    reader.result()
+                    self._intake.commit()
+                if stream.said.greeted or stream.said.refused:
+                    yield self._ack(stream)
+                if reader.done() or self._draining:
+                    return
+        except RefusedError as error:
+            unknown = isinstance(error, UnknownVersionError)
+            code = grpc.StatusCode.FAILED_PRECONDITION if unknown else grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(code, str(error))
+        finally:
+            self._streams.discard(stream)
+            reader.cancel()
+            await asyncio.wait((reader,))
+
+    async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
+        try:
+            async for data in requests:
+                if self._draining:
+                    return
+                try:
+                    message = pb.FromRecorder.FromString(data)
+                except DecodeError:
+                    raise RefusedError("this is not a foreshock.v1.FromRecorder message") from None
+                self._intake.take(message, stream.said)
+        finally:
+            stream.wake.set()
+
+    def _ack(self, stream: _Stream) -> pb.Ack:
+        return pb.Ack(
+            epoch=self._epoch,
+            positions=self._intake.positions(stream.said),
+            flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
+            page_url=self._page_url(),
+        )
+
+    def _wake(self, streams: Any) -> None:
+        for stream in streams:
+            stream.wake.set()
+
+
+def make_server(telemetry: Telemetry) -> Any:
+    """A grpc.aio server that serves it. Messages are decoded here, so that a bad one gets a clear status."""
+    server = grpc.aio.server(options=_OPTIONS)
+    handler = grpc.stream_stream_rpc_method_handler(
+        telemetry.stream, request_deserializer=None, response_serializer=pb.Ack.SerializeToString
+    )
+    services = {"Stream": handler}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("foreshock.v1.Telemetry", services),))
+    return server

@@ -1,0 +1,1 @@
+"""What ranks have sent: records, and the steps put together from them. numpy, no clock."""

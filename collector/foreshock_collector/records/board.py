@@ -1,0 +1,333 @@
+"""The newest records of every rank of one attempt, steps down and ranks across, and how a row becomes a step.
+
+All of it is numpy: a batch goes in at once, and a step looks at all its ranks at once. Clocks come in as arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_collector.records.steps import LARGEST, Step, bounded
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+PATIENCE_SECONDS = 2.0
+"""How long a step waits for ranks that have not reported it."""
+TROUBLE_PATIENCE_SECONDS = 0.3
+"""The same for a step that is not finite: nobody should wait to hear of it, yet the other ranks' evidence is worth a
+moment. Recorders send such a step at once."""
+_MOST_CELLS = 2**18
+"""Cells of a board, some 200 bytes each; a job of many ranks remembers fewer steps."""
+_LEAST_STEPS, _MOST_STEPS = 64, 2048
+
+MOST_SEQUENCE = 2**53
+"""Records are numbered from 1, and a float can still hold each number."""
+
+_INTEGERS = ("step", "flags", "first_nonfinite_global", "first_nonfinite_local")
+_NOT_COLUMNS = (
+    *("instance", "first_sequence", "dropped", "backward_passes"),
+    *("global_layer_norms", "local_layer_norms"),
+)
+COLUMNS = tuple(f.name for f in pb.StepBatch.DESCRIPTOR.fields if f.name not in _NOT_COLUMNS)
+_REDUCED = tuple(name for name in COLUMNS if name.startswith("reduced_"))
+_OWN = tuple(name for name in COLUMNS if name not in _REDUCED)
+RECORD = np.dtype([("sequence", "i8"), *((name, "i8" if name in _INTEGERS else "f8") for name in _OWN)])
+"""One rank's record of one step, named as in `StepBatch`. Sequence 0: none."""
+SUMS = np.dtype([(name, "i8" if name == "reduced_sequence" else "f8") for name in _REDUCED])
+"""What the ranks' all-reduce of one step brought: the same on every rank, whichever told it."""
+
+Rows = NDArray[np.void]
+
+
+class ColumnsError(ValueError):
+    """A batch contradicts itself; the text says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """A batch, decoded."""
+
+    rows: Rows
+    sums: Rows
+    layer_norms: NDArray[np.float32] | None
+    """Of the averaged gradient, [rows, layers]; one rank tells them."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def above(self, position: int) -> Records:
+        """Without those up to this sequence number."""
+        keep = self.rows["sequence"] > position
+        norms = None if self.layer_norms is None else self.layer_norms[keep]
+        return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms)
+
+    def slices(self, length: int) -> Iterator[Records]:
+        """In pieces of at most this many rows, in order."""
+        for start in range(0, len(self.rows), length):
+            piece = slice(start, start + length)
+            norms = None if self.layer_norms is None else self.layer_norms[piece]
+            yield Records(rows=self.rows[piece], sums=self.sums, layer_norms=norms)
+
+
+def decode(batch: pb.StepBatch, layers: int) -> Records:
+    """Columns to rows. Raises `ColumnsError`."""
+    count = len(batch.step)
+    for name in COLUMNS:
+        if len(getattr(batch, name)) != count:
+            raise ColumnsError(f"column {name} has {len(getattr(batch, name))} rows, column step has {count}")
+    for name in ("global_layer_norms", "local_layer_norms"):
+        if len(getattr(batch, name)) not in (0, count * layers):
+            raise ColumnsError(f"{name} has {len(getattr(batch, name))} values, not {count} rows of {layers} layers")
+    if count and not 0 < batch.first_sequence < MOST_SEQUENCE - count:
+        raise ColumnsError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
+    rows = np.zeros(count, RECORD)
+    rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
+    for name in _OWN:
+        if name in ("step", "flags"):
+            rows[name] = np.fromiter(getattr(batch, name), "i8", count)
+            continue
+        values = np.fromiter(getattr(batch, name), "f8", count)
+        # The first_nonfinite columns travel as float64, and not each of those is a whole number.
+        rows[name] = np.where(abs(values) < MOST_SEQUENCE, values, -1.0) if name in _INTEGERS else _bounded(values)
+    told = np.fromiter(batch.reduced_sequence, "f8", count)
+    known = (told >= 1) & (told < batch.first_sequence + count)
+    sums = np.zeros(int(known.sum()), SUMS)
+    for name in _REDUCED if known.any() else ():
+        sums[name] = np.fromiter(getattr(batch, name), "f8", count)[known]
+    norms = None
+    if batch.global_layer_norms:
+        norms = np.fromiter(batch.global_layer_norms, "f4", count * layers).reshape(count, layers)
+    return Records(rows=rows, sums=sums, layer_norms=norms)
+
+
+def _bounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """As `steps.bounded`."""
+    kept = np.where(np.isinf(values), values, np.clip(values, -LARGEST, LARGEST))
+    return np.where(abs(kept) < 1 / LARGEST, 0.0, kept)
+
+
+def trouble(rows: Rows) -> NDArray[np.bool_]:
+    """Which records hold anything that is not finite."""
+    bad: NDArray[np.bool_] = ~np.isfinite(rows["global_norm"]) | bad_locally(rows)
+    bad |= (rows["global_nan_parameters"] > 0) | (rows["global_inf_parameters"] > 0)
+    bad &= complete(rows)
+    return bad
+
+
+def bad_locally(rows: Rows) -> NDArray[np.bool_]:
+    """Which records are not finite by themselves, before the all-reduce could have brought it from another rank."""
+    bad: NDArray[np.bool_] = (rows["local_nan_parameters"] > 0) | (rows["local_inf_parameters"] > 0)
+    bad |= observed(rows) & ~np.isfinite(rows["loss"])
+    return bad
+
+
+def complete(rows: Rows) -> NDArray[np.bool_]:
+    """Which records are of steps that finished."""
+    finished: NDArray[np.bool_] = rows["flags"] & pb.INCOMPLETE == 0
+    return finished
+
+
+def locally_measured(rows: Rows) -> NDArray[np.bool_]:
+    """Which records hold norms of the rank's own gradient: not those that no backward pass came before."""
+    known: NDArray[np.bool_] = (rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)
+    known &= (rows["flags"] & pb.GRADIENT_UNKNOWN == 0) | (rows["local_norm"] != 0)
+    return known
+
+
+def observed(rows: Rows) -> NDArray[np.bool_]:
+    """Which records hold a loss."""
+    has_loss: NDArray[np.bool_] = rows["flags"] & pb.LOSS_OBSERVED != 0
+    return has_loss
+
+
+class Board:
+    """Records of one attempt that wait for other ranks, and the window of those that no longer do."""
+
+    def __init__(self, *, world_size: int, layers: int, settled: int = 0) -> None:
+        self.capacity = max(_LEAST_STEPS, min(_MOST_STEPS, _MOST_CELLS // world_size))
+        self.settled = settled
+        """Sequence number up to which steps have been put together."""
+        self.highest = settled
+        """The highest one of any rank."""
+        self.positions = np.zeros(world_size, "i8")
+        """Each rank's highest one."""
+        self.awaited = np.ones(world_size, np.bool_)
+        """Ranks that may still report."""
+        self._cells: Rows = np.zeros((self.capacity, world_size), RECORD)
+        self._sums: Rows = np.zeros(self.capacity, SUMS)
+        self._layer_norms = np.zeros((self.capacity, layers), "f4")
+        self._layer_sequences = np.zeros(self.capacity, "i8")
+        self._deadlines = np.full(self.capacity, math.inf)
+
+    def room(self, records: Records) -> int:
+        """Steps up to this sequence number have to be settled before these records may be written."""
+        return int(records.rows["sequence"][-1]) - self.capacity
+
+    def write(self, rank: int, records: Records, now: float) -> None:
+        """Keep a rank's records: those of settled steps are evidence, the others wait for their step."""
+        rows = records.rows
+        last = int(rows["sequence"][-1])
+        assert self.room(records) <= self.settled
+        slots = rows["sequence"] % self.capacity
+        # A very late record must not displace a newer one.
+        fresh = rows["sequence"] >= self._cells["sequence"][slots, rank]
+        self._cells[slots[fresh], rank] = rows[fresh]
+        if records.layer_norms is not None and records.layer_norms.shape[1] == self._layer_norms.shape[1]:
+            self._layer_norms[slots[fresh]] = records.layer_norms[fresh]
+            self._layer_sequences[slots[fresh]] = rows["sequence"][fresh]
+        recent = records.sums[records.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
+        self._sums[recent["reduced_sequence"] % self.capacity] = recent
+        # A gap waits like a record: another rank may yet fill it.
+        waiting = np.arange(max(self.settled, int(self.positions[rank]), last - self.capacity) + 1, last + 1)
+        self._hasten(waiting, now + PATIENCE_SECONDS)
+        bad = rows["sequence"][trouble(rows)]
+        self._hasten(bad[bad > self.settled], now + TROUBLE_PATIENCE_SECONDS)
+        self.positions[rank] = max(last, int(self.positions[rank]))
+        self.highest = max(last, self.highest)
+
+    def _hasten(self, sequences: NDArray[np.int64], deadline: float) -> None:
+        slots = sequences % self.capacity
+        self._deadlines[slots] = np.minimum(self._deadlines[slots], deadline)
+
+    def due(self, now: float) -> int:
+        """Sequence number up to which steps may be put together: every rank has passed them, or they waited enough."""
+        passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest
+        due = max(self.settled, min(passed, self.highest))
+        waiting = np.arange(due + 1, self.highest + 1)
+        late = waiting[self._deadlines[waiting % self.capacity] <= now]
+        return int(late[-1]) if late.size else due
+
+    def overdue(self, now: float) -> bool:
+        """A step has waited long enough, though a rank is still missing."""
+        return self.settled < self.highest and bool((self._deadlines <= now).any())
+
+    def settle(self, attempt: int, upto: int) -> Iterator[Step]:
+        """Put steps together, in order, up to a sequence number."""
+        first, last = self.settled + 1, min(upto, self.highest)
+        for sequence in range(first, last + 1):
+            self.settled = sequence
+            self._deadlines[sequence % self.capacity] = math.inf
+            step = self._put_together(attempt, sequence)
+            if step is not None:
+                yield step
+        self.settled = max(self.settled, upto)
+        self.highest = max(self.settled, self.highest)
+
+    def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
+        """Ranks and their finished records of one step, as far as they are here."""
+        cells = self._cells[sequence % self.capacity]
+        ranks = np.flatnonzero((cells["sequence"] == sequence) & complete(cells))
+        return ranks, cells[ranks]
+
+    def sums(self, sequence: int) -> Rows | None:
+        """The all-reduce of one step, if any rank told it."""
+        sums = self._sums[sequence % self.capacity]
+        return sums if sums["reduced_sequence"] == sequence else None
+
+    def layer_norms(self, sequence: int) -> NDArray[np.float32] | None:
+        """Norms of the averaged gradient by layer, if a rank told them."""
+        slot = sequence % self.capacity
+        return self._layer_norms[slot] if self._layer_sequences[slot] == sequence else None
+
+    def local_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        """[steps, ranks]; NaN where there is no record, or none with local norms."""
+        cells = self._cells[sequences % self.capacity]
+        known = (cells["sequence"] == sequences[:, None]) & locally_measured(cells)
+        norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
+        return norms
+
+    def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Local norms for the eye, [steps, ranks]: NaN where nothing is known, Inf where it is not finite."""
+        slots = sequences % self.capacity
+        # Field by field: whole records would be twenty times as much to copy.
+        norms: NDArray[np.float64] = self._cells["local_norm"][slots]
+        bad = (self._cells["local_nan_parameters"][slots] > 0) | (self._cells["local_inf_parameters"][slots] > 0)
+        norms[bad | ~np.isfinite(norms)] = math.inf
+        flags = self._cells["flags"][slots]
+        told = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
+        norms[~told | (self._cells["sequence"][slots] != sequences[:, None])] = math.nan
+        return norms
+
+    def layer_norms_of(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Norms of the averaged gradient for the eye, [steps, layers]: NaN and Inf as in `rank_norms`."""
+        slots = sequences % self.capacity
+        norms = self._layer_norms[slots].astype(np.float64)
+        norms[~np.isfinite(norms)] = math.inf
+        norms[self._layer_sequences[slots] != sequences] = math.nan
+        return norms
+
+    def _put_together(self, attempt: int, sequence: int) -> Step | None:
+        ranks, rows = self.records(sequence)
+        if not ranks.size:
+            return None
+        # Ranks hold the same averaged gradient: any view of it will do.
+        known = np.flatnonzero(rows["flags"] & pb.GRADIENT_UNKNOWN == 0)
+        first = rows[known[0] if known.size else 0]
+        loss, nan_loss, inf_loss = self._loss(sequence, rows)
+        norm = float(first["global_norm"]) if known.size else math.nan
+        step = Step(
+            attempt=attempt,
+            sequence=sequence,
+            step=int(first["step"]),
+            wall_seconds=float(first["wall_seconds"]),
+            duration_seconds=self._duration(sequence, int(ranks[0])),
+            learning_rate=float(first["learning_rate"]),
+            loss=loss,
+            loss_scale=float(first["loss_scale"]),
+            global_norm=norm,
+            clip_coefficient=float(first["clip_coefficient"]),
+            skipped=bool(first["flags"] & pb.SKIPPED),
+            nan_loss=nan_loss,
+            inf_loss=inf_loss,
+            nan_gradient=_any(rows, "global_nan_parameters", "local_nan_parameters")
+            or bool(known.size and norm != norm),
+            inf_gradient=_any(rows, "global_inf_parameters", "local_inf_parameters") or math.isinf(norm),
+            ranks=len(ranks),
+            stepped=not first["flags"] & pb.NOT_STEPPED,
+            shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
+            shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
+            gradient_absolute_maximum=_measured(first["gradient_absolute_maximum"]),
+            parameter_norm=_measured(first["parameter_norm"]),
+            update_ratio=_measured(first["update_ratio"]),
+        )
+        # Some scripts drop gradients by design, as those that flow through a GAN's other model: there is nothing to it.
+        return step if step.stepped or step.nonfinite or step.loss is not None else None
+
+    def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:
+        """Mean over ranks, and whether any is NaN, any Inf.
+
+        Where ranks are missing, the sums that travelled with the gradients know better.
+        """
+        losses = rows["loss"][observed(rows)]
+        nan, inf = bool(np.isnan(losses).any()), bool(np.isinf(losses).any())
+        sums = self.sums(sequence) if len(rows) < len(self.positions) else None
+        if sums is not None:
+            nan, inf = nan or bool(sums["reduced_nan_losses"] > 0), inf or bool(sums["reduced_inf_losses"] > 0)
+        if nan or inf:
+            return (math.nan if nan else math.inf), nan, inf
+        if sums is not None and sums["reduced_loss_count"] > len(losses):
+            mean = bounded(float(sums["reduced_loss_sum"]) / float(sums["reduced_loss_count"]))
+            return (mean if math.isfinite(mean) else None), False, False
+        # Divided before they are summed: finite losses must not add up to Inf.
+        return (float((losses / losses.size).sum()) if losses.size else None), False, False
+
+    def _duration(self, sequence: int, rank: int) -> float | None:
+        this = self._cells[sequence % self.capacity, rank]
+        before = self._cells[(sequence - 1) % self.capacity, rank]
+        # Sequence 0 is an empty cell, and no step before the first.
+        if not 0 < before["sequence"] == sequence - 1:
+            return None
+        seconds = float(this["monotonic_seconds"]) - float(before["monotonic_seconds"])
+        return seconds if 0 < seconds < math.inf else None
+
+
+def _measured(value: np.float64) -> float | None:
+    return float(value) if value else None
+
+
+def _any(rows: Rows, *names: str) -> bool:
+    return any(bool((rows[name] > 0).any()) for name in names)

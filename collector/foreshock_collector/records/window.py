@@ -1,0 +1,66 @@
+"""The records of all ranks and layers in the steps up to an incident: kept for good, so that it can be looked into."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_collector.records.board import RECORD, Board, Rows
+
+_RANKED = np.dtype([("rank", "i8"), *((name, RECORD[name]) for name in RECORD.names or ())])
+_SHOWN_RANKS = 16
+"""Of each step, as JSON: those with the largest norms."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """Steps in order."""
+
+    records: Rows
+    """As on the board, and the rank; by step, then by rank."""
+    sequences: NDArray[np.int64]
+    layer_norms: NDArray[np.float32]
+    """Of the averaged gradient, [sequences, layers]; NaN where nobody told them."""
+
+    @classmethod
+    def of(cls, board: Board, first: int, last: int) -> Window:
+        """What the board still has of these steps."""
+        found = []
+        sequences = np.arange(max(1, first), last + 1)
+        for sequence in sequences.tolist():
+            ranks, rows = board.records(sequence)
+            ranked = np.zeros(len(rows), _RANKED)
+            for name in RECORD.names or ():
+                ranked[name] = rows[name]
+            ranked["rank"] = ranks
+            found.append(ranked)
+        records = np.concatenate(found) if found else np.zeros(0, _RANKED)
+        norms = board.layer_norms_of(sequences).astype(np.float32)
+        return cls(records=records, sequences=sequences, layer_norms=norms)
+
+    def as_bytes(self) -> bytes:
+        """For the store."""
+        file = io.BytesIO()
+        np.savez_compressed(file, records=self.records, sequences=self.sequences, layer_norms=self.layer_norms)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Window:
+        """What `as_bytes` made."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return cls(records=arrays["records"], sequences=arrays["sequences"], layer_norms=arrays["layer_norms"])
+
+    def loudest(self) -> list[dict[str, Any]]:
+        """Records by name, for people: of each step, those of the ranks with the largest norms."""
+        shown = []
+        for sequence in self.sequences.tolist():
+            rows = self.records[self.records["sequence"] == sequence]
+            norms = np.where(np.isfinite(rows["local_norm"]), rows["local_norm"], math.inf)
+            chosen = np.sort(np.argsort(-norms, kind="stable")[:_SHOWN_RANKS])
+            shown += [{name: row[name].item() for name in row.dtype.names or ()} for row in rows[chosen]]
+        return shown

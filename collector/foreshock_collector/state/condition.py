@@ -1,0 +1,37 @@
+"""How a run is, in one word: the worst that is true of it."""
+
+from __future__ import annotations
+
+from foreshock_collector.analysis.verdicts import Condition
+from foreshock_collector.state.attempts import Attempt
+from foreshock_collector.state.incidents import DEATH
+from foreshock_collector.state.runs import Run
+
+
+def condition(run: Run, now: float, silent: float) -> Condition:
+    """Of the newest attempt. now: Unix time; silent: seconds without a word after which a run has ended."""
+    attempt = run.newest
+    if not run.active(now, silent):
+        return _end(attempt)
+    if DEATH in attempt.incidents:
+        return "failed"
+    if attempt.detector.failing:
+        return "failing"
+    if attempt.detector.gradient.in_build_up:
+        return "building up"
+    if "stalled" in attempt.incidents:
+        return "stalled"
+    if any(not instance.reporting for instance in attempt.instances.values()):
+        return "ranks missing"
+    return "running"
+
+
+def _end(attempt: Attempt) -> Condition:
+    if attempt.detector.failing:
+        return "failed"
+    if attempt.outcome:
+        return attempt.outcome
+    reasons = {instance.closed for instance in attempt.instances.values()}
+    if reasons & {"EXCEPTION", "LOST", ""}:
+        return "failed"  # one that never left has fallen silent
+    return "interrupted" if "INTERRUPTED" in reasons else "ended"

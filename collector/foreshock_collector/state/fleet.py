@@ -1,0 +1,89 @@
+"""All runs: which run a launch belongs to, and where an instance is at home."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.state.attempts import Instance
+from foreshock_collector.state.errors import collector_errors
+from foreshock_collector.state.runs import ContradictionError, Run
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+
+class Runs:
+    """All runs, found by name or by instance. rules_of: the rules of a run, by its name."""
+
+    def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
+        self.rules_of = rules_of
+        self.errors = collector_errors()
+        """The collector's own, that no single run is to blame for."""
+        self._runs: dict[str, Run] = {}
+        self._instances: dict[str, tuple[Run, Instance]] = {}
+        self._launches: dict[tuple[str, str], Run] = {}
+        """By the name that was asked for, and the launch."""
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(list(self._runs.values()))
+
+    def get(self, name: str) -> Run | None:
+        """The run of this name."""
+        return self._runs.get(name)
+
+    def home(self, instance: str) -> tuple[Run, Instance] | None:
+        """An instance and its run."""
+        return self._instances.get(instance)
+
+    def add(self, run: Run) -> None:
+        """A run from the store, with its instances."""
+        self._runs[run.name] = run
+        for attempt in run.attempts:
+            self._launches[attempt.hello.run, attempt.launch] = run
+            for instance in attempt.instances.values():
+                self._instances[instance.name] = (run, instance)
+
+    def greet(self, hello: pb.Hello, now: float) -> Instance:
+        """Find or make an instance and its run. Raises `ContradictionError`."""
+        known = self._instances.get(hello.instance)
+        if known is not None:
+            run, instance = known
+            first = instance.attempt.hello
+            if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
+                raise ContradictionError("this instance has given another run, launch or rank before")
+            run.hear(instance, now)
+            instance.gone |= hello.gone
+            return instance
+        run = self._run_of(hello, now)
+        instance = run.greet(hello, now)
+        self._runs[run.name] = run
+        self._launches[hello.run, hello.launch] = run
+        self._instances[instance.name] = (run, instance)
+        return instance
+
+    def _run_of(self, hello: pb.Hello, now: float) -> Run:
+        """The run of a launch; decided at its first hello, for all its ranks.
+
+        A launch is the next attempt of the run whose name it asks for. Where a living one has that name, or another
+        experiment, it becomes a run of its own: name-2, name-3 and so on.
+        """
+        run = self._launches.get((hello.run, hello.launch))
+        if run is not None:
+            if run.experiment != hello.experiment:
+                raise ContradictionError(
+                    f"experiment {hello.experiment!r}: this launch has told of {run.experiment!r} before"
+                )
+            return run
+        for number in itertools.count(1):
+            name = hello.run if number == 1 else f"{hello.run}-{number}"
+            run = self._runs.get(name)
+            if run is None:
+                return Run(hello.experiment, name, self.rules_of(hello.run))
+            if run.experiment != hello.experiment:
+                continue
+            if number > 1 and run.attempts[0].hello.run != hello.run:
+                continue  # called so on purpose: it has nothing to do with this one
+            # What a rank that has gone left behind does not run beside anything.
+            if hello.gone or not run.has_live_ranks(now):
+                return run
+        raise AssertionError

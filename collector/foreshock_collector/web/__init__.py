@@ -1,0 +1,1 @@
+"""HTTP out: /metrics, the API, the page."""

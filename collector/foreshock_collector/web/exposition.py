@@ -1,0 +1,176 @@
+"""Current state as Prometheus series: a collector for prometheus-client, in a registry that its owner injects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from foreshock_collector import catalogue as c
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
+from foreshock_collector.state.totals import Histogram
+
+Labels = tuple[str, ...]
+Buckets = tuple[tuple[str, float], ...]
+"""Upper bound, and how many lie below."""
+_LEVELS = {
+    "global_norm": c.GLOBAL_GRADIENT_NORM,
+    "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
+    "clip_coefficient": c.CLIP_COEFFICIENT,
+    "parameter_norm": c.PARAMETER_NORM,
+    "update_ratio": c.UPDATE_RATIO,
+    "loss": c.LOSS,
+    "learning_rate": c.LEARNING_RATE,
+    "loss_scale": c.LOSS_SCALE,
+    "step": c.STEP,
+}
+_STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_spike": c.LAST_LOSS_SPIKE_STEP}
+_COUNTERS = {
+    "steps": c.STEPS,
+    "clipped": c.CLIPPED_STEPS,
+    "abandoned": c.ABANDONED_STEPS,
+    "skipped": c.SKIPPED_STEPS,
+    "shadow_clipped": c.SHADOW_CLIPPED_STEPS,
+    "shadow_skipped": c.SHADOW_SKIPPED_STEPS,
+    "spike": c.GRADIENT_SPIKES,
+    "build_up": c.GRADIENT_BUILD_UPS,
+    "loss_spike": c.LOSS_SPIKES,
+}
+_TIMES = {
+    "spike": c.LAST_SPIKE,
+    "build_up": c.LAST_BUILD_UP,
+    "loss_spike": c.LAST_LOSS_SPIKE,
+    "nonfinite": c.LAST_NONFINITE,
+    "step": c.LAST_STEP,
+}
+
+
+class RunSeries(Collector):
+    """Reads the runs at each scrape. `clock` gives Unix time.
+
+    ended_seconds: how long the series of an ended run stay; when they go, Prometheus marks them stale and its alerts
+    resolve. silent: seconds without a word that end a run.
+    """
+
+    def __init__(self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float) -> None:
+        self._runs = runs
+        self._clock = clock
+        self._started = clock()
+        self._ended_seconds = ended_seconds
+        self._silent = silent
+
+    def describe(self) -> list[Metric]:
+        """Nothing in advance: registration must not collect."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Every family of the catalogue, in its order."""
+        now = self._clock()
+        families: dict[str, Metric] = {series.name: _family(series) for series in c.CATALOGUE}
+        for sample in self._samples(now):
+            sample.add_to(families)
+        yield from families.values()
+
+    def _samples(self, now: float) -> Iterator[Sample]:
+        yield Sample(c.COLLECTOR_START, (), self._started)
+        for stage, count in self._runs.errors.counts.items():
+            yield Sample(c.COLLECTOR_ERRORS, (stage,), count)
+        for run in self._runs:
+            # All of a run's, or none: one that fails half-way costs the others nothing.
+            with run.errors.caught("expose"):
+                if run.ended_for(now, self._silent) >= self._ended_seconds:
+                    continue
+                yield from list(self._of(run, now))
+            for stage, count in run.errors.counts.items():
+                yield Sample(c.RUN_ERRORS, (run.experiment, run.name, stage), count)
+
+    def _of(self, run: Run, now: float) -> Iterator[Sample]:
+        labels, totals = (run.experiment, run.name), run.totals
+        for name, series in _LEVELS.items():
+            if name in totals.levels:
+                yield Sample(series, labels, totals.levels[name])
+        for name, series in _TIMES.items():
+            yield Sample(series, labels, totals.last[name])
+        for name, series in _STEPS.items():
+            if name in totals.event_steps:
+                yield Sample(series, labels, totals.event_steps[name])
+        for name, series in _COUNTERS.items():
+            yield Sample(series, labels, totals.counters[name])
+        for key, count in totals.nonfinite.items():
+            yield Sample(c.NONFINITE_STEPS, (*labels, *key.split()), count)
+        for reason, count in totals.dropped.items():
+            yield Sample(c.RECORDS_DROPPED, (*labels, reason), count)
+        open_ = run.incidents.open_by_verdict()
+        for verdict, count in totals.incidents.items():
+            yield Sample(c.INCIDENTS, (*labels, verdict), count)
+            yield Sample(c.OPEN_INCIDENTS, (*labels, verdict), open_[verdict])
+            yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
+        yield Sample.of_histogram(c.GRADIENT_NORM, labels, totals.norms)
+        yield Sample.of_histogram(c.STEP_DURATION, labels, totals.durations)
+        yield Sample(c.STALL_AFTER, labels, run.stall_after())
+        yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
+        attempt = run.newest
+        ranks = attempt.instances.values()
+        yield Sample(c.RANKS_EXPECTED, labels, attempt.world_size)
+        yield Sample(c.RANKS_REPORTING, labels, sum(instance.reporting for instance in ranks))
+        hello = attempt.hello
+        facts = (str(attempt.number), hello.model.type, hello.optimizer.type, hello.clip)
+        yield Sample(c.RUN_INFO, (*labels, *facts), 1)
+        for instance in ranks:
+            # One that has left has not fallen silent.
+            if not instance.closed:
+                yield Sample(c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
+            if instance.local_norm is not None:
+                yield Sample(c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
+        yield Sample(c.RANK_AGREEMENT, labels, attempt.noise.agreement)
+        if (scale := attempt.noise.value) is not None:
+            yield Sample(c.NOISE_SCALE, labels, scale)
+        # By name: of two layers of one name, which a model cannot have, one series.
+        for layer, norm in dict(attempt.largest_layers()).items():
+            yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
+        for alert, incident in run.incidents.newest_by_alert().items():
+            v = incident["verdict"]
+            rank = "" if v["rank"] is None else str(v["rank"])
+            where = (str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])
+            yield Sample(c.INCIDENT_INFO, (*labels, str(incident["id"]), alert, v["cause"], *where, v["summary"]), 1)
+
+
+class Sample:
+    """A value of one series, or the buckets of a histogram. Whatever is wrong with it shows when it is made."""
+
+    def __init__(self, series: c.Series, labels: Labels, value: float, buckets: Buckets = ()) -> None:
+        self._series = series
+        self._labels = tuple(map(str, labels))
+        self._value = float(value)
+        self._buckets = buckets
+
+    @classmethod
+    def of_histogram(cls, series: c.Series, labels: Labels, histogram: Histogram) -> Sample:
+        """Cumulative, as Prometheus wants it."""
+        bounds = (*map(repr, histogram.bounds), "+Inf")
+        counts = accumulate(map(float, histogram.counts))
+        return cls(series, labels, histogram.total, tuple(zip(bounds, counts, strict=True)))
+
+    def add_to(self, families: dict[str, Metric]) -> None:
+        """To its family, unless it is not finite: an alert on a NaN never fires, and a maximum hides behind one."""
+        if not math.isfinite(self._value):
+            return
+        family = families[self._series.name]
+        if isinstance(family, HistogramMetricFamily):
+            family.add_metric(self._labels, self._buckets, self._value)
+        else:
+            assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
+            family.add_metric(self._labels, self._value)
+
+
+def _family(series: c.Series) -> Metric:
+    if series.kind is c.Kind.COUNTER:
+        return CounterMetricFamily(series.name, series.help, labels=series.labels)
+    if series.kind is c.Kind.HISTOGRAM:
+        return HistogramMetricFamily(series.name, series.help, labels=series.labels)
+    return GaugeMetricFamily(series.name, series.help, labels=series.labels)

@@ -1,0 +1,161 @@
+"""What people see: the HTML shells that scripts fill from the API, the scripts themselves, and runbooks as pages.
+
+Nothing here knows a run's data, so nothing here can carry it into HTML: names reach the page as JSON, and from there
+as text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+from string import Template
+
+from aiohttp import web
+from markdown_it import MarkdownIt
+
+from foreshock_collector.shipped import shipped
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.web.api import RUN
+
+_STATIC = Path(__file__).parent / "static"
+_KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        # plotly.js puts the style sheet of its maps into the page as it loads: this one and no other.
+        "style-src-elem 'self' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='",
+        # It places its drawings by style attributes, and paints a heat map as an image of its own making.
+        "style-src-attr 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+_PLOTLY = "package_data/plotly.min.js"
+_PLOTLY_VERSION = importlib.metadata.version("plotly")
+_INDEX = """Foreshock collector
+
+/                             what people look at, in a browser
+/metrics                      for Prometheus
+/api/v1/runs                  runs, as JSON
+/api/v1/runs/{run}            one of them: ranks, events, incidents
+/api/v1/runs/{run}/steps      its steps, a column each: ?attempt=&after=&limit=
+/api/v1/runs/{run}/series     the same for the eye, with the baseline: ?attempt=&first=&last=&points=
+/api/v1/runs/{run}/heat/ranks, /heat/layers
+/api/v1/runs/{run}/incidents/{id}
+/api/v1/live                  a word whenever there is news, as server-sent events: ?run=
+/runbooks                     what to do about an alert
+/-/healthy  /-/ready
+"""
+
+
+class Page:
+    """The handlers. Files are read once: what is served was there at the start, and no path opens another."""
+
+    def __init__(self, *, runs: Runs) -> None:
+        self._runs = runs
+        self._shells = {path.stem: Template(path.read_text("utf-8")) for path in _STATIC.glob("*.html")}
+        self._files = {path.name: path.read_bytes() for path in _STATIC.iterdir() if path.suffix in _KINDS}
+        self._runbooks = {path.stem: path.read_text("utf-8") for path in sorted(shipped("runbooks").glob("*.md"))}
+        self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+        self._plotly: bytes | None = None
+
+    def routes(self) -> list[web.RouteDef]:
+        """Pages, their files, and runbooks in both forms."""
+        return [
+            web.get("/", self._fleet),
+            web.get(f"/run/{RUN}", self._run),
+            web.get("/runbooks", self._list),
+            web.get("/runbooks/{alert}", self._runbook),
+            web.get("/static/plotly.js", self._plotly_js),
+            web.get("/static/{name}", self._file),
+            web.get("/favicon.ico", self._icon),
+        ]
+
+    async def _fleet(self, request: web.Request) -> web.Response:
+        if not _wants_html(request):
+            return web.Response(text=_INDEX)
+        return self._shell("fleet", title="Runs")
+
+    async def _run(self, request: web.Request) -> web.Response:
+        name = request.match_info["run"]
+        status = 200 if self._runs.get(name) is not None else 404
+        return self._shell("run", status=status, title=name[:200])
+
+    async def _list(self, request: web.Request) -> web.Response:
+        if not _wants_html(request):
+            return web.Response(text="".join(f"/runbooks/{name}\n" for name in self._runbooks))
+        items = "".join(f'<li><a href="/runbooks/{name}">{name}</a></li>' for name in self._runbooks)
+        body = f"<h1>Runbooks</h1><p>One for each alert.</p><ul>{items}</ul>"
+        return self._shell("runbook", title="Runbooks", body=body)
+
+    async def _runbook(self, request: web.Request) -> web.Response:
+        # Looked up among the names that there are: a path from outside opens no file.
+        name = request.match_info["alert"]
+        text = self._runbooks.get(name.removesuffix(".md"))
+        if text is None:
+            message = f"There is no runbook {name[:80]!r}; /runbooks lists them."
+            if not _wants_html(request):
+                raise web.HTTPNotFound(text=message + "\n")
+            return self._shell("runbook", status=404, title="No such runbook", body=f"<p>{html.escape(message)}</p>")
+        if name.endswith(".md") or not _wants_html(request):
+            return web.Response(text=text, content_type="text/markdown", headers={"Vary": "Accept"})
+        return self._shell("runbook", title=name, body=self._markdown.render(text))
+
+    async def _file(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self._files:
+            raise web.HTTPNotFound(text="no such file\n")
+        return _cached(request, self._files[name], _KINDS[Path(name).suffix])
+
+    async def _icon(self, request: web.Request) -> web.Response:
+        return _cached(request, self._files["icon.svg"], _KINDS[".svg"])
+
+    async def _plotly_js(self, request: web.Request) -> web.Response:
+        if self._plotly is None:
+            # Once, and beside the loop: 4.8 MB are long on a tunnel, 1.5 MB less so.
+            self._plotly = await asyncio.to_thread(lambda: gzip.compress(plotly_script().read_bytes(), 6))
+        # The page asks for it by version, so what a browser has it may keep; compiled, too, from the third visit on.
+        headers = {"Cache-Control": "public, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
+        if "gzip" in request.headers.get("Accept-Encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+            body = self._plotly
+        else:
+            body = gzip.decompress(self._plotly)
+        return web.Response(body=body, content_type="text/javascript", charset="utf-8", headers=headers)
+
+    def _shell(self, name: str, *, status: int = 200, title: str, body: str = "") -> web.Response:
+        text = self._shells[name].substitute(title=html.escape(title), body=body, plotly=_PLOTLY_VERSION)
+        headers = {"Content-Security-Policy": _POLICY, "Vary": "Accept"}
+        return web.Response(status=status, text=text, content_type="text/html", headers=headers)
+
+
+def plotly_script() -> Path:
+    """plotly.js, as the installed package `plotly` has it; the package itself is not imported."""
+    spec = importlib.util.find_spec("plotly")
+    places = spec.submodule_search_locations if spec is not None else None
+    if not places or not (script := Path(places[0]) / _PLOTLY).is_file():
+        raise web.HTTPNotFound(text="the package plotly is missing: pip install plotly\n")
+    return script
+
+
+def _wants_html(request: web.Request) -> bool:
+    return "text/html" in request.headers.get("Accept", "")
+
+
+def _cached(request: web.Request, body: bytes, kind: str) -> web.Response:
+    """Asked for again each time, sent only if it has changed: after an upgrade nobody runs old scripts."""
+    tag = hashlib.sha256(body).hexdigest()[:16]
+    headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
+    if request.headers.get("If-None-Match") == headers["ETag"]:
+        return web.Response(status=304, headers=headers)
+    return web.Response(body=body, content_type=kind, charset="utf-8", headers=headers)
