@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.faults.outcome import bad_steps
 from benchmarks.faults.traces import Trace, all_traces
-from foreshock_collector.analysis.detection import Channel
+from foreshock_collector.analysis.detection import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay
@@ -52,16 +52,16 @@ def told(trace: Trace) -> Told:
     """Tell the trace to a collector's state, as its recorder did."""
     runs, now = Runs(), trace.hello.started_seconds
     for hello in trace.hellos():
-        runs.greet(hello, now)
+        runs.register(hello, now)
     run = runs.get(trace.case.name)
     assert run is not None
-    ranks = {rank: home for rank in range(trace.case.ranks) if (home := runs.home(f"{trace.case.name}-{rank}"))}
+    ranks = {rank: home for rank in range(trace.case.ranks) if (home := runs.find(f"{trace.case.name}-{rank}"))}
     events: list[dict[str, Any]] = []
     for rank, batch in trace.batches():
         now += 0.01
-        for room in run.take(ranks[rank][1], batch, now):
-            run.settle(now, attempt=ranks[rank][1].attempt, at_least=room)
-        run.settle(now)
+        for room in run.ingest(ranks[rank][1], batch, now):
+            run.finalize_steps(now, attempt=ranks[rank][1].attempt, at_least=room)
+        run.finalize_steps(now)
         changes = run.changes
         events += changes.events if changes else []
         run.changes = None
@@ -79,20 +79,20 @@ def _end(trace: Trace, run: Run, ranks: dict[int, Any], now: float) -> float:
         for _ in range(int(_STALL_SECONDS / 30)):
             now += 30.0
             for _, instance in ranks.values():
-                run.hear(instance, now)
-            run.settle(now)
+                run.heartbeat(instance, now)
+            run.finalize_steps(now)
         return now
     for order, (rank, reason, detail) in enumerate(trace.ends):
         instance = ranks[rank][1]
         if reason == "LOST":
             event = pb.Event(instance=instance.name, kind=pb.Event.RANK_LOST, wall_seconds=now + 0.01 * order)
-            run.happened(instance, event, now)
+            run.record_event(instance, event, now)
         goodbye = pb.Goodbye(instance=instance.name, reason=reason, detail=detail)
         goodbye.last_sequence = instance.position
-        run.leave(instance, goodbye, now)
+        run.close(instance, goodbye, now)
     for _ in range(10):
         now += 1.0
-        run.settle(now)
+        run.finalize_steps(now)
     return now
 
 
@@ -274,7 +274,7 @@ def _rows(trace: Trace) -> list[Row]:
 def speed() -> float:
     """Steps a second through the run-level channel, on one core: heavy-tailed noise, a million of them."""
     values = np.exp(0.3 * np.random.default_rng(0).standard_t(3, 1_000_000)).tolist()
-    channel = Channel()
+    channel = ChannelState()
     # By the processor's time: what else runs on the machine is not the channel's.
     begun = time.process_time()
     channel.scan(values, DEFAULT.gradient)

@@ -38,12 +38,12 @@ COLLECTOR_ARROWS = {
     "analysis": {"records"},
     "catalogue": {"analysis"},
     "config": {"analysis"},
-    "shipped": set(),
+    "resources": set(),
     "state": {"analysis", "catalogue", "records"},
     "ingest": {"records", "state"},
-    "web": {"analysis", "catalogue", "records", "shipped", "state"},
+    "web": {"analysis", "catalogue", "records", "resources", "state"},
     "server": {"config", "ingest", "state", "web"},
-    "commands": {"analysis", "config", "records", "server", "shipped", "state"},
+    "commands": {"analysis", "config", "records", "server", "resources", "state"},
     "__main__": {"commands"},
 }
 """Sub-package or top-level module of the collector: what it may import of the others."""

@@ -138,7 +138,7 @@ def _half() -> Iterator[dict[str, Any]]:
         yield half | {"fault": "scale_collapse", "cause": "amp_scale_collapse", "at": 150}
 
 
-def _lasting() -> Iterator[dict[str, Any]]:
+def _check_faults() -> Iterator[dict[str, Any]]:
     """Nothing is infinite, and yet."""
     for model, ranks, rate in (("mlp", 2, 0.01), ("transformer", 2, 0.05), ("cnn", 4, 0.01), ("lstm", 3, 0.02)):
         yield {"fault": "shared_data", "cause": "duplicate_data", "model": model, "ranks": ranks, "rate": rate}
@@ -205,7 +205,7 @@ _UNSEEN = {"lstm": "gru", "cnn": "mixer"}
 
 def cases(part: Part) -> list[Case]:
     """All of a part. The test part has other seeds, and architectures that the tuning part has not."""
-    failing = [*_explosions(), *_quiet(), *_half(), *_lasting()]
+    failing = [*_explosions(), *_quiet(), *_half(), *_check_faults()]
     calm = [{"kind": "healthy", "cause": "healthy"} | each for each in _healthy()]
     back = [{"cause": "healthy"} | each for each in _recovering()]
     first = 1001 if part == "test" else 1

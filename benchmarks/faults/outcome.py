@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.faults.traces import Trace
-from foreshock_collector.records.board import bad_locally, observed
+from foreshock_collector.records.buffer import locally_nonfinite, observed
 
 _STEPS_BEFORE_BAD = {"first_step_nonfinite": 0}
 
@@ -14,7 +14,7 @@ _STEPS_BEFORE_BAD = {"first_step_nonfinite": 0}
 def bad_steps(trace: Trace) -> NDArray[np.bool_]:
     """Steps with a loss or a gradient that is not finite, on any rank."""
     rows = trace.records
-    bad = bad_locally(rows) | (~np.isfinite(rows["global_norm"]))
+    bad = locally_nonfinite(rows) | (~np.isfinite(rows["global_norm"]))
     bad |= (rows["global_nan_parameters"] > 0) | (rows["global_inf_parameters"] > 0)
     found: NDArray[np.bool_] = (bad & (rows["sequence"] > 0)).any(axis=1)
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.faults.cases import Case, Part
-from foreshock_collector.records.board import RECORD, Rows, bad_locally, decode
+from foreshock_collector.records.buffer import RECORD, Rows, decode, locally_nonfinite
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 FOLDER = Path(__file__).parent / "traces"
@@ -37,7 +37,7 @@ class Trace:
     hello: pb.Hello
     """Of rank 0."""
     records: Rows
-    """[steps, ranks], as on the collector's board; sequence 0 where that rank has no record."""
+    """[steps, ranks], as on the collector's buffer; sequence 0 where that rank has no record."""
     layer_norms: NDArray[np.float32]
     """[steps, layers] of the averaged gradient; NaN where they were not kept."""
     ends: tuple[tuple[int, str, str], ...]
@@ -122,7 +122,7 @@ def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
 def _kept(records: Rows, length: int) -> NDArray[np.bool_]:
     places = np.arange(length)
     kept: NDArray[np.bool_] = places % _EVERY == 0
-    bad = np.flatnonzero((bad_locally(records) | ~np.isfinite(records["global_norm"])).any(axis=1))
+    bad = np.flatnonzero((locally_nonfinite(records) | ~np.isfinite(records["global_norm"])).any(axis=1))
     if len(bad):
         kept |= (places >= bad[0] - _BEFORE) & (places <= bad[0] + _AFTER)
     return kept

@@ -14,7 +14,7 @@ from benchmarks.fuzz.live import Live
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import _as_json, _as_text, replay
-from foreshock_collector.records.board import COLUMNS
+from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -35,7 +35,7 @@ QUICK = DEFAULT.with_overrides(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
+class LossTrend:
     """Values that go on from one number, each by the same factor, with now and then another in between."""
 
     start: float
@@ -56,10 +56,10 @@ class Steps:
     """Some steps of all ranks, or of some. Numbers are of rank 0; others' local norms are `unlike` times as large."""
 
     count: int
-    norm: Course
-    loss: Course | None
-    rate: Course
-    layers: Course
+    norm: LossTrend
+    loss: LossTrend | None
+    rate: LossTrend
+    layers: LossTrend
     unlike: float
     bad: float
     scale: float
@@ -80,8 +80,8 @@ class History:
 
 
 _number = st.sampled_from(NUMBERS)
-_course = st.builds(
-    Course,
+_loss_trend = st.builds(
+    LossTrend,
     start=_number,
     factor=st.sampled_from(FACTORS),
     odd=_number,
@@ -90,10 +90,10 @@ _course = st.builds(
 _steps = st.builds(
     Steps,
     count=st.integers(1, 60),
-    norm=_course,
-    loss=st.none() | _course,
-    rate=_course,
-    layers=_course,
+    norm=_loss_trend,
+    loss=st.none() | _loss_trend,
+    rate=_loss_trend,
+    layers=_loss_trend,
     unlike=_number,
     bad=st.sampled_from((0.0, 0.0, 0.0, 1.0, -1.0, math.nan, math.inf)),
     scale=st.sampled_from((1.0, 1.0, 65536.0, 0.5, 0.0, math.nan, math.inf)),

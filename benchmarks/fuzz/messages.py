@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz.live import Live
 from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.records.board import COLUMNS
+from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 

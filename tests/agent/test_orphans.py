@@ -190,7 +190,7 @@ def test_records_are_given_up_after_a_day_and_counted_once_by_the_collector(tmp_
     listener = StoringListener(ring, runs)
     listener.rank.rewind()
     (message,) = listener.ask()
-    instance = runs.greet(message.hello, 0.0)
+    instance = runs.register(message.hello, 0.0)
     instance.position = 10
     listener.converse(rounds=5)
     assert listener.run.totals.dropped["given_up"] == 40

@@ -36,19 +36,19 @@ class StoringListener(Listener):
         for _ in range(rounds):
             for message in self.ask(after=1.0):
                 self._take(message)
-            self.run.settle(self.now)
+            self.run.finalize_steps(self.now)
             self.store(self.instance.position, closed=bool(self.instance.closed))
         return self
 
     def _take(self, message: pb.FromRecorder) -> None:
         if message.HasField("hello"):
-            self.instance = self.runs.greet(message.hello, self.now)
+            self.instance = self.runs.register(message.hello, self.now)
             self.run = next(iter(self.runs))
         elif message.HasField("steps"):
-            for room in self.run.take(self.instance, message.steps, self.now):
-                self.run.settle(self.now, attempt=self.instance.attempt, at_least=room)
+            for room in self.run.ingest(self.instance, message.steps, self.now):
+                self.run.finalize_steps(self.now, attempt=self.instance.attempt, at_least=room)
         elif message.HasField("goodbye"):
-            self.run.leave(self.instance, message.goodbye, self.now)
+            self.run.close(self.instance, message.goodbye, self.now)
 
     def counts(self) -> tuple[int, int]:
         """Highest record stored; records counted as overwritten."""

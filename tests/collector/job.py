@@ -42,7 +42,7 @@ class Job:
             model=model,
             **({"started_seconds": self.now} | changes),
         )
-        self.runs.greet(told.hello, self.now)
+        self.runs.register(told.hello, self.now)
 
     def name(self, rank: int) -> str:
         """Of the instance that the rank is now."""
@@ -62,9 +62,9 @@ class Job:
         if layer_norms is not None:
             batch.global_layer_norms.extend(layer_norms)
         self.sent[rank] += count
-        home = self.runs.home(self.name(rank))
+        home = self.runs.find(self.name(rank))
         assert home is not None
-        for _ in self.run.take(home[1], batch, self.now):
+        for _ in self.run.ingest(home[1], batch, self.now):
             pytest.fail("so few steps need no room")
 
     def train(self, count: int, *, norm: float = 1.0, loss: list[float] | None = None, alike: bool = False) -> None:
@@ -78,19 +78,19 @@ class Job:
 
     def settle(self, seconds: float = 0.0) -> None:
         self.now += seconds
-        self.run.settle(self.now)
+        self.run.finalize_steps(self.now)
 
     def event(self, rank: int, kind: pb.Event.Kind, seconds: float = 0.0, detail: str = "") -> None:
-        home = self.runs.home(self.name(rank))
+        home = self.runs.find(self.name(rank))
         assert home is not None
         told = pb.Event(instance=self.name(rank), kind=kind, wall_seconds=self.now + seconds, detail=detail)
-        self.run.happened(home[1], told, self.now)
+        self.run.record_event(home[1], told, self.now)
 
     def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
-        home = self.runs.home(self.name(rank))
+        home = self.runs.find(self.name(rank))
         assert home is not None
         goodbye = pb.Goodbye(instance=self.name(rank), reason=reason, detail=detail, last_sequence=self.sent[rank])
-        self.run.leave(home[1], goodbye, self.now)
+        self.run.close(home[1], goodbye, self.now)
 
     def start_again(self, **changes: Any) -> None:
         """Another attempt, a second later."""
@@ -103,15 +103,15 @@ class Job:
     def computed(self, rank: int, passes: int) -> None:
         """It is alive, and has computed so many backward passes."""
         batch = pb.StepBatch(instance=self.name(rank), first_sequence=self.sent[rank] + 1, backward_passes=passes)
-        home = self.runs.home(self.name(rank))
+        home = self.runs.find(self.name(rank))
         assert home is not None
-        assert list(self.run.take(home[1], batch, self.now)) == []
+        assert list(self.run.ingest(home[1], batch, self.now)) == []
 
-    def hear(self) -> None:
+    def heartbeat(self) -> None:
         for rank in range(len(self.sent)):
-            home = self.runs.home(self.name(rank))
+            home = self.runs.find(self.name(rank))
             assert home is not None
-            self.run.hear(home[1], self.now)
+            self.run.heartbeat(home[1], self.now)
 
     def causes(self, *, only_open: bool = False) -> list[str]:
         kept = self.run.incidents.kept

@@ -149,7 +149,7 @@ def test_what_is_told_late_of_a_death_changes_the_verdict_and_not_the_number_of_
     job.train(30)
     job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
     for _ in range(5):
-        job.hear()
+        job.heartbeat()
         job.settle(1.0)
     (incident,) = job.run.incidents.kept
     assert (incident["verdict"]["cause"], incident["verdict"]["confidence"]) == ("crashed", 0.5)
@@ -210,7 +210,7 @@ def test_a_death_that_is_handed_in_after_the_next_start_needs_nobody() -> None:
         job.tell(rank, [1.0] * 5)
         job.leave(rank, pb.Goodbye.LOST, "killed by SIGKILL")
     for _ in range(5):
-        job.hear()
+        job.heartbeat()
         job.settle(1.0)
         assert job.causes(only_open=True) == []
     (incident,) = job.run.incidents.kept
@@ -233,7 +233,7 @@ def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again(
         "2 of 2 ranks fell silent after step 29, without a goodbye: nothing has been heard of them for 900 s."
     )
     assert condition(job.run, job.now, 900.0) == "failed"
-    job.hear()
+    job.heartbeat()
     assert (job.causes(only_open=True), condition(job.run, job.now, 900.0)) == ([], "running")
 
 
@@ -267,7 +267,7 @@ def test_a_collector_that_starts_does_not_take_a_run_that_fell_silent_for_one_th
     assert not job.run.active(job.now, 900.0)
     assert (condition(job.run, job.now, 900.0), word) == (word, "ended" if left else "failed")
     assert job.run.ended_for(job.now, 900.0) > 9_000.0
-    job.hear()
+    job.heartbeat()
     assert job.run.active(job.now, 900.0)
     store.close()
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from foreshock_collector.analysis.detection import Channel, Detector, Event
+from foreshock_collector.analysis.detection import ChannelState, Detector, Event
 from foreshock_collector.analysis.rules import DEFAULT
 
 
@@ -101,7 +101,7 @@ def test_a_batch_of_values_is_judged_as_its_values_one_by_one() -> None:
     values[700], values[800], values[900] = math.nan, 0.0, math.inf
     values[1500:1506] = [10.0**i for i in range(6)]
     values[2000:] = [30 * value for value in values[2000:]]
-    at_once, one_by_one = Channel(), Channel()
+    at_once, one_by_one = ChannelState(), ChannelState()
     found = at_once.scan(values, DEFAULT.gradient)
     again = []
     for place, value in enumerate(values):

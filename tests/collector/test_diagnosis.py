@@ -13,7 +13,7 @@ from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.diagnosis import _shares, diagnose
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.analysis.verdicts import Verdict
-from foreshock_collector.records.board import Board, decode
+from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import steps
@@ -33,7 +33,7 @@ def climb() -> list[dict[str, Any]]:
 
 
 def verdict(
-    records: list[dict[str, Any]], *, model: ModelFacts = PLAIN, board: Board | None = None, apart: float = 1
+    records: list[dict[str, Any]], *, model: ModelFacts = PLAIN, buffer: RecordBuffer | None = None, apart: float = 1
 ) -> Verdict:
     """On the last record."""
     detector, made, events = Detector(), list[Step](), list[Event]()
@@ -62,19 +62,19 @@ def verdict(
         where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": step.step}
         bad = len(step.nonfinite)
         events += detector.update(norm=norm, loss=loss, nonfinite=bad, left_out=step.overflow, **where)
-    board = board or Board(world_size=1, layers=len(model.layers))
-    return diagnose(made, events, board, model, finite_before=known[0], climbing=known[1], apart=apart)
+    buffer = buffer or RecordBuffer(world_size=1, layers=len(model.layers))
+    return diagnose(made, events, buffer, model, finite_before=known[0], climbing=known[1], apart=apart)
 
 
-def ranks(sequence: int, **bad: Any) -> Board:
-    """A board on which, at this step, rank 1 of 2 says `bad` and rank 0 nothing."""
-    board = Board(world_size=2, layers=0, settled=sequence - 1)
+def ranks(sequence: int, **bad: Any) -> RecordBuffer:
+    """A buffer on which, at this step, rank 1 of 2 says `bad` and rank 0 nothing."""
+    buffer = RecordBuffer(world_size=2, layers=0, finalized=sequence - 1)
     for rank, told in enumerate(({}, bad)):
         columns: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED], "loss": [2.0]} | {
             name: [value] for name, value in told.items()
         }
-        board.write(rank, decode(steps(sequence, [1.0], **columns).steps, 0), now=0.0)
-    return board
+        buffer.write(rank, decode(steps(sequence, [1.0], **columns).steps, 0), now=0.0)
+    return buffer
 
 
 NAN, INF = math.nan, math.inf
@@ -105,14 +105,14 @@ def test_the_cause_follows_from_what_came_before(records: list[dict[str, Any]], 
 
 def test_one_rank_whose_gradient_alone_is_bad_is_a_bad_rank() -> None:
     records = [*quiet(), {"norm": NAN, "loss": 2.0}]
-    found = verdict(records, board=ranks(101, local_nan_parameters=1.0))
+    found = verdict(records, buffer=ranks(101, local_nan_parameters=1.0))
     assert (found.cause, found.rank) == ("bad_rank", 1)
     assert "rank 1" in found.try_[0]
 
 
 def test_one_rank_whose_loss_is_bad_has_a_bad_batch() -> None:
     records = [*quiet(), {"norm": NAN, "loss": NAN}]
-    found = verdict(records, board=ranks(101, local_nan_parameters=1.0, loss=NAN))
+    found = verdict(records, buffer=ranks(101, local_nan_parameters=1.0, loss=NAN))
     assert (found.cause, found.rank) == ("sudden_nonfinite", 1)
 
 
@@ -170,12 +170,12 @@ def test_a_run_too_young_for_a_history_has_exploded_if_its_last_norm_says_so() -
 
 def test_a_spike_of_one_rank_alone_before_the_nan_is_that_ranks_fault() -> None:
     def after_spike(local: tuple[float, float]) -> Verdict:
-        board = Board(world_size=2, layers=0, settled=100)
+        buffer = RecordBuffer(world_size=2, layers=0, finalized=100)
         for rank, norm in enumerate(local):
             columns: dict[str, Any] = {"flags": [pb.LOCAL_NORMS | pb.LOSS_OBSERVED] * 2, "local_norm": [norm, NAN]}
             batch = steps(101, [1e30, NAN], loss=[2.0, NAN], local_nan_parameters=[0.0, 3.0], **columns).steps
-            board.write(rank, decode(batch, 0), now=0.0)
-        return verdict([*quiet(), {"norm": 1e30, "loss": 2.0}, {"norm": NAN, "loss": NAN}], board=board)
+            buffer.write(rank, decode(batch, 0), now=0.0)
+        return verdict([*quiet(), {"norm": 1e30, "loss": 2.0}, {"norm": NAN, "loss": NAN}], buffer=buffer)
 
     found = after_spike((1.0, 2e30))
     assert (found.cause, found.rank, found.first_bad_step) == ("bad_rank", 1, 101)
@@ -189,7 +189,7 @@ def climbing(
     random = np.random.default_rng(seed)
     norms = [*([1.0] * calm), *(8.0 ** np.arange(1, lead + 1))]
     records = [{"norm": norm, "loss": 2.0} for norm in norms]
-    board = Board(world_size=world, layers=0, settled=0)
+    buffer = RecordBuffer(world_size=world, layers=0, finalized=0)
     for rank in range(world):
         # The noise of ranks grows as the weights leave what they have learned.
         chance = np.exp(random.standard_normal(len(norms)) * np.where(np.array(norms) > 1, noise, noise / 4))
@@ -197,8 +197,8 @@ def climbing(
         if rank == loud:
             local[calm:] *= times
         batch = steps(1, norms, flags=[pb.LOCAL_NORMS] * len(norms), local_norm=local.tolist()).steps
-        board.write(rank, decode(batch, 0), now=0.0)
-    return verdict([*records, {"norm": NAN, "loss": NAN}], board=board)
+        buffer.write(rank, decode(batch, 0), now=0.0)
+    return verdict([*records, {"norm": NAN, "loss": NAN}], buffer=buffer)
 
 
 @pytest.mark.parametrize("world", [2, 3, 8])
@@ -219,13 +219,13 @@ def test_a_rank_that_leads_the_climb_from_its_onset_to_its_end_is_named(world: i
 
 
 def test_a_rank_that_was_loud_before_has_not_led_the_climb() -> None:
-    board = Board(world_size=2, layers=0, settled=0)
+    buffer = RecordBuffer(world_size=2, layers=0, finalized=0)
     norms = [*([1.0] * 50), 8.0, 64.0, 512.0]
     for rank, times in enumerate((1.0, 5.0)):
         local = [times * norm for norm in norms]
         batch = steps(1, norms, flags=[pb.LOCAL_NORMS] * len(norms), local_norm=local).steps
-        board.write(rank, decode(batch, 0), now=0.0)
-    found = verdict([*({"norm": norm, "loss": 2.0} for norm in norms), {"norm": NAN, "loss": NAN}], board=board)
+        buffer.write(rank, decode(batch, 0), now=0.0)
+    found = verdict([*({"norm": norm, "loss": 2.0} for norm in norms), {"norm": NAN, "loss": NAN}], buffer=buffer)
     assert (found.cause, found.rank, found.ranks_alike) == ("exploding_gradients", None, False)
 
 

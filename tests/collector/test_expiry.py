@@ -123,5 +123,5 @@ def test_a_run_that_dies_before_its_first_step_is_told_of_and_its_incident_goes_
     clock.now += 900
     intake.expire()
     # Or its next attempt would page for it a second time.
-    assert (run.incidents.open_by_verdict()["crashed"], run.resting) == (0, True)
+    assert (run.incidents.open_by_verdict()["crashed"], run.evicted) == (0, True)
     store.close()

@@ -129,10 +129,10 @@ def test_a_failure_of_the_attempt_before_that_is_told_late_alerts_nobody() -> No
     job.now += 20.0
     job.start_again()
     job.train(5)
-    home = job.runs.home(before)
+    home = job.runs.find(before)
     assert home is not None
     late = steps(sent + 1, [30.0, 300.0, NAN], instance=before, flags=[RANK_COLUMNS] * 3, loss=[2.0, 2.0, NAN])
-    for _ in job.run.take(home[1], late.steps, job.now):
+    for _ in job.run.ingest(home[1], late.steps, job.now):
         pytest.fail("so few steps need no room")
     job.settle(5.0)
     (incident,) = job.run.incidents.kept

@@ -17,13 +17,13 @@ from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.commands.cli import status
 from foreshock_collector.ingest.intake import Intake
-from foreshock_collector.records.board import Board
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.server import Server
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.condition import condition
+from foreshock_collector.state.evaluator import Evaluator
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.incidents import DEATH, FAILURE
-from foreshock_collector.state.judging import Judge
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
 from foreshock_collector.web import exposition
@@ -112,10 +112,10 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def is_meant(_: Judge, attempt: Attempt, *__: Any) -> bool:
-        return attempt.launch == "broken" and attempt.settled == 3
+    def is_meant(_: Evaluator, attempt: Attempt, *__: Any) -> bool:
+        return attempt.launch == "broken" and attempt.finalized == 3
 
-    monkeypatch.setattr(Judge, "_detect", failing(Judge._detect, for_run=is_meant))
+    monkeypatch.setattr(Evaluator, "_detect", failing(Evaluator._detect, for_run=is_meant))
 
     async def test() -> None:
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
@@ -148,23 +148,25 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
 def test_an_error_that_comes_up_at_every_tick_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(Judge, "standstill", failing(Judge.standstill, for_run=lambda *_: True))
+    monkeypatch.setattr(Evaluator, "check_stall", failing(Evaluator.check_stall, for_run=lambda *_: True))
     runs = Runs()
-    runs.greet(hello().hello, 0.0)
+    runs.register(hello().hello, 0.0)
     (run,) = runs
     for now in range(5):
-        run.settle(float(now))
+        run.finalize_steps(float(now))
     assert run.errors.shown() == {"judge": 5}
     assert len(caplog.records) == 1
 
 
 def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Board, "_put_together", failing(Board._put_together, for_run=lambda _, __, number: number == 2))
+    monkeypatch.setattr(
+        RecordBuffer, "_assemble", failing(RecordBuffer._assemble, for_run=lambda _, __, number: number == 2)
+    )
     runs, store = Runs(), Store(":memory:")
-    instance = runs.greet(hello().hello, 0.0)
+    instance = runs.register(hello().hello, 0.0)
     (run,) = runs
-    list(run.take(instance, steps(1, [1.0] * 5).steps, 0.0))
-    run.settle(0.0)
+    list(run.ingest(instance, steps(1, [1.0] * 5).steps, 0.0))
+    run.finalize_steps(0.0)
     store.commit(runs)
     assert store.steps("r", attempt=0, after=0, limit=10)["sequence"] == [1, 3, 4, 5]
     assert (instance.stored, run.totals.counters["steps"], run.errors.shown()) == (5, 4, {"judge": 1})
@@ -327,9 +329,9 @@ def test_a_commit_that_fails_altogether_is_made_good_by_the_next(
 @pytest.mark.parametrize("seconds", [math.nan, math.inf, -1e308, 0.0])
 def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) -> None:
     runs, store = Runs(), Store(":memory:")
-    instance = runs.greet(hello().hello, 0.0)
+    instance = runs.register(hello().hello, 0.0)
     (run,) = runs
-    run.happened(instance, pb.Event(instance="r-0", kind=pb.Event.RANK_LOST, wall_seconds=seconds), 1e9)
+    run.record_event(instance, pb.Event(instance="r-0", kind=pb.Event.RANK_LOST, wall_seconds=seconds), 1e9)
     assert instance.left_seconds == 1e9
     store.commit(runs)
     assert not run.errors.shown()
@@ -337,21 +339,21 @@ def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) ->
 
 def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
     runs = Runs(lambda _: DEFAULT)
-    instance = runs.greet(hello().hello, 0.0)
+    instance = runs.register(hello().hello, 0.0)
     (run,) = runs
     bad: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED] * 4, "loss": [2.0, 2.0, math.nan, math.nan]}
-    list(run.take(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0))
-    run.settle(0.0)
-    run.leave(instance, pb.Goodbye(instance="r-0", reason=pb.Goodbye.LOST, detail="SIGKILL", last_sequence=4), 0.5)
+    list(run.ingest(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0))
+    run.finalize_steps(0.0)
+    run.close(instance, pb.Goodbye(instance="r-0", reason=pb.Goodbye.LOST, detail="SIGKILL", last_sequence=4), 0.5)
     assert run.newest.incidents.keys() == {FAILURE}
     run.newest.incidents[DEATH] = 0
     run.newest.detector = None  # type: ignore[assignment]
-    list(run.take(instance, steps(5, [1.0]).steps, 1.0))
-    run.settle(1.0)
+    list(run.ingest(instance, steps(5, [1.0]).steps, 1.0))
+    run.finalize_steps(1.0)
     assert run.errors.shown() == {"judge": 1}
     assert run.newest.incidents == {DEATH: 0}  # of ranks, not of steps
     assert run.incidents.newest is not None
     assert run.incidents.newest["closed_seconds"] == 1.0
-    list(run.take(instance, steps(6, [math.nan], global_nan_parameters=[1.0]).steps, 2.0))
-    run.settle(2.0)
+    list(run.ingest(instance, steps(6, [math.nan], global_nan_parameters=[1.0]).steps, 2.0))
+    run.finalize_steps(2.0)
     assert [incident["closed_seconds"] for incident in run.incidents.kept] == [1.0, None]

@@ -19,7 +19,7 @@ def fed(signal: float, noise: float, *, world: int, steps: int = 4000, size: int
         local = true + rng.normal(0, (noise / size) ** 0.5, (world, size))
         mean = local.mean(axis=0)
         square = float(mean @ mean)
-        scale.take(square / float((local**2).sum(axis=1).mean()), square**0.5, world)
+        scale.update(square / float((local**2).sum(axis=1).mean()), square**0.5, world)
     return scale
 
 
@@ -32,18 +32,18 @@ def test_it_is_the_noise_over_the_signal(signal: float, noise: float, world: int
 def test_ranks_with_the_same_data_have_no_noise() -> None:
     scale = NoiseScale()
     for _ in range(100):
-        scale.take(1.0, 2.0, 4)
+        scale.update(1.0, 2.0, 4)
     assert (scale.value, scale.agreement) == (0.0, 1.0)
 
 
 def test_one_rank_few_steps_and_bad_numbers_tell_nothing() -> None:
     alone, few, bad = NoiseScale(), NoiseScale(), NoiseScale()
     for _ in range(100):
-        alone.take(1.0, 1.0, 1)
-        bad.take(float("nan"), 1.0, 2)
-        bad.take(0.5, 0.0, 2)
-        bad.take(0.5, 1e200, 2)
-    few.take(0.7, 1.0, 2)
+        alone.update(1.0, 1.0, 1)
+        bad.update(float("nan"), 1.0, 2)
+        bad.update(0.5, 0.0, 2)
+        bad.update(0.5, 1e200, 2)
+    few.update(0.7, 1.0, 2)
     assert alone.value is few.value is bad.value is None
 
 

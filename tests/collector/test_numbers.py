@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.analysis.detection import Channel, Detector
+from foreshock_collector.analysis.detection import ChannelState, Detector
 from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.cli import diagnose
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay
-from foreshock_collector.records.board import Board, decode
+from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.server import Server
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.totals import Totals
@@ -60,7 +60,7 @@ def test_a_learning_rate_may_jump_by_any_factor() -> None:
 
 
 def test_the_usual_band_ends_at_the_largest_number() -> None:
-    channel = Channel()
+    channel = ChannelState()
     channel.scan([1e300, 1e308] * 50, DEFAULT.gradient)
     band = channel.band(DEFAULT.gradient)
     assert band is not None
@@ -69,9 +69,9 @@ def test_the_usual_band_ends_at_the_largest_number() -> None:
 
 def test_a_noise_that_is_beyond_measure_does_not_blind_what_follows() -> None:
     scale = NoiseScale()
-    scale.take(1e-300, 1e99, 2)
+    scale.update(1e-300, 1e99, 2)
     for _ in range(100):
-        scale.take(0.75, 1.0, 2)
+        scale.update(0.75, 1.0, 2)
     assert scale.value == pytest.approx(2 * (1 / 0.75 - 1) / (2 - 1 / 0.75))
 
 
@@ -82,12 +82,12 @@ def test_numbers_are_cut_where_they_come_in() -> None:
     assert rows["first_nonfinite_local"].tolist() == [-1, -1, -1, 3]
 
 
-@pytest.mark.parametrize("settled", [0, 5])
-def test_the_first_step_that_a_collector_sees_has_no_duration(settled: int) -> None:
-    board = Board(world_size=1, layers=0, settled=settled)
-    uptime = steps(settled + 1, [1.0, 1.0], monotonic_seconds=[1e6, 1e6 + 0.5]).steps
-    board.write(0, decode(uptime, 0), 0.0)
-    assert [step.duration_seconds for step in board.settle(0, settled + 2)] == [None, 0.5]
+@pytest.mark.parametrize("finalized", [0, 5])
+def test_the_first_step_that_a_collector_sees_has_no_duration(finalized: int) -> None:
+    buffer = RecordBuffer(world_size=1, layers=0, finalized=finalized)
+    uptime = steps(finalized + 1, [1.0, 1.0], monotonic_seconds=[1e6, 1e6 + 0.5]).steps
+    buffer.write(0, decode(uptime, 0), 0.0)
+    assert [step.duration_seconds for step in buffer.finalize(0, finalized + 2)] == [None, 0.5]
 
 
 def test_layers_are_told_of_once_there_are_steps() -> None:
@@ -96,8 +96,8 @@ def test_layers_are_told_of_once_there_are_steps() -> None:
     attempt.due(0.0)
     assert attempt.largest_layers() == []
     batch = steps(1, [2.0], global_layer_norms=[2.0]).steps
-    attempt.board.write(0, decode(batch, 1), 0.0)
-    list(attempt.put_together(1))
+    attempt.buffer.write(0, decode(batch, 1), 0.0)
+    list(attempt.assemble(1))
     assert attempt.largest_layers() == [("a", 2.0)]
 
 

@@ -25,117 +25,117 @@ class Names:
         self.runs = Runs()
         self.now = NOW
 
-    def greet(self, launch: str, *, rank: int = 0, after: float = 0.0, **changes: Any) -> tuple[str, int]:
+    def register(self, launch: str, *, rank: int = 0, after: float = 0.0, **changes: Any) -> tuple[str, int]:
         """Name of the run, number of the attempt."""
         self.now += after
         place = pb.Topology(rank=rank, world_size=2)
         said: dict[str, Any] = {"run": "night", "instance": f"{launch}-{rank}", "launch": launch, "topology": place}
-        self.runs.greet(hello(**(said | {"started_seconds": self.now} | changes)).hello, self.now)
-        run, instance = self.home(f"{launch}-{rank}")
+        self.runs.register(hello(**(said | {"started_seconds": self.now} | changes)).hello, self.now)
+        run, instance = self.find(f"{launch}-{rank}")
         return run, instance.attempt.number
 
-    def home(self, instance: str) -> tuple[str, Instance]:
-        found = self.runs.home(instance)
+    def find(self, instance: str) -> tuple[str, Instance]:
+        found = self.runs.find(instance)
         assert found is not None
         return found[0].name, found[1]
 
     def leave(self, instance: str, reason: pb.Goodbye.Reason) -> None:
-        found = self.runs.home(instance)
+        found = self.runs.find(instance)
         assert found is not None
-        found[0].leave(found[1], pb.Goodbye(instance=instance, reason=reason), self.now)
+        found[0].close(found[1], pb.Goodbye(instance=instance, reason=reason), self.now)
 
 
 def test_a_second_living_launch_of_a_name_becomes_a_run_of_its_own_with_all_its_ranks() -> None:
     names = Names()
-    assert names.greet("a") == ("night", 0)
-    assert names.greet("b", after=1.0) == ("night-2", 0)
-    assert names.greet("c", after=1.0) == ("night-3", 0)
-    assert names.greet("a", rank=1) == ("night", 0)
-    assert names.greet("b", rank=1) == ("night-2", 0)
-    assert names.greet("c", rank=1) == ("night-3", 0)
-    assert names.greet("b", after=100.0) == ("night-2", 0)
+    assert names.register("a") == ("night", 0)
+    assert names.register("b", after=1.0) == ("night-2", 0)
+    assert names.register("c", after=1.0) == ("night-3", 0)
+    assert names.register("a", rank=1) == ("night", 0)
+    assert names.register("b", rank=1) == ("night-2", 0)
+    assert names.register("c", rank=1) == ("night-3", 0)
+    assert names.register("b", after=100.0) == ("night-2", 0)
 
 
 @pytest.mark.parametrize("reason", [pb.Goodbye.FINISHED, pb.Goodbye.EXCEPTION, pb.Goodbye.LOST, pb.Goodbye.INTERRUPTED])
 def test_a_restart_is_the_next_attempt_however_the_last_one_ended(reason: pb.Goodbye.Reason) -> None:
     names = Names()
-    names.greet("a")
+    names.register("a")
     names.leave("a-0", reason)
-    assert names.greet("b", after=0.5) == ("night", 1)
+    assert names.register("b", after=0.5) == ("night", 1)
 
 
 def test_a_launch_of_which_one_rank_still_reports_is_alive() -> None:
     names = Names()
-    names.greet("a")
-    names.greet("a", rank=1)
+    names.register("a")
+    names.register("a", rank=1)
     names.leave("a-0", pb.Goodbye.LOST)
-    assert names.greet("b", after=0.5) == ("night-2", 0)
+    assert names.register("b", after=0.5) == ("night-2", 0)
 
 
 def test_a_launch_that_fell_silent_gives_its_name_back_after_ten_seconds() -> None:
     names = Names()
-    names.greet("a")
-    assert names.greet("b", after=10.0) == ("night", 1)
+    names.register("a")
+    assert names.register("b", after=10.0) == ("night", 1)
 
 
 def test_a_launch_known_to_be_lost_gives_its_name_back_at_once() -> None:
     names = Names()
-    names.greet("a")
-    found = names.runs.home("a-0")
+    names.register("a")
+    found = names.runs.find("a-0")
     assert found is not None
-    found[0].happened(found[1], pb.Event(instance="a-0", kind=pb.Event.RANK_LOST), names.now)
-    assert names.greet("b", after=0.5) == ("night", 1)
+    found[0].record_event(found[1], pb.Event(instance="a-0", kind=pb.Event.RANK_LOST), names.now)
+    assert names.register("b", after=0.5) == ("night", 1)
 
 
 def test_what_is_handed_in_afterwards_belongs_to_the_run_of_its_name_and_takes_it_from_nobody() -> None:
     names = Names()
-    assert names.greet("new") == ("night", 0)
-    assert names.greet("old", gone=True) == ("night", 1)
-    assert names.greet("older", gone=True) == ("night", 2)
+    assert names.register("new") == ("night", 0)
+    assert names.register("old", gone=True) == ("night", 1)
+    assert names.register("older", gone=True) == ("night", 2)
     names.leave("new-0", pb.Goodbye.FINISHED)
-    assert names.greet("next") == ("night", 3)
+    assert names.register("next") == ("night", 3)
 
 
 def test_a_run_that_was_called_name_2_on_purpose_is_left_alone() -> None:
     names = Names()
-    assert names.greet("a", run="night-2") == ("night-2", 0)
+    assert names.register("a", run="night-2") == ("night-2", 0)
     names.leave("a-0", pb.Goodbye.FINISHED)
-    assert names.greet("b") == ("night", 0)
-    assert names.greet("c", after=1.0) == ("night-3", 0)
+    assert names.register("b") == ("night", 0)
+    assert names.register("c", after=1.0) == ("night-3", 0)
     names.leave("c-0", pb.Goodbye.EXCEPTION)
-    assert names.greet("d", after=1.0) == ("night-3", 1)
+    assert names.register("d", after=1.0) == ("night-3", 1)
     # A job of that name may also be resumed by it.
-    assert names.greet("e", run="night-3", after=60.0) == ("night-3", 2)
+    assert names.register("e", run="night-3", after=60.0) == ("night-3", 2)
 
 
 def test_a_rank_that_has_gone_while_the_collector_was_away_does_not_keep_its_name() -> None:
     names = Names()
-    names.greet("a")
+    names.register("a")
     # Its recorder is back, and the goodbye comes behind all that the ring holds.
-    names.greet("a", gone=True, after=60.0)
-    assert names.greet("b", after=0.5) == ("night", 1)
+    names.register("a", gone=True, after=60.0)
+    assert names.register("b", after=0.5) == ("night", 1)
 
 
 def test_another_experiment_gets_a_run_of_its_own_even_later() -> None:
     names = Names()
-    names.greet("a")
-    assert names.greet("b", experiment="other", after=1000.0) == ("night-2", 0)
-    assert names.greet("c", after=1000.0) == ("night", 1)
-    assert names.greet("d", experiment="other", after=1000.0) == ("night-2", 1)
+    names.register("a")
+    assert names.register("b", experiment="other", after=1000.0) == ("night-2", 0)
+    assert names.register("c", after=1000.0) == ("night", 1)
+    assert names.register("d", experiment="other", after=1000.0) == ("night-2", 1)
 
 
 def test_a_launch_that_contradicts_itself_is_refused() -> None:
     names = Names()
-    names.greet("a")
+    names.register("a")
     for changes, says in (
         ({"experiment": "other"}, "experiment 'other': this launch has told of 'e' before"),
         ({"topology": pb.Topology(rank=1, world_size=3)}, "world_size 3"),
         ({"rank": 0, "instance": "another"}, "rank 0 of this launch is another instance already"),
     ):
         with pytest.raises(ContradictionError, match=says):
-            names.greet("a", **({"rank": 1} | changes))
+            names.register("a", **({"rank": 1} | changes))
     with pytest.raises(ContradictionError, match="another run, launch or rank before"):
-        names.greet("a", run="day")
+        names.register("a", run="day")
 
 
 def test_after_a_restart_a_launch_finds_its_run_again_and_is_told_its_name(tmp_path: Path) -> None:

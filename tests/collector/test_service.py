@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.catalogue import CATALOGUE, INCIDENT_VERDICTS
 from foreshock_collector.config import Config, ConfigError, config_from
-from foreshock_collector.records.board import COLUMNS
+from foreshock_collector.records.buffer import COLUMNS
 from foreshock_collector.server import Server
 from foreshock_collector.state.store import Store, StoreError
 from foreshock_protos import SCHEMA_VERSION

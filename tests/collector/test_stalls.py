@@ -31,11 +31,11 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
     job.settle(6.0)
     for _ in range(4):
         job.now += 30.0
-        job.hear()
+        job.heartbeat()
         job.settle()
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "running")
     job.now += 30.0
-    job.hear()
+    job.heartbeat()
     job.settle()
     (incident,) = job.run.incidents.kept
     verdict = incident["verdict"]
@@ -70,7 +70,7 @@ def test_a_stall_goes_on_while_the_collector_starts_again() -> None:
     job.train(30)
     for _ in range(3):
         job.now += 60.0
-        job.hear()
+        job.heartbeat()
         job.settle()
     store = Store(":memory:")
     store.commit(job.runs)
@@ -79,7 +79,7 @@ def test_a_stall_goes_on_while_the_collector_starts_again() -> None:
     job.settle()
     assert job.causes(only_open=True) == ["stalled"]
     job.now += 50.0
-    job.hear()
+    job.heartbeat()
     job.settle(50.0)
     assert job.causes(only_open=True) == ["stalled"]
     job.train(1)
@@ -92,14 +92,14 @@ def test_what_was_open_in_an_attempt_whose_machine_vanished_is_over_once_another
     job.train(60, alike=True)
     for _ in range(3):
         job.now += 60.0
-        job.hear()
+        job.heartbeat()
         job.settle()
     assert job.causes(only_open=True) == ["duplicate_data", "stalled"]
     job.now += 120.0
     job.start_again()
     job.train(1)
     assert job.causes(only_open=True) == []
-    assert (job.run.resting, condition(job.run, job.now, 900.0)) == (False, "running")
+    assert (job.run.evicted, condition(job.run, job.now, 900.0)) == (False, "running")
 
 
 def test_the_first_steps_of_an_attempt_have_ten_minutes_each_be_there_one_or_none() -> None:
@@ -109,11 +109,11 @@ def test_the_first_steps_of_an_attempt_have_ten_minutes_each_be_there_one_or_non
             job.train(made)
         for _ in range(20):
             job.now += 30.0
-            job.hear()
+            job.heartbeat()
             job.settle()
         assert job.causes() == []
         job.now += 30.0
-        job.hear()
+        job.heartbeat()
         job.settle()
         assert job.causes() == ["stalled"]
 
@@ -134,7 +134,7 @@ def test_of_a_stall_in_which_all_have_come_equally_far_nobody_is_named() -> None
     for rank in range(3):
         job.computed(rank, 31)
     job.now += 130.0
-    job.hear()
+    job.heartbeat()
     job.settle()
     (incident,) = job.run.incidents.kept
     assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("stalled", None)

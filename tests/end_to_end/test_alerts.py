@@ -54,7 +54,7 @@ def follow(alert: dict[str, Any], watch: Watch, verdict: dict[str, Any]) -> None
         request = Request(watch.collector.url + path, headers={"Accept": "text/html"})
         with urlopen(request, timeout=30) as response:
             assert wanted in response.read().decode()
-    built = {board["uid"]: board for board in (build() for build in DASHBOARDS.values())}
+    built = {buffer["uid"]: buffer for buffer in (build() for build in DASHBOARDS.values())}
     variables = {variable["name"] for variable in built[dashboard.path.rpartition("/")[2]]["templating"]["list"]}
     assert parse_qs(dashboard.query) == {"var-run": [run]}
     assert "run" in variables

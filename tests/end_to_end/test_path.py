@@ -18,7 +18,7 @@ def said(process: Any) -> str:
 def left(collector: Collector, run: str) -> dict[str, Any]:
     eventually(lambda: run in collector.names(), "the run")
     answer: dict[str, Any] = eventually(
-        lambda: (seen := collector.run(run)) and all(r["state"] != "there" for r in seen["ranks"]) and seen,
+        lambda: (seen := collector.run(run)) and all(r["state"] != "running" for r in seen["ranks"]) and seen,
         "ranks that have left",
     )
     return answer

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from foreshock_collector.records.board import COLUMNS
+from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1 import telemetry_pb2_grpc as rpc

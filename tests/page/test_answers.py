@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock_collector.analysis.detection import Channel
+from foreshock_collector.analysis.detection import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.records.board import Board, decode
+from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.records.window import Window
 from foreshock_collector.web.baseline import Baseline
-from foreshock_collector.web.heat import MOST_ROWS, around_incident, thinned
+from foreshock_collector.web.heat import MOST_ROWS, around_incident, downsampled
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.collector.test_service import steps
 from tests.page.job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
@@ -44,7 +44,7 @@ def ask(url: str) -> Any:
 
 def test_the_band_is_the_detectors_own_history_and_a_bad_step_is_none() -> None:
     norms = [math.exp(0.1 * math.sin(i)) for i in range(60)]
-    channel = Channel()
+    channel = ChannelState()
     for norm in norms:
         channel.scan((norm,), DEFAULT.gradient)
     baseline = Baseline()
@@ -72,8 +72,8 @@ def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_i
     table[:10] = math.nan
     table[500, 200] = 9.0
     table[700, 3] = math.inf
-    found = thinned(np.arange(1, 1001), [str(i) for i in range(300)], table, columns=100)
-    assert found["stretch"] == 10
+    found = downsampled(np.arange(1, 1001), [str(i) for i in range(300)], table, columns=100)
+    assert found["bin_width"] == 10
     assert found["sequence"][0] == 11
     assert len(found["rows"]) <= MOST_ROWS
     assert found["rows"][0] == "0 to 2"
@@ -84,14 +84,14 @@ def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_i
 
 
 def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
-    board = Board(world_size=2, layers=2)
+    buffer = RecordBuffer(world_size=2, layers=2)
     for rank in (0, 1):
         norms: dict[str, Any] = {"local_norm": [70.0 + rank, 80.0 + rank, 1.0], "flags": [pb.LOCAL_NORMS] * 3}
         norms |= {"local_nan_parameters": [0.0, 0.0, 2.0 * rank]}
         batch = steps(7, [1.0, 2.0, 3.0], **norms).steps
         batch.global_layer_norms.extend([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
-        board.write(rank, decode(batch, 2), now=0.0)
-    window = Window.from_bytes(Window.of(board, 7, 9).as_bytes())
+        buffer.write(rank, decode(batch, 2), now=0.0)
+    window = Window.from_bytes(Window.of(buffer, 7, 9).as_bytes())
     asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
     ranks = around_incident(window, ("a", "b"), "ranks", **asked)
     assert (ranks["sequence"], ranks["rows"]) == ([7, 8, 9], ["0", "1"])
@@ -112,7 +112,7 @@ def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:
     run.train(99)
     run.stored()
     series = ask(f"{url}/api/v1/runs/long/series?points=100")
-    assert series["stretch"] == 16
+    assert series["bin_width"] == 16
     assert 501 in series["sequence"]
     assert series["gradient_nonfinite"].count("nan") == 1
     assert len(series["usual_high"]) == len(series["sequence"]) <= 101
@@ -133,7 +133,7 @@ def test_a_history_that_is_carried_on_is_the_same_as_one_read_at_once(url: str, 
     store = sqlite3.connect(f"file:{tmp_path / 'db'}?mode=ro", uri=True)
     rows = store.execute("SELECT sequence, global_norm FROM steps WHERE run='grown' ORDER BY sequence").fetchall()
     store.close()
-    assert carried["stretch"] == 16
+    assert carried["bin_width"] == 16
     wanted = []
     for start in range(0, len(rows), 16):
         stretch = rows[start : start + 16]

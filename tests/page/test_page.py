@@ -262,7 +262,7 @@ def test_the_page_says_that_the_collector_is_gone_and_goes_on_when_it_is_back(
         browser.open(f"{url}/run/left")
         browser.drawn(30)
         browser.until("document.querySelector('#connection').dataset.state === 'live'", "the stream")
-        run.leave()
+        run.close()
     browser.until("document.querySelector('#connection').dataset.state === 'broken'", "the warning")
     assert "the collector does not answer" in browser.text("#connection")
     with collector(tmp_path / "gone", http_port=int(url.rpartition(":")[2])):

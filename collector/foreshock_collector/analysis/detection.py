@@ -56,7 +56,7 @@ class Finding(NamedTuple):
 
 
 @dataclass
-class Channel:
+class ChannelState:
     """State of the rule on one quantity: a few numbers, so it can be stored beside the steps."""
 
     mean: float = 0.0
@@ -75,7 +75,7 @@ class Channel:
     first: list[float] = field(default_factory=list)
     """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
 
-    def scan(self, values: Sequence[float], rule: rules.Channel) -> list[Finding]:
+    def scan(self, values: Sequence[float], rule: rules.ChannelRules) -> list[Finding]:
         """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
 
         Calm steps, nearly all of them, stay in this loop, which does for them what `_judge` does for every other.
@@ -106,17 +106,17 @@ class Channel:
         self.mean, self.deviation, self.count = mean, deviation, count
         return found
 
-    def expect_change(self, rule: rules.Channel) -> None:
+    def expect_change(self, rule: rules.ChannelRules) -> None:
         """What comes next was planned: follow it to its new level, and warn only of a surge."""
         self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
 
-    def usual(self, rule: rules.Channel) -> float | None:
+    def usual(self, rule: rules.ChannelRules) -> float | None:
         """The value that history leads one to expect; None without history."""
         if not self.count:
             return None
         return _exp(self.mean) if rule.logarithmic else self.mean
 
-    def band(self, rule: rules.Channel) -> tuple[float, float] | None:
+    def band(self, rule: rules.ChannelRules) -> tuple[float, float] | None:
         """From where to where values are clamped before they become history; None while no step is judged yet."""
         if self.count < rule.ready_after:
             return None
@@ -129,11 +129,11 @@ class Channel:
         """Nothing is under way: a step that is not high leaves all but the history as it is."""
         return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
-    def _settled(self, rule: rules.Channel) -> int:
+    def _settled(self, rule: rules.ChannelRules) -> int:
         """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
         return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
 
-    def _judge(self, place: int, value: float, rule: rules.Channel, found: list[Finding]) -> None:
+    def _judge(self, place: int, value: float, rule: rules.ChannelRules, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
         x = math.log(value) if rule.logarithmic else bounded(value)
@@ -161,11 +161,11 @@ class Channel:
             self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
         self._learn(x, sigma, rule, clamped=ready and not self.accepting)
 
-    def _sigma(self, rule: rules.Channel) -> float:
+    def _sigma(self, rule: rules.ChannelRules) -> float:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
-    def _add_up(self, z: float, off: float, rule: rules.Channel, *, judged: bool) -> float | None:
+    def _add_up(self, z: float, off: float, rule: rules.ChannelRules, *, judged: bool) -> float | None:
         """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
         steep, highest = off >= rule.steep_rise, off >= self.peak
         self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
@@ -181,7 +181,7 @@ class Channel:
         lasts = self.total >= rule.lasting_limit and off >= rule.spike_rise
         return max(self.total, rule.cusum_limit) if climbs or lasts or surge else None
 
-    def _learn(self, x: float, sigma: float, rule: rules.Channel, *, clamped: bool) -> None:
+    def _learn(self, x: float, sigma: float, rule: rules.ChannelRules, *, clamped: bool) -> None:
         if clamped:
             x = min(max(x, self.mean - rule.clamp * sigma), self.mean + rule.clamp * sigma)
         alpha = min(rule.alpha, 1 - 1 / (self.count + 1))
@@ -208,8 +208,8 @@ class Detector:
     def __init__(self, state: dict[str, Any] | None = None, rules: Rules = rules.DEFAULT) -> None:
         state = state or {}
         self.rules = rules
-        self.gradient = Channel(**state.get("gradient", {}))
-        self.loss = Channel(**state.get("loss", {}))
+        self.gradient = ChannelState(**state.get("gradient", {}))
+        self.loss = ChannelState(**state.get("loss", {}))
         self.failing: bool = state.get("failing", False)
         """From a non-finite step until enough finite ones in a row: one failure is one incident."""
         self.finite_steps: int = state.get("finite_steps", 0)
@@ -259,7 +259,7 @@ class Detector:
         """
         events: list[Event] = []
 
-        def note(kind: EventKind, score: float, value: float | None = None, usual: float | None = None) -> None:
+        def found_at(kind: EventKind, score: float, value: float | None = None, usual: float | None = None) -> None:
             where = {"attempt": attempt, "sequence": sequence, "step": step}
             events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
 
@@ -268,27 +268,27 @@ class Detector:
         if left_out and nonfinite and self.left_out < self.rules.collapse_after:
             if guarded and self.withheld is None and not self.failing:
                 before = {"finite_before": self.finite_ever, "climbing": self.climbing}
-                note("nonfinite", float(nonfinite))
+                found_at("nonfinite", float(nonfinite))
                 self.withheld = {"event": asdict(events.pop()), "before": before}
             return events
         self.withheld = None
         if nonfinite:
             if not self.failing:
-                note("nonfinite", float(nonfinite))
+                found_at("nonfinite", float(nonfinite))
             self.failing, self.finite_steps = True, 0
             return events
         self.finite_ever = True
         for found in self.gradient.scan((norm,), self.rules.gradient):
-            note(found.kind, found.score, norm, found.usual)
+            found_at(found.kind, found.score, norm, found.usual)
         if self.gradient.in_build_up:
             self.climbing = sequence
         for found in self.loss.scan((loss,), self.rules.loss) if loss is not None else ():
             if found.kind == "spike":
-                note("loss_spike", found.score, loss, found.usual)
+                found_at("loss_spike", found.score, loss, found.usual)
         self.finite_steps += 1
         if self.failing and self.finite_steps >= self.rules.recovered_after:
             self.failing = False
-            note("recovered", float(self.finite_steps))
+            found_at("recovered", float(self.finite_steps))
         return events
 
     def end(self) -> tuple[Event, dict[str, Any]] | None:
@@ -299,9 +299,9 @@ class Detector:
         self.failing, self.finite_steps = True, 0
         return Event(**withheld["event"]), withheld["before"]
 
-    def start_anew(self) -> None:
+    def reset(self) -> None:
         """What comes next is another series: no step before says what is usual."""
-        self.gradient, self.loss = Channel(), Channel()
+        self.gradient, self.loss = ChannelState(), ChannelState()
 
     def _expect(self, rate: float) -> None:
         """A learning rate that jumps was changed on purpose, and the norm may follow it."""

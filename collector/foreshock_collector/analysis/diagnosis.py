@@ -12,7 +12,7 @@ from foreshock_collector.analysis.advice import USUAL_STEPS, after_quiet, agains
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdicts import Cause, Verdict
-from foreshock_collector.records.board import Board, bad_locally
+from foreshock_collector.records.buffer import RecordBuffer, locally_nonfinite
 from foreshock_collector.records.steps import ModelFacts, Step
 
 _CONFIDENCE: dict[Cause, float] = {
@@ -32,7 +32,7 @@ second where the climb is one step: chance makes more of that."""
 def diagnose(
     steps: Sequence[Step],
     events: Sequence[Event],
-    board: Board,
+    buffer: RecordBuffer,
     model: ModelFacts,
     *,
     finite_before: bool,
@@ -44,7 +44,7 @@ def diagnose(
 ) -> Verdict:
     """The verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
-    steps: the newest of one attempt, in order. events: of the same attempt. board: holds the ranks' records of these
+    steps: the newest of one attempt, in order. events: of the same attempt. buffer: holds the ranks' records of these
     steps. finite_before: the attempt has had a finite step, be it among `steps` or before. climbing: sequence number of
     the last step that belonged to a build-up, 0 if none did. apart: steps from the record before to the last one.
     left_out: so many gradients in a row, from the last of `steps` on, were not finite while the loss stays so: a scaler
@@ -54,9 +54,9 @@ def diagnose(
     if not bad.nonfinite:
         return _healthy(bad)
     signs = _signs(bad, events, climbing, rules) or _early_signs(steps, rules)
-    culprit, evidence = _culprit(bad, board)
+    culprit, evidence = _culprit(bad, buffer)
     evidence.insert(0, _bad_values(bad))
-    parameter, layer = _first_parameter(bad, culprit, board, model)
+    parameter, layer = _first_parameter(bad, culprit, buffer, model)
     if bad.loss is not None and not math.isfinite(bad.loss):
         # Backward starts at a loss that is not finite: every gradient is bad, and the first of them says nothing.
         evidence.append("the loss itself was not finite, so the trouble came up in the forward pass")
@@ -65,11 +65,11 @@ def diagnose(
         evidence.append(f"first in backward order: {parameter}")
     evidence += _loss_before(bad, events, rules)
     if signs:
-        loud = None if culprit is not None else _lone_rank(signs, board)
+        loud = None if culprit is not None else _lone_rank(signs, buffer)
         if loud is not None:
             evidence.append(f"at step {signs[0].step} the local norm of rank {loud} alone stood far above the others'")
             return _quiet_before("bad_rank", bad, evidence, loud, parameter, layer)
-        return _exploded(steps, signs, evidence, culprit, parameter, layer, board, model)
+        return _exploded(steps, signs, evidence, culprit, parameter, layer, buffer, model)
     if left_out and not bad.overflow:
         collapsed = left_out >= rules.collapse_after
         evidence.append(f"the loss stays finite: {_counted(left_out, 'step')} left out, as a GradScaler does")
@@ -122,7 +122,7 @@ def _exploded(
     culprit: int | None,
     parameter: str,
     layer: str,
-    board: Board,
+    buffer: RecordBuffer,
     model: ModelFacts,
 ) -> Verdict:
     bad = steps[-1]
@@ -137,10 +137,10 @@ def _exploded(
     build_ups = len(signs) - spikes
     found = f"{_counted(spikes, 'spike')} and {_counted(build_ups, 'build-up')}"
     evidence.append(f"{found} in the {_counted(lead, 'step')} before")
-    growing, growth = _growing_layer(window, onset, board, model)
+    growing, growth = _growing_layer(window, onset, buffer, model)
     if growing:
         evidence.append(f"layer {growing} grew most: {growth:.3g} times its norm of before")
-    loud, share, alike = (None, 0.0, False) if culprit is not None else _loudest_rank(window, onset, board)
+    loud, share, alike = (None, 0.0, False) if culprit is not None else _loudest_rank(window, onset, buffer)
     if loud is not None:
         evidence.append(f"local norm of rank {loud}: {share:.3g} times the median of the others")
     rates = [s.learning_rate for s in window]
@@ -268,10 +268,10 @@ def _early_signs(steps: Sequence[Step], rules: Rules) -> list[Event]:
     ]
 
 
-def _lone_rank(signs: Sequence[Event], board: Board) -> int | None:
+def _lone_rank(signs: Sequence[Event], buffer: RecordBuffer) -> int | None:
     """The one rank whose own norm blew up where the trouble began: data and weights blow up on all."""
     onset = min(signs, key=lambda sign: sign.sequence)
-    (norms,) = board.local_norms(np.array([onset.sequence], np.int64))
+    (norms,) = buffer.local_norms(np.array([onset.sequence], np.int64))
     if len(norms) < 2 or np.isnan(norms).any():
         return None
     loudest = int(norms.argmax())
@@ -284,27 +284,27 @@ def _bad_values(bad: Step) -> str:
     return f"step {bad.step}: " + ", ".join(f"{source} {names[kind]}" for source, kind in bad.nonfinite)
 
 
-def _culprit(bad: Step, board: Board) -> tuple[int | None, list[str]]:
+def _culprit(bad: Step, buffer: RecordBuffer) -> tuple[int | None, list[str]]:
     """The one rank that was bad by itself, before the all-reduce mixed it into the others; and what was seen of it."""
-    ranks, rows = board.records(bad.sequence)
-    world = len(board.positions)
-    if not board.highest:
+    ranks, rows = buffer.records(bad.sequence)
+    world = len(buffer.positions)
+    if not buffer.highest:
         return None, []  # a recorded log has no ranks
-    culprits = ranks[bad_locally(rows)]
+    culprits = ranks[locally_nonfinite(rows)]
     evidence = [] if len(ranks) == world else [f"{len(ranks)} of {world} ranks have told of step {bad.step}"]
     if len(culprits) == 1 and world > 1:
         return int(culprits[0]), [*evidence, f"before the all-reduce rank {culprits[0]} alone was not finite"]
     if len(culprits) > 1:
         return None, [*evidence, f"{len(culprits)} of {len(ranks)} ranks were not finite before the all-reduce"]
-    sums = board.sums(bad.sequence)
+    sums = buffer.sums(bad.sequence)
     missing = np.setdiff1d(np.arange(world), ranks)
     if sums is not None and sums["reduced_nan_ranks"] + sums["reduced_inf_ranks"] == 1 == len(missing):
         return int(missing[0]), [*evidence, f"one rank was not finite, and only rank {missing[0]} has not told"]
     return None, evidence
 
 
-def _first_parameter(bad: Step, culprit: int | None, board: Board, model: ModelFacts) -> tuple[str, str]:
-    ranks, rows = board.records(bad.sequence)
+def _first_parameter(bad: Step, culprit: int | None, buffer: RecordBuffer, model: ModelFacts) -> tuple[str, str]:
+    ranks, rows = buffer.records(bad.sequence)
     if culprit is not None and culprit in ranks:
         rows = rows[ranks == culprit]
     for name in ("first_nonfinite_local", "first_nonfinite_global"):
@@ -319,9 +319,9 @@ def _loss_before(bad: Step, events: Sequence[Event], rules: Rules) -> list[str]:
     return [f"the loss spiked at step {e.step}: {e.value:.3g}, usually {e.usual:.3g}" for e in spikes[:1]]
 
 
-def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: ModelFacts) -> tuple[str, float]:
+def _growing_layer(window: Sequence[Step], onset: Event, buffer: RecordBuffer, model: ModelFacts) -> tuple[str, float]:
     """The layer whose norm grew most from before the onset to the last finite step, and how many times."""
-    known = [(s.sequence, norms) for s in window if (norms := board.layer_norms(s.sequence)) is not None]
+    known = [(s.sequence, norms) for s in window if (norms := buffer.layer_norms(s.sequence)) is not None]
     known = [(sequence, norms) for sequence, norms in known if np.isfinite(norms).all()]
     before = [norms for sequence, norms in known if sequence < onset.sequence]
     after = [norms for sequence, norms in known if sequence >= onset.sequence]
@@ -334,14 +334,14 @@ def _growing_layer(window: Sequence[Step], onset: Event, board: Board, model: Mo
     return (model.layers[most], float(growth[most])) if growth[most] > 1 else ("", 0.0)
 
 
-def _loudest_rank(window: Sequence[Step], onset: Event, board: Board) -> tuple[int | None, float, bool]:
+def _loudest_rank(window: Sequence[Step], onset: Event, buffer: RecordBuffer) -> tuple[int | None, float, bool]:
     """A rank whose own norm stood far above the others' all the way from the onset, and how many times their median.
 
     Third: all ranks were seen to climb alike. A rank that explodes together with the others is louder than they by
     chance, on some steps; and one whose data always make more of it has not caused the climb.
     """
     sequences = np.array([s.sequence for s in window if not s.nonfinite], np.int64)
-    norms = board.local_norms(sequences)
+    norms = buffer.local_norms(sequences)
     known = (np.isfinite(norms) & (norms > 0)).all(axis=1)
     shares = _shares(norms[known])
     before = sequences[known] < onset.sequence

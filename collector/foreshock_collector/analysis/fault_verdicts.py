@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from foreshock_collector.analysis.faults import Change
+from foreshock_collector.analysis.faults import FaultTransition
 from foreshock_collector.analysis.verdicts import Cause, Verdict, finite_verdict
 from foreshock_collector.records.steps import ModelFacts
 
@@ -63,7 +63,7 @@ _ALTERNATIVES: dict[Cause, tuple[str, ...]] = {
 }
 
 
-def verdict_on_fault(change: Change, attempt: int, model: ModelFacts) -> Verdict:
+def verdict_on_fault(change: FaultTransition, attempt: int, model: ModelFacts) -> Verdict:
     """On a trouble that has begun."""
     layer = model.layers[change.layer] if 0 <= change.layer < len(model.layers) else ""
     where = f" in layer {layer}" if layer else ""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdicts import Cause
-from foreshock_collector.records.board import Board, Rows
+from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
 
 _FIRST_STEPS = 25
@@ -27,7 +27,7 @@ _LOSS_ALPHA = 0.9
 """Weight of the past in the running mean of the loss: a half-life of 7 steps."""
 
 
-class Seen(NamedTuple):
+class StepSignals(NamedTuple):
     """What ranks and layers show of one step, beside its own numbers."""
 
     agreement: float
@@ -46,7 +46,7 @@ class Seen(NamedTuple):
     """Ranks whose weights differ from those of most; None: not known, or not looked at on this step."""
 
 
-class Change(NamedTuple):
+class FaultTransition(NamedTuple):
     """A trouble has begun, or is over."""
 
     cause: Cause
@@ -89,13 +89,13 @@ class Streak:
         return None
 
 
-def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
-    """What the board shows of these steps, in order."""
+def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]:
+    """What the buffer shows of these steps, in order."""
     sequences = np.array([step.sequence for step in steps], np.int64)
     norms = np.array([step.global_norm for step in steps])
-    local = board.local_norms(sequences)
-    layers = board.layer_norms_of(sequences)
-    unlike = [_unlike(*board.records(step.sequence), local.shape[1]) for step in steps]
+    local = buffer.local_norms(sequences)
+    layers = buffer.layer_norms_of(sequences)
+    unlike = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
     found = []
     with np.errstate(all="ignore"):
         mean_squares = np.square(local / norms[:, None]).mean(axis=1)
@@ -110,7 +110,7 @@ def look(board: Board, steps: Sequence[Step]) -> list[Seen]:
             weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
         loudest, loudness = _loudest(local[place])
         found.append(
-            Seen(
+            StepSignals(
                 agreement=float(agreements[place]),
                 spread=float(spreads[place]),
                 weakest=weakest,
@@ -131,7 +131,7 @@ def _loudest(norms: NDArray[np.float64]) -> tuple[int, float]:
     return (loudest, float(norms[loudest]) / others) if others > 0 else (-1, math.nan)
 
 
-def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
+def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
     """Ranks whose fingerprint is not that of most; of two that differ, both."""
     prints = rows["parameter_fingerprint"]
     if len(rows) < world or world < 2 or (prints < 0).any():
@@ -146,7 +146,7 @@ def _unlike(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...]
 
 
 @dataclass
-class Course:
+class LossTrend:
     """What the norm and the loss were at the start, and the best the loss has been."""
 
     norms: list[float] = field(default_factory=list)
@@ -157,7 +157,7 @@ class Course:
     best: float = math.inf
     """... and the least that it has been."""
 
-    def take(self, norm: float, loss: float | None) -> None:
+    def update(self, norm: float, loss: float | None) -> None:
         """A finite step."""
         if len(self.norms) < _FIRST_STEPS and norm > 0:
             self.norms.append(norm)
@@ -170,20 +170,20 @@ class Course:
             self.best = min(self.best, self.loss)
 
 
-class Faults:
+class FaultDetector:
     """Those of one attempt."""
 
     def __init__(self, state: dict[str, Any] | None = None, rules: Rules = DEFAULT) -> None:
         state = state or {}
         self._rules = rules.faults
-        self._course = Course(**{name: _restored(value) for name, value in state.get("course", {}).items()})
+        self._loss_trend = LossTrend(**{name: _restored(value) for name, value in state.get("course", {}).items()})
         self._alike_step: int = state.get("alike_step", -1)
         """The last at which all ranks had the same weights; -1: none was."""
         self._streaks = {cause: Streak(**streak) for cause, streak in state.get("streaks", {}).items()}
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
-        course = {name: _stored(value) for name, value in asdict(self._course).items()}
+        course = {name: _stored(value) for name, value in asdict(self._loss_trend).items()}
         return {
             "course": course,
             "alike_step": self._alike_step,
@@ -195,11 +195,11 @@ class Faults:
         """The loss has been climbing for long."""
         return "loss_divergence" in self._streaks and self._streaks["loss_divergence"].on
 
-    def update(self, step: Step, seen: Seen, *, building_up: bool) -> list[Change]:
+    def update(self, step: Step, seen: StepSignals, *, building_up: bool) -> list[FaultTransition]:
         """One step, in order. building_up: the norm is climbing, which explains a climbing loss."""
         if step.nonfinite:
             return []
-        self._course.take(step.global_norm, step.loss)
+        self._loss_trend.update(step.global_norm, step.loss)
         found = (
             self._duplicate(step, seen),
             self._outlying(step, seen),
@@ -209,7 +209,7 @@ class Faults:
         )
         return [change for change in found if change is not None]
 
-    def _duplicate(self, step: Step, seen: Seen) -> Change | None:
+    def _duplicate(self, step: Step, seen: StepSignals) -> FaultTransition | None:
         if math.isnan(seen.agreement) or math.isnan(seen.spread):
             return None
         shows = seen.agreement > self._rules.agreement and seen.spread < self._rules.spread
@@ -223,7 +223,7 @@ class Faults:
             ),
         )
 
-    def _outlying(self, step: Step, seen: Seen) -> Change | None:
+    def _outlying(self, step: Step, seen: StepSignals) -> FaultTransition | None:
         if seen.loudest < 0:
             return None
         shows = seen.loudness > self._rules.outlier
@@ -231,7 +231,7 @@ class Faults:
         change = self._count("outlier_rank", shows, step, lambda: (told,))
         return None if change is None else change._replace(rank=seen.loudest)
 
-    def _drifting(self, step: Step, seen: Seen) -> Change | None:
+    def _drifting(self, step: Step, seen: StepSignals) -> FaultTransition | None:
         if seen.unlike is None:
             return None
         told = "the weights of all ranks differ in their bits"
@@ -245,8 +245,8 @@ class Faults:
         change = self._count("replica_drift", bool(seen.unlike), step, lambda: (told, since), after=1, ends_after=1)
         return None if change is None else change._replace(rank=rank)
 
-    def _vanishing(self, step: Step, seen: Seen) -> Change | None:
-        rules, course = self._rules, self._course
+    def _vanishing(self, step: Step, seen: StepSignals) -> FaultTransition | None:
+        rules, course = self._rules, self._loss_trend
         if seen.weakest >= 0 and seen.weakness < rules.vanished:
             told = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
             return self._count(
@@ -264,8 +264,8 @@ class Faults:
             after=rules.vanishing_steps,
         )
 
-    def _diverging(self, step: Step, building_up: bool) -> Change | None:
-        rules, course = self._rules, self._course
+    def _diverging(self, step: Step, building_up: bool) -> FaultTransition | None:
+        rules, course = self._rules, self._loss_trend
         if step.loss is None or not math.isfinite(course.best):
             return None
         scale = max(abs(course.best), 0.1 * abs(median(course.losses)))
@@ -293,14 +293,14 @@ class Faults:
         after: int = 0,
         ends_after: int = 0,
         layer: int = -1,
-    ) -> Change | None:
+    ) -> FaultTransition | None:
         """evidence: called where the trouble begins, and so only on a step that shows it."""
         streak = self._streaks.setdefault(cause, Streak())
         after = after or self._rules.begins_after
         begins = streak.count(shows, step, begins_after=after, ends_after=ends_after or self._rules.ends_after)
         if begins is None:
             return None
-        return Change(cause, begins, streak.sequence, streak.step, evidence() if begins else (), layer)
+        return FaultTransition(cause, begins, streak.sequence, streak.step, evidence() if begins else (), layer)
 
 
 def _stored(value: Any) -> Any:

@@ -32,7 +32,7 @@ class NoiseScale:
     agreement: float = math.nan
     """Of the newest step that told: g2 / l2, from 1 / W (all noise) to 1 (the same data on every rank)."""
 
-    def take(self, agreement: float, global_norm: float, world_size: int) -> None:
+    def update(self, agreement: float, global_norm: float, world_size: int) -> None:
         """A finite step. agreement: g2 / l2; NaN where it is not known."""
         if not 0 < agreement < math.inf or world_size < 2 or not 0 < global_norm < _LARGEST_NORM:
             return

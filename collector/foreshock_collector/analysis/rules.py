@@ -17,11 +17,11 @@ def _within(least: float, most: float, default: float) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Channel:
+class ChannelRules:
     """How one quantity is judged against its own history."""
 
     logarithmic: bool = True
-    """Judge the logarithm of a positive quantity; else the plain value, in proportion to its mean."""
+    """Evaluator the logarithm of a positive quantity; else the plain value, in proportion to its mean."""
     alpha: float = _within(0, 0.9999, 0.97)
     """Weight of the past in the running mean: a half-life of 23 steps (ZClip's)."""
     ready_after: int = _within(1, 1e6, 25)
@@ -61,7 +61,7 @@ class Channel:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faults:
+class FaultRules:
     """When a trouble that lasts is one, though every number is finite."""
 
     begins_after: int = _within(1, 1e6, 20)
@@ -96,11 +96,13 @@ class Faults:
 class Rules:
     """All of them, for one run."""
 
-    gradient: Channel = field(default_factory=Channel)
+    gradient: ChannelRules = field(default_factory=ChannelRules)
     """The global gradient norm, before clipping: positive, and judged by its logarithm."""
-    loss: Channel = field(default_factory=lambda: Channel(logarithmic=False, least_sigma=0.005, spike_rise=0.1))
+    loss: ChannelRules = field(
+        default_factory=lambda: ChannelRules(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
+    )
     """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
-    faults: Faults = field(default_factory=Faults)
+    faults: FaultRules = field(default_factory=FaultRules)
     """Troubles that last, though every number is finite."""
     planned_rate_change: float = _within(1, 1e9, 1.5)
     """A learning rate that changes by this factor from one step to the next was changed on purpose."""

@@ -14,17 +14,17 @@ from typing import Any
 from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.diagnosis import diagnose
 from foreshock_collector.analysis.fault_verdicts import verdict_on_fault
-from foreshock_collector.analysis.faults import Faults, Seen
+from foreshock_collector.analysis.faults import FaultDetector, StepSignals
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.commands.logs import LogError, Row, read_log
 from foreshock_collector.commands.terminal import working
 from foreshock_collector.config import Parser
-from foreshock_collector.records.board import Board
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step, bounded
 
-_BOARD, _MODEL = Board(world_size=1, layers=0), ModelFacts()
-_UNSEEN = Seen(math.nan, math.nan, -1, math.nan)
+_BOARD, _MODEL = RecordBuffer(world_size=1, layers=0), ModelFacts()
+_UNSEEN = StepSignals(math.nan, math.nan, -1, math.nan)
 """A log tells nothing of ranks and layers."""
 
 
@@ -47,7 +47,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
     Without a failure, a trouble that lasts may be named, or an overflow that a scaler took care of. at: called with the
     number of each row, from 0, before it is looked at.
     """
-    detector, faults = Detector(rules=rules), Faults(rules=rules)
+    detector, faults = Detector(rules=rules), FaultDetector(rules=rules)
     steps = [_step(number, row) for number, row in enumerate(rows)]
     events: list[Event] = []
     failure: tuple[Verdict, int] | None = None
@@ -57,7 +57,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
         finite_before, climbing, diverging = detector.finite_ever, detector.climbing, faults.diverging
         gap, last_gap = _gap(rows, number), _gap(rows, number - 1)
         if gap > rules.interval_change * last_gap > 0 or last_gap > rules.interval_change * gap > 0:
-            detector.start_anew()
+            detector.reset()
         was_failing = detector.failing
         events += detector.update(
             attempt=0,

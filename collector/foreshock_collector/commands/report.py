@@ -15,7 +15,7 @@ from typing import Any
 from foreshock_collector.commands.client import ClientError, add_url, ask
 from foreshock_collector.commands.logs import LogError
 from foreshock_collector.commands.replay import Replay, replay_file
-from foreshock_collector.commands.story import since
+from foreshock_collector.commands.verdict_text import since
 from foreshock_collector.config import ConfigError, Parser
 
 _BEFORE, _AFTER = 96, 16
@@ -174,7 +174,7 @@ def as_markdown(report: Report) -> str:
     for verdict in report.verdicts:
         lines += [f"**{verdict['cause']}**: {verdict['summary']}", ""]
         lines += [f"- {name}: {value}" for name, value in _facts(verdict, report.runbooks)]
-        lines += ["", "Seen:", "", *(f"- {line}" for line in verdict["evidence"])]
+        lines += ["", "StepSignals:", "", *(f"- {line}" for line in verdict["evidence"])]
         lines += ["", "To try:", "", *(f"{number}. {line}" for number, line in enumerate(verdict["try"], 1)), ""]
     if not report.verdicts:
         lines += [report.quiet, ""]
@@ -191,7 +191,7 @@ def as_page(report: Report) -> str:
             f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(verdict, report.runbooks)
         )
         parts.append(f"<dl>{facts}</dl>")
-        parts.append(f"<h2>Seen</h2><ul>{_items(verdict['evidence'])}</ul>")
+        parts.append(f"<h2>StepSignals</h2><ul>{_items(verdict['evidence'])}</ul>")
         parts.append(f"<h2>To try</h2><ol>{_items(verdict['try'])}</ol>")
     if not report.verdicts:
         parts.append(f'<p class="what">{html.escape(report.quiet)}</p>')

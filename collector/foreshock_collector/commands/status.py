@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from foreshock_collector.commands.client import ClientError, add_url, ask
-from foreshock_collector.commands.story import story
 from foreshock_collector.commands.terminal import shown, terminal
+from foreshock_collector.commands.verdict_text import story
 from foreshock_collector.config import ConfigError, Parser
 
 _TROUBLE = frozenset({"failing", "failed", "stalled", "ranks missing"})

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from foreshock_collector.records.board import MOST_SEQUENCE, ColumnsError
+from foreshock_collector.records.buffer import MOST_SEQUENCE, ColumnsError
 from foreshock_collector.state.attempts import Instance
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
@@ -85,7 +85,7 @@ class Intake:
             return
         if content.instance not in said.greeted:
             raise RefusedError(f"instance {content.instance[:_NAME_LENGTH]!r} has not said hello on this stream")
-        home = self._runs.home(content.instance)
+        home = self._runs.find(content.instance)
         assert home is not None
         run, instance = home
         try:
@@ -108,7 +108,7 @@ class Intake:
         self.urgent.add(hello.instance)
         try:
             hello = _checked(hello)
-            self._runs.greet(hello, self._clock())
+            self._runs.register(hello, self._clock())
         except Exception as error:
             said.refused[hello.instance] = str(error)
             said.greeted.discard(hello.instance)
@@ -121,15 +121,15 @@ class Intake:
 
     def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
         now = self._clock()
-        instance.troubled = False
+        instance.nonfinite = False
         try:
-            for room in run.take(instance, batch, now):
+            for room in run.ingest(instance, batch, now):
                 with run.errors.caught("judge"):
-                    run.settle(now, attempt=instance.attempt, at_least=room)
+                    run.finalize_steps(now, attempt=instance.attempt, at_least=room)
                 self._commit([run])
         except ColumnsError as error:
             raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
-        if instance.troubled:
+        if instance.nonfinite:
             # It may be this rank's last word: let it know soon that it is safe.
             self.urgent.add(instance.name)
 
@@ -137,7 +137,7 @@ class Intake:
         if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:
             return  # of a later version: nothing to refuse
         event.detail = _printable(event.detail, _TEXT_LENGTH)
-        run.happened(instance, event, self._clock())
+        run.record_event(instance, event, self._clock())
         self.urgent.add(instance.name)
 
     def _goodbye(self, run: Run, instance: Instance, goodbye: pb.Goodbye) -> None:
@@ -146,7 +146,7 @@ class Intake:
             raise RefusedError(f"goodbye.last_sequence {goodbye.last_sequence} is out of range")
         if goodbye.reason not in pb.Goodbye.Reason.values():
             raise RefusedError(f"goodbye.reason {goodbye.reason} is unknown")
-        run.leave(instance, goodbye, self._clock())
+        run.close(instance, goodbye, self._clock())
         self.urgent.add(instance.name)
 
     def commit(self) -> None:
@@ -157,8 +157,8 @@ class Intake:
         now = self._clock()
         for run in self._runs:
             with run.errors.caught("judge"):
-                if not run.resting or run.changes is not None:
-                    run.settle(now)
+                if not run.evicted or run.changes is not None:
+                    run.finalize_steps(now)
         if self._commit(self._runs):
             self.urgent.clear()
 
@@ -168,13 +168,13 @@ class Intake:
         if not self.storing:
             return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
-        homes = (self._runs.home(name) for name in waiting)
+        homes = (self._runs.find(name) for name in waiting)
         hasty = {id(home[0]): home[0] for home in homes if home is not None}
         for run in self._runs:
             with run.errors.caught("judge"):
                 if id(run) in hasty or run.overdue(now):
                     hasty[id(run)] = run
-                    run.settle(now)
+                    run.finalize_steps(now)
         if self._commit(hasty.values()):
             return waiting
         self.urgent |= waiting
@@ -204,9 +204,9 @@ class Intake:
         for run in self._runs:
             with run.errors.caught("judge"):
                 run.fall_silent(now, self._silent)
-                if not run.resting and run.ended_for(now, self._silent) >= self._ended_seconds:
-                    run.settle(now)
-                    run.rest(now)
+                if not run.evicted and run.ended_for(now, self._silent) >= self._ended_seconds:
+                    run.finalize_steps(now)
+                    run.evict(now)
                     if self._commit([run]):
                         self._store.forget_window(run)
 
@@ -214,7 +214,7 @@ class Intake:
         """How far each instance of a stream is stored, or why it is not taken in."""
         found = []
         for name in sorted(said.greeted):
-            home = self._runs.home(name)
+            home = self._runs.find(name)
             assert home is not None
             run, instance = home
             found.append(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.records.board import RECORD, Board, Rows
+from foreshock_collector.records.buffer import RECORD, RecordBuffer, Rows
 
 _RANKED = np.dtype([("rank", "i8"), *((name, RECORD[name]) for name in RECORD.names or ())])
 _SHOWN_RANKS = 16
@@ -22,25 +22,25 @@ class Window:
     """Steps in order."""
 
     records: Rows
-    """As on the board, and the rank; by step, then by rank."""
+    """As on the buffer, and the rank; by step, then by rank."""
     sequences: NDArray[np.int64]
     layer_norms: NDArray[np.float32]
     """Of the averaged gradient, [sequences, layers]; NaN where nobody told them."""
 
     @classmethod
-    def of(cls, board: Board, first: int, last: int) -> Window:
-        """What the board still has of these steps."""
+    def of(cls, buffer: RecordBuffer, first: int, last: int) -> Window:
+        """What the buffer still has of these steps."""
         found = []
         sequences = np.arange(max(1, first), last + 1)
         for sequence in sequences.tolist():
-            ranks, rows = board.records(sequence)
+            ranks, rows = buffer.records(sequence)
             ranked = np.zeros(len(rows), _RANKED)
             for name in RECORD.names or ():
                 ranked[name] = rows[name]
             ranked["rank"] = ranks
             found.append(ranked)
         records = np.concatenate(found) if found else np.zeros(0, _RANKED)
-        norms = board.layer_norms_of(sequences).astype(np.float32)
+        norms = buffer.layer_norms_of(sequences).astype(np.float32)
         return cls(records=records, sequences=sequences, layer_norms=norms)
 
     def as_bytes(self) -> bytes:

@@ -12,10 +12,10 @@ import numpy as np
 
 from foreshock_collector.analysis.departures import Departure
 from foreshock_collector.analysis.detection import Detector
-from foreshock_collector.analysis.faults import Faults
+from foreshock_collector.analysis.faults import FaultDetector
 from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.analysis.rules import Rules
-from foreshock_collector.records.board import Board, Records, complete, locally_measured, trouble
+from foreshock_collector.records.buffer import RecordBuffer, Records, complete, locally_measured, nonfinite_mask
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -75,8 +75,8 @@ class Instance:
 
     @property
     def state(self) -> str:
-        """As people read it: "there", or its goodbye: "finished", "detached", "exception", "lost"."""
-        return self.closed.lower() or "there"
+        """As people read it: "running", or its goodbye: "finished", "detached", "exception", "lost"."""
+        return self.closed.lower() or "running"
 
     @property
     def ended(self) -> str:
@@ -88,11 +88,11 @@ class Instance:
         """There, or gone as it should."""
         return self.closed in ("", *PEACEFUL)
 
-    def note(self, records: Records) -> None:
+    def update(self, records: Records) -> None:
         """Remember the newest values of these records."""
         rows = records.rows
         newest = rows[-1]
-        self.troubled = bool(trouble(rows).any())
+        self.nonfinite = bool(nonfinite_mask(rows).any())
         self.position = int(newest["sequence"])
         self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
         self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
@@ -126,7 +126,7 @@ class Attempt:
         """Numbers of the incidents that are still open, by what each is open under."""
         self.failure: dict[str, Any] = state.get("failure", {})
         """Of the newest step that began a failure: its number, and what was known of the steps before."""
-        self.departures_judged: int = state.get("departures_judged", 0)
+        self.departures_checked: int = state.get("departures_judged", 0)
         """Of so many ranks it has been said why they left as they should not."""
         self.silent: bool = state.get("silent", False)
         """Nobody hears of it, though it has not left."""
@@ -135,14 +135,14 @@ class Attempt:
         self.outcome: Outcome = state.get("outcome", "")
         self.past = False
         """A later attempt makes steps, or its ranks had left before they were heard of: nobody can do anything now."""
-        self.more_is_known = False
+        self.needs_reevaluation = False
         """Records of that step have come since it was judged."""
         self.noise = NoiseScale(**state.get("noise", {}))
-        self.faults = Faults(state.get("faults"), rules)
-        self.settled: int = state.get("settled", 0)
+        self.faults = FaultDetector(state.get("faults"), rules)
+        self.finalized: int = state.get("finalized", 0)
         """Sequence number up to which steps have been through detection."""
         self.steps: deque[Step] = deque(maxlen=WINDOW_STEPS)
-        self._board: Board | None = None
+        self._buffer: RecordBuffer | None = None
 
     def state(self) -> dict[str, Any]:
         """What must survive, as JSON."""
@@ -153,32 +153,34 @@ class Attempt:
             "noise": self.noise.state(),
             "incidents": self.incidents,
             "failure": self.failure,
-            "departures_judged": self.departures_judged,
+            "departures_judged": self.departures_checked,
             "silent": self.silent,
             "ending": self.ending,
             "outcome": self.outcome,
-            "settled": self.settled,
+            "finalized": self.finalized,
         }
 
     @property
-    def board(self) -> Board:
+    def buffer(self) -> RecordBuffer:
         """The ranks' newest records; made when they are needed, gone after `rest`."""
-        if self._board is None:
-            self._board = Board(world_size=self.world_size, layers=len(self.model.layers), settled=self.settled)
+        if self._buffer is None:
+            self._buffer = RecordBuffer(
+                world_size=self.world_size, layers=len(self.model.layers), finalized=self.finalized
+            )
             for instance in self.instances.values():
                 # What lies between comes again from the store, and must then wait as it did before.
-                self._board.positions[instance.rank] = min(instance.position, self.settled)
-        return self._board
+                self._buffer.positions[instance.rank] = min(instance.position, self.finalized)
+        return self._buffer
 
     @property
     def idle(self) -> bool:
         """Nothing waits to be put together."""
-        return self._board is None or self._board.settled == self._board.highest
+        return self._buffer is None or self._buffer.finalized == self._buffer.highest
 
     @property
-    def resting(self) -> bool:
+    def evicted(self) -> bool:
         """Nothing is at hand but what the store has."""
-        return self._board is None
+        return self._buffer is None
 
     @property
     def over(self) -> bool:
@@ -195,9 +197,9 @@ class Attempt:
         """All its ranks had left before the collector heard of them, or heard of them again."""
         return all(i.gone for i in self.instances.values())
 
-    def rest(self) -> None:
+    def evict(self) -> None:
         """Let go of records and steps: the run has ended."""
-        self._board = None
+        self._buffer = None
         self.steps.clear()
 
     def departures(self) -> list[Departure]:
@@ -215,16 +217,16 @@ class Attempt:
     def write(self, instance: Instance, records: Records, now: float) -> None:
         """Keep records of a rank; the caller has made room."""
         if len(records):
-            self.board.write(instance.rank, records, now)
+            self.buffer.write(instance.rank, records, now)
             first, last = (int(records.rows["sequence"][end]) for end in (0, -1))
-            self.more_is_known |= first <= self.failure.get("sequence", 0) <= min(last, self.settled)
+            self.needs_reevaluation |= first <= self.failure.get("sequence", 0) <= min(last, self.finalized)
 
     def largest_layers(self) -> list[tuple[str, float]]:
         """Names and newest finite norms of the layers that had the largest ones lately, in the model's order."""
-        if self._board is None or not self.model.layers:
+        if self._buffer is None or not self.model.layers:
             return []
-        first = max(1, self.settled - _LAYER_STEPS + 1)
-        norms = self._board.layer_norms_of(np.arange(first, self.settled + 1))
+        first = max(1, self.finalized - _LAYER_STEPS + 1)
+        norms = self._buffer.layer_norms_of(np.arange(first, self.finalized + 1))
         if not len(norms):
             return []
         finite = np.isfinite(norms)
@@ -236,23 +238,27 @@ class Attempt:
 
     def due(self, now: float) -> int:
         """Up to where steps may be put together."""
-        board = self.board
+        buffer = self.buffer
         for instance in self.instances.values():
-            board.awaited[instance.rank] = not (instance.leaving or instance.closed)
-        return board.due(now)
+            buffer.awaited[instance.rank] = not (instance.leaving or instance.closed)
+        return buffer.due(now)
 
-    def put_together(self, upto: int) -> Iterator[Step]:
+    def assemble(self, upto: int) -> Iterator[Step]:
         """Steps that are due, in order, and kept. After an error, what follows may still be asked for."""
-        board = self.board
+        buffer = self.buffer
         try:
-            for step in board.settle(self.number, upto):
+            for step in buffer.finalize(self.number, upto):
                 self.steps.append(step)
                 yield step
         finally:
-            self.settled = board.settled
+            self.finalized = buffer.finalized
 
     def forget(self, *, but: Sequence[str]) -> None:
         """What judging has learnt of the steps is not to be trusted: it begins anew. but: incidents that stay open."""
         self.incidents = {key: number for key, number in self.incidents.items() if key in but}
-        self.detector, self.faults, self.noise = Detector(rules=self._rules), Faults(rules=self._rules), NoiseScale()
-        self.failure, self.more_is_known = {}, False
+        self.detector, self.faults, self.noise = (
+            Detector(rules=self._rules),
+            FaultDetector(rules=self._rules),
+            NoiseScale(),
+        )
+        self.failure, self.needs_reevaluation = {}, False

@@ -31,7 +31,7 @@ class Runs:
         """The run of this name."""
         return self._runs.get(name)
 
-    def home(self, instance: str) -> tuple[Run, Instance] | None:
+    def find(self, instance: str) -> tuple[Run, Instance] | None:
         """An instance and its run."""
         return self._instances.get(instance)
 
@@ -43,7 +43,7 @@ class Runs:
             for instance in attempt.instances.values():
                 self._instances[instance.name] = (run, instance)
 
-    def greet(self, hello: pb.Hello, now: float) -> Instance:
+    def register(self, hello: pb.Hello, now: float) -> Instance:
         """Find or make an instance and its run. Raises `ContradictionError`."""
         known = self._instances.get(hello.instance)
         if known is not None:
@@ -51,11 +51,11 @@ class Runs:
             first = instance.attempt.hello
             if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
-            run.hear(instance, now)
+            run.heartbeat(instance, now)
             instance.gone |= hello.gone
             return instance
         run = self._run_of(hello, now)
-        instance = run.greet(hello, now)
+        instance = run.register(hello, now)
         self._runs[run.name] = run
         self._launches[hello.run, hello.launch] = run
         self._instances[instance.name] = (run, instance)

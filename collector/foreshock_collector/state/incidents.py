@@ -60,13 +60,13 @@ class Incidents:
         self._changed(incident)
         return number
 
-    def goes_on(self, attempt: Attempt, key: str, step: int, now: float) -> None:
+    def extend(self, attempt: Attempt, key: str, step: int, now: float) -> None:
         """One more step was as bad."""
         if (incident := self._find(attempt, key)) is not None:
             incident |= {"updated_seconds": now, "bad_steps": incident["bad_steps"] + 1, "last_bad_step": step}
             self._changed(incident)
 
-    def judge_anew(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> None:
+    def reevaluate(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> None:
         """More is known by now than when it was opened. A verdict that changes counts once more, as the new one."""
         if (incident := self._find(attempt, key)) is not None and incident["verdict"] != verdict.as_json():
             if (before := incident["verdict"]["cause"]) != verdict.cause:

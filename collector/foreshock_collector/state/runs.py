@@ -1,7 +1,7 @@
 """State of a run: takes records in, puts steps together, hands them to the judge.
 
 Clocks come in as arguments. What happens between two commits gathers in `Run.changes`; what may be seen from outside
-moves only in `Run.settle`, which is followed by a commit before anybody looks, so that counters never go back.
+moves only in `Run.finalize_steps`, which is followed by a commit before anybody looks, so that counters never go back.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.catalogue import RUN_STAGES
-from foreshock_collector.records.board import MOST_SEQUENCE, complete, decode
+from foreshock_collector.records.buffer import MOST_SEQUENCE, complete, decode
 from foreshock_collector.records.steps import Step
 from foreshock_collector.records.window import Window
 from foreshock_collector.state.attempts import PEACEFUL, Attempt, Instance
 from foreshock_collector.state.errors import Errors
+from foreshock_collector.state.evaluator import Evaluator
 from foreshock_collector.state.incidents import DEATH, SILENCE, Incidents
-from foreshock_collector.state.judging import Judge
 from foreshock_collector.state.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -65,7 +65,9 @@ class Run:
         self.totals = Totals()
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS_KEPT)
         self.incidents = Incidents(self.totals, self._keep_incident)
-        self._judge = Judge(rules, self.totals, self.incidents, self.events, note=self._note, keep=self._keep_window)
+        self._evaluator = Evaluator(
+            rules, self.totals, self.incidents, self.events, record=self._record, keep=self._keep_window
+        )
         self.watched_since = 0.0
         """Silence counts from here: before the newest attempt, or while the collector was away, nobody could report."""
         self.changes: Changes | None = None
@@ -83,7 +85,7 @@ class Run:
 
     # -- in ------------------------------------------------------------------------------------------------------
 
-    def greet(self, hello: pb.Hello, now: float) -> Instance:
+    def register(self, hello: pb.Hello, now: float) -> Instance:
         """A new instance says hello. Raises `ContradictionError`."""
         attempt = next((a for a in self.attempts if a.launch == hello.launch), None)
         place = hello.topology
@@ -115,7 +117,7 @@ class Run:
         self.changed().instances[instance.name] = instance
         return instance
 
-    def hear(self, instance: Instance, now: float) -> None:
+    def heartbeat(self, instance: Instance, now: float) -> None:
         """It is alive."""
         instance.last_report = now
         if instance.attempt.silent:
@@ -123,13 +125,13 @@ class Run:
             self.incidents.close(instance.attempt, SILENCE, now)
         self.changed().instances[instance.name] = instance
 
-    def take(self, instance: Instance, batch: pb.StepBatch, now: float) -> Iterator[int]:
+    def ingest(self, instance: Instance, batch: pb.StepBatch, now: float) -> Iterator[int]:
         """Records of one instance: those it had sent before are left out, a gap is counted. Raises `ColumnsError`.
 
         Yields a sequence number where steps up to it have to be settled, and committed, to make room for the rest.
         """
         records = decode(batch, instance.layers)
-        self.hear(instance, now)
+        self.heartbeat(instance, now)
         instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MOST_SEQUENCE))
         for reason, count in batch.dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is told.
@@ -141,14 +143,14 @@ class Run:
         if not len(records):
             return
         self.changed().batches.append((instance, batch))
-        board = instance.attempt.board
-        for piece in records.slices(board.capacity // 2):
-            if (room := board.room(piece)) > board.settled:
+        buffer = instance.attempt.buffer
+        for piece in records.slices(buffer.capacity // 2):
+            if (room := buffer.room(piece)) > buffer.finalized:
                 yield room
             self._missing["ring_overrun"] += int(piece.rows["sequence"][0]) - instance.position - 1
             self._missing["never_finished"] += int((~complete(piece.rows)).sum())
             instance.attempt.write(instance, piece, now)
-            instance.note(piece)
+            instance.update(piece)
             self.changed().instances[instance.name] = instance
 
     def keep(self, instance: Instance, batch: pb.StepBatch) -> None:
@@ -159,9 +161,9 @@ class Run:
         instance.position = max(instance.position, last)
         changes.instances[instance.name] = instance
 
-    def happened(self, instance: Instance, event: pb.Event, now: float) -> None:
+    def record_event(self, instance: Instance, event: pb.Event, now: float) -> None:
         """Something happened to a rank. Told again after each reconnect: one of a kind is kept."""
-        self.hear(instance, now)
+        self.heartbeat(instance, now)
         kind = pb.Event.Kind.Name(event.kind).lower()
         if kind not in instance.told:
             instance.told.append(kind)
@@ -171,11 +173,11 @@ class Run:
                 # The recorder's clock tells which was first; one that is wrong does not.
                 instance.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
             who = {"rank": instance.rank, "instance": instance.name, "detail": event.detail}
-            self._note({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
+            self._record({"kind": kind, "attempt": instance.attempt.number, "step": event.step, **who}, now)
 
-    def leave(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
+    def close(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
         """It has left; what is missing up to its last record will not come."""
-        self.hear(instance, now)
+        self.heartbeat(instance, now)
         if instance.closed:
             return
         if goodbye.last_sequence > instance.position:
@@ -190,42 +192,42 @@ class Run:
 
     def overdue(self, now: float) -> bool:
         """A step that is not finite, or that lacks a rank, has waited long enough."""
-        return any(not attempt.resting and attempt.board.overdue(now) for attempt in self.attempts)
+        return any(not attempt.evicted and attempt.buffer.overdue(now) for attempt in self.attempts)
 
-    def settle(self, now: float, *, attempt: Attempt | None = None, at_least: int = 0) -> None:
+    def finalize_steps(self, now: float, *, attempt: Attempt | None = None, at_least: int = 0) -> None:
         """Take all that is due to the judge. at_least: of this attempt, settle up to here in any case."""
         for each in self.attempts:
             newest = each is self.newest
             each.past = self._is_past(each)
-            if not each.resting:
-                steps = self._put_together(each, max(each.due(now), at_least if each is attempt else 0))
+            if not each.evicted:
+                steps = self._assemble(each, max(each.due(now), at_least if each is attempt else 0))
                 self._judge_steps(each, steps, now, newest=newest)
             with self.errors.caught("judge"):
-                self._judge.departures(each, now)
+                self._evaluator.check_departures(each, now)
             with self.errors.caught("judge"):
                 if newest:
-                    self._judge.standstill(each, now, since=self.watched_since)
+                    self._evaluator.check_stall(each, now, since=self.watched_since)
             for instance in each.instances.values():
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
-            if each.over and each.departures_judged == len(each.departures()):
+            if each.over and each.departures_checked == len(each.departures()):
                 # A death is over only once a later attempt goes on.
                 self.incidents.close_all(each, now, but=(DEATH, SILENCE))
             if not newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
                 # It need not have left, as when its machine has vanished.
                 self.incidents.close_all(each, now, but=(DEATH, SILENCE))
-                each.rest()
+                each.evict()
         for each in self.attempts:
             # Training goes on since; or it has been started again before anybody could be told.
             if self._is_past(each):
                 self.incidents.close(each, DEATH, now)
                 self.incidents.close(each, SILENCE, now)
-        self.unexplained = any(each.departures_judged != len(each.departures()) for each in self.attempts)
+        self.unexplained = any(each.departures_checked != len(each.departures()) for each in self.attempts)
         self.totals.add_dropped(self._missing)
         self._missing.clear()
 
     def _is_past(self, attempt: Attempt) -> bool:
-        return attempt is not self.newest and bool(self.newest.settled or attempt.handed_in)
+        return attempt is not self.newest and bool(self.newest.finalized or attempt.handed_in)
 
     def fall_silent(self, now: float, silent_seconds: float) -> None:
         """Nobody has heard of the run for so long, and it never left."""
@@ -233,16 +235,16 @@ class Run:
         if not attempt.silent and not attempt.over and not self.active(now, silent_seconds):
             attempt.silent = True
             self.changed()
-            self._judge.silence(attempt, now, silent_seconds)
+            self._evaluator.check_silence(attempt, now, silent_seconds)
 
-    def _put_together(self, attempt: Attempt, upto: int) -> list[Step]:
+    def _assemble(self, attempt: Attempt, upto: int) -> list[Step]:
         """Every step that can be: history has no hole behind one that cannot."""
         steps: list[Step] = []
         position = -1
-        while position < attempt.settled:
-            position = attempt.settled
+        while position < attempt.finalized:
+            position = attempt.finalized
             with self.errors.caught("judge"):
-                for step in attempt.put_together(upto):
+                for step in attempt.assemble(upto):
                     steps.append(step)  # noqa: PERF402 - what came before an error is kept
         if steps:
             self.changed().steps.extend(steps)
@@ -253,7 +255,7 @@ class Run:
         try:
             for step in steps:
                 self.totals.add_step(step, now, newest=newest)
-            self._judge.steps(attempt, steps, now)
+            self._evaluator.steps(attempt, steps, now)
         except Exception as error:
             self.errors.add("judge", error)
             with self.errors.caught("judge"):
@@ -261,7 +263,7 @@ class Run:
                 self.incidents.close_all(attempt, now, but=(DEATH, SILENCE))
             attempt.forget(but=(DEATH, SILENCE))
 
-    def _note(self, event: dict[str, Any], now: float) -> None:
+    def _record(self, event: dict[str, Any], now: float) -> None:
         event = {**event, "seen_seconds": now}
         self.events.append(event)
         self.changed().events.append(event)
@@ -273,15 +275,15 @@ class Run:
         self.changed().windows[incident] = window
 
     @property
-    def resting(self) -> bool:
+    def evicted(self) -> bool:
         """Nothing of it is at hand but what counts, and nothing is open: a run may die before its first record."""
-        return not self.unexplained and all(attempt.resting and not attempt.incidents for attempt in self.attempts)
+        return not self.unexplained and all(attempt.evicted and not attempt.incidents for attempt in self.attempts)
 
-    def rest(self, now: float) -> None:
+    def evict(self, now: float) -> None:
         """The run has ended: let go of all that the store can do without."""
         for attempt in self.attempts:
             self.incidents.close_all(attempt, now)
-            attempt.rest()
+            attempt.evict()
 
     # -- out -----------------------------------------------------------------------------------------------------
 
@@ -292,7 +294,7 @@ class Run:
 
     def stall_after(self) -> float:
         """Seconds without a step that mean a stall, of the newest attempt."""
-        return self.totals.stall_after(self.newest.settled)
+        return self.totals.stall_after(self.newest.finalized)
 
     def last_heard(self) -> float:
         """When any rank last reported."""
@@ -348,9 +350,9 @@ class Run:
         run.errors.counts |= snapshot["errors"]
         return run
 
-    def recall(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
+    def restore(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
         """Put stored records back: as evidence if their step is settled, else among those that wait."""
-        board = instance.attempt.board
-        for piece in decode(batch, instance.layers).slices(board.capacity // 2):
-            if board.room(piece) <= board.settled:
-                board.write(instance.rank, piece, now)
+        buffer = instance.attempt.buffer
+        for piece in decode(batch, instance.layers).slices(buffer.capacity // 2):
+            if buffer.room(piece) <= buffer.finalized:
+                buffer.write(instance.rank, piece, now)

@@ -149,9 +149,9 @@ class Store:
                 for i, b in changes.batches
             ],
         )
-        for attempt in (attempt for attempt in run.attempts if not attempt.resting):
+        for attempt in (attempt for attempt in run.attempts if not attempt.evicted):
             # What waits for its step is kept, however old.
-            keep = attempt.settled - WINDOW_STEPS if attempt is run.newest else attempt.settled
+            keep = attempt.finalized - WINDOW_STEPS if attempt is run.newest else attempt.finalized
             where = "run=? AND attempt=? AND last_sequence<=?"
             self._db.execute(f"DELETE FROM rank_window WHERE {where}", (run.name, attempt.number, keep))  # noqa: S608
 
@@ -203,10 +203,10 @@ class Store:
         waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
         for instance, batch in self._db.execute(waiting, (name,)).fetchall():
             with run.errors.caught("take"):
-                run.recall(instances[instance], pb.StepBatch.FromString(batch), now)
+                run.restore(instances[instance], pb.StepBatch.FromString(batch), now)
         for attempt in run.attempts:
-            if not attempt.resting:
-                self._recall_steps(run, attempt)
+            if not attempt.evicted:
+                self._restore_steps(run, attempt)
         return run
 
     def _set_aside(self, name: str, snapshot: str) -> None:
@@ -230,7 +230,7 @@ class Store:
             attempt.instances[instance.rank] = instance
             yield instance
 
-    def _recall_steps(self, run: Run, attempt: Attempt) -> None:
+    def _restore_steps(self, run: Run, attempt: Attempt) -> None:
         query = f"SELECT {', '.join(_STEP_COLUMNS)} FROM steps WHERE run=? AND attempt=? ORDER BY sequence DESC LIMIT ?"  # noqa: S608
         for values in reversed(self._db.execute(query, (run.name, attempt.number, WINDOW_STEPS)).fetchall()):
             known = dict(zip(_STEP_COLUMNS, values, strict=True))
@@ -244,14 +244,14 @@ class Store:
         query = f"SELECT {_SHOWN} FROM steps WHERE run=? AND attempt=? AND sequence>? ORDER BY sequence LIMIT ?"  # noqa: S608
         return _columns(self._db.execute(query, (run, attempt, after, limit)).fetchall())
 
-    def peaks(self, run: str, *, attempt: int, first: int, last: int, stretch: int) -> dict[str, list[Any]]:
-        """The same, of each `stretch` steps the one with the largest norm; one that is not finite is the largest."""
+    def peaks(self, run: str, *, attempt: int, first: int, last: int, bin_width: int) -> dict[str, list[Any]]:
+        """The same, of each `bin_width` steps the one with the largest norm; one that is not finite is the largest."""
         # With a single max(), SQLite takes the other columns from the row that has it; a text is above all numbers.
         bad = "nan_loss OR inf_loss OR nan_gradient OR inf_gradient"
         peak = f"max(CASE WHEN {bad} THEN 'bad' ELSE global_norm END)"
         where = "run=? AND attempt=? AND sequence BETWEEN ? AND ?"
         query = f"SELECT {_SHOWN}, {peak} FROM steps WHERE {where} GROUP BY (sequence - 1) / ? ORDER BY sequence"  # noqa: S608
-        return _columns(self._db.execute(query, (run, attempt, first, last, stretch)).fetchall())
+        return _columns(self._db.execute(query, (run, attempt, first, last, bin_width)).fetchall())
 
     def incident_window(self, run: str, number: int) -> Window | None:
         """The records before an incident; None if it has none."""

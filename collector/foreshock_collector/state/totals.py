@@ -18,7 +18,7 @@ COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS, _STALL_MOST_SECONDS = 20, 120.0, 1800.0
 _FIRST_STEPS, _FIRST_STEPS_SECONDS = 10, 600.0
 """So many steps of an attempt are given so long each: compilation, or the index of a large data set."""
-_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "levels", "bad")
+_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "gauges", "bad")
 
 
 @dataclass
@@ -52,10 +52,10 @@ class Totals:
         """When each kind of event was last seen."""
         self.event_steps: dict[str, int] = {}
         """Step of the last of each kind; none before the first."""
-        self.levels: dict[str, float] = {}
+        self.gauges: dict[str, float] = {}
         """Newest finite value of each gauge, of the newest attempt."""
         self.bad: dict[str, str] = {"loss": "", "gradient": ""}
-        """"nan" or "inf" where the newest value is not finite, though `levels` keeps the last one that was."""
+        """"nan" or "inf" where the newest value is not finite, though `gauges` keeps the last one that was."""
         self.norms = Histogram(GRADIENT_NORM.buckets)
         self.durations = Histogram(STEP_DURATION.buckets)
         self._recent: deque[float] = deque(maxlen=64)
@@ -77,7 +77,7 @@ class Totals:
             self._recent.append(step.duration_seconds)
         self.last["step"] = now
         if newest:
-            levels = {
+            gauges = {
                 "step": float(step.step),
                 "global_norm": step.global_norm,
                 "gradient_absolute_maximum": step.gradient_absolute_maximum,
@@ -88,7 +88,7 @@ class Totals:
                 "loss_scale": step.loss_scale,
                 "loss": step.loss,
             }
-            self.levels |= {name: value for name, value in levels.items() if value is not None and math.isfinite(value)}
+            self.gauges |= {name: value for name, value in gauges.items() if value is not None and math.isfinite(value)}
             if step.stepped or not math.isnan(step.global_norm) or step.nan_gradient:
                 self.bad["gradient"] = _kind(step.nan_gradient, step.inf_gradient)
             if step.loss is not None:
@@ -96,7 +96,7 @@ class Totals:
 
     def newest(self) -> dict[str, float | str | None]:
         """The newest values as they are: None for a loss or norm that is not finite, and its kind beside it."""
-        truth: dict[str, float | str | None] = dict(self.levels)
+        truth: dict[str, float | str | None] = dict(self.gauges)
         truth |= {f"{source}_nonfinite": kind for source, kind in self.bad.items()}
         truth |= {"loss": None} if self.bad["loss"] else {}
         return truth | ({"global_norm": None} if self.bad["gradient"] else {})

@@ -17,8 +17,8 @@ from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
 from foreshock_collector.web import heat
 from foreshock_collector.web.baseline import Baselines
-from foreshock_collector.web.peaks import Peaks
-from foreshock_collector.web.recent import Recent
+from foreshock_collector.web.downsampling import Downsampler
+from foreshock_collector.web.sparklines import Sparklines
 
 RUN = "{run:[^/]+}"
 """In a route: any name, percent-encoded. A bare {run} leaves out names with braces."""
@@ -38,8 +38,8 @@ class Api:
         self._clock = clock
         self._silent = silent
         self._baselines = Baselines(store)
-        self._peaks = Peaks(store)
-        self._recent = Recent(store)
+        self._peaks = Downsampler(store)
+        self._recent = Sparklines(store)
 
     def routes(self) -> list[web.RouteDef]:
         """All under /api/v1."""
@@ -103,24 +103,24 @@ class Api:
         return answer({"attempt": attempt.number, **columns, "local_norm": norms})
 
     async def _series(self, request: web.Request) -> web.Response:
-        """Steps for the eye: at most `points`, and the baseline band. Of a stretch, the step with the largest norm."""
+        """Steps for the eye: at most `points`, and the baseline band. Of a bin, the step with the largest norm."""
         run = self._find(request)
         attempt = _attempt_of(request, run)
         points = max(1, min(number(request, "points", 1000), _MOST_POINTS))
-        first, last = max(1, number(request, "first", 1)), min(attempt.settled, number(request, "last", _NO_END))
-        stretch, columns = await self._peaks.of(run.name, attempt.number, first=first, last=last, points=points)
+        first, last = max(1, number(request, "first", 1)), min(attempt.finalized, number(request, "last", _NO_END))
+        bin_width, columns = await self._peaks.of(run.name, attempt.number, first=first, last=last, points=points)
         baseline = await self._baselines.upto(run.name, attempt.number, max(columns["sequence"], default=0), run.rules)
-        told = {"attempt": attempt.number, "newest": attempt.settled, "stretch": stretch}
+        told = {"attempt": attempt.number, "newest": attempt.finalized, "bin_width": bin_width}
         return answer({**told, **columns, **baseline.at(columns["sequence"])})
 
     async def _heat(self, request: web.Request) -> web.Response:
-        """Norms by rank or layer: the largest of each stretch of steps. At rest, those around an incident."""
+        """Norms by rank or layer: the largest of each bin_width of steps. At rest, those around an incident."""
         run = self._find(request)
         attempt = _attempt_of(request, run)
         by = request.match_info["by"]
         columns = max(1, min(number(request, "columns", 240), _MOST_POINTS))
         first, last = number(request, "first", 1), number(request, "last", _NO_END)
-        if not attempt.resting:
+        if not attempt.evicted:
             found = heat.at_hand(attempt, by, first=first, last=last, columns=columns)
             return answer({"attempt": attempt.number, "kept": "newest", **found})
         of_it = [each["id"] for each in run.incidents.kept if each["attempt"] == attempt.number]
@@ -167,7 +167,7 @@ class Api:
             "verdict": newest["verdict"]["cause"] if newest else "healthy",
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
-            "newest": run.totals.newest() if attempt.settled else {},
+            "newest": run.totals.newest() if attempt.finalized else {},
             "last_report_seconds": run.last_heard(),
             "last_step_seconds": run.totals.last["step"],
             "stall_after_seconds": run.stall_after(),
@@ -210,7 +210,7 @@ def _attempt(attempt: Attempt) -> dict[str, Any]:
         "launch": attempt.launch,
         "started_seconds": attempt.started_seconds,
         "world_size": attempt.world_size,
-        "steps": attempt.settled,
+        "steps": attempt.finalized,
         "over": attempt.over,
         "incident": max(attempt.incidents.values(), default=None),
     }
@@ -237,9 +237,9 @@ def _rank(instance: Instance) -> dict[str, Any]:
 
 def _local_norms(attempt: Attempt, sequences: list[int]) -> dict[str, list[Any]] | None:
     """By rank, a column each, as far as they are at hand; None of an attempt that rests, or has too many ranks."""
-    if attempt.resting or attempt.world_size > _MOST_RANK_COLUMNS:
+    if attempt.evicted or attempt.world_size > _MOST_RANK_COLUMNS:
         return None
-    table = attempt.board.local_norms(np.array(sequences, np.int64))
+    table = attempt.buffer.local_norms(np.array(sequences, np.int64))
     return {str(rank): table[:, rank].tolist() for rank in sorted(attempt.instances)}
 
 

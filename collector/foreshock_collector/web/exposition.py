@@ -92,8 +92,8 @@ class RunSeries(Collector):
     def _of(self, run: Run, now: float) -> Iterator[Sample]:
         labels, totals = (run.experiment, run.name), run.totals
         for name, series in _LEVELS.items():
-            if name in totals.levels:
-                yield Sample(series, labels, totals.levels[name])
+            if name in totals.gauges:
+                yield Sample(series, labels, totals.gauges[name])
         for name, series in _TIMES.items():
             yield Sample(series, labels, totals.last[name])
         for name, series in _STEPS.items():

@@ -82,7 +82,7 @@ class Live:
 
     def _state(self, run: Run) -> tuple[Any, ...]:
         """Differs as soon as the API would tell something else of this run than the time of its last word."""
-        if run.resting:
+        if run.evicted:
             # At rest, or only greeted. Thousands of old runs must cost next to nothing.
             return run.name, len(run.attempts)
         attempt = run.newest

@@ -18,7 +18,7 @@ from string import Template
 from aiohttp import web
 from markdown_it import MarkdownIt
 
-from foreshock_collector.shipped import shipped
+from foreshock_collector.resources import resource
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.web.api import RUN
 
@@ -65,7 +65,7 @@ class Page:
         self._runs = runs
         self._shells = {path.stem: Template(path.read_text("utf-8")) for path in _STATIC.glob("*.html")}
         self._files = {path.name: path.read_bytes() for path in _STATIC.iterdir() if path.suffix in _KINDS}
-        self._runbooks = {path.stem: path.read_text("utf-8") for path in sorted(shipped("runbooks").glob("*.md"))}
+        self._runbooks = {path.stem: path.read_text("utf-8") for path in sorted(resource("runbooks").glob("*.md"))}
         self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
         self._plotly: bytes | None = None
 

@@ -14,7 +14,7 @@ import aiohttp
 
 from foreshock_collector.commands.demo import DemoError
 from foreshock_collector.commands.demo.training import end
-from foreshock_collector.shipped import shipped
+from foreshock_collector.resources import resource
 
 _ALERTMANAGERS = ("prometheus-alertmanager", "alertmanager")
 """Debian calls it by the first name."""
@@ -50,7 +50,7 @@ async def alerting(session: aiohttp.ClientSession, folder: Path, collector_url: 
         port = await _start(
             stack,
             manager,
-            f"--config.file={shipped('alertmanager') / 'alertmanager.yml'}",
+            f"--config.file={resource('alertmanager') / 'alertmanager.yml'}",
             f"--storage.path={folder / 'alertmanager'}",
             "--cluster.listen-address=",
         )
@@ -66,7 +66,7 @@ async def alerting(session: aiohttp.ClientSession, folder: Path, collector_url: 
 def _configuration(folder: Path, collector_url: str, alertmanager: str) -> Path:
     """The shipped files with this demo's ports, and each second where they say each five."""
     collector = collector_url.removeprefix("http://")
-    source = shipped("prometheus")
+    source = resource("prometheus")
     rules = (source / "foreshock.rules.yml").read_text()
     (folder / "foreshock.rules.yml").write_text(rules.replace("127.0.0.1:9327", collector))
     text = (source / "prometheus.yml").read_text()

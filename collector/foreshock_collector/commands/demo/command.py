@@ -18,9 +18,9 @@ from rich.padding import Padding
 
 from foreshock_collector.commands.demo import DemoError
 from foreshock_collector.commands.demo.alerting import Alerting, alerting
-from foreshock_collector.commands.demo.telling import SHOWN_STEPS, Steps, alert_lines, live_table, verdict_on_act
+from foreshock_collector.commands.demo.rendering import SHOWN_STEPS, Steps, alert_lines, live_table, verdict_on_act
 from foreshock_collector.commands.demo.training import RANKS, check_torch, training
-from foreshock_collector.commands.story import story
+from foreshock_collector.commands.verdict_text import story
 from foreshock_collector.config import Config, ConfigError, Parser
 from foreshock_collector.server import Server
 

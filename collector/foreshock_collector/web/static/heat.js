@@ -37,7 +37,7 @@ export function relative(heat, chart) {
 export async function drawHeat(node, chart, { heat, events, scope, offset }) {
   const Plotly = await plotly();
   const height = Math.round(28 + Math.min(360, Math.max(56, heat.rows.length * (heat.rows.length > 24 ? 5 : 15))));
-  const middle = (heat.stretch - 1) / 2;
+  const middle = (heat.bin_width - 1) / 2;
   const x = heat.sequence.map((sequence) => sequence + offset + middle);
   heat.relative ??= relative(heat, chart);
   const bad = [];
@@ -71,7 +71,7 @@ function short(name, most) {
 
 // Words for one cell, under the cursor.
 export function cellWords(heat, chart, sequence, row) {
-  const i = Math.floor((sequence - heat.sequence[0]) / heat.stretch);
+  const i = Math.floor((sequence - heat.sequence[0]) / heat.bin_width);
   if (!heat.sequence.length || i < 0 || i >= heat.sequence.length) return "";
   heat.relative ??= relative(heat, chart);
   const r = row ?? loudest(heat, i);

@@ -149,7 +149,7 @@ function rankWords() {
 }
 
 function rankTable(now) {
-  const odd = (rank) => (rank.state === "there" || rank.state === "finished" ? 1 : 0);
+  const odd = (rank) => (rank.state === "running" || rank.state === "finished" ? 1 : 0);
   const ranks = [...known.ranks].sort((a, b) => odd(a) - odd(b) || a.rank - b.rank);
   return el("div", { class: "scroll" }, el("table", {},
     el("thead", {}, el("tr", {}, ["rank", "node", "state", "step", "local norm", "heard"].map((head) => el("th", { scope: "col" }, head)))),
@@ -302,7 +302,7 @@ function readout(at = cursor.at, plot = null, y = null) {
   let i = series.sequence.length - 1;
   if (at !== null) {
     const wanted = at - offset;
-    i = series.sequence.findIndex((sequence) => sequence >= wanted - series.stretch / 2);
+    i = series.sequence.findIndex((sequence) => sequence >= wanted - series.bin_width / 2);
     if (i < 0) i = series.sequence.length - 1;
   }
   const value = (term, words) => el("span", {}, el("span", { class: "quiet" }, `${term} `), el("b", {}, words));
@@ -322,7 +322,7 @@ function readout(at = cursor.at, plot = null, y = null) {
       if (words) parts.push(el("span", {}, words));
     }
   }
-  if (series.stretch > 1) parts.push(el("span", { class: "quiet" }, `each point: the largest norm of ${series.stretch} steps`));
+  if (series.bin_width > 1) parts.push(el("span", { class: "quiet" }, `each point: the largest norm of ${series.bin_width} steps`));
   if (!offset && series.step[0] !== series.sequence[0]) parts.push(el("span", { class: "quiet" }, "axis: optimizer steps of this attempt"));
   put("readout", parts);
 }

@@ -17,11 +17,11 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 PATIENCE_SECONDS = 2.0
 """How long a step waits for ranks that have not reported it."""
-TROUBLE_PATIENCE_SECONDS = 0.3
+NONFINITE_PATIENCE_SECONDS = 0.3
 """The same for a step that is not finite: nobody should wait to hear of it, yet the other ranks' evidence is worth a
 moment. Recorders send such a step at once."""
 _MOST_CELLS = 2**18
-"""Cells of a board, some 200 bytes each; a job of many ranks remembers fewer steps."""
+"""Cells of a buffer, some 200 bytes each; a job of many ranks remembers fewer steps."""
 _LEAST_STEPS, _MOST_STEPS = 64, 2048
 
 MOST_SEQUENCE = 2**53
@@ -110,15 +110,15 @@ def _bounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(abs(kept) < 1 / LARGEST, 0.0, kept)
 
 
-def trouble(rows: Rows) -> NDArray[np.bool_]:
+def nonfinite_mask(rows: Rows) -> NDArray[np.bool_]:
     """Which records hold anything that is not finite."""
-    bad: NDArray[np.bool_] = ~np.isfinite(rows["global_norm"]) | bad_locally(rows)
+    bad: NDArray[np.bool_] = ~np.isfinite(rows["global_norm"]) | locally_nonfinite(rows)
     bad |= (rows["global_nan_parameters"] > 0) | (rows["global_inf_parameters"] > 0)
     bad &= complete(rows)
     return bad
 
 
-def bad_locally(rows: Rows) -> NDArray[np.bool_]:
+def locally_nonfinite(rows: Rows) -> NDArray[np.bool_]:
     """Which records are not finite by themselves, before the all-reduce could have brought it from another rank."""
     bad: NDArray[np.bool_] = (rows["local_nan_parameters"] > 0) | (rows["local_inf_parameters"] > 0)
     bad |= observed(rows) & ~np.isfinite(rows["loss"])
@@ -144,14 +144,14 @@ def observed(rows: Rows) -> NDArray[np.bool_]:
     return has_loss
 
 
-class Board:
+class RecordBuffer:
     """Records of one attempt that wait for other ranks, and the window of those that no longer do."""
 
-    def __init__(self, *, world_size: int, layers: int, settled: int = 0) -> None:
+    def __init__(self, *, world_size: int, layers: int, finalized: int = 0) -> None:
         self.capacity = max(_LEAST_STEPS, min(_MOST_STEPS, _MOST_CELLS // world_size))
-        self.settled = settled
+        self.finalized = finalized
         """Sequence number up to which steps have been put together."""
-        self.highest = settled
+        self.highest = finalized
         """The highest one of any rank."""
         self.positions = np.zeros(world_size, "i8")
         """Each rank's highest one."""
@@ -164,14 +164,14 @@ class Board:
         self._deadlines = np.full(self.capacity, math.inf)
 
     def room(self, records: Records) -> int:
-        """Steps up to this sequence number have to be settled before these records may be written."""
+        """Steps up to this sequence number have to be finalized before these records may be written."""
         return int(records.rows["sequence"][-1]) - self.capacity
 
     def write(self, rank: int, records: Records, now: float) -> None:
-        """Keep a rank's records: those of settled steps are evidence, the others wait for their step."""
+        """Keep a rank's records: those of finalized steps are evidence, the others wait for their step."""
         rows = records.rows
         last = int(rows["sequence"][-1])
-        assert self.room(records) <= self.settled
+        assert self.room(records) <= self.finalized
         slots = rows["sequence"] % self.capacity
         # A very late record must not displace a newer one.
         fresh = rows["sequence"] >= self._cells["sequence"][slots, rank]
@@ -182,40 +182,40 @@ class Board:
         recent = records.sums[records.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
         self._sums[recent["reduced_sequence"] % self.capacity] = recent
         # A gap waits like a record: another rank may yet fill it.
-        waiting = np.arange(max(self.settled, int(self.positions[rank]), last - self.capacity) + 1, last + 1)
-        self._hasten(waiting, now + PATIENCE_SECONDS)
-        bad = rows["sequence"][trouble(rows)]
-        self._hasten(bad[bad > self.settled], now + TROUBLE_PATIENCE_SECONDS)
+        waiting = np.arange(max(self.finalized, int(self.positions[rank]), last - self.capacity) + 1, last + 1)
+        self._expedite(waiting, now + PATIENCE_SECONDS)
+        bad = rows["sequence"][nonfinite_mask(rows)]
+        self._expedite(bad[bad > self.finalized], now + NONFINITE_PATIENCE_SECONDS)
         self.positions[rank] = max(last, int(self.positions[rank]))
         self.highest = max(last, self.highest)
 
-    def _hasten(self, sequences: NDArray[np.int64], deadline: float) -> None:
+    def _expedite(self, sequences: NDArray[np.int64], deadline: float) -> None:
         slots = sequences % self.capacity
         self._deadlines[slots] = np.minimum(self._deadlines[slots], deadline)
 
     def due(self, now: float) -> int:
         """Sequence number up to which steps may be put together: every rank has passed them, or they waited enough."""
         passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest
-        due = max(self.settled, min(passed, self.highest))
+        due = max(self.finalized, min(passed, self.highest))
         waiting = np.arange(due + 1, self.highest + 1)
         late = waiting[self._deadlines[waiting % self.capacity] <= now]
         return int(late[-1]) if late.size else due
 
     def overdue(self, now: float) -> bool:
         """A step has waited long enough, though a rank is still missing."""
-        return self.settled < self.highest and bool((self._deadlines <= now).any())
+        return self.finalized < self.highest and bool((self._deadlines <= now).any())
 
-    def settle(self, attempt: int, upto: int) -> Iterator[Step]:
+    def finalize(self, attempt: int, upto: int) -> Iterator[Step]:
         """Put steps together, in order, up to a sequence number."""
-        first, last = self.settled + 1, min(upto, self.highest)
+        first, last = self.finalized + 1, min(upto, self.highest)
         for sequence in range(first, last + 1):
-            self.settled = sequence
+            self.finalized = sequence
             self._deadlines[sequence % self.capacity] = math.inf
-            step = self._put_together(attempt, sequence)
+            step = self._assemble(attempt, sequence)
             if step is not None:
                 yield step
-        self.settled = max(self.settled, upto)
-        self.highest = max(self.settled, self.highest)
+        self.finalized = max(self.finalized, upto)
+        self.highest = max(self.finalized, self.highest)
 
     def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
         """Ranks and their finished records of one step, as far as they are here."""
@@ -260,7 +260,7 @@ class Board:
         norms[self._layer_sequences[slots] != sequences] = math.nan
         return norms
 
-    def _put_together(self, attempt: int, sequence: int) -> Step | None:
+    def _assemble(self, attempt: int, sequence: int) -> Step | None:
         ranks, rows = self.records(sequence)
         if not ranks.size:
             return None

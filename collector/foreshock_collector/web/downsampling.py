@@ -1,4 +1,4 @@
-"""A run's steps thinned for the eye. Steps do not change, so what was thinned once is kept and carried on."""
+"""A run's steps downsampled for the eye. Steps do not change, so what was downsampled once is kept and carried on."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Columns = dict[str, list[Any]]
 _PAGE_STEPS = 10_000
 """Steps between two looks at the event loop: some 25 ms."""
 _MOST_KEPT = 16
-"""Attempts, each at one width of stretch, that are kept: those that people look at."""
+"""Attempts, each at one width of bin_width, that are kept: those that people look at."""
 
 
 @dataclass
 class _Kept:
     columns: Columns = field(default_factory=dict)
     upto: int = 0
-    """End of the last whole stretch."""
+    """End of the last whole bin_width."""
 
 
-class Peaks:
+class Downsampler:
     """Those that were asked for last."""
 
     def __init__(self, store: Store) -> None:
@@ -33,24 +33,24 @@ class Peaks:
         self._lock = asyncio.Lock()
 
     async def of(self, run: str, attempt: int, *, first: int, last: int, points: int) -> tuple[int, Columns]:
-        """The width of a stretch, and of each the step with the largest norm: about `points` of them, at most twice.
+        """The width of a bin_width, and of each the step with the largest norm: about `points` of them, at most twice.
 
-        A stretch is a power of two: it stays as it is while a run goes on, but for the few times that it doubles.
+        A bin_width is a power of two: it stays as it is while a run goes on, but for the few times that it doubles.
         """
-        stretch = 1
-        while last - first + 1 > stretch * points:
-            stretch *= 2
+        bin_width = 1
+        while last - first + 1 > bin_width * points:
+            bin_width *= 2
         if last - first + 1 <= _PAGE_STEPS:
-            return stretch, self._store.peaks(run, attempt=attempt, first=first, last=last, stretch=stretch)
+            return bin_width, self._store.peaks(run, attempt=attempt, first=first, last=last, bin_width=bin_width)
         # One at a time: two viewers must not carry the same history on.
         async with self._lock:
-            key = run, attempt, stretch
+            key = run, attempt, bin_width
             kept = self._kept.pop(key, None) or _Kept()
             self._kept[key] = kept
             while len(self._kept) > _MOST_KEPT:
                 del self._kept[next(iter(self._kept))]
-            whole = last // stretch * stretch
-            page = max(stretch, _PAGE_STEPS // stretch * stretch)
+            whole = last // bin_width * bin_width
+            page = max(bin_width, _PAGE_STEPS // bin_width * bin_width)
             while kept.upto < whole:
                 upto = min(kept.upto + page, whole)
                 _extend(kept.columns, self._peaks(key, kept.upto + 1, upto))
@@ -61,11 +61,11 @@ class Peaks:
             found = {name: values[start:end] for name, values in columns.items()}
             if last > kept.upto:
                 _extend(found, self._peaks(key, max(first, kept.upto + 1), last))
-            return stretch, found
+            return bin_width, found
 
     def _peaks(self, key: tuple[str, int, int], first: int, last: int) -> Columns:
-        run, attempt, stretch = key
-        return self._store.peaks(run, attempt=attempt, first=first, last=last, stretch=stretch)
+        run, attempt, bin_width = key
+        return self._store.peaks(run, attempt=attempt, first=first, last=last, bin_width=bin_width)
 
 
 def _extend(columns: Columns, more: Columns) -> None:

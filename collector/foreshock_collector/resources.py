@@ -8,7 +8,7 @@ _HERE = Path(__file__).parent
 _SOURCES = {"prometheus": "deploy/prometheus", "alertmanager": "deploy/alertmanager", "runbooks": "docs/runbooks"}
 
 
-def shipped(name: str) -> Path:
+def resource(name: str) -> Path:
     """Folder of "prometheus", "alertmanager" or "runbooks"."""
-    installed = _HERE / "shipped" / name
+    installed = _HERE / "data" / name
     return installed if installed.is_dir() else _HERE.parents[1] / _SOURCES[name]
