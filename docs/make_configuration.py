@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings' own definitions; with --check, only says whether it is up to date."""
+"""Generate docs/configuration.md from the settings' definitions; with --check, only verify that it is up to date."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from foreshock_collector.config import Config
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-Every environment variable and every setting of a file. Made from `agent/foreshock/_variables.py`,
-`collector/foreshock_collector/config.py` and `analysis/rules.py` by `make docs`; do not edit by hand.
+All environment variables and configuration file settings. `make docs` generates this page from
+`agent/foreshock/_variables.py`, `collector/foreshock_collector/config.py` and
+`collector/foreshock_collector/analysis/rules.py`; do not edit it by hand.
 
-## Where ranks run, and for the commands
+## Ranks and commands
 
-An argument of `foreshock.attach` wins over its variable, an empty variable is as good as none. A variable that begins
-with `FORESHOCK_` and is none of these is ignored, and rank 0 says so with the nearest name that is one."""
-COLLECTOR = """Of others' variables a probe reads `LOCAL_RANK`, `SLURM_LOCALID`, `SLURMD_NODENAME`, `SLURM_JOB_ID` (the
-run is then `slurm-JOB`) and `TORCHELASTIC_RUN_ID` (the run's name, where torchrun was given an `--rdzv-id`). Commands
-obey `NO_COLOR`.
+An argument of `foreshock.attach` overrides its variable. An empty variable counts as unset. An unknown variable that
+begins with `FORESHOCK_` is ignored; rank 0 logs a warning with the closest known name."""
+COLLECTOR = """The probe also reads `LOCAL_RANK`, `SLURM_LOCALID`, `SLURMD_NODENAME`, `SLURM_JOB_ID` (which names the
+run `slurm-JOB`) and `TORCHELASTIC_RUN_ID` (the run's name, if torchrun was given an `--rdzv-id`). Commands respect
+`NO_COLOR`.
 
-## The collector
+## Collector
 
-A flag wins over its variable, that over the file of `--config` (or `FORESHOCK_COLLECTOR_CONFIG`), that over the
-default. In the file a setting is named as in the first column. A variable that is nearly one of these is told at
-the start, with the name that was meant."""
+A flag overrides its variable, the variable overrides the file given by `--config` (or `FORESHOCK_COLLECTOR_CONFIG`),
+and the file overrides the default. The file uses the names in the first column. At startup the collector warns about
+misspelled variables and suggests the correct name."""
 RULES = """The file is TOML:
 
 ```toml
@@ -40,26 +41,26 @@ host = "10.0.0.7"
 allow_unauthenticated = true
 database = "/var/lib/foreshock/foreshock.db"
 
-[runs."llm-*"]            # runs whose name fits the pattern
+[runs."llm-*"]            # runs whose name matches the pattern
 recovered_after = 100
 
 [runs."llm-*".gradient]
 spike_z = 8.0
 ```
 
-## Rules of detection
+## Detection rules
 
-By run, in the collector's file as above: every pattern that fits a run's name changes what it names, in the order of
-the file. For one recorded log: `foreshock diagnose --set gradient.spike_z=8`. [detection.md](detection.md) says what
-they mean together, and how the defaults were chosen. A text that ends with dots goes on in the next line."""
+Set rules per run in the collector's file, as above. Every pattern that matches a run's name applies, in the order of
+the file. For a recorded log, use `foreshock diagnose --set gradient.spike_z=8`. [detection.md](detection.md) explains
+how the rules work together and how the defaults were chosen."""
 TAIL = """## Other files
 
 | file | what it sets |
 | --- | --- |
-| `/etc/foreshock/collector.env` | variables of the collector, for `deploy/systemd/foreshock-collector.service` |
-| `deploy/prometheus/prometheus.yml` | what Prometheus scrapes: the collector's `/metrics` |
-| `deploy/prometheus/foreshock.rules.yml` | the alerts, and the [addresses in them](deploy.md#links-in-alerts) |
-| `deploy/alertmanager/alertmanager.yml` | an example of who is told |
+| `/etc/foreshock/collector.env` | environment of the collector, for `deploy/systemd/foreshock-collector.service` |
+| `deploy/prometheus/prometheus.yml` | the scrape configuration for the collector's `/metrics` |
+| `deploy/prometheus/foreshock.rules.yml` | the alerts, and the [addresses in their links](deploy.md#links-in-alerts) |
+| `deploy/alertmanager/alertmanager.yml` | an example of routing alerts to receivers |
 | `grafana/provisioning/`, `grafana/dashboards/` | [data source, dashboards, alert rules](grafana.md) |
 """
 
@@ -69,11 +70,11 @@ def main() -> None:
     if sys.argv[1:] != ["--check"]:
         PAGE.write_text(page(), encoding="utf-8")
     elif PAGE.read_text(encoding="utf-8") != page():
-        sys.exit("docs/configuration.md is not what the settings say; run: make docs")
+        sys.exit("docs/configuration.md is out of date; run: make docs")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     variables = [(f"`{v.name}`", _value(v.default), v.meaning) for v in VARIABLES]
     settings = [
         (f"`{name}`", f"`--{name.replace('_', '-')}`", f"`{COLLECTOR_PREFIX}{name.upper()}`", _value(default), meaning)
@@ -104,46 +105,46 @@ def page() -> str:
         )
         for name, _, meaning in _members(channels["gradient"])
     ]
-    parts.append("How the gradient's norm and the loss are judged, each a group of its own (`gradient.spike_z`):")
+    parts.append("Rules for the gradient norm and the loss, each in its own group (`gradient.spike_z`):")
     parts.append(_table(("rule", *(f"`{name}`" for name in channels), "range", "meaning"), both))
     faults = [
         (f"`faults.{name}`", _value(value), _range(DEFAULT.faults, name), meaning)
         for name, value, meaning in _members(DEFAULT.faults)
     ]
-    parts.append("Troubles that last, though every number is finite:")
+    parts.append("Rules for lasting faults with finite values:")
     parts.append(_table(("rule", "default", "range", "meaning"), faults))
     return "\n\n".join((*parts, TAIL))
 
 
 def _documented(kind: type[Any]) -> list[tuple[str, Any, str]]:
-    """Name, default and docstring of each field of a dataclass, in order."""
+    """Return the name, default and docstring of each field of a dataclass, in order."""
     defaults = {field.name: field.default for field in fields(kind)}
     return [(name, defaults[name], text) for name, text in _docstrings(kind).items()]
 
 
 def _members(group: Any) -> list[tuple[str, Any, str]]:
-    """The same of an instance: its values."""
+    """Return the name, value and docstring of each field of an instance, in order."""
     texts = _docstrings(type(group))
     return [(field.name, getattr(group, field.name), texts.get(field.name, "")) for field in fields(group)]
 
 
 def _range(group: Any, name: str) -> str:
-    """What a rule may be."""
+    """Return the permitted values of a rule, in words."""
     (rule,) = (field for field in fields(group) if field.name == name)
     least, most = rule.metadata.get("range", (None, None))
     return "true or false" if least is None else f"{least:g} to {most:g}"
 
 
 def _docstrings(kind: type[Any]) -> dict[str, str]:
-    """The text under each field."""
+    """Return the docstring under each field."""
     (definition,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(definition, ast.ClassDef)
     found = {}
     for field, below in zip(definition.body, definition.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
             text = below.value if isinstance(below, ast.Expr) else None
-            told = text.value if isinstance(text, ast.Constant) else ""
-            found[field.target.id] = " ".join(str(told).split())
+            docstring = text.value if isinstance(text, ast.Constant) else ""
+            found[field.target.id] = " ".join(str(docstring).split())
     return found
 
 

@@ -21,20 +21,20 @@ class Variable(NamedTuple):
 
 
 VARIABLES = (
-    Variable("FORESHOCK_CLIP", "none", "Clips: a largest norm, `adaptive`, `adaptive 1.0`, or `none`."),
-    Variable("FORESHOCK_SKIP", "0", "1 leaves out steps that would ruin the weights, within a budget."),
-    Variable("FORESHOCK_SHADOW", "0", "1 clips and leaves out nothing, and counts what would have been."),
-    Variable("FORESHOCK_LOCAL_NORMS", "1", "0 leaves DDP's communication hook alone: no norms of single ranks."),
+    Variable("FORESHOCK_CLIP", "none", "Clipping: a maximum norm, `adaptive`, `adaptive 1.0`, or `none`."),
+    Variable("FORESHOCK_SKIP", "0", "1 skips steps that would corrupt the weights, within a budget."),
+    Variable("FORESHOCK_SHADOW", "0", "1 is a dry run: clips and skips nothing, and counts what it would have done."),
+    Variable("FORESHOCK_LOCAL_NORMS", "1", "0 leaves DDP's communication hook alone; local norms are not measured."),
     Variable("FORESHOCK_COLLECTOR", "127.0.0.1:4327", "host:port of the collector's gRPC service."),
-    Variable("FORESHOCK_EXPERIMENT", "default", "What the run belongs to; groups runs on dashboards."),
-    Variable("FORESHOCK_RUN", "", "Name of the run; else the scheduler's or torchrun's, else a new one."),
-    Variable("FORESHOCK_DISABLED", "0", "1 on any rank turns Foreshock off on all."),
-    Variable("FORESHOCK_ATTACH_TIMEOUT", "60", "Seconds that a rank waits in `attach` for the others."),
-    Variable("FORESHOCK_RECORDER_PYTHON", "", "Python interpreter of the recorder; else the rank's own."),
-    Variable("FORESHOCK_RING_DIR", "", "Folder of the ranks' rings; else shared memory, else the temporary folder."),
-    Variable("FORESHOCK_HTTP_PROXY", "0", "1 lets recorder and commands use the proxy that the environment names."),
-    Variable("FORESHOCK_STRICT", "0", "1 raises internal errors of the probe instead of counting them: for tests."),
-    Variable("FORESHOCK_URL", "http://127.0.0.1:9327", "Where `foreshock status` and the like find the collector."),
+    Variable("FORESHOCK_EXPERIMENT", "default", "Experiment that the run belongs to; groups runs on dashboards."),
+    Variable("FORESHOCK_RUN", "", "Name of the run; defaults to the scheduler's or torchrun's job name, or a new one."),
+    Variable("FORESHOCK_DISABLED", "0", "1 on any rank disables Foreshock on all ranks."),
+    Variable("FORESHOCK_ATTACH_TIMEOUT", "60", "Seconds that a rank waits for the others in `attach`."),
+    Variable("FORESHOCK_RECORDER_PYTHON", "", "Python interpreter that runs the recorder; defaults to the rank's."),
+    Variable("FORESHOCK_RING_DIR", "", "Folder for rings; defaults to shared memory or the temporary folder."),
+    Variable("FORESHOCK_HTTP_PROXY", "0", "1 lets the recorder and the commands use the proxy from the environment."),
+    Variable("FORESHOCK_STRICT", "0", "1 raises the probe's internal errors instead of counting them; for tests."),
+    Variable("FORESHOCK_URL", "http://127.0.0.1:9327", "HTTP address of the collector, for commands."),
 )
 _NAMES = tuple(variable.name for variable in VARIABLES)
 
