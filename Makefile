@@ -58,8 +58,12 @@ screenshots: $(INSTALLED) chromium ## write docs/screenshots from real small run
 	@$(BIN)/python -m docs.make_screenshots
 
 .PHONY: dashboards
-dashboards: $(INSTALLED) ## write Grafana's dashboards and alert rules from the catalogue and the Prometheus rules
-	@$(BIN)/python -m grafana.make
+dashboards: $(INSTALLED) ## write Grafana's dashboards from the catalogue of series
+	@$(BIN)/python -m grafana.make dashboards
+
+.PHONY: rules
+rules: $(INSTALLED) ## write the alert rules for Prometheus and Grafana; ARGS="--collector-url URL --grafana-url URL"
+	@$(BIN)/python -m grafana.make rules $(ARGS)
 
 .PHONY: protos
 protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from telemetry.proto

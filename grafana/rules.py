@@ -1,60 +1,67 @@
-"""Grafana-managed alert rules, made from the Prometheus rules: for those who have no Alertmanager."""
+"""Grafana-managed copies of the alerts, for users without an Alertmanager."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
+from foreshock_collector.alerting.alert import RUN_LABEL, Alert
+from foreshock_collector.alerting.alerts import ALERTS
+from foreshock_collector.alerting.lookups import Lookup
+from foreshock_collector.alerting.rule_file import GROUP, Addresses
 from grafana.panels import Json
 
 DATASOURCE_UID = "foreshock-prometheus"
-"""As grafana/provisioning/datasources names it."""
-_TOKENS = re.compile(r"(\{\{.*?\}\})", re.DOTALL)
+"""Must match grafana/provisioning/datasources."""
 _WINDOW_SECONDS = 600
 
 
-def alerting(groups: list[Json]) -> Json:
-    """A provisioning file. groups: of the Prometheus rule file."""
-    return {"apiVersion": 1, "groups": [_group(group) for group in groups]}
+def alerting(addresses: Addresses) -> Json:
+    """Return a provisioning file with one rule for each alert."""
+    group = {
+        "orgId": 1,
+        "name": GROUP,
+        "folder": "Foreshock",
+        "interval": "10s",
+        "rules": [_rule(alert, addresses) for alert in ALERTS],
+    }
+    return {"apiVersion": 1, "groups": [group]}
 
 
 def present(expr: str) -> str:
-    """1 for every series that `expr` gives, whatever its value: a Prometheus alert fires on presence alone.
+    """Map every series that `expr` returns to 1, because a Prometheus alert fires whatever the value.
 
-    x ^ 0 is 1 for every x, for NaN and Inf too.
+    x ^ 0 is 1 for every x, including NaN and Inf.
     """
-    return f"({expr.strip()}) ^ 0"
+    return f"({expr}) ^ 0"
 
 
-def _group(group: Json) -> Json:
-    return {
-        "orgId": 1,
-        "name": group["name"],
-        "folder": "Foreshock",
-        "interval": "10s",
-        "rules": [_rule(rule) for rule in group["rules"]],
-    }
-
-
-def _rule(rule: Json) -> Json:
-    of_a_run = "run" in rule["annotations"]["description"] and "absent(" not in rule["expr"]
+def _rule(alert: Alert, addresses: Addresses) -> Json:
     result: Json = {
-        "uid": "fs-" + re.sub(r"(?<!^)(?=[A-Z])", "-", rule["alert"].removeprefix("Foreshock")).lower(),
-        "title": rule["alert"],
+        "uid": "fs-" + re.sub(r"(?<!^)(?=[A-Z])", "-", alert.name.removeprefix("Foreshock")).lower(),
+        "title": alert.name,
         "condition": "C",
-        "for": rule.get("for", "0s"),
-        "noDataState": "OK",  # no series: nothing to fire on, as in Prometheus
+        "for": alert.wait or "0s",
+        "noDataState": "OK",  # no series means that nothing fires, as in Prometheus
         "execErrState": "Error",
-        "dashboardUid": "foreshock-run" if of_a_run else "foreshock-collector",
+        "dashboardUid": alert.dashboard,
         "panelId": 1,
-        "labels": dict(rule["labels"]),
-        "annotations": {name: said for name, text in rule["annotations"].items() if (said := _plain(text))},
-        # B is for people: its value stands in the description.
-        "data": [_query("A", present(rule["expr"])), _query("B", rule["expr"].strip()), _threshold()],
+        "labels": {"severity": alert.severity},
+        "annotations": _annotations(alert, addresses),
+        # B is for people: the description shows its value.
+        "data": [_query("A", present(alert.expr)), _query("B", alert.expr), _threshold()],
     }
-    if "keep_firing_for" in rule:
-        result["keepFiringFor"] = rule["keep_firing_for"]
+    if alert.keep_firing_for:
+        result["keepFiringFor"] = alert.keep_firing_for
     return result
+
+
+def _annotations(alert: Alert, addresses: Addresses) -> dict[str, str]:
+    # Grafana's templates cannot query: what a lookup would say is on the linked page.
+    sentences = [part for part in alert.description if not isinstance(part, Lookup)]
+    description = " ".join(sentences).replace("$value", "$values.B.Value")
+    run = {"run": RUN_LABEL} if alert.of_run else {}
+    return {"summary": alert.summary, "description": description, **run, **addresses.links(alert)}
 
 
 def _query(letter: str, expr: str) -> Json:
@@ -74,20 +81,3 @@ def _threshold() -> Json:
         "relativeTimeRange": {"from": _WINDOW_SECONDS, "to": 0},
         "model": {"refId": "C", "type": "threshold", "expression": "A", "conditions": conditions},
     }
-
-
-def _plain(text: str) -> str:
-    """Grafana's templates cannot ask Prometheus: blocks that do are left out; what they say is on the linked page."""
-    text = text.replace("$value", "$values.B.Value")
-    kept, depth, hidden = [], 0, 0
-    for part in _TOKENS.split(text):
-        word = part.strip("{}- ").split(" ", 1)[0] if part.startswith("{{") else ""
-        depth += word in ("with", "range", "if")
-        hidden = hidden or (depth if "| query" in part else 0)
-        if not hidden:
-            kept.append(part)
-        if word == "end":
-            hidden = 0 if hidden == depth else hidden
-            depth -= 1
-    assert depth == 0, text
-    return re.sub(r"\s+", " ", "".join(kept)).strip().replace(" .", ".").replace(" :", ":")

@@ -37,13 +37,14 @@ COLLECTOR_ARROWS = {
     "records": set(),
     "analysis": {"records"},
     "catalogue": {"analysis"},
+    "alerting": {"analysis", "catalogue"},
     "config": {"analysis"},
     "resources": set(),
     "state": {"analysis", "catalogue", "records"},
     "ingest": {"records", "state"},
     "web": {"analysis", "catalogue", "records", "resources", "state"},
     "server": {"config", "ingest", "state", "web"},
-    "commands": {"analysis", "config", "records", "server", "resources", "state"},
+    "commands": {"alerting", "analysis", "config", "records", "server", "resources", "state"},
     "__main__": {"commands"},
 }
 """Sub-package or top-level module of the collector: what it may import of the others."""

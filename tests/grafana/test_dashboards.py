@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
+from foreshock_collector.alerting.rule_file import Addresses
 from foreshock_collector.catalogue import CATALOGUE
-from grafana.make import HERE, files
+from grafana.make import HERE, dashboards, main, rules
 from grafana.rules import present
 from tests.deploy.conftest import ALERTS
 from tests.grafana import linting
@@ -25,8 +26,12 @@ RULES: list[dict[str, Any]] = [
 ]
 
 
-def test_the_committed_files_are_what_their_sources_say() -> None:
-    assert {path: path.read_text() for path in files()} == files()
+def test_the_committed_files_are_what_their_sources_say(capsys: pytest.CaptureFixture[str]) -> None:
+    made = dashboards() | rules(Addresses())
+    assert {path: path.read_text() for path in made} == made
+    assert main(["--check"]) == 0
+    assert main(["rules", "--check", "--grafana-url", "https://grafana.example.org"]) == 1
+    assert "foreshock.rules.yml is out of date; run: make dashboards rules" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 
+from foreshock_collector.alerting.rule_file import Addresses, rule_file
 from foreshock_collector.commands.demo import DemoError
 from foreshock_collector.commands.demo.training import end
 from foreshock_collector.resources import resource
@@ -67,8 +68,7 @@ def _configuration(folder: Path, collector_url: str, alertmanager: str) -> Path:
     """The shipped files with this demo's ports, and each second where they say each five."""
     collector = collector_url.removeprefix("http://")
     source = resource("prometheus")
-    rules = (source / "foreshock.rules.yml").read_text()
-    (folder / "foreshock.rules.yml").write_text(rules.replace("127.0.0.1:9327", collector))
+    (folder / "foreshock.rules.yml").write_text(rule_file(Addresses(collector=collector_url)))
     text = (source / "prometheus.yml").read_text()
     for shipped_value, ours in (("127.0.0.1:9327", collector), ("127.0.0.1:9093", alertmanager), ("5s", "1s")):
         assert shipped_value in text

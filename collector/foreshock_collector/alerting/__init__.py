@@ -1,0 +1,1 @@
+"""The alerts, and the Prometheus rule file made from them."""

@@ -1,0 +1,82 @@
+"""Queries over one run's series, and annotations whose text comes from such a query."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from foreshock_collector.catalogue import INCIDENT_INFO, Series
+
+WINDOW = "[1m]"
+"""How far back a rule looks for the newest sample. A failed scrape ends every series at once, so an instant query would
+resolve an alert on the first one; with this, three scrapes in a row may fail."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lookup:
+    """Text that Prometheus fills in from a query when the alert fires.
+
+    Grafana's templates cannot query, so its copies of the alerts omit lookups: a description must read well without
+    them.
+    """
+
+    query: str
+    """PromQL. `%[1]q` stands for the quoted experiment of the alert, `%[2]q` for its run."""
+    text: str
+    """Go template over the result of the query."""
+
+    def as_sentence(self) -> str:
+        """Part of a description; empty if the query returns nothing."""
+        return f"{{{{- with {self._result()} }}}}\n{self.text}{{{{ end }}}}"
+
+    def as_value(self) -> str:
+        """Annotation of its own; `unknown` if the query returns nothing."""
+        return f"{{{{ with {self._result()} -}}}}\n{self.text}{{{{ else }}}}unknown{{{{ end }}}}"
+
+    def _result(self) -> str:
+        return f"printf {json.dumps(self.query)} $labels.experiment $labels.run | query"
+
+
+def newest(series: Series, matchers: str = "") -> str:
+    """Query for the newest samples of a series of the alert's run."""
+    return f"last_over_time({_selector(series, matchers)}{WINDOW})"
+
+
+def increase(series: Series, window: str, matchers: str = "") -> str:
+    """Query for how much a counter of the alert's run grew within a window such as `10m`."""
+    return f"increase({_selector(series, matchers)}[{window}])"
+
+
+def number(series: Series, form: str = "%.0f", sentence: str = "{}") -> Lookup:
+    """Look up the value of a series. sentence: text around the number, which stands at `{}`."""
+    value = f'{{{{ . | first | value | printf "{form}" }}}}'
+    return Lookup(query=newest(series), text=sentence.replace("{}", value))
+
+
+def largest(series: Series, label: str, sentence: str = "{}") -> Lookup:
+    """Look up which rank or layer has the largest value. sentence: as for `number`."""
+    name = f'{{{{ . | first | label "{label}" }}}}'
+    return Lookup(query=f"topk(1, {newest(series)})", text=sentence.replace("{}", name))
+
+
+def incident(alert: str, text: str) -> Lookup:
+    """Look up the newest incident that an alert reports. text: template over its labels."""
+    matcher = f'alert="{alert}"'
+    # A new incident replaces the series of the last one, whose sample stays in the window for a minute: the instant
+    # query comes first, and the window only covers failed scrapes.
+    query = f"{_selector(INCIDENT_INFO, matcher)} or on (run) {newest(INCIDENT_INFO, matcher)}"
+    return Lookup(query=query, text=text)
+
+
+def incident_label(alert: str, label: str) -> Lookup:
+    """Look up one label of the newest incident."""
+    return incident(alert, f"{{{{ (. | first).Labels.{label} }}}}")
+
+
+def known_label(alert: str, label: str) -> Lookup:
+    """Look up a label that is empty where the collector cannot name a value."""
+    return incident(alert, f"{{{{ with (. | first).Labels.{label} }}}}{{{{ . }}}}{{{{ else }}}}unknown{{{{ end }}}}")
+
+
+def _selector(series: Series, matchers: str = "") -> str:
+    return f"{series.name}{{experiment=%[1]q,run=%[2]q{',' if matchers else ''}{matchers}}}"
