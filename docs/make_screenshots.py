@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from foreshock_collector.commands.client import ask
-from tests.page.browser import Browser, collector
+from tests.support.browser import Browser, collector
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "screenshots"

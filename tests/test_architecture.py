@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -17,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import foreshock_protos
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "foreshock": ROOT / "agent/foreshock",
     "foreshock_recorder": ROOT / "agent/foreshock_recorder",
@@ -192,6 +193,14 @@ def test_what_foreshock_exports_is_what_it_says() -> None:
 def test_no_module_is_too_long_to_read(package: str) -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in sources(package)}
     assert {path: lines for path, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def test_no_test_module_is_too_long_and_none_imports_another() -> None:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        assert len(path.read_text().splitlines()) <= MOST_LINES, path.relative_to(ROOT)
+        for line, name in imported_by(path):
+            shared = not name.startswith("tests.") or not re.search(r"\.(test_\w+|conftest)\.", f"{name}.")
+            assert shared, f"{path.relative_to(ROOT)}:{line} imports {name}: what tests share lies in tests/support"
 
 
 @pytest.mark.parametrize("port", ["DEFAULT_GRPC_PORT", "DEFAULT_HTTP_PORT"])

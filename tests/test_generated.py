@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from docs import make_configuration, make_metrics
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
-
-ROOT = Path(__file__).parents[1]
+from tests.support.repository import ROOT
 
 
 def test_the_page_of_series_is_what_the_catalogue_says() -> None:

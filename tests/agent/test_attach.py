@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.agent.conftest import Job, Scenario, run_scenarios
+from tests.support.torch_jobs import Job, Scenario, run_scenarios
 
-SCRIPT = "attach_scenarios.py"
+SCRIPT = "attach.py"
 NAMES = [
     "another_clip_on_rank_1", "no_local_norms_on_rank_1",
     "model_is_not_ddp_anywhere", "model_is_not_ddp_on_rank_0", "model_is_not_ddp_on_rank_1",

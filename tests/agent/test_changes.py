@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from tests.agent.conftest import Scenario, run_scenarios
-from tests.agent.training import STEPS
+from tests.agent.scenarios.training import STEPS
+from tests.support.torch_jobs import Scenario, run_scenarios
 
-SCRIPT = "change_scenarios.py"
+SCRIPT = "changes.py"
 CHANGES = [
     "unfused_checkpoint", "fused_checkpoint", "joins_fused", "joins_unfused", "leaves", "freezes_and_unfreezes",
     "schedules", "saves_and_loads", "moves", "averages",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.agent.conftest import Scenario, run_scenarios
+from tests.support.repository import ROOT
+from tests.support.torch_jobs import Scenario, run_scenarios
 
 LIKE_STOCK = [
     "uneven_inputs", "static_graph", "compiled", "compiled_step", "ignored_fused", "ignored_unfused",
@@ -23,7 +23,7 @@ OTHERS = ["later_step_hook", "several_optimizers", "detached_and_attached_again"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("composition")
-    return run_scenarios(folder, "composition_scenarios.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *WRAPPED, *OTHERS])
+    return run_scenarios(folder, "composition.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *WRAPPED, *OTHERS])
 
 
 @pytest.mark.parametrize("name", [*LIKE_STOCK, *WITHOUT_LOCAL])
@@ -91,10 +91,9 @@ def test_what_cannot_be_watched_is_refused_in_one_line_and_nothing_is_hooked(
 
 
 def test_every_test_that_the_table_names_exists() -> None:
-    root = Path(__file__).parents[2]
-    table = (root / "docs" / "composition.md").read_text()
+    table = (ROOT / "docs" / "composition.md").read_text()
     named = re.findall(r"`(test_\w+)(?:\[(\w+)\])?`", table)
-    sources = [path.read_text() for path in (root / "tests").rglob("test_*.py")]
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
     known = {name for text in sources for name in re.findall(r"def (test_\w+)", text)}
     assert len(named) >= 20
     for test, case in named:

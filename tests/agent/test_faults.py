@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.agent.conftest import Job, Scenario, run_scenarios
-from tests.end_to_end.conftest import Collector, eventually
+from tests.support.collector_process import Collector
+from tests.support.torch_jobs import Job, Scenario, run_scenarios
+from tests.support.waiting import eventually
 
-SCRIPT = "fault_scenarios.py"
+SCRIPT = "faults.py"
 SITES = [
     "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "summary", "clip",
     "rule", "collect", "row", "observe", "hook_order",

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
 NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
     "scaler_not_enabled",
     "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler_fused",
     "own_clip_and_scaler_unfused",
-    "nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs", "nan_at_the_first_step",
     "unused_parameters", "accumulated", "a_step_that_raised",
 ]  # fmt: skip
 NOBODY = -1.0
@@ -23,7 +21,7 @@ NOBODY = -1.0
 @pytest.fixture(scope="module", params=ARITHMETIC)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("gradients")
-    return run_scenarios(folder, "gradient_scenarios.py", NAMES, TEST_ARITHMETIC=request.param)
+    return run_scenarios(folder, "gradients.py", NAMES, TEST_ARITHMETIC=request.param)
 
 
 def test_value_clipping_is_stock_value_clipping_bit_for_bit(found: dict[str, Scenario]) -> None:
@@ -98,51 +96,9 @@ def test_a_script_that_unscales_and_clips_by_itself_trains_as_alone_and_has_its_
         assert sum("changes gradients between backward and step" in line for line in lines) == 1
 
 
-BAD = 2
-"""The step with the bad value."""
-
-
-def at_bad_step(result: dict[str, Any], *names: str) -> list[Any]:
-    return [result[name][BAD] for name in names]
-
-
-@pytest.mark.parametrize(
-    ("name", "global_", "locals_", "ranks"),
-    [
-        # norm, NaN parameters, Inf parameters, first of them: in the model's order; each rank's own in backward order
-        ("nan_on_rank_1", ("nan", 2, 0, 2), [("4.87", 0, 0, NOBODY), ("nan", 2, 0, 4)], (1, 0)),
-        ("inf_on_rank_0", ("inf", 0, 2, 0), [("inf", 0, 2, 3), ("6.41", 0, 0, NOBODY)], (0, 1)),
-        ("nan_and_inf", ("nan", 1, 1, 1), [("inf", 0, 1, 1), ("nan", 1, 0, 3)], (1, 1)),
-        # Both ranks have an Inf, and their sum is a NaN that neither has.
-        ("inf_of_both_signs", ("nan", 1, 0, 5), [("inf", 0, 1, 5), ("inf", 0, 1, 5)], (0, 2)),
-    ],
-)
-def test_nan_and_inf_are_told_apart_and_the_rank_and_parameter_named(
-    found: dict[str, Scenario],
-    name: str,
-    global_: tuple[Any, ...],
-    locals_: list[tuple[Any, ...]],
-    ranks: tuple[int, int],
-) -> None:
-    for result, local in zip(found[name].results, locals_, strict=True):
-        assert result["global"][BAD] == global_[0] and result["local"][BAD].startswith(local[0])
-        assert at_bad_step(result, "global_nan_parameters", "global_inf_parameters", "first_nonfinite_global") == list(
-            global_[1:]
-        )
-        assert at_bad_step(result, "local_nan_parameters", "local_inf_parameters", "first_nonfinite_local") == list(
-            local[1:]
-        )
-        assert at_bad_step(result, "reduced_sequence", "reduced_nan_ranks", "reduced_inf_ranks") == [BAD + 1, *ranks]
-        # Clipping cures no gradient that is not finite, and does not try to.
-        assert result["clip_coefficient"][BAD] == 1.0
-        for step in range(BAD):
-            assert result["first_nonfinite_global"][step] == result["first_nonfinite_local"][step] == NOBODY
-            assert result["reduced_nan_ranks"][step] == result["reduced_inf_ranks"][step] == 0.0
-
-
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
 def test_a_rank_that_is_alone_has_the_averaged_gradient_for_its_own(arithmetic: str, tmp_path: Path) -> None:
-    told = run_scenarios(tmp_path, "gradient_scenarios.py", ["alone"], ranks=1, TEST_ARITHMETIC=arithmetic)["alone"]
+    told = run_scenarios(tmp_path, "gradients.py", ["alone"], ranks=1, TEST_ARITHMETIC=arithmetic)["alone"]
     (result,) = told.results
     for name in ("global_norm", "local_norm"):
         assert result[name] == pytest.approx(result["norms"], rel=1e-5, nan_ok=True)
@@ -153,15 +109,6 @@ def test_a_rank_that_is_alone_has_the_averaged_gradient_for_its_own(arithmetic: 
     assert result["first_nonfinite_global"] == [NOBODY, NOBODY, 1.0, NOBODY, 2.0, NOBODY]
     assert result["first_nonfinite_local"] == [NOBODY, NOBODY, 2.0, NOBODY, 2.0, NOBODY]
     assert result["reduced_sequence"] == [0.0] * 6, "there is nobody to sum with"
-
-
-def test_at_the_very_first_step_too_each_rank_names_its_first_bad_parameter_in_backward_order(
-    found: dict[str, Scenario],
-) -> None:
-    # DDP has not put its buckets into the order of arrival yet.
-    (none, _), (bad, _) = (result["first_nonfinite_local"] for result in found["nan_at_the_first_step"].results)
-    assert (none, bad) == (NOBODY, 4.0)
-    assert found["nan_at_the_first_step"].results[1]["first_nonfinite_global"][0] == 1.0
 
 
 def test_unused_parameters_are_no_nan_and_clip_as_stock(found: dict[str, Scenario]) -> None:

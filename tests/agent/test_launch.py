@@ -13,7 +13,7 @@ from foreshock._launch import RecorderProcess
 from foreshock_recorder.folder import lock
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
-from tests.agent.rank import make_ring, step
+from tests.support.rings import make_ring, step
 
 PAGE = "http://monitor:9327/run/"
 LATER = 1e9

@@ -20,8 +20,9 @@ from foreshock._launch import RecorderProcess
 from foreshock._leaving import Ending
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Farewell
-from tests.agent.conftest import HERE
-from tests.agent.rank import make_ring
+from tests.support.repository import ROOT
+from tests.support.rings import make_ring
+from tests.support.torch_jobs import SCRIPTS
 
 ENDINGS = {
     "ends": ("FINISHED", ""),
@@ -61,14 +62,14 @@ class Place:
             env={
                 **os.environ, "FORESHOCK_RING_DIR": str(self.folder / "rings"), "FORESHOCK_COLLECTOR": "127.0.0.1:9",
                 "FORESHOCK_RECORDER_PYTHON": "/bin/true", "FORESHOCK_STRICT": "1", "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(HERE.parents[1]), "RANK": str(rank), "WORLD_SIZE": str(ranks),
+                "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(ranks),
             },
         )  # fmt: skip
         self._started.append(process)
         return process
 
     def leave(self, mode: str, **options: int) -> subprocess.Popen[str]:
-        return self.start(str(HERE / "leaves.py"), mode, str(self.folder), **options)
+        return self.start(str(SCRIPTS / "leaves.py"), mode, str(self.folder), **options)
 
     def ring(self, mode: str, rank: int = 0) -> RingReader:
         """Of the newest run of this name."""
@@ -136,7 +137,7 @@ def test_spawned_ranks_that_are_done_have_finished(place: Place) -> None:
 
 
 def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
-    lines = (HERE / "leaves.py").read_text().split('if __name__ == "__main__":')[0]
+    lines = (SCRIPTS / "leaves.py").read_text().split('if __name__ == "__main__":')[0]
     lines = lines.replace("from __future__ import annotations", "").replace("sys.argv[1]", "'prompt'")
     script = place.folder / "cell.py"
     script.write_text(lines.replace("sys.argv[2]", f"{str(place.folder)!r}"))

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
-SCRIPT = "left_out_scenarios.py"
+SCRIPT = "left_out.py"
 NAMES = [
     "continues_before_backward", "continues_and_only_rank_0_observes", "continues_before_step",
     "continues_before_step_and_zeroes", "continues_before_step_with_bucket_views",

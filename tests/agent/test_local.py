@@ -13,7 +13,7 @@ from torch.futures import Future
 
 from foreshock._local import LocalNorms, _succeeded
 from foreshock._summary import plan_parameters
-from tests.agent.conftest import Job
+from tests.support.torch_jobs import Job
 
 
 def local_norms() -> tuple[LocalNorms, list[nn.Parameter]]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foreshock._policies import TRIP_LAG
-from tests.agent.conftest import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
@@ -20,7 +20,7 @@ NAMES = [
 @pytest.fixture(scope="module", params=ARITHMETIC)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("policies")
-    return run_scenarios(folder, "policy_scenarios.py", NAMES, TEST_ARITHMETIC=request.param)
+    return run_scenarios(folder, "policies.py", NAMES, TEST_ARITHMETIC=request.param)
 
 
 @pytest.mark.parametrize("how", ["fused", "unfused"])
@@ -124,7 +124,7 @@ def test_what_cannot_be_done_is_refused_in_one_line_on_every_rank(
 def test_the_environment_has_twins_for_all_of_it(tmp_path: Path) -> None:
     results: list[Any] = run_scenarios(
         tmp_path,
-        "policy_scenarios.py",
+        "policies.py",
         ["refusals"],
         FORESHOCK_SKIP="0",
         FORESHOCK_CLIP="adaptive",

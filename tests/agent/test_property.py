@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.agent.conftest import run_scenarios
+from tests.support.torch_jobs import run_scenarios
 
 
 def test_random_trainings_are_measured_and_clipped_as_a_reference_in_float64_says(tmp_path: Path) -> None:
-    results = run_scenarios(tmp_path, "property_scenarios.py", ["random_trainings"])["random_trainings"].results
+    results = run_scenarios(tmp_path, "random_trainings.py", ["random_trainings"])["random_trainings"].results
     for result in results:
         assert result["wrong"] == ""
         assert result["seen"] >= 50

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 
 from foreshock._settings import Settings
 from foreshock._variables import COLLECTOR_PREFIX, VARIABLES, unknown_variables
+from tests.support.repository import ROOT
 
 NAMES = {variable.name for variable in VARIABLES}
 
@@ -38,7 +38,6 @@ def test_a_name_that_is_near_none_is_told_alone_and_known_ones_are_not() -> None
 
 def test_the_table_has_every_setting_and_every_name_that_the_code_reads() -> None:
     assert {f"FORESHOCK_{field.name.upper()}" for field in fields(Settings)} <= NAMES
-    root = Path(__file__).parents[2]
-    code = "".join(path.read_text() for folder in ("agent", "collector") for path in (root / folder).rglob("*.py"))
+    code = "".join(path.read_text() for folder in ("agent", "collector") for path in (ROOT / folder).rglob("*.py"))
     read = set(re.findall(r'"(FORESHOCK_[A-Z_]*[A-Z])"', code))
     assert read <= NAMES and len(read) > 5

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.deploy.conftest import ALERTS, RULES
+from tests.support.alerting import ALERTS, RULES
 
 SCRAPE_SECONDS = 15
 _QUOTED = r'(\w+)=("(?:[^"\\]|\\.)*")'

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.conftest import (
+from tests.support.alerting import (
     ALERTMANAGER_CONFIG,
     PROMETHEUS_CONFIG,
     SEVERITY,

@@ -15,7 +15,8 @@ import yaml
 
 from foreshock_collector.config import config_from
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
-from tests.deploy.conftest import PROMETHEUS_CONFIG, ROOT, RULES
+from tests.support.alerting import PROMETHEUS_CONFIG, RULES
+from tests.support.repository import ROOT
 
 DOCKER = ROOT / "deploy/docker"
 COMPOSE = DOCKER / "docker-compose.yml"

@@ -13,10 +13,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.deploy.conftest import Start, Webhook, start_alertmanager, with_receiver
-from tests.deploy.test_prometheus import faster
-from tests.page.browser import collector
-from tests.page.job import Job
+from tests.support.alerting import Start, Webhook, faster, start_alertmanager, with_receiver
+from tests.support.browser import collector
+from tests.support.streamed_job import Job
 
 NAME = "night run/7 {<50%+>}"
 """Each of its marks means something else to a URL or to HTML."""

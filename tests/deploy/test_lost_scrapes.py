@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.conftest import SEVERITY
 from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet
+from tests.support.alerting import SEVERITY
 
 SUITES = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
 LOST = (1, 3, 4)

@@ -9,19 +9,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-import yaml
 
-from foreshock_protos import DEFAULT_HTTP_PORT
-from tests.deploy.conftest import (
-    PROMETHEUS_CONFIG,
-    RULES,
-    Start,
-    Webhook,
-    http_server,
-    name_and_run,
-    start_alertmanager,
-    with_receiver,
-)
+from tests.support.alerting import Start, Webhook, faster, http_server, name_and_run, start_alertmanager, with_receiver
 
 
 class Collector:
@@ -55,20 +44,6 @@ def collector() -> Iterator[Collector]:
     with http_server(Handler) as address:
         served.address = address
         yield served
-
-
-def faster(folder: Path, collector: str, alertmanager: str) -> Path:
-    """The shipped files, every second instead of every five, pointed at this test's processes, links included."""
-    config = yaml.safe_load(PROMETHEUS_CONFIG.read_text())
-    config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    config["scrape_configs"][0]["static_configs"][0]["targets"] = [collector]
-    config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
-    config["rule_files"] = [str(folder / RULES.name)]
-    (folder / RULES.name).write_text(
-        RULES.read_text().replace(f"http://127.0.0.1:{DEFAULT_HTTP_PORT}", f"http://{collector}")
-    )
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    return folder / "prometheus.yml"
 
 
 def test_an_explosion_one_scrape_after_its_build_up_is_the_one_thing_told_of_that_run(

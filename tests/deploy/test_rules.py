@@ -18,7 +18,8 @@ from foreshock_collector.alerting.rule_file import Addresses, rule_file
 from foreshock_collector.analysis.verdicts import EXPECTED, Cause
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
 from foreshock_protos import DEFAULT_HTTP_PORT
-from tests.deploy.conftest import ALERTS, PROMETHEUS_CONFIG, ROOT, RULES, SEVERITY
+from tests.support.alerting import ALERTS, PROMETHEUS_CONFIG, RULES, SEVERITY
+from tests.support.repository import ROOT
 
 SCENARIOS = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
 NAMES = [alert["alert"] for alert in ALERTS]

@@ -20,8 +20,8 @@ from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.exposition import RunSeries
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from tests.collector.test_service import hello, steps
 from tests.deploy.firing import SCRAPE_SECONDS, fired_in, quiet
+from tests.support.streams import hello, steps
 
 TICK_SECONDS = 5.0
 FIRST_SCRAPE = 121

@@ -10,9 +10,10 @@ from urllib.request import Request, urlopen
 import pytest
 
 from grafana.dashboards import DASHBOARDS
-from tests.end_to_end.conftest import Job, eventually
-from tests.end_to_end.test_path import left, said
-from tests.end_to_end.watch import Watch
+from tests.support.alerted_collector import Watch
+from tests.support.collector_process import left
+from tests.support.launched_jobs import Job, said
+from tests.support.waiting import eventually
 
 
 def test_a_paced_build_up_is_told_of_before_the_nan_step_is_taken(watch: Watch, job: Job) -> None:

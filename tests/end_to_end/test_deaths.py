@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Job, eventually, recorders
-from tests.end_to_end.test_path import left, said
-from tests.end_to_end.watch import Watch
+from tests.support.alerted_collector import Watch
+from tests.support.collector_process import left
+from tests.support.launched_jobs import Job, recorders, said
+from tests.support.waiting import eventually
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
 

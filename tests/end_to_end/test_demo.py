@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import eventually
+from tests.support.commands import FORESHOCK
+from tests.support.waiting import eventually
 
-COMMAND = [sys.executable, "-c", "import sys; from foreshock._cli import main; sys.exit(main())", "demo"]
+COMMAND = [*FORESHOCK, "demo"]
 
 
 def processes(mark: str) -> list[str]:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from foreshock_recorder.reader import RingReader
-from tests.end_to_end.conftest import HERE, Collector, Job, eventually, recorders
-from tests.end_to_end.test_path import left, said
+from tests.support.collector_process import Collector, left
+from tests.support.launched_jobs import TRAINING, Job, recorders, said
+from tests.support.waiting import eventually
 
 SILENT_MEMORY_KIB = 2 * 1024
 """Six thousand records, kept as the recorder reads them, would be 5 MiB."""
@@ -76,7 +77,7 @@ def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str
 
 def test_a_pipeline_ends_with_its_job_though_the_recorder_goes_on_trying(black_hole: str, tmp_path: Path) -> None:
     rings, log = tmp_path / "rings", tmp_path / "log"
-    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE / "train.py"]
+    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TRAINING]
     pipeline = f"{shlex.join(map(str, train))} 2>&1 | tee {shlex.quote(str(log))}"
     environment = {**os.environ, "FORESHOCK_RING_DIR": str(rings), "FORESHOCK_COLLECTOR": black_hole}
     subprocess.run(

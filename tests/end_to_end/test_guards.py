@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.end_to_end.conftest import Collector, Job
-from tests.end_to_end.test_path import left
+from tests.support.collector_process import Collector, left
+from tests.support.launched_jobs import Job
 
 GUARDS = ["exit", "raise", "error_if_nonfinite", "anomaly"]
 

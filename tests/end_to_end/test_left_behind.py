@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.end_to_end.conftest import Collector, Job, eventually, recorders
-from tests.end_to_end.test_path import left, said
+from tests.support.collector_process import Collector, left
+from tests.support.launched_jobs import Job, recorders, said
+from tests.support.waiting import eventually
 
 
 def ranks_of(launcher: int) -> list[int]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import pytest
 from selenium.webdriver.common.by import By
 
-from tests.end_to_end.conftest import Collector, Job
-from tests.page.browser import Browser
+from tests.support.browser import Browser
+from tests.support.collector_process import Collector
+from tests.support.launched_jobs import Job
 
 
 @pytest.fixture

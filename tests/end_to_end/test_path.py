@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.end_to_end.conftest import Collector, Job, eventually
-
-
-def said(process: Any) -> str:
-    text, _ = process.communicate(timeout=120)
-    return str(text)
-
-
-def left(collector: Collector, run: str) -> dict[str, Any]:
-    eventually(lambda: run in collector.names(), "the run")
-    answer: dict[str, Any] = eventually(
-        lambda: (seen := collector.run(run)) and all(r["state"] != "running" for r in seen["ranks"]) and seen,
-        "ranks that have left",
-    )
-    return answer
+from tests.support.collector_process import Collector, left
+from tests.support.launched_jobs import Job, said
+from tests.support.waiting import eventually
 
 
 def test_an_explosion_is_called_one_and_its_lead_is_counted_in_steps(collector: Collector, job: Job) -> None:

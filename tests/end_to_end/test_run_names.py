@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tests.end_to_end.conftest import Collector, Job, eventually
-from tests.end_to_end.test_path import left, said
+from tests.support.collector_process import Collector, left
+from tests.support.launched_jobs import Job, said
+from tests.support.waiting import eventually
 
 
 def test_two_trainings_of_one_name_at_once_are_two_runs_and_a_restart_is_an_attempt(

@@ -7,10 +7,11 @@ from collections import Counter
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from tests.end_to_end.conftest import Job, eventually
-from tests.end_to_end.test_path import left, said
-from tests.end_to_end.watch import Watch
-from tests.page.job import Job as ToldJob
+from tests.support.alerted_collector import Watch
+from tests.support.collector_process import left
+from tests.support.launched_jobs import Job, said
+from tests.support.streamed_job import Job as ToldJob
+from tests.support.waiting import eventually
 
 STARTS, SCRAPES = 20, 1000
 

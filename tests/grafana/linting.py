@@ -8,10 +8,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import promql_parser as promql
+import yaml
 
 from foreshock_collector.catalogue import CATALOGUE, Kind
+from grafana.make import HERE
 
 Dashboard = dict[str, Any]
+RULES: list[dict[str, Any]] = [
+    rule
+    for group in yaml.safe_load((HERE / "provisioning/alerting/foreshock.yml").read_text())["groups"]
+    for rule in group["rules"]
+]
+"""Grafana's own alert rules, as they are provisioned."""
 GRID = 24
 PROMETHEUS_OWN = ("job", "instance")
 SUFFIXES = {Kind.HISTOGRAM: ("_bucket", "_sum", "_count")}

@@ -8,22 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import yaml
 
 from foreshock_collector.alerting.rule_file import Addresses
 from foreshock_collector.catalogue import CATALOGUE
 from grafana.make import HERE, dashboards, main, rules
 from grafana.rules import present
-from tests.deploy.conftest import ALERTS
 from tests.grafana import linting
-from tests.grafana.linting import CHECKS, Dashboard
+from tests.grafana.linting import CHECKS, RULES, Dashboard
+from tests.support.alerting import ALERTS
 
 DASHBOARDS: dict[str, Dashboard] = {p.stem: json.loads(p.read_text()) for p in (HERE / "dashboards").glob("*.json")}
-RULES: list[dict[str, Any]] = [
-    rule
-    for group in yaml.safe_load((HERE / "provisioning/alerting/foreshock.yml").read_text())["groups"]
-    for rule in group["rules"]
-]
 
 
 def test_the_committed_files_are_what_their_sources_say(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,12 +16,11 @@ import pytest
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from grafana.dashboards import DASHBOARDS
 from grafana.panels import Query
-from tests.collector.test_service import Stream, hello, steps
-from tests.deploy.conftest import ALERTS, programs, request, start_alertmanager, with_receiver
-from tests.deploy.test_prometheus import faster
-from tests.end_to_end.conftest import Collector, eventually
-from tests.grafana.linting import filled
-from tests.grafana.test_dashboards import RULES
+from tests.grafana.linting import RULES, filled
+from tests.support.alerting import ALERTS, faster, programs, request, start_alertmanager, with_receiver
+from tests.support.collector_process import Collector
+from tests.support.streams import Stream, hello, steps
+from tests.support.waiting import eventually
 
 WORLD = 2
 LAYERS = ("embedding", "head")

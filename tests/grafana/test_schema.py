@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 
 from grafana.dashboards import DASHBOARDS
+from tests.support.repository import ROOT
 
-SCHEMA = Path(__file__).parents[2] / ".grafana-schema/dashboard.json"
+SCHEMA = ROOT / ".grafana-schema/dashboard.json"
 BUILT = {name: build() for name, build in DASHBOARDS.items()}
 
 

@@ -1,0 +1,210 @@
+"""A small DDP training for the jobs of these tests, and a way to run many scenarios in one job.
+
+A scenario is a function of no arguments that every rank runs; what it returns on each rank, as JSON, is the result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import foreshock
+from foreshock import _console, _numbers
+from foreshock._watch import ActiveWatch
+from foreshock_recorder.reader import Record, RingReader
+from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
+
+STEPS = 6
+WIDTH = 12
+
+
+def make_model(*, dtype: torch.dtype = torch.float32, **ddp: Any) -> DistributedDataParallel:
+    """The same weights each time, in several buckets."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(WIDTH, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 1))
+    return DistributedDataParallel(layers.to(dtype), bucket_cap_mb=0.001, **ddp)
+
+
+def make_optimizer(model: nn.Module, kind: str = "AdamW", *, fused: bool = False) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01, fused=fused)
+    return optimizer
+
+
+def loss_of(model: nn.Module, generator: torch.Generator) -> Tensor:
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(8, WIDTH, generator=generator).to(dtype)
+    loss: Tensor = (model(x) - x.sum(1, keepdim=True)).square().mean()
+    return loss
+
+
+def batches(*, same: bool = False) -> torch.Generator:
+    """A rank's own data; or the same on all ranks."""
+    return torch.Generator().manual_seed(7 if same else 7 + dist.get_rank())
+
+
+def train(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int = STEPS,
+    before_step: Callable[[], Any] = lambda: None,
+    before_backward: Callable[[int, Tensor], Any] = lambda *_: None,
+) -> list[Tensor]:
+    """Its weights in the end."""
+    data = batches()
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model, data)
+        before_backward(step, loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        before_step()
+        optimizer.step()
+    return weights(model)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Bit for bit."""
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+def apart(left: list[Tensor], right: list[Tensor]) -> float:
+    """How far, relative to the weights."""
+    return max(float(((a - b).abs() / (a.abs() + 1e-3)).max()) for a, b in zip(left, right, strict=True))
+
+
+def alike(mine: list[Tensor]) -> float:
+    """How far this rank's weights are from rank 0's."""
+    theirs = [w.clone() for w in mine]
+    for w in theirs:
+        dist.broadcast(w, 0)
+    return apart(theirs, mine)
+
+
+def active(watch: foreshock.Watch) -> ActiveWatch:
+    assert isinstance(watch, ActiveWatch), "it does not watch"
+    return watch
+
+
+def told(watch: foreshock.Watch) -> dict[str, Any]:
+    """What the rank's ring holds: its records by column, what was dropped and why."""
+    with ring_of(watch) as path:
+        return told_in(path)
+
+
+@contextlib.contextmanager
+def ring_of(watch: foreshock.Watch) -> Iterator[Path]:
+    """A copy of its ring, made from memory: who opens and closes the file itself lets go of the rank's lock on it."""
+    with tempfile.NamedTemporaryFile(suffix=".ring") as copy:
+        copy.write(active(watch)._records.ring.memory[:])
+        copy.flush()
+        yield Path(copy.name)
+
+
+def told_in(path: Path) -> dict[str, Any]:
+    """The same of a ring's file."""
+    reader = RingReader(path)
+    records: list[dict[str, Any]] = []
+    for sequence in range(1, reader.launched + 1):
+        record = reader.read(sequence)
+        assert isinstance(record, Record)
+        measured = None
+        if record.measured is not None:
+            measured = dict(zip(DEVICE_COLUMNS, record.measured, strict=False))
+        records.append(
+            {
+                "step": record.step,
+                "edited": bool(record.flags & EDITED),
+                "stepped": not record.flags & NOT_STEPPED,
+                "unknown": bool(record.flags & GRADIENT_UNKNOWN),
+                "loss": record.loss,
+                "measured": measured,
+            }
+        )
+        if record.measured is not None:
+            record.measured.release()
+    found = {
+        "records": records,
+        "dropped": reader.dropped,
+        "note": reader.note,
+        "farewell": reader.farewell.name,
+        "detail": reader.farewell_detail,
+        "passes": reader.backward_passes,
+    }
+    reader.close()
+    return found
+
+
+def column(found: dict[str, Any], name: str) -> list[Any]:
+    return [record["measured"][name] for record in found["records"]]
+
+
+def wait_for_sums(watch: foreshock.Watch) -> None:
+    """Wait for the sums over ranks, as training never does, so that each step's record has its own."""
+    sums = active(watch).sums
+    assert sums is not None
+    for slot in sums._ring:
+        if slot.work is not None:
+            slot.work.wait()
+
+
+@contextlib.contextmanager
+def environment(**changes: str) -> Iterator[None]:
+    """FORESHOCK_... for a while; "" is not set."""
+    before = {name: os.environ.get(f"FORESHOCK_{name}") for name in changes}
+    os.environ.update({f"FORESHOCK_{name}": text for name, text in changes.items()})
+    try:
+        yield
+    finally:
+        for name, text in before.items():
+            os.environ.pop(f"FORESHOCK_{name}")
+            if text is not None:
+                os.environ[f"FORESHOCK_{name}"] = text
+
+
+def error_of(call: Callable[[], Any]) -> str | None:
+    """What it raised of ours, as "Class: message"."""
+    try:
+        call()
+    except foreshock.ForeshockError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main(scenarios: dict[str, Callable[[], Any]]) -> None:
+    """Run those named in the arguments after the folder for results; each rank writes a file there."""
+    folder, *names = sys.argv[1:]
+    torch.set_num_threads(1)
+    if os.environ.get("TEST_ARITHMETIC") == "device":
+        _numbers.HOSTS = frozenset()
+    dist.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for name in names:
+        # Each says its lines anew.
+        _console._said.clear()
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            result = scenarios[name]()
+        sys.stderr.write(said.getvalue())
+        found[name] = {"result": result, "said": said.getvalue().splitlines()}
+    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    # Not through the interpreter's end: a thread of gloo that lets go of a collective meanwhile aborts the process,
+    # in trainings without Foreshock too (torch 2.13).
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,0 +1,120 @@
+"""A wrong call, file or path costs its user one line, and is no trouble of the training."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from foreshock_collector.commands.cli import collector, diagnose, report
+from foreshock_collector.config import misspelt_variables
+from tests.support.commands import FORESHOCK
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["collector", "--grcp-port", "1"], "--grcp-port"),
+        (["collector", "--http-port", "http"], "--http-port must be a whole number, not 'http'"),
+        (["collector", "--host", "0.0.0.0"], "--allow-unauthenticated"),
+        (["collector", "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["status", "--nonsense"], "--nonsense"),
+        (["status", "--url", "http://127.0.0.1:9"], "no collector at http://127.0.0.1:9"),
+        (["demo", "--seconds-per-step", "soon"], "--seconds-per-step"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_wrong_call_gets_one_line_and_exit_code_2(arguments: list[str], says: str) -> None:
+    result = subprocess.run([*FORESHOCK, *arguments], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("grpc_port = 'x'", "grpc_port must be a whole number, not 'x'"),
+        ("port = 1", "unknown setting 'port'"),
+        ("[", "file.toml"),
+        ("runs = 1", "runs must be tables by run"),
+        ('[runs."llm-*"]\nspike_z = 8', "runs.llm-*: unknown rule spike_z"),
+        ('[runs."llm-*".gradient]\nspike_z = "high"', "rule gradient.spike_z must be a number"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    file = tmp_path / "file.toml"
+    file.write_text(text)
+    command = [*FORESHOCK, "collector", "--config", str(file)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert says in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("--database", "", "cannot be used: unable to open database file"),
+        ("--ready-file", "nowhere/ready", "cannot be written: No such file or directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, value: str, says: str
+) -> None:
+    settings = {
+        "--grpc-port": "0",
+        "--http-port": "0",
+        "--database": str(tmp_path / "db"),
+        setting: f"{tmp_path}/{value}",
+    }
+    assert collector([part for item in settings.items() for part in item]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("foreshock collector: ")
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"loss": 1' + "0" * 5000 + "}", "Exceeds the limit"),
+        ('{"loss": 1' + "0" * 400 + "}", "not a number"),
+        ('{"loss": {}}', "loss is '{}', not a number"),
+        ('{"log_history": 7}', "log_history is no list"),
+        ("", "neither a loss nor a gradient norm"),
+        ("loss\n", "holds no rows"),
+        ("\0", "neither a loss nor a gradient norm"),
+    ],
+)
+def test_a_log_that_cannot_be_read_is_one_line_and_no_trouble_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, says: str
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(text)
+    for command in (diagnose, report):
+        assert command([str(log)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+
+
+def test_an_error_of_its_own_is_no_trouble_of_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foreshock_collector.commands.replay.replay", lambda *_, **__: 1 / 0)
+    log = tmp_path / "log.csv"
+    log.write_text("loss\n1\n")
+    assert diagnose([str(log)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"foreshock diagnose: {log}: an error of its own\nTraceback")
+    assert said.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_a_variable_that_is_nearly_a_setting_is_told_with_it_and_others_are_not() -> None:
+    names = ["HTP_PORT", "DATABSE", "HOST", "CONFIG", "SERVICE_HOST", "SERVICE_PORT", "PORT_9327_TCP"]
+    told = misspelt_variables([*(f"FORESHOCK_COLLECTOR_{name}" for name in names), "FORESHOCK_COLLECTOR", "HTTP_PORTS"])
+    assert told == [
+        f"FORESHOCK_COLLECTOR_{wrong} is no setting, and is ignored; did you mean FORESHOCK_COLLECTOR_{right}?"
+        for wrong, right in (("DATABSE", "DATABASE"), ("HTP_PORT", "HTTP_PORT"))
+    ]

@@ -1,0 +1,51 @@
+"""Settings of the collector, and rules of its runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.config import ConfigError, config_from
+from foreshock_collector.server import Server
+from tests.support.streams import Stream, config, families, hello, serving, steps, value
+
+
+def test_a_run_has_the_rules_of_every_pattern_that_fits_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "collector.toml"
+    file.write_text(
+        '[runs."llm-*"]\nrecovered_after = 100\n[runs."llm-*".gradient]\nspike_z = 8\n[runs."*-7b"]\nlead_steps = 64\n'
+    )
+    chosen = config_from(["--config", str(file)], {})
+    rules = chosen.rules_of("llm-7b")
+    assert (rules.recovered_after, rules.gradient.spike_z, rules.lead_steps) == (100, 8.0, 64)
+    assert chosen.rules_of("other") == DEFAULT
+
+    async def test() -> None:
+        async with Server(config(tmp_path, runs={"quiet": {"gradient": {"spike_z": 1e9}}})) as server:
+            stream = Stream(server)
+            for run in ("quiet", "usual"):
+                await stream.send(hello(run), steps(1, [*[1.0] * 60, 50.0, 1.0], run=run))
+            await stream.stored(62)
+            found = await families(server)
+            assert value(found, "foreshock_gradient_spikes", run="quiet") == 0
+            assert value(found, "foreshock_gradient_spikes", run="usual") == 1
+            await stream.close()
+
+    serving(test())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--ack-seconds", "30"], "--ack-seconds must be at most 5, not 30"),
+        (["--host", "0.0.0.0"], "--allow-unauthenticated"),
+        (["--grpc-port", "many"], "--grpc-port must be a whole number"),
+        (["--http-port", "70000"], "--http-port"),
+        (["--config", "/nowhere.toml"], "/nowhere.toml"),
+    ],
+)
+def test_a_wrong_setting_is_named(arguments: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        config_from(arguments, {})

@@ -1,0 +1,225 @@
+"""What the page asks of the collector, and what its files may do."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from foreshock_collector.analysis.detection import ChannelState
+from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.window import Window
+from foreshock_collector.web.baseline import Baseline
+from foreshock_collector.web.heat import MOST_ROWS, around_incident, downsampled
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
+from tests.support.streams import steps
+
+Jobs = Callable[..., Job]
+
+
+def get(url: str, accept: str = "text/html") -> tuple[int, str, Any]:
+    """Status, body, headers."""
+    request = urllib.request.Request(url, headers={"Accept": accept})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            return response.status, response.read().decode(), response.headers
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode(), error.headers
+
+
+def ask(url: str) -> Any:
+    return json.loads(get(url, "application/json")[1])
+
+
+def test_the_band_is_the_detectors_own_history_and_a_bad_step_is_none() -> None:
+    norms = [math.exp(0.1 * math.sin(i)) for i in range(60)]
+    channel = ChannelState()
+    for norm in norms:
+        channel.scan((norm,), DEFAULT.gradient)
+    baseline = Baseline()
+    rows = len(norms) + 2
+    # A step that is not finite follows, as the store tells it, and another.
+    bad = ["", "nan"]
+    columns = {"sequence": [*range(1, rows + 1)], "global_norm": [*norms, None, 1.0]}
+    columns |= {
+        "learning_rate": [0.1] * rows,
+        "loss_nonfinite": [""] * rows,
+        "gradient_nonfinite": [*[""] * len(norms), *reversed(bad)],
+    }
+    baseline.extend(columns)
+    expected = channel.band(DEFAULT.gradient)
+    assert expected is not None
+    found = baseline.at([10, 61, 62])
+    assert found["usual_low"] == [None, expected[0], expected[0]]
+    assert found["usual_high"] == [None, expected[1], expected[1]]
+    x, sigma = channel.mean, max(1.2533 * channel.deviation, DEFAULT.gradient.least_sigma)
+    assert expected == pytest.approx((math.exp(x - 3 * sigma), math.exp(x + 3 * sigma)))
+
+
+def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_is_not_finite() -> None:
+    table = np.ones((1000, 300))
+    table[:10] = math.nan
+    table[500, 200] = 9.0
+    table[700, 3] = math.inf
+    found = downsampled(np.arange(1, 1001), [str(i) for i in range(300)], table, columns=100)
+    assert found["bin_width"] == 10
+    assert found["sequence"][0] == 11
+    assert len(found["rows"]) <= MOST_ROWS
+    assert found["rows"][0] == "0 to 2"
+    cells = np.array([[{"inf": -1}.get(cell, cell) for cell in row] for row in found["values"]], float)
+    assert cells.shape == (len(found["rows"]), len(found["sequence"]))
+    assert np.argwhere(cells == 9.0).tolist() == [[200 // 3, (500 - 10) // 10]]
+    assert np.argwhere(cells == -1).tolist() == [[3 // 3, (700 - 10) // 10]]
+
+
+def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
+    buffer = RecordBuffer(world_size=2, layers=2)
+    for rank in (0, 1):
+        norms: dict[str, Any] = {"local_norm": [70.0 + rank, 80.0 + rank, 1.0], "flags": [pb.LOCAL_NORMS] * 3}
+        norms |= {"local_nan_parameters": [0.0, 0.0, 2.0 * rank]}
+        batch = steps(7, [1.0, 2.0, 3.0], **norms).steps
+        batch.global_layer_norms.extend([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
+        buffer.write(rank, decode(batch, 2), now=0.0)
+    window = Window.from_bytes(Window.of(buffer, 7, 9).as_bytes())
+    asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
+    ranks = around_incident(window, ("a", "b"), "ranks", **asked)
+    assert (ranks["sequence"], ranks["rows"]) == ([7, 8, 9], ["0", "1"])
+    assert ranks["values"] == [[70.0, 80.0, 1.0], [71.0, 81.0, "inf"]]
+    layers = around_incident(window, ("a", "b"), "layers", **asked)
+    assert (layers["rows"], layers["values"]) == (["a", "b"], [[1.0, 3.0, 5.0], [2.0, 4.0, "inf"]])
+    assert around_incident(window, ("a", "b"), "ranks", first=8, last=8, columns=10)["values"] == [[80.0], [81.0]]
+    assert around_incident(None, (), "ranks", **asked)["values"] == []
+    assert [(row["sequence"], row["rank"]) for row in window.loudest()] == [(s, r) for s in (7, 8, 9) for r in (0, 1)]
+
+
+def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:
+    run = job("long", ranks=1)
+    run.train(500)
+    run.train(1, explode=True)
+    run.train(499)
+    run.train(1, nan=True)
+    run.train(99)
+    run.stored()
+    series = ask(f"{url}/api/v1/runs/long/series?points=100")
+    assert series["bin_width"] == 16
+    assert 501 in series["sequence"]
+    assert series["gradient_nonfinite"].count("nan") == 1
+    assert len(series["usual_high"]) == len(series["sequence"]) <= 101
+    part = ask(f"{url}/api/v1/runs/long/series?points=100&first=495&last=505")
+    assert part["sequence"] == [*range(495, 506)]
+
+
+def test_a_history_that_is_carried_on_is_the_same_as_one_read_at_once(url: str, job: Jobs, tmp_path: Path) -> None:
+    run = job("grown", ranks=1)
+    run.train(11_000)
+    run.stored()
+    ask(f"{url}/api/v1/runs/grown/series?points=1000")
+    run.train(700)
+    run.train(1, nan=True)
+    run.train(4)
+    run.stored()
+    carried = ask(f"{url}/api/v1/runs/grown/series?points=1000")
+    store = sqlite3.connect(f"file:{tmp_path / 'db'}?mode=ro", uri=True)
+    rows = store.execute("SELECT sequence, global_norm FROM steps WHERE run='grown' ORDER BY sequence").fetchall()
+    store.close()
+    assert carried["bin_width"] == 16
+    wanted = []
+    for start in range(0, len(rows), 16):
+        stretch = rows[start : start + 16]
+        wanted.append(max(stretch, key=lambda row: math.inf if row[1] == "nan" else row[1])[0])
+    assert carried["sequence"] == wanted
+
+
+def test_ranks_and_layers_over_steps_are_told_and_an_incident_outlives_its_run(url: str, job: Jobs) -> None:
+    run = job("told")
+    run.train(100)
+    run.train(5, explode=True)
+    run.train(1, nan=True)
+    run.stored()
+    ranks = ask(f"{url}/api/v1/runs/told/heat/ranks?first=90")
+    assert ranks["rows"] == ["0", "1", "2", "3"]
+    assert ranks["sequence"] == [*range(90, 107)]
+    assert [row[-1] for row in ranks["values"]].index("inf") == LOUD_RANK
+    layers = ask(f"{url}/api/v1/runs/told/heat/layers?first=90")
+    assert layers["rows"] == list(LAYERS)
+    before, after = (np.array([row[i] for row in layers["values"]], float) for i in (0, -2))
+    assert int((after / before).argmax()) == LOUD_LAYER
+
+
+def test_runbooks_are_pages_for_people_and_markdown_for_machines(url: str) -> None:
+    page, text = f"{url}/runbooks/ForeshockExplodingGradients", "# ForeshockExplodingGradients"
+    status, body, headers = get(page)
+    assert (status, headers.get_content_type()) == (200, "text/html")
+    assert "<h1>ForeshockExplodingGradients</h1>" in body
+    for address, accept in ((page, "text/markdown"), (f"{page}.md", "text/html")):
+        status, body, headers = get(address, accept)
+        assert (status, headers.get_content_type()) == (200, "text/markdown")
+        assert body.startswith(text)
+    assert get(f"{url}/runbooks/..%2F..%2Fpyproject.toml")[0] == 404
+    assert get(f"{url}/static/..%2Fweb.py")[0] == 404
+    status, body, _ = get(f"{url}/runbooks/%3Cscript%3E")
+    assert status == 404
+    assert "<script>" not in body
+
+
+def test_pages_may_run_their_own_scripts_and_no_others(url: str) -> None:
+    for path in ("/", "/run/nothing", "/runbooks"):
+        policy = dict(part.split(" ", 1) for part in get(url + path)[2]["Content-Security-Policy"].split("; "))
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == "'self'"
+        assert policy["connect-src"] == "'self'"
+        assert policy["frame-ancestors"] == "'none'"
+    assert get(f"{url}/run/nothing")[0] == 404
+    assert get(f"{url}/api/v1/runs")[2]["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
+
+
+def test_nothing_can_be_changed_through_the_page(url: str) -> None:
+    for path in ("/", "/api/v1/runs", "/api/v1/live", "/runbooks"):
+        request = urllib.request.Request(url + path, method="POST", data=b"x")
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(request, timeout=10)
+        refusal.value.close()
+        assert refusal.value.code == 405
+
+
+def test_a_stream_says_that_there_is_news(url: str, job: Jobs) -> None:
+    run = job("streamed")
+    run.train(10)
+    run.stored()
+    with urllib.request.urlopen(f"{url}/api/v1/live?run=streamed", timeout=10) as stream:
+        assert stream.headers.get_content_type() == "text/event-stream"
+        assert stream.readline() == b"event: news\n"
+        run.train(1)
+        while stream.readline() != b"event: news\n":
+            pass
+
+
+@pytest.mark.parametrize("query", ["points=many", "first=-1", "attempt=7"])
+def test_a_wrong_question_is_answered_by_name(url: str, job: Jobs, query: str) -> None:
+    job("asked").stored()
+    status, body, _ = get(f"{url}/api/v1/runs/asked/series?{query}", "application/json")
+    assert status in (400, 404)
+    assert query.partition("=")[0] in json.loads(body)["error"]
+
+
+def test_of_many_ended_runs_only_as_many_are_told_as_are_wanted(url: str, job: Jobs) -> None:
+    for name in ("a", "b", "c"):
+        run = job(name, ranks=1)
+        run.train(3)
+        run.stored()
+        run.finish()
+    job("active").stored()
+    found = ask(f"{url}/api/v1/runs?recent=1&ended=1")
+    assert [each["run"] for each in found["runs"]] == ["active", "c"]
+    assert found["ended"] == 3

@@ -1,0 +1,132 @@
+"""Folders of rings: side-cars, locks, strangers, and wrong flags."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foreshock_recorder.folder import lock, release
+from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, has_recorder, ring_folder, run_folder
+from tests.support.fake_collector import FakeCollector
+from tests.support.rank_process import RankProcess, Start
+from tests.support.rings import FIRST, SECOND, log_of, make_ring, step
+from tests.support.waiting import WAIT_SECONDS, until
+
+
+def test_a_ring_of_another_version_is_left_alone_and_logged(
+    folder: Path, collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess]
+) -> None:
+    stranger = make_ring(folder, 1)
+    stranger.memory[8] = LAYOUT_VERSION + 1
+    rank().do("steps", count=1)
+    recorder()
+    collector.wait_for(lambda: collector.position[FIRST] == 1)
+    assert len(re.findall(r"left alone: .*-rank-00001.ring is not a ring of layout", log_of(folder))) == 1
+    assert stranger.path.exists() and SECOND not in collector.told
+
+
+def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
+    tmp_path: Path, collector: FakeCollector, recorder: Start
+) -> None:
+    base = tmp_path / "elsewhere"
+    process = recorder("--run", "night/1", "--ring-dir", str(base))
+    run = run_folder("night/1", str(base))
+    until(lambda: "for " in log_of(run))
+    folder = ring_folder("night/1", "first", str(base))
+    ring = make_ring(folder)
+    assert has_recorder(folder)
+    step(ring, 1)
+    ring.farewell(Farewell.FINISHED)
+    assert process.wait(WAIT_SECONDS) == 0
+    assert collector.told[FIRST].sequences() == [1]
+    assert not run.exists()
+
+
+def test_a_side_car_without_any_rank_leaves_when_told(folder: Path, recorder: Start) -> None:
+    run = folder.parent
+    process = recorder("--run", run.name, "--ring-dir", str(run.parent))
+    until(lambda: "for " in log_of(run))
+    until(lambda: handles_signals(process.pid))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(WAIT_SECONDS) == 0
+    assert not run.exists()
+
+
+def handles_signals(pid: int) -> bool:
+    caught = re.search(r"^SigCgt:\t(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_a_recorder_without_ranks_does_not_stay(folder: Path, recorder: Start) -> None:
+    assert recorder().wait(WAIT_SECONDS) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "one of the arguments --folder --run is required"),
+        (["--folder", "x", "--run", "y"], "not allowed with"),
+        (["--folder", "x", "--ring-dir", "y"], "argument --ring-dir: only with --run"),
+        (["--run", ""], "a run has a name"),
+        (["--folder", "x", "--collector", "monitor"], "'monitor' is not host:port"),
+        (["--folder", "x", "--linger", "-1"], "'-1' is not a number of seconds"),
+        (["--folder", "x", "--linger", "soon"], "soon"),
+        (["--folder", "x", "--colour"], "unrecognized arguments: --colour"),
+    ],
+)
+def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "foreshock_recorder", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert says in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_is_gone_is_no_lock(folder: Path) -> None:
+    first = lock(folder)
+    assert first is not None and lock(folder, patience=0.0) is None
+    (folder / LOCK_NAME).unlink()
+    second = lock(folder)
+    assert second is not None
+    os.close(first)
+    assert lock(folder, patience=0.0) is None
+    os.close(second)
+
+
+def test_a_folder_that_is_released_is_left_to_a_rank_that_has_just_come(folder: Path) -> None:
+    ring = make_ring(folder)
+    held = lock(folder)
+    assert held is not None
+    release(folder, held)
+    assert ring.path.exists() and (folder / LOCK_NAME).exists()
+    held = lock(folder)
+    assert held is not None
+    # Not whole yet.
+    draft = ring.path.rename(ring.path.with_suffix(".draft"))
+    release(folder, held)
+    assert draft.exists()
+    held = lock(folder)
+    assert held is not None
+    draft.unlink()
+    release(folder, held)
+    assert not folder.exists()
+
+
+def test_a_recorder_leaves_a_launch_to_a_side_car(folder: Path, recorder: Start) -> None:
+    held = lock(folder.parent)
+    assert held is not None
+    ring = make_ring(folder)
+    assert has_recorder(folder)
+    assert recorder().wait(WAIT_SECONDS) == 0
+    assert ring.recorder_seen == 0
+    os.close(held)
+    assert not has_recorder(folder)

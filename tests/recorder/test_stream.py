@@ -1,0 +1,81 @@
+"""One stream to a collector: when it is given up, and when it is tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import grpc
+import pytest
+
+from foreshock_protos.v1 import telemetry_pb2 as pb
+from foreshock_recorder import stream
+from foreshock_recorder.delivery import pause_seconds
+from foreshock_recorder.stream import RefusedError, Send, UnreachableError, converse
+from tests.support.fake_collector import FakeCollector
+from tests.support.waiting import free_port
+
+
+async def _say_hello(send: Send) -> None:
+    await send(pb.FromRecorder(hello=pb.Hello(instance="i")))
+    await asyncio.Event().wait()
+
+
+def _ignore(_: pb.Ack) -> None: ...
+
+
+def test_a_silent_collector_is_given_up(collector: FakeCollector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "ANSWER_SECONDS", 0.2)
+    collector.answers = False
+    with pytest.raises(UnreachableError, match=r"no answer for 0\.2 s"):
+        asyncio.run(converse(collector.address, _say_hello, _ignore))
+
+
+def test_a_machine_that_swallows_everything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as hole, pytest.raises(UnreachableError, match="no answer"):
+        asyncio.run(converse(f"127.0.0.1:{hole.getsockname()[1]}", _say_hello, _ignore))
+
+
+def test_a_collector_that_takes_nothing_in_is_given_up_with_little_in_memory(
+    collector: FakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "ANSWER_SECONDS", 1.0)
+    sent = 0
+
+    async def flood(send: Send) -> None:
+        nonlocal sent
+        while True:
+            await send(pb.FromRecorder(hello=pb.Hello(instance="i", clip="x" * 2**20)))
+            sent += 1
+
+    collector.answers = False
+    collector.hold()
+    with pytest.raises(UnreachableError, match="no answer"):
+        asyncio.run(converse(collector.address, flood, _ignore))
+    assert sent < 64
+
+
+def test_nobody_there_is_said_soon() -> None:
+    with pytest.raises(UnreachableError, match=r"refused|failed to connect"):
+        asyncio.run(converse(f"127.0.0.1:{free_port()}", _say_hello, _ignore))
+
+
+def test_a_refusal_is_not_mistaken_for_a_failure(collector: FakeCollector) -> None:
+    collector.refusal = (grpc.StatusCode.PERMISSION_DENIED, "this token is for another experiment")
+    with pytest.raises(RefusedError, match="this token is for another experiment"):
+        asyncio.run(converse(collector.address, _say_hello, _ignore))
+
+
+def test_an_error_of_our_own_is_not_hidden(collector: FakeCollector) -> None:
+    async def fail(_: Send) -> None:
+        raise KeyError("rank")
+
+    with pytest.raises(KeyError):
+        asyncio.run(converse(collector.address, fail, _ignore))
+
+
+def test_the_first_retry_is_soon_the_later_ones_are_spread_and_a_refusal_waits() -> None:
+    assert pause_seconds(0, 0.999, refused=False) < 1
+    assert [pause_seconds(n, 0.5, refused=False) for n in (0, 1, 3, 5, 10_000)] == [0.5, 1.0, 4.0, 15.0, 15.0]
+    assert 15 <= pause_seconds(0, 0.0, refused=True) < pause_seconds(9, 0.999, refused=True) < 45

@@ -1,0 +1,69 @@
+"""`foreshock collector` in a process, and what it knows of a run that is over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from tests.support.waiting import eventually
+
+
+class Collector:
+    """`foreshock collector` in a process, with a database that outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = ("0", "0")
+        self.start()
+
+    def start(self) -> None:
+        ready = self._folder / "ready.json"
+        ready.unlink(missing_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "foreshock_collector", "--grpc-port", self._ports[0], "--http-port", self._ports[1],
+             "--database", str(self._folder / "foreshock.db"), "--ack-seconds", "0.3", "--ready-file", str(ready)],
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        eventually(ready.exists, "a collector that listens")
+        places = json.loads(ready.read_text())
+        self._address: str = places["grpc"]
+        self.url: str = places["http"]
+        self._ports = (self._address.rpartition(":")[2], self.url.rpartition(":")[2])
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=10) as response:
+            return json.load(response)
+
+    def run(self, name: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.get(f"/api/v1/runs/{name}")
+        return answer
+
+    def names(self) -> list[str]:
+        return [run["run"] for run in self.get("/api/v1/runs")["runs"]]
+
+    def kill_and_restart(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=20)
+
+
+def left(collector: Collector, run: str) -> dict[str, Any]:
+    eventually(lambda: run in collector.names(), "the run")
+    answer: dict[str, Any] = eventually(
+        lambda: (seen := collector.run(run)) and all(r["state"] != "running" for r in seen["ranks"]) and seen,
+        "ranks that have left",
+    )
+    return answer
