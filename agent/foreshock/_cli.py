@@ -1,4 +1,4 @@
-"""The `foreshock` command: finds the subcommand among those that installed parts have registered."""
+"""The `foreshock` command: runs a subcommand registered by an installed package."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from foreshock._version import __version__
 
 _GROUP = "foreshock.commands"
 _PURPOSE = {
-    "collector": "take records in, detect, diagnose, export Prometheus series",
-    "status": "what the runs are doing",
-    "incidents": "what went wrong, newest first",
-    "diagnose": "what happened in a recorded training log",
-    "report": "a run or a recorded log as one self-contained page",
-    "recorder": "hand in what jobs on this machine have left while their collector was away",
-    "demo": "watch a real training job blow up, and read why",
+    "collector": "receive records, detect and diagnose failures, export Prometheus series",
+    "status": "show what the runs are doing",
+    "incidents": "show what went wrong, newest first",
+    "diagnose": "diagnose a recorded training log",
+    "report": "write a run or a recorded log as one self-contained page",
+    "recorder": "hand in records that jobs left on this machine while the collector was down",
+    "demo": "run a real training job that explodes, and see why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]
 
-Know that a training run is about to die, why, and which rank and layer did it.
+Warns before a training run dies, and names the cause, the rank and the layer.
 
 commands:
 {commands}
-  foreshock COMMAND --help says more; foreshock --version"""
+  foreshock COMMAND --help shows the options of a command; foreshock --version the version"""
 
 
 def main() -> int:
-    """Run a subcommand; 2 for a bad call."""
+    """Run a subcommand. Return 2 if there is no such command."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         sys.stdout.write(f"foreshock {__version__}\n")
@@ -39,12 +39,12 @@ def main() -> int:
     name, *rest = arguments
     found = entry_points(group=_GROUP, name=name)
     if not found:
-        sys.stderr.write(f"foreshock: there is no command {name!r}; foreshock --help lists them\n")
+        sys.stderr.write(f"foreshock: no command {name!r}; foreshock --help lists all commands\n")
         return 2
     try:
-        # Commands import what is theirs alone when they run.
+        # Commands import their own modules only when they run.
         return int(next(iter(found)).load()(rest))
     except ModuleNotFoundError as error:
         extra = "of the extra `collector`: in a checkout, pip install '.[collector]'"
-        sys.stderr.write(f"foreshock {name}: {error.name} is missing, {extra}\n")
+        sys.stderr.write(f"foreshock {name}: {error.name} is missing; it is part {extra}\n")
         return 2

@@ -29,14 +29,14 @@ def processes(mark: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_the_three_acts_go_as_announced_with_alerts_and_leave_nothing_behind() -> None:
+def test_the_three_acts_go_as_expected_with_alerts_and_leave_nothing_behind() -> None:
     mark = uuid.uuid4().hex
     environment = {**os.environ, "FORESHOCK_TEST_MARK": mark}
     shown = subprocess.run(
         [*COMMAND, "--seconds-per-step", "0.02"], env=environment, capture_output=True, text=True, timeout=380
     )
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert shown.stdout.count("as announced") == 3
+    assert shown.stdout.count("as expected") == 3
     assert "ForeshockExplodingGradients" in shown.stdout
     assert "ForeshockSuddenNonFinite" in shown.stdout
     assert processes(mark) == []

@@ -1,6 +1,6 @@
-"""The commands that come with the collector: found by name when they are called.
+"""Entry points of the collector's commands.
 
-Each imports what is its own alone: an import that fails names what is missing.
+Each imports its own modules only when it runs, so that a failing import names the missing package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from foreshock_collector.config import ConfigError, config_from, misspelt_variab
 
 
 def collector(arguments: list[str]) -> int:
-    """Serve until told to stop. 2: a setting is wrong."""
+    """Serve until stopped. Return 2 if a setting is invalid."""
     from foreshock_collector.server import serve
     from foreshock_collector.state.store import StoreError
 
@@ -29,35 +29,35 @@ def collector(arguments: list[str]) -> int:
 
 
 def demo(arguments: list[str]) -> int:
-    """Show a real training job explode, survive and meet a bad batch; see `foreshock_collector.commands.demo`."""
+    """Run the demo; see `foreshock_collector.commands.demo`."""
     from foreshock_collector.commands.demo.command import main
 
     return main(arguments)
 
 
 def diagnose(arguments: list[str]) -> int:
-    """Name what happened in recorded logs; see `foreshock_collector.commands.replay`."""
+    """Diagnose recorded logs; see `foreshock_collector.commands.replay`."""
     from foreshock_collector.commands.replay import main
 
     return main(arguments)
 
 
 def report(arguments: list[str]) -> int:
-    """Write a run or a log as one page; see `foreshock_collector.commands.report`."""
+    """Write a report on a run or a log; see `foreshock_collector.commands.report`."""
     from foreshock_collector.commands.report import main
 
     return main(arguments)
 
 
 def status(arguments: list[str]) -> int:
-    """Show the runs, or one; see `foreshock_collector.commands.status`."""
+    """Show all runs or one; see `foreshock_collector.commands.status`."""
     from foreshock_collector.commands.status import status
 
     return status(arguments)
 
 
 def incidents(arguments: list[str]) -> int:
-    """Show what went wrong; see `foreshock_collector.commands.status`."""
+    """Show incidents; see `foreshock_collector.commands.status`."""
     from foreshock_collector.commands.status import incidents
 
     return incidents(arguments)

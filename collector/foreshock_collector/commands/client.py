@@ -1,4 +1,4 @@
-"""Asks a collector's API, for commands."""
+"""Queries a collector's API on behalf of the commands."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _SECONDS = 10.0
 
 
 class ClientError(ValueError):
-    """No answer, or not the one that was asked for; the text says why."""
+    """The collector did not answer, or answered with an error; the message says why."""
 
 
 def add_url(parser: Parser) -> None:
-    """The flag that says which collector, and its environment twin."""
+    """Add the option for the collector's address, which defaults to `FORESHOCK_URL`."""
     default = os.environ.get("FORESHOCK_URL") or f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
     parser.add_argument("--url", default=default, help="the collector's HTTP address (default: %(default)s)")
 
 
 def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
-    """GET /api/v1/..., each part quoted. Raises `ClientError`.
+    """GET /api/v1/..., with each path segment quoted. Raises `ClientError`.
 
-    A collector is a neighbor: `http_proxy` is not obeyed unless FORESHOCK_HTTP_PROXY=1 says so, as for recorders.
+    Ignores `http_proxy` unless FORESHOCK_HTTP_PROXY=1, as recorders do: a collector is usually on the same network.
     """
     address = "/".join((url.rstrip("/"), "api/v1", *(urllib.parse.quote(part, safe="") for part in path)))
     if query:
         address += "?" + urllib.parse.urlencode(query)
-    # With None it takes those of the environment.
+    # None means the proxies from the environment.
     proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
     opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
@@ -47,7 +47,7 @@ def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
-    """In the collector's own words, if it was one that answered."""
+    """Return the collector's error message, or the HTTP status if something else answered."""
     try:
         return str(json.load(error)["error"])
     except (ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""Training logs that somebody recorded: CSV, JSON lines, a Trainer's state, TensorBoard events, a Foreshock database.
+"""Reads recorded training logs: CSV, JSON lines, a Trainer's state, TensorBoard events, a Foreshock database.
 
-Each becomes rows in the order of the file. What a row does not log is None there; NaN and Inf stay what they are.
+Rows keep the order of the file. A value that was not logged is None; NaN and Inf are kept.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _NAMES = {
     "norm": ("grad_norm", "gradient_norm", "global_norm", "total_norm", "train/grad_norm", "grad-norm"),
     "rate": ("lr", "learning_rate", "train/lr", "train/learning_rate", "learning-rate"),
 }
-"""What people call the columns; the first is what the documentation says."""
+"""Accepted names of each column; the first is the documented one."""
 _MAGIC_SQLITE = b"SQLite format 3\0"
 
 
 class LogError(ValueError):
-    """The file cannot be read; the text says why."""
+    """The file cannot be read; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a log."""
+    """Holds one row of a log."""
 
     step: float
     loss: float | None
@@ -42,7 +42,7 @@ class Row:
 
 
 def read_log(path: Path, *, run: str = "") -> list[Row]:
-    """Rows of a file of any of the formats. run: which of a database's runs, the newest if empty. Raises `LogError`."""
+    """Read a file in any supported format. run: which run of a database, by default the newest. Raises `LogError`."""
     try:
         rows = list(_rows(path, run))
     except LogError:
@@ -50,9 +50,9 @@ def read_log(path: Path, *, run: str = "") -> list[Row]:
     except (OSError, ValueError, csv.Error, sqlite3.Error) as error:
         raise LogError(f"{path}: {error}") from error
     except RecursionError:
-        raise LogError(f"{path}: it is nested too deeply to be a log") from None
+        raise LogError(f"{path}: nested too deeply to be a log") from None
     if not rows:
-        raise LogError(f"{path}: it holds no rows")
+        raise LogError(f"{path}: no rows")
     return rows
 
 
@@ -101,7 +101,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise LogError(f"{where}: {error}") from error
         if not isinstance(cells, dict):
-            raise LogError(f"{where}: an object was expected")
+            raise LogError(f"{where}: expected an object")
         if number == 0:
             _check_names(path, cells)
         yield _row(where, cells, number)
@@ -109,15 +109,15 @@ def _json_lines(path: Path, text: str) -> Iterator[Row]:
 
 
 def _trainer_state(path: Path, history: object) -> Iterator[Row]:
-    """Hugging Face's `trainer_state.json`. Entries of evaluations are no training steps."""
+    """Hugging Face's `trainer_state.json`. Evaluation entries are not training steps."""
     if not isinstance(history, list):
-        raise LogError(f"{path}: log_history is no list")
+        raise LogError(f"{path}: log_history is not a list")
     entries = [entry for entry in history if isinstance(entry, dict) and ("loss" in entry or "grad_norm" in entry)]
     learnt = False
     for number, entry in enumerate(entries):
         row = _row(f"{path}, entry {number}", entry, number)
-        # Its default filter (logging_nan_inf_filter) leaves NaN steps out of the mean: where all of them were, 0.0 is
-        # what remains. No cross entropy falls to exactly 0.0 in one step.
+        # Its default filter (logging_nan_inf_filter) drops NaN steps from the mean; if all steps were NaN, 0.0 remains.
+        # No cross entropy falls to exactly 0.0 in one step.
         silenced = row.loss == 0.0 and learnt and not (row.norm is not None and 0 < row.norm < math.inf)
         learnt = learnt or (row.loss is not None and row.loss > 0)
         yield Row(step=row.step, loss=math.nan if silenced else row.loss, norm=row.norm, rate=row.rate)
@@ -127,7 +127,7 @@ def _tensorboard(path: Path) -> Iterator[Row]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError:
-        raise LogError(f"{path}: TensorBoard files need tensorboard: pip install tensorboard") from None
+        raise LogError(f"{path}: TensorBoard files require tensorboard: pip install tensorboard") from None
     accumulator = EventAccumulator(str(path), size_guidance={"scalars": 0, "tensors": 0})
     accumulator.Reload()
     found: dict[int, dict[str, float]] = {}
@@ -138,7 +138,7 @@ def _tensorboard(path: Path) -> Iterator[Row]:
             found.setdefault(event.step, {})[column] = event.value
     if not any("loss" in cells or "norm" in cells for cells in found.values()):
         wanted = ", ".join((*_NAMES["loss"], *_NAMES["norm"]))
-        raise LogError(f"{path}: it has none of the scalars {wanted}; it has {', '.join(sorted(scalars)) or 'none'}")
+        raise LogError(f"{path}: none of the scalars {wanted}; found {', '.join(sorted(scalars)) or 'none'}")
     for step, cells in sorted(found.items()):
         yield Row(step=step, loss=cells.get("loss"), norm=cells.get("norm"), rate=cells.get("rate"))
 
@@ -147,7 +147,7 @@ def _database(path: Path, run: str) -> Iterator[Row]:
     with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
         runs = [name for (name,) in database.execute("SELECT run FROM runs ORDER BY rowid")]
         if not runs or (run and run not in runs):
-            raise LogError(f"{path}: there is no run {run!r}; it has {', '.join(runs) or 'none'}")
+            raise LogError(f"{path}: no run {run!r}; found {', '.join(runs) or 'none'}")
         columns = "step, loss, global_norm, learning_rate, nan_loss, inf_loss, nan_gradient, inf_gradient"
         query = f"SELECT {columns} FROM steps WHERE run=? ORDER BY attempt, sequence"  # noqa: S608
         for step, loss, norm, rate, *bad in database.execute(query, (run or runs[-1],)):
@@ -164,8 +164,8 @@ def _check_names(path: Path, names: Iterable[str]) -> None:
     known = set(names)
     if not known.intersection((*_NAMES["loss"], *_NAMES["norm"])):
         raise LogError(
-            f"{path}: neither a loss nor a gradient norm; columns step,loss,grad_norm[,lr] were expected, "
-            f"found were {','.join(sorted(known)) or 'none'}"
+            f"{path}: neither a loss nor a gradient norm; expected columns step,loss,grad_norm[,lr], "
+            f"found {','.join(sorted(known)) or 'none'}"
         )
 
 

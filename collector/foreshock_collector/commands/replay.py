@@ -1,4 +1,4 @@
-"""`foreshock diagnose`: a recorded log through the same detection and diagnosis as live steps."""
+"""`foreshock diagnose`: runs the detection and diagnosis for live steps on a recorded log."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from foreshock_collector.records.steps import ModelFacts, Step, bounded
 
 _BOARD, _MODEL = RecordBuffer(world_size=1, layers=0), ModelFacts()
 _UNSEEN = StepSignals(math.nan, math.nan, -1, math.nan)
-"""A log tells nothing of ranks and layers."""
+"""A log contains no ranks or layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """What a log shows."""
+    """Holds the findings from one log."""
 
     log: tuple[Row, ...]
     events: tuple[Event, ...]
-    """Their `sequence` counts data rows from 1."""
+    """Detected events; `sequence` counts data rows from 1."""
     verdict: Verdict
-    """On the first failure; `healthy` without one."""
+    """Verdict on the first failure; `healthy` without one."""
     first_nonfinite: int | None
-    """Its data row, from 0."""
+    """Data row of the first failure, counted from 0."""
 
 
 def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], None] = lambda _: None) -> Replay:
-    """Take the rows through detection, and diagnose the first failure that is one. rows: at least one.
+    """Run detection on the rows and diagnose the first failure. Requires at least one row.
 
-    Without a failure, a trouble that lasts may be named, or an overflow that a scaler took care of. at: called with the
-    number of each row, from 0, before it is looked at.
+    Without a failure, the verdict may be a lasting fault, or an overflow that a scaler handled. at: called with the
+    number of each row, from 0, before it is processed.
     """
     detector, faults = Detector(rules=rules), FaultDetector(rules=rules)
     steps = [_step(number, row) for number, row in enumerate(rows)]
@@ -94,7 +94,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
 
 
 def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT) -> Replay:
-    """Read a log and replay it; on a terminal, a long one says how far it is. Raises `LogError`."""
+    """Read a log and replay it, showing progress on a terminal. Raises `LogError`."""
     now = f"reading {path}"
 
     def at(row: int) -> None:
@@ -107,23 +107,23 @@ def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT) -> Replay:
 
 
 def main(arguments: list[str]) -> int:
-    """0: healthy; 1: trouble found; 2: a file cannot be read, or an error of its own."""
+    """Return 0 if healthy, 1 if trouble was found, 2 if a file cannot be read or an internal error occurred."""
     parser = Parser(
         prog="foreshock diagnose",
-        description="What happened in a recorded training log, where it began, and what to try.",
+        description="Diagnose a recorded training log: what happened, where it began, and what to try.",
         epilog="Reads CSV (step,loss,grad_norm[,lr]), JSON lines, trainer_state.json, TensorBoard events and Foreshock "
-        "databases. Exit code 0: healthy, 1: trouble found, 2: a file cannot be read, or an error of its own.",
+        "databases. Exit code 0: healthy; 1: trouble found; 2: a file cannot be read, or an internal error.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--run", default="", help="of a Foreshock database: this run, not the newest")
+    parser.add_argument("--run", default="", help="run to read from a Foreshock database (default: the newest)")
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="RULE=NUMBER",
-        help="change a rule of detection: gradient.spike_z=8, recovered_after=100; see docs/detection.md",
+        help="change a detection rule: gradient.spike_z=8, recovered_after=100; see docs/configuration.md",
     )
-    parser.add_argument("--json", action="store_true", help="one object per file, one per line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
     try:
         options = parser.parse_args(arguments)
         rules = _rules(options.set)
@@ -134,46 +134,46 @@ def main(arguments: list[str]) -> int:
     for path in options.files:
         try:
             found = replay_file(path, run=options.run, rules=rules)
-            told = json.dumps(_as_json(path, found), allow_nan=False) + "\n" if options.json else _as_text(path, found)
+            text = json.dumps(_as_json(path, found), allow_nan=False) + "\n" if options.json else _as_text(path, found)
         except LogError as error:
             sys.stderr.write(f"foreshock diagnose: {error}\n")
             code = 2
         except Exception:
-            # Uncaught, it would end with 1, which means trouble in the training.
-            sys.stderr.write(f"foreshock diagnose: {path}: an error of its own\n{traceback.format_exc()}")
+            # An uncaught error would exit with 1, which means trouble in the training.
+            sys.stderr.write(f"foreshock diagnose: {path}: internal error\n{traceback.format_exc()}")
             code = 2
         else:
             code = max(code, int(_trouble(found)))
-            sys.stdout.write(told)
+            sys.stdout.write(text)
     return code
 
 
 def _left_out(steps: Sequence[Step], first: int) -> int:
-    """How many gradients from here on are not finite in a row, where no loss is, and training goes on; else 0."""
+    """Count consecutive non-finite gradients from `first` on, if losses are finite and training continues; else 0."""
     for number in range(first, len(steps)):
         step = steps[number]
         if step.nan_loss or step.inf_loss or step.loss is None:
             return 0
         if not step.nonfinite:
             return number - first
-    # The log ends with them: of one nobody can tell, many with a finite loss were left out.
+    # The log ends here. One such step proves nothing; a scaler must have skipped many with a finite loss.
     return len(steps) - first if len(steps) - first >= DEFAULT.collapse_after else 0
 
 
 def _gap(rows: Sequence[Row], number: int) -> float:
-    """Steps from the row before to this one; 0 where there is none before, or the log starts again."""
+    """Return the steps between the previous row and this one; 0 for the first row, or if the log restarts."""
     return max(0.0, rows[number].step - rows[number - 1].step) if number > 0 else 0.0
 
 
 def _rules(settings: Sequence[str]) -> Rules:
-    """The defaults, changed by texts such as "gradient.spike_z=8". Raises `ValueError`."""
+    """Apply settings such as "gradient.spike_z=8" to the default rules. Raises `ValueError`."""
     rules = DEFAULT
     for setting in settings:
         name, _, text = setting.partition("=")
         try:
             value: Any = json.loads(text)
         except ValueError:
-            raise ValueError(f"--set {setting}: RULE=NUMBER was expected, such as gradient.spike_z=8") from None
+            raise ValueError(f"--set {setting}: expected RULE=NUMBER, such as gradient.spike_z=8") from None
         for part in reversed(name.split(".")):
             value = {part: value}
         rules = rules.with_overrides(value)
@@ -232,9 +232,9 @@ def _as_json(path: Path, found: Replay) -> dict[str, Any]:
 def _as_text(path: Path, found: Replay) -> str:
     verdict = found.verdict
     lines = [f"{path}: {len(found.log)} rows, {verdict.cause}", f"  {verdict.summary}"]
-    lines += [f"  seen: {line}" for line in verdict.evidence]
+    lines += [f"  evidence: {line}" for line in verdict.evidence]
     for event in found.events:
         if event.kind == "build_up" and event.value is not None and event.usual is not None:
             lines.append(f"  build-up from step {event.step}: norm {event.value:.3g}, usually {event.usual:.3g}")
-    lines += [f"  try:  {line}" for line in verdict.try_]
+    lines += [f"  try: {line}" for line in verdict.try_]
     return "\n".join(lines) + "\n"

@@ -174,11 +174,11 @@ def as_markdown(report: Report) -> str:
     for verdict in report.verdicts:
         lines += [f"**{verdict['cause']}**: {verdict['summary']}", ""]
         lines += [f"- {name}: {value}" for name, value in _facts(verdict, report.runbooks)]
-        lines += ["", "StepSignals:", "", *(f"- {line}" for line in verdict["evidence"])]
+        lines += ["", "Evidence:", "", *(f"- {line}" for line in verdict["evidence"])]
         lines += ["", "To try:", "", *(f"{number}. {line}" for number, line in enumerate(verdict["try"], 1)), ""]
     if not report.verdicts:
         lines += [report.quiet, ""]
-    lines += ["What ran:", "", *(f"- {name}: {value}" for name, value in report.about), ""]
+    lines += ["Run details:", "", *(f"- {name}: {value}" for name, value in report.about), ""]
     return "\n".join(lines)
 
 
@@ -191,12 +191,12 @@ def as_page(report: Report) -> str:
             f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(verdict, report.runbooks)
         )
         parts.append(f"<dl>{facts}</dl>")
-        parts.append(f"<h2>StepSignals</h2><ul>{_items(verdict['evidence'])}</ul>")
+        parts.append(f"<h2>Evidence</h2><ul>{_items(verdict['evidence'])}</ul>")
         parts.append(f"<h2>To try</h2><ol>{_items(verdict['try'])}</ol>")
     if not report.verdicts:
         parts.append(f'<p class="what">{html.escape(report.quiet)}</p>')
     about = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in report.about)
-    parts.append(f"<h2>What ran</h2><dl>{about}</dl>")
+    parts.append(f"<h2>Run details</h2><dl>{about}</dl>")
     parts += _charts(report)
     title = html.escape(report.title)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
@@ -260,7 +260,7 @@ def _facts(verdict: dict[str, Any], runbooks: str) -> list[tuple[str, str]]:
     if verdict["rank"] is not None:
         facts.append(("rank", str(verdict["rank"])))
     elif verdict["ranks_alike"]:
-        facts.append(("rank", "all alike"))
+        facts.append(("rank", "all ranks"))
     if verdict["layer"]:
         facts.append(("layer", verdict["layer"]))
     facts.append(("runbook", f"{runbooks}/{verdict['runbook']}" if runbooks else verdict["runbook"]))

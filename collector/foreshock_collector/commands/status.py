@@ -1,4 +1,4 @@
-"""`foreshock status` and `foreshock incidents`: what a collector knows, for people and for scripts."""
+"""`foreshock status` and `foreshock incidents`: the state of a collector's runs, for people and for scripts."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from rich.text import Text
 
 from foreshock_collector.commands.client import ClientError, add_url, ask
 from foreshock_collector.commands.terminal import shown, terminal
-from foreshock_collector.commands.verdict_text import story
+from foreshock_collector.commands.verdict_text import verdict_table
 from foreshock_collector.config import ConfigError, Parser
 
 _TROUBLE = frozenset({"failing", "failed", "stalled", "ranks missing"})
-"""Conditions that make `foreshock status` exit with 1. A build-up is a warning: most runs survive it."""
+"""Conditions that make `foreshock status` exit with 1. A build-up is only a warning: most runs survive it."""
 _RECENT_SECONDS = 86400.0
-"""Ended runs are listed for a day: an old failure must not keep the exit code at 1 for ever."""
+"""How long ended runs are listed: an old failure must not keep the exit code at 1 forever."""
 
 
 def status(arguments: list[str]) -> int:
-    """Show the runs, or one. 1: a run that is shown is in trouble; 2: no answer, or no such run."""
+    """Show all runs or one. Return 1 if a listed run is in trouble, 2 without an answer or without such a run."""
     parser = Parser(
         prog="foreshock status",
-        description="What the runs are doing.",
-        epilog="Exit code 1: a run that is shown is failing, failed or stalled, or misses ranks; 2: no answer, or no "
-        "such run; else 0.",
+        description="Show what the runs are doing.",
+        epilog="Exit code 1: a listed run is failing, failed, stalled or missing ranks; 2: no answer, or no such run; "
+        "otherwise 0.",
     )
-    parser.add_argument("run", nargs="?", help="only this run, in full")
-    parser.add_argument("--all", action="store_true", help="also runs that ended more than a day ago")
-    parser.add_argument("--json", action="store_true", help="as the API says it")
+    parser.add_argument("run", nargs="?", help="show only this run, in full")
+    parser.add_argument("--all", action="store_true", help="include runs that ended more than a day ago")
+    parser.add_argument("--json", action="store_true", help="print the API's answer")
     add_url(parser)
     return _show(parser, arguments, _status)
 
 
 def incidents(arguments: list[str]) -> int:
-    """Show incidents of all runs, or of one. 2: no answer, or no such run."""
-    parser = Parser(prog="foreshock incidents", description="What went wrong, newest first.")
-    parser.add_argument("run", nargs="?", help="only this run, each in full")
-    parser.add_argument("--json", action="store_true", help="one object per incident, one per line")
+    """Show incidents of all runs or one. Return 2 without an answer or without such a run."""
+    parser = Parser(prog="foreshock incidents", description="Show what went wrong, newest first.")
+    parser.add_argument("run", nargs="?", help="show only this run's incidents, in full")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per incident, one per line")
     add_url(parser)
     return _show(parser, arguments, _incidents)
 
@@ -52,13 +52,13 @@ def incidents(arguments: list[str]) -> int:
 def _show(parser: Parser, arguments: list[str], command: Callable[[Any, Console], int]) -> int:
     console = terminal()
     try:
-        with console.capture() as told:
+        with console.capture() as captured:
             code = command(parser.parse_args(arguments), console)
     except (ClientError, ConfigError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 2
-    # Tables fill their cells up with blanks: of no use at the end of a line that somebody copies.
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in told.get().splitlines())
+    # Tables pad their cells. Strip the padding at the ends of lines, which people copy.
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
     return code
 
 
@@ -77,14 +77,14 @@ def _status(options: Any, console: Console) -> int:
     elif not older:
         console.print("no runs yet")
     if older:
-        console.print(f"{older} run{'s' if older > 1 else ''} ended more than a day ago: --all")
+        console.print(f"{older} run{'s' if older > 1 else ''} ended more than a day ago; list with --all")
     for run in runs:
         if run["errors"]:
             stages = ", ".join(f"{stage} {count}" for stage, count in run["errors"].items())
-            console.print(Text(f"{run['run']}: errors inside the collector, see its log: {stages}"))
+            console.print(Text(f"{run['run']}: internal errors in the collector, see its log: {stages}"))
     if options.run:
         _ranks(console, answer["ranks"])
-        _stories(console, answer["incidents"])
+        _verdicts(console, answer["incidents"])
     return code
 
 
@@ -113,7 +113,7 @@ def _incidents(options: Any, console: Console) -> int:
     found = [
         {"run": run["run"], **incident}
         for run in runs
-        # Most runs have none: those need not be asked.
+        # Most runs have no incidents and need no query.
         if run.get("verdict") != "healthy"
         for incident in ask(options.url, "runs", run["run"])["incidents"]
     ]
@@ -123,7 +123,7 @@ def _incidents(options: Any, console: Console) -> int:
     elif not found:
         console.print("no incidents")
     elif options.run:
-        _stories(console, found)
+        _verdicts(console, found)
     else:
         table = _table("opened", "run", "verdict", "step", "lead", "rank", "layer", "open")
         for incident in found:
@@ -143,7 +143,7 @@ def _incidents(options: Any, console: Console) -> int:
 
 
 def _table(*columns: str) -> Table:
-    """Where a terminal is narrow the widest columns fold, and nothing is cut."""
+    """Return a table whose widest columns wrap on a narrow terminal; nothing is truncated."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in columns:
         table.add_column(name, overflow="fold")
@@ -156,7 +156,7 @@ def _ranks(console: Console, ranks: Sequence[dict[str, Any]]) -> None:
         console.print(line.append(f", {rank['detail']}") if rank["detail"] else line)
 
 
-def _stories(console: Console, found: Sequence[dict[str, Any]]) -> None:
+def _verdicts(console: Console, found: Sequence[dict[str, Any]]) -> None:
     for incident in found:
         console.print(Text(f"incident {incident['id']}, attempt {incident['attempt']}", "bold"))
-        console.print(Padding(story(incident["verdict"]), (0, 0, 1, 2), expand=False))
+        console.print(Padding(verdict_table(incident["verdict"]), (0, 0, 1, 2), expand=False))

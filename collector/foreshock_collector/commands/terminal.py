@@ -1,4 +1,4 @@
-"""Where commands write for people."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any
 from rich.console import Console
 
 _UNLIMITED = 100_000
-"""Columns: wider than any table or sentence."""
+"""Width in columns, wider than any table or sentence."""
 _PATIENCE_SECONDS, _AGAIN_SECONDS = 2.0, 0.2
-"""Work that takes longer says how far it is, and how often."""
+"""Delay before progress appears, and the time between updates."""
 
 
 def terminal() -> Console:
-    """Standard output. A terminal folds what is wider than itself; a pipe or a file gets whole lines."""
+    """Return a console on standard output. Lines wrap on a terminal and stay whole in a pipe or a file."""
     width = None if sys.stdout.isatty() else _UNLIMITED
     return Console(no_color=True if "NO_COLOR" in os.environ else None, highlight=False, width=width)
 
 
 def shown(value: Any, kind: str = "") -> str:
-    """A number as people read it. kind: "nan" or "inf" in place of one that is not finite; nothing known: "-"."""
+    """Format a number. kind is "nan" or "inf" for a non-finite value; an unknown value becomes "-"."""
     return kind or ("-" if value is None else f"{value:.4g}")
 
 
 @contextmanager
 def working(progress: Callable[[], str]) -> Iterator[None]:
-    """On a terminal, what lasts says on standard error how far it is, in a line that goes when it is done.
+    """Show progress on standard error while the block runs, if that is a terminal; clear it afterwards.
 
-    progress: the line's text, asked for in a thread. In a pipe nothing is said.
+    progress: returns the text of the line; called from another thread.
     """
     if not sys.stderr.isatty():
         yield
         return
     done = threading.Event()
 
-    def tell() -> None:
+    def update() -> None:
         if done.wait(_PATIENCE_SECONDS):
             return
         while True:
@@ -50,7 +50,7 @@ def working(progress: Callable[[], str]) -> Iterator[None]:
         sys.stderr.write("\r\x1b[K")
         sys.stderr.flush()
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=update, daemon=True)
     thread.start()
     try:
         yield

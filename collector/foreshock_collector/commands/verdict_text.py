@@ -1,4 +1,4 @@
-"""An incident in words, for the terminal."""
+"""Renders a verdict as text for the terminal."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from rich.table import Table
 from rich.text import Text
 
 _AFTER = frozenset({"crashed", "rank_lost", "stalled"})
-"""Of these the step is the last that was made."""
+"""Causes whose step is the last completed one."""
 
 
 def since(verdict: dict[str, Any]) -> str:
-    """What the verdict's step is."""
+    """Return the label of the verdict's step."""
     if verdict["cause"] in _AFTER:
         return "last step"
     return "since step" if verdict["finite"] else "not finite since step"
 
 
-def story(verdict: dict[str, Any]) -> RenderableType:
-    """What happened, where it began, what to try: a verdict as the API tells it."""
+def verdict_table(verdict: dict[str, Any]) -> RenderableType:
+    """Render a verdict from the API: what happened, where it began, what to try."""
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column(overflow="fold")
@@ -36,9 +36,9 @@ def story(verdict: dict[str, Any]) -> RenderableType:
     if verdict["rank"] is not None:
         facts.add_row("rank", str(verdict["rank"]))
     elif verdict["ranks_alike"]:
-        facts.add_row("rank", "all alike")
+        facts.add_row("rank", "all ranks")
     if verdict["layer"]:
         facts.add_row("layer", Text(verdict["layer"]))
-    for name, lines in (("seen", verdict["evidence"]), ("try", verdict["try"])):
+    for name, lines in (("evidence", verdict["evidence"]), ("try", verdict["try"])):
         facts.add_row(name, Group(*(Text(line) for line in lines)))
     return facts

@@ -82,9 +82,9 @@ def test_a_path_that_cannot_be_used_is_one_line(
         ('{"loss": 1' + "0" * 5000 + "}", "Exceeds the limit"),
         ('{"loss": 1' + "0" * 400 + "}", "not a number"),
         ('{"loss": {}}', "loss is '{}', not a number"),
-        ('{"log_history": 7}', "log_history is no list"),
+        ('{"log_history": 7}', "log_history is not a list"),
         ("", "neither a loss nor a gradient norm"),
-        ("loss\n", "holds no rows"),
+        ("loss\n", "no rows"),
         ("\0", "neither a loss nor a gradient norm"),
     ],
 )
@@ -107,7 +107,7 @@ def test_an_error_of_its_own_is_no_trouble_of_the_training(
     log.write_text("loss\n1\n")
     assert diagnose([str(log)]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"foreshock diagnose: {log}: an error of its own\nTraceback")
+    assert said.startswith(f"foreshock diagnose: {log}: internal error\nTraceback")
     assert said.endswith("ZeroDivisionError: division by zero\n")
 
 

@@ -127,11 +127,11 @@ def test_people_read_what_happened_and_what_to_try(tmp_path: Path, capsys: pytes
     [
         ("missing.csv", None, "No such file"),
         ("empty.csv", "", "neither a loss nor a gradient norm"),
-        ("other.csv", "a,b\n1,2\n", "found were a,b"),
+        ("other.csv", "a,b\n1,2\n", "found a,b"),
         ("word.csv", "step,loss\n1,high\n", "data row 0: loss is 'high', not a number"),
         ("header.csv", "step,loss\n", "no rows"),
         ("torn.jsonl", '{"loss": 1.0}\n{"loss": 1', "line 2"),
-        ("state.json", '{"log_history": 3}', "log_history is no list"),
+        ("state.json", '{"log_history": 3}', "log_history is not a list"),
         ("bytes.csv", b"\xff\xfe\x00", "bytes.csv"),
     ],
 )

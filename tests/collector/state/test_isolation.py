@@ -132,7 +132,7 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
             _, history = await answer(server, "api/v1/runs/broken/steps")
             assert history["sequence"] == [1, 2, 3, 4, 5]
             await asyncio.to_thread(status, ["--url", server.url])
-            assert capsys.readouterr().out.endswith("broken: errors inside the collector, see its log: judge 1\n")
+            assert capsys.readouterr().out.endswith("broken: internal errors in the collector, see its log: judge 1\n")
             await end(broken, whole)
         async with Server(config(tmp_path)) as server:
             found = await families(server)

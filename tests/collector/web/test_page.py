@@ -188,7 +188,7 @@ def test_every_run_and_link_is_reached_by_tab_alone(url: str, job: Jobs, browser
     for _ in range(8):
         press(browser, Keys.TAB)
         reached.append(browser.ask("document.activeElement.innerText.trim()"))
-    assert reached[0] == "To the runs"
+    assert reached[0] == "Skip to runs"
     assert {"Foreshock", "Runbooks", "one", "two"} <= set(reached)
     while browser.ask("document.activeElement.innerText.trim()") != "one":
         press(browser, Keys.TAB)
@@ -281,7 +281,7 @@ def test_without_a_stream_the_page_asks_again_and_again(url: str, job: Jobs, bro
     browser.drawn(30)
     run.train(5)
     browser.drawn(35)
-    assert browser.text("#connection") == "asking every 2 s"
+    assert browser.text("#connection") == "polling every 2 s"
     assert all("/api/v1/live" in error for error in browser.errors())
     browser.open("about:blank")
 
@@ -296,6 +296,6 @@ def test_a_run_that_has_only_said_hello_and_one_that_there_is_not_are_told_apart
     assert "running" in browser.text("#condition")
     assert browser.errors() == []
     browser.open(f"{url}/run/nothing")
-    browser.until("document.querySelector('#condition').innerText.includes('no run of this name')", "words")
+    browser.until("document.querySelector('#condition').innerText.includes('No run with this name')", "words")
     assert all("404" in error for error in browser.errors())
     browser.open("about:blank")

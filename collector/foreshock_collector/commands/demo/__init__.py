@@ -1,5 +1,5 @@
-"""`foreshock demo`: a real training job explodes, is saved by clipping, meets a bad batch, and all parts watch."""
+"""`foreshock demo`: a real training job explodes, survives with clipping, and meets a bad batch."""
 
 
 class DemoError(RuntimeError):
-    """It cannot be shown here; the text says why."""
+    """The demo cannot run on this machine; the message says why."""

@@ -1,4 +1,4 @@
-"""Prometheus and Alertmanager with the shipped configuration, made to look every second, if both are on PATH."""
+"""Runs Prometheus and Alertmanager with the shipped configuration, scraping every second, if both are on PATH."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from foreshock_collector.commands.demo.training import end
 from foreshock_collector.resources import resource
 
 _ALERTMANAGERS = ("prometheus-alertmanager", "alertmanager")
-"""Debian calls it by the first name."""
+"""Names of the program; the first is Debian's."""
 _LISTENING = re.compile(rb'Listening on"? address="?(?:\[::\]|127\.0\.0\.1):(\d+)')
 _START_SECONDS = 20.0
 _END_SECONDS = 5.0
 
 
 class Alerting:
-    """What Alertmanager knows."""
+    """Queries the alerts of an Alertmanager."""
 
     def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
         self._session = session
         self.url = url
 
     async def alerts(self, run: str) -> list[dict[str, Any]]:
-        """Alerts about a run, worst first: those that would reach a person, and those that are inhibited."""
+        """Return the alerts of a run, worst first, including inhibited ones."""
         async with self._session.get(f"{self.url}/api/v2/alerts", params={"filter": f'run="{run}"'}) as response:
             alerts: list[dict[str, Any]] = await response.json()
         rank = {"critical": 0, "warning": 1}
@@ -41,7 +41,7 @@ class Alerting:
 
 @asynccontextmanager
 async def alerting(session: aiohttp.ClientSession, folder: Path, collector_url: str) -> AsyncIterator[Alerting | None]:
-    """Both, for as long as the block lasts; None where they are not installed."""
+    """Run both programs while the block lasts; yield None if they are not installed."""
     manager = next(filter(None, map(shutil.which, _ALERTMANAGERS)), None)
     prometheus = shutil.which("prometheus")
     if manager is None or prometheus is None:
@@ -65,7 +65,7 @@ async def alerting(session: aiohttp.ClientSession, folder: Path, collector_url: 
 
 
 def _configuration(folder: Path, collector_url: str, alertmanager: str) -> Path:
-    """The shipped files with this demo's ports, and each second where they say each five."""
+    """Write the shipped files with the demo's ports and an interval of one second instead of five."""
     collector = collector_url.removeprefix("http://")
     source = resource("prometheus")
     (folder / "foreshock.rules.yml").write_text(rule_file(Addresses(collector=collector_url)))
@@ -78,7 +78,7 @@ def _configuration(folder: Path, collector_url: str, alertmanager: str) -> Path:
 
 
 async def _start(stack: AsyncExitStack, program: str, *options: str) -> int:
-    """Start a program on a free port; the port."""
+    """Start a program on a free port and return the port."""
     process = await asyncio.create_subprocess_exec(
         *(program, "--web.listen-address=127.0.0.1:0", *options),
         stdin=asyncio.subprocess.DEVNULL,
@@ -97,7 +97,7 @@ async def _start(stack: AsyncExitStack, program: str, *options: str) -> int:
 
 
 async def _listen(stream: asyncio.StreamReader, port: asyncio.Future[int]) -> None:
-    """Find the port in a program's log, and keep reading it, so that it never waits for us."""
+    """Find the port in a program's log, and keep reading so that the program never blocks on a full pipe."""
     line = b""
     while text := await stream.readline():
         line = text

@@ -1,4 +1,4 @@
-"""What the demo shows: a live table of steps, alerts, and whether an act went as announced. All from APIs."""
+"""Renders the demo's live table of steps, its alerts, and the outcome of each act."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MARKS = {
     "loss_spike": ("loss spike", "yellow"),
     "nonfinite": ("NOT FINITE", "bold red"),
 }
-"""Worst last: of several events of one step the worst is shown."""
+"""Labels and styles of events, mildest first; the worst event of a step is shown."""
 
 Steps = dict[str, Any]
-"""Columns, as /api/v1/runs/{run}/steps has them."""
+"""Columns of steps from /api/v1/runs/{run}/steps."""
 
 
 def live_table(title: str, steps: Steps, events: Sequence[dict[str, Any]]) -> RenderableType:
-    """The newest steps."""
+    """Return a table of the newest steps."""
     marks: dict[int, str] = {}
     for kind in ("loss_spike", "spike", "build_up", "nonfinite"):
         marks |= {event["step"]: kind for event in events if event["kind"] == kind}
@@ -50,20 +50,22 @@ def live_table(title: str, steps: Steps, events: Sequence[dict[str, Any]]) -> Re
 
 
 def alert_lines(alerts: Sequence[dict[str, Any]]) -> RenderableType:
-    """What Alertmanager would tell a person, and what it keeps to itself."""
+    """List the alerts that notify people, and those that are inhibited."""
     table = Table.grid(padding=(0, 2))
     for alert in alerts:
         inhibited = bool(alert["status"]["inhibitedBy"])
         severity = alert["labels"]["severity"]
         style = {"critical": "bold red", "warning": "yellow"}.get(severity, "dim")
         name = Text(alert["labels"]["alertname"], "dim" if inhibited else style)
-        table.add_row(severity, name, "inhibited by the worse one" if inhibited else alert["annotations"]["summary"])
+        table.add_row(
+            severity, name, "inhibited by a more severe alert" if inhibited else alert["annotations"]["summary"]
+        )
     return Padding(Group(Text("Alertmanager", "bold"), table), (0, 2))
 
 
-def verdict_on_act(console: Console, fulfilled: bool, text: str) -> None:
-    """One line: the act went as it was announced, or not."""
-    mark = Text("as announced: ", "bold green") if fulfilled else Text("NOT as announced: ", "bold red")
+def print_outcome(console: Console, expected: bool, text: str) -> None:
+    """Print whether the act went as expected."""
+    mark = Text("as expected: ", "bold green") if expected else Text("NOT as expected: ", "bold red")
     console.print(Padding(mark.append(text, "default"), (0, 2, 1, 2)))
 
 
@@ -74,5 +76,5 @@ def _number(value: float | None, nonfinite: str = "") -> Text:
 
 
 def _local(value: float | str | None) -> Text:
-    """The API says "nan" or "inf" where it has no column beside it."""
+    """Format a local norm, for which the API returns "nan" or "inf" in place of the number."""
     return _number(None, value) if isinstance(value, str) else _number(value)

@@ -1,4 +1,4 @@
-"""The demo's training jobs: torchrun with two ranks, and nothing left of them afterwards."""
+"""Runs the demo's training jobs with torchrun on two ranks, and cleans up afterwards."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _POLL_SECONDS = 0.1
 
 
 def check_torch() -> None:
-    """Raises `DemoError` where there is no torch to train with."""
+    """Raise `DemoError` if torch is not installed."""
     if importlib.util.find_spec("torch") is None:
-        raise DemoError("it trains a small model, and torch is missing: pip install torch")
+        raise DemoError("the demo trains a small model and needs torch: pip install torch")
 
 
 @asynccontextmanager
 async def training(run: str, *, collector: str, folder: Path, options: list[str]) -> AsyncIterator[asyncio.Task[None]]:
-    """A job under way, as a task that ends with it and raises `DemoError` if it failed.
+    """Start a job and yield a task that ends with it, raising `DemoError` if the job failed.
 
-    On leaving the block the job, its ranks and its recorder are gone, in whatever way the block was left.
+    However the block is left, the job, its ranks and its recorder have ended afterwards.
     """
     rings, log = folder / "rings", folder / f"{run}.log"
     environment = {
@@ -40,7 +40,7 @@ async def training(run: str, *, collector: str, folder: Path, options: list[str]
         "OMP_NUM_THREADS": "1",
     }
     with log.open("wb") as output:
-        # In a session of its own Ctrl-C does not reach it: it is ended below, in order.
+        # In a separate session, Ctrl-C does not reach the job; it is terminated below, in order.
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"),
             *("--module", "foreshock._demo_training", *options),
@@ -57,11 +57,11 @@ async def training(run: str, *, collector: str, folder: Path, options: list[str]
         ended.cancel()
         await asyncio.gather(ended, return_exceptions=True)
         await end(process, seconds=_END_SECONDS)
-        await _recorder_left(rings)
+        await _recorder_exited(rings)
 
 
 async def end(process: asyncio.subprocess.Process, *, seconds: float) -> None:
-    """Ask a process to end, then make it."""
+    """Terminate a process; kill it if it does not exit in time."""
     with suppress(ProcessLookupError):
         process.terminate()
     try:
@@ -75,11 +75,11 @@ async def _ended(process: asyncio.subprocess.Process, log: Path) -> None:
     code = await process.wait()
     if code != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise DemoError(f"the training job ended with {code}:\n{tail}")
+        raise DemoError(f"the training job exited with code {code}:\n{tail}")
 
 
-async def _recorder_left(rings: Path) -> None:
-    """It leaves by itself once the ranks are gone, and takes the run's folder along."""
+async def _recorder_exited(rings: Path) -> None:
+    """Wait for the recorder, which exits once the ranks are gone and removes the run's folder."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _RECORDER_SECONDS
     while rings.is_dir() and any(rings.iterdir()) and loop.time() < deadline:

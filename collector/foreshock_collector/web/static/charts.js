@@ -1,4 +1,4 @@
-// Line charts over steps, drawn by plotly.js. All share one step axis, so a look down the page is one moment.
+// Line charts over steps, drawn by plotly.js. All charts share one step axis.
 
 import { el, number, svg } from "./text.js";
 
@@ -6,7 +6,7 @@ export const LINES = [
   {
     id: "norm", title: "Global norm", values: "global_norm", bad: "gradient_nonfinite", logarithmic: true, height: 230,
     band: true, marks: ["spike", "build_up", "nonfinite"],
-    note: "before clipping, log scale; shaded: where this run's own history expects it (mean ± 3 σ)",
+    note: "before clipping, log scale; shaded: the range expected from the run's history (mean ± 3 σ)",
   },
   {
     id: "loss", title: "Loss", values: "loss", bad: "loss_nonfinite", height: 130, marks: ["loss_spike", "nonfinite"],
@@ -29,19 +29,19 @@ export function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-// The same for every chart: what lies above each other is one step.
+// Every chart has the same margins, so that a step is at the same position in all of them.
 export function margins(width) {
   return { l: width < 600 ? 54 : 116, r: 10, t: 6, b: 22, pad: 0 };
 }
 
 let loading = null;
 
-// 4.8 MB that block the page for a moment the first time: asked for only after all that is text stands there.
+// 4.8 MB that block the page for a moment: loaded only after all text is displayed.
 export function plotly() {
   loading ??= new Promise((resolve, reject) => {
     const script = el("script", { src: document.getElementById("data").dataset.plotly, async: true });
     script.addEventListener("load", () => resolve(globalThis.Plotly));
-    script.addEventListener("error", () => reject(new Error("the charts' library did not load")));
+    script.addEventListener("error", () => reject(new Error("plotly.js did not load")));
     document.head.append(script);
   });
   return loading;
@@ -103,7 +103,7 @@ export function markLegend(chart) {
     MARKS[kind].word)));
 }
 
-// Where an episode began, through all charts.
+// Vertical lines through all charts where an episode began.
 export function lines(events) {
   return events.filter((event) => event.kind === "build_up" || event.kind === "nonfinite").map((event) => ({
     type: "line", xref: "x", yref: "paper", x0: event.x, x1: event.x, y0: 0, y1: 1, layer: "below",
@@ -131,7 +131,7 @@ export async function drawLine(node, chart, { series, events, scope, offset }) {
   await Plotly.react(node, traces, layout(node.clientWidth, chart.height, scope, more), CONFIG);
 }
 
-// A decade at least, or a calm norm would look like noise. Ticks at 1, 2 and 5 where there is room, else at powers.
+// At least one decade, or a calm norm would look like noise. Ticks at 1, 2 and 5 if they fit, else at powers of ten.
 function logRange(columns) {
   const logs = columns.flat().filter((value) => value > 0).map(Math.log10);
   if (!logs.length) return {};

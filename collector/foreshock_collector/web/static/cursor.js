@@ -1,10 +1,10 @@
-// One cursor through all charts, by pointer or by keyboard, and what zooming means.
+// One cursor through all charts, moved by pointer or keyboard, and zooming.
 
 import { margins } from "./charts.js";
 import { el } from "./text.js";
 
 export class Cursor {
-  // moved(x, plot, y) is called with a place on the step axis, or null; zoom(low, high), or zoom() for all.
+  // Calls moved(x, plot, y) with a position on the step axis or null, and zoom(low, high), or zoom() to show all.
   constructor({ moved, zoom }) {
     this.plots = [];
     this.scope = { low: 0, high: 1 };

@@ -1,10 +1,10 @@
-// Keeps the page up to date: a stream says that there is news, `refresh` fetches it. Without a stream it polls.
+// Keeps the page up to date: a stream announces news and `refresh` fetches it. Without a stream, the page polls.
 
 import { el, put, span } from "./text.js";
 
 const POLL = 2000;
-const LEAST_GAP = 250; // between two refreshes, so that a busy run does not keep the page busy
-const QUIET = 25000; // the stream has a word every 10 s: after this long it is dead, whatever the browser thinks
+const LEAST_GAP = 250; // between two refreshes, so that a busy run does not overload the page
+const QUIET = 25000; // the stream sends an event every 10 s: after this long it is dead, whatever the browser reports
 
 export async function json(url) {
   const response = await fetch(url, { headers: { Accept: "application/json" } }).catch(() => {
@@ -19,7 +19,7 @@ export async function json(url) {
 
 export function follow(url, refresh) {
   let stream = null;
-  let reached = Date.now(); // when the collector was last known to be there
+  let reached = Date.now(); // when the collector last answered
   let broken = "";
   let running = false;
   let again = false;
@@ -45,16 +45,16 @@ export function follow(url, refresh) {
       reached = Date.now();
       broken = "";
     } catch (error) {
-      if (!("status" in error)) throw error; // a mistake of ours: the console shall have it
+      if (!("status" in error)) throw error; // a bug in this page: let the console show it
       broken = error.message;
     }
   }
 
   function open() {
-    // Browsers allow six connections a host: tabs in the background give theirs back.
+    // Browsers allow six connections per host, so background tabs close theirs.
     if (document.hidden || stream) return;
     stream = new EventSource(url);
-    // A word without news is looked up as well: how long ago things were is part of what is shown.
+    // Refresh even without news: the page shows how long ago things happened.
     for (const kind of ["news", "word"]) stream.addEventListener(kind, () => { reached = Date.now(); update(); });
   }
 
@@ -71,8 +71,8 @@ export function follow(url, refresh) {
     connection.dataset.state = state;
     const words = {
       live: "live",
-      polling: `asking every ${span(POLL / 1000)}`,
-      broken: `old since ${new Date(reached).toLocaleTimeString()}: ${broken}`,
+      polling: `polling every ${span(POLL / 1000)}`,
+      broken: `stale since ${new Date(reached).toLocaleTimeString()}: ${broken}`,
     };
     if (connection.textContent !== words[state]) put("connection", el("span", {}, words[state]));
   }
@@ -81,7 +81,7 @@ export function follow(url, refresh) {
   setInterval(() => {
     if (document.hidden) return;
     if (broken || !streaming() || Date.now() - reached > QUIET) {
-      // A stream that was refused closes itself for good; a new one is tried as we poll.
+      // A refused stream stays closed; each poll tries a new one.
       if (stream && (stream.readyState === EventSource.CLOSED || Date.now() - reached > QUIET)) close();
       open();
       update();

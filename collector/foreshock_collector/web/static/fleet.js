@@ -1,4 +1,4 @@
-// All runs: those in trouble first, then those that run, then those that have ended.
+// All runs: those in trouble first, then other active runs, then ended runs.
 
 import { follow, json } from "./feed.js";
 import { spark } from "./spark.js";
@@ -12,7 +12,7 @@ const rows = new Map();
 
 function summary({ runs, ended }) {
   const active = runs.filter((run) => run.state === "active");
-  if (!active.length) return ended ? `No run is active, ${whole(ended)} ended` : "No run has reported yet";
+  if (!active.length) return ended ? `No active runs, ${whole(ended)} ended` : "No runs yet";
   const bad = ORDER.slice(0, 5)
     .map((condition) => [condition, active.filter((run) => run.condition === condition).length])
     .filter(([, count]) => count)
@@ -41,8 +41,7 @@ function errorLine(run) {
   return Object.keys(run.errors).length ? el("p", { class: "alarm" }, errorWords(run.errors)) : null;
 }
 
-// A row stays the same node for as long as its run is shown: a click that begins on a link must end on it, and whoever
-// is on one by keyboard stays there.
+// A row stays the same node while its run is shown, so that clicks land and keyboard focus survives a refresh.
 function makeRow(run) {
   const cell = (label) => el("td", { "data-label": label });
   const condition = cell("");
@@ -51,7 +50,7 @@ function makeRow(run) {
     el("a", { href: runUrl(run.run) }, run.run), el("span", { class: "quiet" }, ` ${run.experiment}`), alarm);
   const [step, norm, loss, ranks, last] = ["step", "global norm", "loss", "ranks", "last step"].map(cell);
   const node = el("tr", { "data-run": run.run }, condition, head, step, norm, loss, ranks, last);
-  return { node, condition, alarm, step, norm, loss, ranks, last, told: "" };
+  return { node, condition, alarm, step, norm, loss, ranks, last, alarmText: "" };
 }
 
 function row(run, now) {
@@ -63,9 +62,9 @@ function row(run, now) {
   parts.node.dataset.condition = run.condition;
   parts.condition.replaceChildren(conditionMark(run.condition));
   const lines = [incidentLine(run), errorLine(run)].filter(Boolean);
-  const told = lines.map((line) => line.textContent).join("\n");
-  if (told !== parts.told) parts.alarm.replaceChildren(...lines);
-  parts.told = told;
+  const alarmText = lines.map((line) => line.textContent).join("\n");
+  if (alarmText !== parts.alarmText) parts.alarm.replaceChildren(...lines);
+  parts.alarmText = alarmText;
   parts.step.replaceChildren(value(whole(newest.step)));
   parts.norm.replaceChildren(
     spark(recent?.global_norm, { logarithmic: true, name: "global norm" }), level("global_norm", "gradient"));

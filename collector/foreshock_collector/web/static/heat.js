@@ -1,4 +1,4 @@
-// Heat maps: ranks over steps and layers over steps, as "how many times the usual", which is what makes one stand out.
+// Heat maps of ranks and layers over steps. Cells show multiples of the usual value, so that outliers stand out.
 
 import { CONFIG, color, layout, lines, plotly } from "./charts.js";
 import { el, number, svg } from "./text.js";
@@ -11,20 +11,20 @@ export const HEATS = [
   },
   {
     id: "layers", title: "Layers", word: "layer",
-    note: "norm of each layer's averaged gradient, against its usual share of what all layers have at the same step",
+    note: "norm of each layer's averaged gradient, relative to its usual share of all layers at the same step",
   },
 ];
 
-const REACH = 1.5; // decades to either side that colors tell apart
+const REACH = 1.5; // decades to either side that the color scale covers
 
 const median = (values) => {
   const sorted = values.filter((value) => Number.isFinite(value) && value > 0).sort((a, b) => a - b);
   return sorted.length ? sorted[sorted.length >> 1] : null;
 };
 
-// log10 of each cell over what is usual; null where nothing is known or it is not finite.
-// A rank's usual is what the others have at that step. Layers differ by nature: a layer's is its own median, times what
-// all layers do at that step. So what is common to all stays gray (the norm above shows it), and what is not stands out.
+// log10 of each cell over its usual value; null if unknown or non-finite.
+// A rank's usual value is the median of all ranks at that step. Layers differ by nature, so a layer's usual value is its
+// own median times the change of all layers at that step. Common changes stay gray; the norm chart shows them.
 export function relative(heat, chart) {
   const { values } = heat;
   const own = chart.id === "layers" || values.length === 1;
@@ -63,18 +63,18 @@ export async function drawHeat(node, chart, { heat, events, scope, offset }) {
   await Plotly.react(node, traces, layout(node.clientWidth, height, scope, more), CONFIG);
 }
 
-// The end of a layer's path tells more than its beginning. Plotly reads some HTML in tick labels: none may get there.
+// The end of a layer's path is more informative than its beginning. Plotly renders HTML in tick labels, so escape it.
 function short(name, most) {
   const text = name.length > most ? `…${name.slice(1 - most)}` : name;
   return text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 }
 
-// Words for one cell, under the cursor.
+// The text for one cell under the cursor.
 export function cellWords(heat, chart, sequence, row) {
   const i = Math.floor((sequence - heat.sequence[0]) / heat.bin_width);
   if (!heat.sequence.length || i < 0 || i >= heat.sequence.length) return "";
   heat.relative ??= relative(heat, chart);
-  const r = row ?? loudest(heat, i);
+  const r = row ?? largestRow(heat, i);
   if (r === null) return "";
   const value = heat.values[r][i];
   if (value === null) return `${chart.word} ${heat.rows[r]}: no record`;
@@ -83,7 +83,7 @@ export function cellWords(heat, chart, sequence, row) {
   return `${row === null ? "most: " : ""}${chart.word} ${heat.rows[r]}: ${many}`;
 }
 
-function loudest(heat, i) {
+function largestRow(heat, i) {
   let best = null;
   heat.values.forEach((row, r) => {
     const score = row[i] === "inf" ? Infinity : heat.relative[r][i];

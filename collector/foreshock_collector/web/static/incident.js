@@ -1,11 +1,11 @@
-// The incident card: what, since when, where, how it looked, what to do. In this order, above everything else.
+// The incident card: what happened, since when, where, the evidence and what to try, above everything else.
 
 import { AFTER, clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
 
-// failed: it was open when the run ended, and only that has closed it.
+// failed: the incident was still open when the run ended.
 export function age(incident, now, failed) {
   if (incident.closed_seconds === null) return `open for ${span(Math.max(0, now - incident.opened_seconds))}`;
-  return `${failed ? "open until the run's end" : "over since"} ${clock(incident.closed_seconds)}`;
+  return `${failed ? "open until the run ended," : "closed"} ${clock(incident.closed_seconds)}`;
 }
 
 export function incidentCard(incident, show) {
@@ -15,25 +15,25 @@ export function incidentCard(incident, show) {
   const open = incident.closed_seconds === null;
   return el("article", { class: "incident", "data-open": open, "data-incident": incident.id },
     el("h2", {}, verdictTitle(verdict.cause),
-      // The card is read out when it comes; its age is not, each time it grows.
+      // Screen readers announce the card once, and not again each time its age changes.
       el("span", { class: "quiet", "aria-live": "off" }, ` incident ${incident.id}, `, el("span", { id: "incident-age" }))),
     el("dl", { class: "where" },
       fact(AFTER.has(verdict.cause) ? "last step" : verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
       verdict.finite ? null : fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
         verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
       verdict.rank === null && !verdict.ranks_alike ? null
-        : fact("rank", el("strong", {}, verdict.rank === null ? "all alike" : whole(verdict.rank))),
+        : fact("rank", el("strong", {}, verdict.rank === null ? "all ranks" : whole(verdict.rank))),
       verdict.likely_root ? fact("likely root", el("strong", {}, verdict.likely_root.replaceAll("_", " "))) : null,
       verdict.finite && !verdict.layer ? null
-        : fact("layer", el("strong", {}, verdict.layer || "not known"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
+        : fact("layer", el("strong", {}, verdict.layer || "unknown"), verdict.parameter ? el("small", {}, verdict.parameter) : null),
       fact("confidence", el("strong", {}, `${Math.round(verdict.confidence * 100)} %`))),
     el("p", { class: "summary" }, verdict.summary),
     el("div", { class: "columns" },
       el("div", {}, el("h3", {}, "Try"), list("ol", verdict.try),
         el("p", {}, el("a", { class: "button", href: `/runbooks/${verdict.runbook}` }, "Open the runbook"), " ",
           el("button", { type: "button", onclick: () => show(incident) }, "Show these steps"))),
-      el("div", {}, el("h3", {}, "Seen"), list("ul", verdict.evidence),
-        verdict.alternatives.length ? el("p", { class: "quiet" }, `It could also be: ${verdict.alternatives.join("; ")}.`) : null)));
+      el("div", {}, el("h3", {}, "Evidence"), list("ul", verdict.evidence),
+        verdict.alternatives.length ? el("p", { class: "quiet" }, `Alternative explanations: ${verdict.alternatives.join("; ")}.`) : null)));
 }
 
 export function earlier(incidents, show) {
@@ -51,7 +51,7 @@ const KINDS = {
 };
 
 export function eventTable(events, show) {
-  if (!events.length) return el("p", { class: "quiet" }, "No events so far.");
+  if (!events.length) return el("p", { class: "quiet" }, "No events yet.");
   return el("table", {},
     el("thead", {}, el("tr", {}, ["step", "event", "value", "usual"].map((head) => el("th", { scope: "col" }, head)))),
     el("tbody", {}, events.map((event) => el("tr", {},

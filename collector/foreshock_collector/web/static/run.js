@@ -1,4 +1,4 @@
-// One run on the step axis. State lives in `view` (what is shown) and `known` (what the collector said last).
+// One run on the step axis. `view` holds what is shown, `known` the collector's last answer.
 
 import { LINES, drawLine, markLegend } from "./charts.js";
 import { Cursor } from "./cursor.js";
@@ -11,13 +11,13 @@ const name = decodeURIComponent(location.pathname.slice("/run/".length));
 const api = runApi(name);
 const query = new URLSearchParams(location.search);
 const asked = (key) => (/^\d+$/.test(query.get(key) ?? "") ? Number(query.get(key)) : null);
-const FOLLOWED = 2000; // steps shown of a long run unless asked otherwise
+const FOLLOWED = 2000; // steps shown of a long run by default
 const BEFORE = 100;
 const AFTER = 60; // steps around an incident
-const MOST_RANKS = 64; // in words: those that are missing first; the heat map has them all
-const HEAT_GAP = 1500; // milliseconds between two looks at the heat maps: they move slowly and cost the most
+const MOST_RANKS = 64; // in the table, missing ranks first; the heat map shows all
+const HEAT_GAP = 1500; // milliseconds between heat map refreshes: they change slowly and cost the most
 
-// first and last: sequence numbers, null for the run's own ends; last steps: how many of the newest to follow.
+// first and last are sequence numbers, null for the ends of the run; newest is how many of the newest steps to follow.
 const view = { attempt: asked("attempt"), first: asked("first"), last: asked("last"), newest: null };
 let known = null;
 let series = null;
@@ -28,7 +28,7 @@ let pointerDown = false;
 let drawn = Promise.resolve();
 const pause = () => new Promise((resolve) => { setTimeout(resolve); });
 
-// -- what is asked of the collector
+// -- queries
 
 function range() {
   const newest = known.attempts[view.attempt].steps;
@@ -46,13 +46,13 @@ function address(path, more) {
 async function refresh() {
   const before = known;
   known = await json(`${api}?ranks=${MOST_RANKS}`);
-  if (before === null) settle();
+  if (before === null) chooseView();
   if (view.attempt === null || view.attempt >= known.attempts.length) view.attempt = known.attempt;
   words();
   const width = document.getElementById("charts").clientWidth || 1000;
   series = await json(address("series", { points: Math.min(1000, Math.max(200, width)) }));
   const gaps = new Set(series.sequence.map((sequence, i) => series.step[i] - sequence));
-  // Where the script's counter runs as the optimizer's steps do, the axis shows it; else it counts the steps.
+  // The axis shows the script's step counter if it advances with the optimizer's steps, else the number of steps.
   offset = gaps.size === 1 ? [...gaps][0] : 0;
   words();
   readout();
@@ -65,8 +65,8 @@ async function refresh() {
   draw();
 }
 
-// The first look: what was asked for, else the open incident, else the newest steps.
-function settle() {
+// The initial view: what the address asks for, else the last incident, else the newest steps.
+function chooseView() {
   view.attempt ??= known.attempt;
   if (view.first !== null || view.last !== null) return;
   const steps = known.attempts[view.attempt]?.steps ?? 0;
@@ -84,7 +84,7 @@ function sequenceOf(incident) {
   return incident.sequence ?? null;
 }
 
-// -- what is shown
+// -- rendering
 
 function words() {
   const now = known.now_seconds;
@@ -94,22 +94,22 @@ function words() {
   attempts();
   const shown = known.incidents.filter((incident) => incident.attempt === view.attempt);
   const newest = shown.at(-1);
-  keep("incident", `${newest?.id} ${newest?.closed_seconds} ${newest?.verdict.summary} ${known.incidents.length}`, () => [
+  putIfChanged("incident", `${newest?.id} ${newest?.closed_seconds} ${newest?.verdict.summary} ${known.incidents.length}`, () => [
     newest ? incidentCard(newest, showIncident) : null,
     earlier(known.incidents.filter((incident) => incident !== newest).reverse(), showIncident),
   ]);
   if (newest) put("incident-age", age(newest, now, known.condition === "failed" && newest === known.incidents.at(-1)));
   levels(now);
   const mine = known.events.filter((event) => event.attempt === view.attempt);
-  keep("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
+  putIfChanged("events", mine.length, () => [el("h2", {}, "Events"), el("div", { class: "scroll" }, eventTable(mine.slice(-50).reverse(), showEvent))]);
   const scrolled = document.querySelector("#ranks .scroll")?.scrollTop ?? 0;
   put("ranks", el("h2", {}, `Ranks: ${rankWords()}`), rankTable(now));
   document.querySelector("#ranks .scroll").scrollTop = scrolled;
-  keep("facts", known.attempt, facts);
+  putIfChanged("facts", known.attempt, facts);
 }
 
-// Leaves a part alone that would look the same: nobody's focus or selection goes.
-function keep(id, version, make) {
+// Leaves an unchanged part alone, so that focus and selection survive a refresh.
+function putIfChanged(id, version, make) {
   const node = document.getElementById(id);
   if (node.dataset.version === `${version}`) return;
   node.dataset.version = `${version}`;
@@ -117,7 +117,7 @@ function keep(id, version, make) {
 }
 
 function attempts() {
-  keep("attempts", `${known.attempts.length} ${view.attempt}`, () => {
+  putIfChanged("attempts", `${known.attempts.length} ${view.attempt}`, () => {
     if (known.attempts.length < 2) return [];
     const chooser = el("select", { id: "attempt" }, known.attempts.map((each) =>
       el("option", { value: each.attempt, selected: each.attempt === view.attempt }, `${each.attempt}, ${clock(each.started_seconds)}`)));
@@ -145,32 +145,32 @@ function levels(now) {
 function rankWords() {
   if (known.state === "active") return `${whole(known.ranks_reporting)} of ${whole(known.world_size)} reporting`;
   const lost = known.world_size - known.ranks_reporting;
-  return lost ? `${whole(lost)} of ${whole(known.world_size)} did not leave as they should` : `all ${whole(known.world_size)} have left`;
+  return lost ? `${whole(lost)} of ${whole(known.world_size)} exited unexpectedly` : `all ${whole(known.world_size)} exited`;
 }
 
 function rankTable(now) {
   const odd = (rank) => (rank.state === "running" || rank.state === "finished" ? 1 : 0);
   const ranks = [...known.ranks].sort((a, b) => odd(a) - odd(b) || a.rank - b.rank);
   return el("div", { class: "scroll" }, el("table", {},
-    el("thead", {}, el("tr", {}, ["rank", "node", "state", "step", "local norm", "heard"].map((head) => el("th", { scope: "col" }, head)))),
+    el("thead", {}, el("tr", {}, ["rank", "node", "state", "step", "local norm", "last seen"].map((head) => el("th", { scope: "col" }, head)))),
     el("tbody", {}, ranks.map((rank) => el("tr", {},
       el("th", { scope: "row" }, `${rank.rank}`), el("td", {}, rank.node || "–"),
-      el("td", {}, rank.state, rank.last_complete ? "" : ", in a step that has not ended", rank.detail ? `: ${rank.detail}` : ""),
+      el("td", {}, rank.state, rank.last_complete ? "" : ", in an unfinished step", rank.detail ? `: ${rank.detail}` : ""),
       el("td", {}, whole(rank.last_step)), el("td", {}, number(rank.local_norm_nonfinite || rank.local_norm)),
       el("td", {}, `${span(Math.max(0, now - rank.last_report_seconds))} ago`))))),
-    known.world_size > ranks.length ? el("p", { class: "quiet" }, `${whole(ranks.length)} of ${whole(known.world_size)} ranks, those that are missing first`) : null);
+    known.world_size > ranks.length ? el("p", { class: "quiet" }, `${whole(ranks.length)} of ${whole(known.world_size)} ranks, missing ranks first`) : null);
 }
 
 function facts() {
   const { model, optimizer, versions } = known;
   const rows = [
-    ["model", `${model.type || "not told"}, ${whole(model.elements)} elements in ${whole(model.parameters)} parameters`],
-    ["optimizer", `${optimizer.type || "not told"}${optimizer.fused ? ", fused" : ""}`], ["clip", known.clip || "none"],
+    ["model", `${model.type || "unknown"}, ${whole(model.elements)} elements in ${whole(model.parameters)} parameters`],
+    ["optimizer", `${optimizer.type || "unknown"}${optimizer.fused ? ", fused" : ""}`], ["clip", known.clip || "none"],
     ["started", clock(known.started_seconds)],
-    ["versions", Object.entries(versions).map(([key, value]) => `${key} ${value}`).join(", ") || "not told"],
+    ["versions", Object.entries(versions).map(([key, value]) => `${key} ${value}`).join(", ") || "unknown"],
     ["as JSON", el("a", { href: api }, api)],
   ];
-  return [el("h2", {}, "What runs"), el("dl", { class: "facts" }, rows.map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value))))];
+  return [el("h2", {}, "Run details"), el("dl", { class: "facts" }, rows.map(([term, value]) => el("div", {}, el("dt", {}, term), el("dd", {}, value))))];
 }
 
 // -- charts
@@ -207,7 +207,7 @@ function scopeOf() {
   return { low: low - (high - low) * 0.005, high: high + (high - low) * 0.005 };
 }
 
-// One chart a task: the page answers between any two. A newer call takes over from an older one.
+// One chart per task, so that the page stays responsive. A newer call replaces an older one.
 let turn = 0;
 function draw() {
   const mine = ++turn;
@@ -239,8 +239,8 @@ function draw() {
 
 function emptyHeat(chart, heat) {
   if (heat?.sequence.length) return "";
-  if (heat?.kept === "incident") return "Records of ranks and layers are kept while a run goes on, and for 15 minutes after; those of ranks around an incident for good. There are none for these steps.";
-  return chart.id === "ranks" ? "No local norms of these steps at hand: only the newest are kept." : "No layer norms of these steps at hand: only the newest are kept.";
+  if (heat?.kept === "incident") return "Rank and layer records are kept while a run is active and for 15 minutes after it ends; rank records around an incident are kept permanently. None cover these steps.";
+  return chart.id === "ranks" ? "No local norms for these steps: only the newest are kept." : "No layer norms for these steps: only the newest are kept.";
 }
 
 function bind(plot) {
@@ -288,11 +288,11 @@ function showEvent(event) {
   around(event.sequence, 0);
 }
 
-// The address says what is shown: sent to a colleague, it shows the same.
+// The URL holds the view, so that it can be shared.
 function changed() {
-  const told = new URLSearchParams();
-  for (const key of ["attempt", "first", "last"]) if (view[key] !== null) told.set(key, view[key]);
-  history.replaceState(null, "", `${location.pathname}?${told}${location.hash}`);
+  const parameters = new URLSearchParams();
+  for (const key of ["attempt", "first", "last"]) if (view[key] !== null) parameters.set(key, view[key]);
+  history.replaceState(null, "", `${location.pathname}?${parameters}${location.hash}`);
   heatsAt = 0;
   update();
 }
@@ -308,7 +308,7 @@ function readout(at = cursor.at, plot = null, y = null) {
   const value = (term, words) => el("span", {}, el("span", { class: "quiet" }, `${term} `), el("b", {}, words));
   const usual = series.usual_low[i] === null ? "" : ` (usually ${number(series.usual_low[i])} to ${number(series.usual_high[i])})`;
   const parts = [
-    value(at === null ? "newest step shown" : "step", whole(series.step[i])),
+    value(at === null ? "newest step" : "step", whole(series.step[i])),
     value("norm", (series.global_norm[i] === null ? number(series.gradient_nonfinite[i] || null) : number(series.global_norm[i])) + usual),
     value("loss", series.loss[i] === null ? number(series.loss_nonfinite[i] || null) : number(series.loss[i])),
     value("clip", number(series.clip_coefficient[i])),
@@ -322,7 +322,7 @@ function readout(at = cursor.at, plot = null, y = null) {
       if (words) parts.push(el("span", {}, words));
     }
   }
-  if (series.bin_width > 1) parts.push(el("span", { class: "quiet" }, `each point: the largest norm of ${series.bin_width} steps`));
+  if (series.bin_width > 1) parts.push(el("span", { class: "quiet" }, `each point: the largest norm in ${series.bin_width} steps`));
   if (!offset && series.step[0] !== series.sequence[0]) parts.push(el("span", { class: "quiet" }, "axis: optimizer steps of this attempt"));
   put("readout", parts);
 }
@@ -345,7 +345,7 @@ async function tolerant() {
     await refresh();
   } catch (error) {
     if (error.status !== 404 || known) throw error;
-    put("condition", "There is no run of this name here, or not yet. ", el("a", { href: "/" }, "All runs"));
+    put("condition", "No run with this name yet. ", el("a", { href: "/" }, "All runs"));
     throw error;
   }
 }

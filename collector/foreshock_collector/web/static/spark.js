@@ -1,4 +1,4 @@
-// A line of some sixty points without axes: its shape is what it says. A gap is a step that was not finite.
+// A line of about sixty points without axes. A gap is a non-finite step.
 
 import { number, svg } from "./text.js";
 
@@ -10,12 +10,12 @@ export function spark(values, { logarithmic = false, name }) {
   const scaled = (values ?? []).map((v) => (v === null ? null : logarithmic ? Math.log10(Math.max(v, 1e-12)) : v));
   const finite = scaled.filter((v) => v !== null);
   if (!finite.length) {
-    drawing.setAttribute("aria-label", `${name}: nothing yet`);
+    drawing.setAttribute("aria-label", `${name}: no data yet`);
     return drawing;
   }
   let low = Math.min(...finite);
   let high = Math.max(...finite);
-  // A calm run must not look like a storm: a log axis spans a factor of ten at least, a plain one 20 %.
+  // A calm run must not look noisy: a log axis spans at least a factor of ten, a linear axis at least 20 %.
   const least = logarithmic ? 1 : Math.max(Math.abs(high) * 0.2, 1e-9);
   const lack = Math.max(0, least - (high - low)) / 2;
   low -= lack; high += lack;

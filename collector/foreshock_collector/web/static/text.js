@@ -22,7 +22,7 @@ export function put(id, ...children) {
   document.getElementById(id).replaceChildren(...children.flat().filter((child) => child));
 }
 
-// Four digits tell norms apart; more only look precise.
+// Four digits distinguish norms; more would suggest false precision.
 export function number(value) {
   if (value === null || value === undefined) return "–";
   if (value === "nan") return "NaN";
@@ -50,7 +50,7 @@ export function clock(seconds) {
 
 export const plural = (count, one, many = `${one}s`) => `${whole(count)} ${count === 1 ? one : many}`;
 
-// A condition has a word and a shape of its own: nobody needs to tell colors apart.
+// Each condition has its own word and shape, so that no one depends on colors.
 const SHAPES = {
   failing: "M2 2l8 8M10 2l-8 8",
   failed: "M2 2l8 8M10 2l-8 8",
@@ -62,10 +62,10 @@ const SHAPES = {
   ended: "M6 2.5a3.5 3.5 0 1 0 0 7a3.5 3.5 0 1 0 0-7z",
 };
 
-// What the collector itself failed at; its log has the tracebacks.
+// Internal errors of the collector; its log has the tracebacks.
 export function errorWords(errors) {
   const parts = Object.entries(errors).map(([stage, count]) => `${stage} ${whole(count)}`);
-  return `errors inside the collector, see its log: ${parts.join(", ")}`;
+  return `internal errors in the collector, see its log: ${parts.join(", ")}`;
 }
 
 export function conditionMark(condition) {
