@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.analysis.verdicts import EXPECTED
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, RUN, Kind, Series
 
@@ -44,6 +45,7 @@ def page() -> str:
     values = [
         f"Values of `verdict`, and the alert that tells of each:\n\n{_verdicts()}",
         f"Values of `reason`: {_quoted(DROP_REASONS)}.",
+        f"Alerts, each with its runbook:\n\n{_alerts()}",
     ]
     return "\n\n".join((HEAD, "\n".join(rows), *values, TAIL))
 
@@ -69,6 +71,12 @@ def _verdicts() -> str:
         rows.append(
             f"| `{cause}` | {expected.alert or 'none'} | {expected.severity or ''} | {expected.condition} | {finite} |"
         )
+    return "\n".join(rows)
+
+
+def _alerts() -> str:
+    rows = ["| alert | severity | summary |", "| --- | --- | --- |"]
+    rows += [f"| [{each.name}](runbooks/{each.name}.md) | {each.severity} | {each.summary} |" for each in ALERTS]
     return "\n".join(rows)
 
 
