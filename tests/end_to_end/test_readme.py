@@ -78,25 +78,3 @@ def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
         finally:
             server.terminate()
     assert server.returncode == 0
-
-
-def test_every_command_and_target_that_the_documents_name_is_there() -> None:
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").rglob("*.md"))
-    text = "\n".join(page.read_text("utf-8") for page in pages)
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", text, re.MULTILINE)) <= targets
-    project = (ROOT / "pyproject.toml").read_text("utf-8")
-    scripts = set(re.findall(r'^(\w+) = "foreshock_collector\.cli:', project, re.MULTILINE))
-    named = set(re.findall(r"(?:`|^    |\$ )foreshock ([a-z]+)", text, re.MULTILINE))
-    assert {"collector", "status"} <= named
-    helped = subprocess.run(
-        [BIN / "foreshock", "--help"], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
-    assert named <= scripts | set(re.findall(r"\b[a-z]+\b", helped))
-
-
-def test_every_file_that_the_documents_link_to_is_there() -> None:
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))):
-        text = page.read_text("utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]*)(?:#[^)]*)?\)", text):
-            assert not target or (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -61,7 +61,10 @@ class FinishedRun:
 
 def main(arguments: list[str]) -> int:
     """Return 0 if all three acts went as expected, 1 if not, 2 if the demo cannot run, 130 if interrupted."""
-    parser = Parser(prog="foreshock demo", description=__doc__)
+    parser = Parser(
+        prog="foreshock demo",
+        description="Run three small training jobs: one explodes, one survives with clipping, one meets a bad batch.",
+    )
     parser.add_argument(
         "--seconds-per-step", type=float, default=0.1, metavar="SECONDS", help="pace of the training (default: 0.1)"
     )
