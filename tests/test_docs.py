@@ -7,7 +7,6 @@ import io
 import re
 from dataclasses import fields, replace
 from importlib.metadata import entry_points
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +15,9 @@ from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.catalogue import CATALOGUE, Kind
 from foreshock_collector.config import Config
 from grafana.dashboards import DASHBOARDS
-from tests.documents import CHECKS, Document, Names, missing_anchors, omissions
+from tests.support.documents import CHECKS, Document, Names, missing_anchors, omissions
+from tests.support.repository import ROOT
 
-ROOT = Path(__file__).parents[1]
 FOREIGN_OPTIONS = {
     "torchrun": {"--nproc-per-node", "--max-restarts", "--rdzv-id"},
     "prometheus": {"--config.file"},
