@@ -24,6 +24,7 @@ from foreshock_collector.analysis.detection import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay
+from foreshock_collector.state.events import DetectedEvent, RunEvent
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -56,21 +57,21 @@ def told(trace: Trace) -> Told:
     run = runs.get(trace.case.name)
     assert run is not None
     ranks = {rank: home for rank in range(trace.case.ranks) if (home := runs.find(f"{trace.case.name}-{rank}"))}
-    events: list[dict[str, Any]] = []
+    events: list[RunEvent] = []
     for rank, batch in trace.batches():
         now += 0.01
-        for room in run.ingest(ranks[rank][1], batch, now):
-            run.finalize_steps(now, attempt=ranks[rank][1].attempt, at_least=room)
+        run.ingest(ranks[rank][1], batch, now)
         run.finalize_steps(now)
-        changes = run.changes
-        events += changes.events if changes else []
-        run.changes = None
+        events += run.events.unsaved
+        run.mark_stored()
     now = _end(trace, run, ranks, now)
-    events += run.changes.events if run.changes else []
-    kept = [incident["verdict"] for incident in run.incidents.kept]
-    first: dict[str, Any] = kept[0] if kept else {"cause": "healthy", "likely_root": None, "rank": None}
-    build_ups = [event["sequence"] - 1 for event in events if event["kind"] == "build_up"]
-    return Told(build_ups=build_ups, cause=first["cause"], root=first["likely_root"], rank=first["rank"])
+    events += run.events.unsaved
+    found = (each.event for each in events if isinstance(each, DetectedEvent))
+    build_ups = [event.sequence - 1 for event in found if event.kind == "build_up"]
+    if not run.incidents.kept:
+        return Told(build_ups=build_ups, cause="healthy", root=None, rank=None)
+    first = run.incidents.kept[0].verdict
+    return Told(build_ups=build_ups, cause=first.cause, root=first.likely_root, rank=first.rank)
 
 
 def _end(trace: Trace, run: Run, ranks: dict[int, Any], now: float) -> float:

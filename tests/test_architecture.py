@@ -45,7 +45,7 @@ COLLECTOR_ARROWS = {
     "ingest": {"records", "state"},
     "web": {"analysis", "catalogue", "records", "resources", "state"},
     "server": {"config", "ingest", "state", "web"},
-    "commands": {"alerting", "analysis", "config", "records", "server", "resources", "state"},
+    "commands": {"alerting", "analysis", "config", "records", "server", "resources", "state", "web"},
     "__main__": {"commands"},
 }
 """Sub-package or top-level module of the collector: what it may import of the others."""

@@ -80,7 +80,7 @@ class Live:
             for by in ("ranks", "layers"):
                 _asked(heat, {"columns": "9"}, run=run.name, by=by)
             for kept in list(run.incidents.kept)[-3:]:
-                _asked(incident, {}, run=run.name, id=str(kept["id"]))
+                _asked(incident, {}, run=run.name, id=str(kept.number))
 
 
 @contextmanager

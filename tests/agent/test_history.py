@@ -89,7 +89,7 @@ def take(history: History, norm: float, rate: float) -> Standing:
 def compared(series: Series) -> Iterator[tuple[bool, bool]]:
     """Of each step: whether the two decide alike, and whether it is so near a limit that they need not."""
     history, detector = History(CPU), Detector()
-    rule = detector.rules.gradient
+    rule = rules.DEFAULT.gradient
     for sequence, (norm, rate) in enumerate(series, 1):
         _, high = detector.gradient.band(rule) or (0.0, math.inf)
         usual, sigma = detector.gradient.mean, detector.gradient._sigma(rule)

@@ -10,6 +10,7 @@ import pytest
 from foreshock_collector.analysis.verdicts import EXPECTED, Cause, Verdict
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.incidents import FAILURE
+from foreshock_collector.web.answers import verdict_answer
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.deploy.watched import MEASURED, SILENT_SECONDS, Watched, alerts_of
 
@@ -283,15 +284,15 @@ def test_a_verdict_leads_to_its_alert_and_to_no_other(
 ) -> None:
     expected, run = EXPECTED[cause], jobs[cause].run
     newest = run.incidents.newest
-    assert (newest["verdict"]["cause"] if newest else "healthy") == (cause if expected.alert else "healthy")
+    assert (newest.verdict.cause if newest else "healthy") == (cause if expected.alert else "healthy")
     assert fired[cause].keys() == VERDICTS[cause][1] | ({expected.alert} if expected.alert else set())
     assert condition(run, jobs[cause].now, SILENT_SECONDS) == expected.condition
     if newest is not None:
-        assert newest["verdict"]["runbook"] == expected.alert
+        assert verdict_answer(newest.verdict)["runbook"] == expected.alert
         said = fired[cause][expected.alert]
-        assert newest["verdict"]["summary"] in said or cause == "exploding_gradients"
+        assert newest.verdict.summary in said or cause == "exploding_gradients"
         assert ("no longer finite" in said) == (not expected.finite and cause != "exploding_gradients")
-        assert str(newest["verdict"]["first_bad_step"]) in said
+        assert str(newest.verdict.first_bad_step) in said
 
 
 @pytest.mark.parametrize("name", OTHERS)

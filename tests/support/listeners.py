@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from foreshock_collector.state.attempts import Instance
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.ranks import Rank
@@ -62,8 +62,7 @@ class StoringListener(Listener):
             self.instance = self.runs.register(message.hello, self.now)
             self.run = next(iter(self.runs))
         elif message.HasField("steps"):
-            for room in self.run.ingest(self.instance, message.steps, self.now):
-                self.run.finalize_steps(self.now, attempt=self.instance.attempt, at_least=room)
+            self.run.ingest(self.instance, message.steps, self.now)
         elif message.HasField("goodbye"):
             self.run.close(self.instance, message.goodbye, self.now)
 

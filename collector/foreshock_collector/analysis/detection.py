@@ -14,12 +14,11 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from foreshock_collector.analysis import rules
-from foreshock_collector.analysis.rules import Rules
+from foreshock_collector.analysis.rules import DEFAULT, ChannelRules, Rules
 from foreshock_collector.records.steps import LARGEST, bounded
 
 EventKind = Literal["spike", "build_up", "loss_spike", "nonfinite", "recovered"]
@@ -42,6 +41,25 @@ class Event:
     """Norm or loss of the step."""
     usual: float | None = None
     """What it would have been by history."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """The first non-finite step of a failure, and what was known before it."""
+
+    sequence: int
+    finite_before: bool
+    """Whether the attempt had made a finite step before."""
+    climbing: int
+    """Sequence number of the last step that belonged to a build-up before; 0: none did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithheldFailure:
+    """A failure that is reported only if no step follows: the script skipped the step because it was not finite."""
+
+    event: Event
+    failure: Failure
 
 
 class Finding(NamedTuple):
@@ -75,7 +93,7 @@ class ChannelState:
     first: list[float] = field(default_factory=list)
     """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
 
-    def scan(self, values: Sequence[float], rule: rules.ChannelRules) -> list[Finding]:
+    def scan(self, values: Sequence[float], rule: ChannelRules) -> list[Finding]:
         """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
 
         Calm steps, nearly all of them, stay in this loop, which does for them what `_judge` does for every other.
@@ -106,17 +124,17 @@ class ChannelState:
         self.mean, self.deviation, self.count = mean, deviation, count
         return found
 
-    def expect_change(self, rule: rules.ChannelRules) -> None:
+    def expect_change(self, rule: ChannelRules) -> None:
         """What comes next was planned: follow it to its new level, and warn only of a surge."""
         self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
 
-    def usual(self, rule: rules.ChannelRules) -> float | None:
+    def usual(self, rule: ChannelRules) -> float | None:
         """The value that history leads one to expect; None without history."""
         if not self.count:
             return None
         return _exp(self.mean) if rule.logarithmic else self.mean
 
-    def band(self, rule: rules.ChannelRules) -> tuple[float, float] | None:
+    def band(self, rule: ChannelRules) -> tuple[float, float] | None:
         """From where to where values are clamped before they become history; None while no step is judged yet."""
         if self.count < rule.ready_after:
             return None
@@ -129,11 +147,11 @@ class ChannelState:
         """Nothing is under way: a step that is not high leaves all but the history as it is."""
         return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
-    def _settled(self, rule: rules.ChannelRules) -> int:
+    def _settled(self, rule: ChannelRules) -> int:
         """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
         return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
 
-    def _judge(self, place: int, value: float, rule: rules.ChannelRules, found: list[Finding]) -> None:
+    def _judge(self, place: int, value: float, rule: ChannelRules, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
         x = math.log(value) if rule.logarithmic else bounded(value)
@@ -161,11 +179,11 @@ class ChannelState:
             self.accepting, self.spikes_in_a_row = rule.accept_steps, 0
         self._learn(x, sigma, rule, clamped=ready and not self.accepting)
 
-    def _sigma(self, rule: rules.ChannelRules) -> float:
+    def _sigma(self, rule: ChannelRules) -> float:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
-    def _add_up(self, z: float, off: float, rule: rules.ChannelRules, *, judged: bool) -> float | None:
+    def _add_up(self, z: float, off: float, rule: ChannelRules, *, judged: bool) -> float | None:
         """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
         steep, highest = off >= rule.steep_rise, off >= self.peak
         self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
@@ -181,7 +199,7 @@ class ChannelState:
         lasts = self.total >= rule.lasting_limit and off >= rule.spike_rise
         return max(self.total, rule.cusum_limit) if climbs or lasts or surge else None
 
-    def _learn(self, x: float, sigma: float, rule: rules.ChannelRules, *, clamped: bool) -> None:
+    def _learn(self, x: float, sigma: float, rule: ChannelRules, *, clamped: bool) -> None:
         if clamped:
             x = min(max(x, self.mean - rule.clamp * sigma), self.mean + rule.clamp * sigma)
         alpha = min(rule.alpha, 1 - 1 / (self.count + 1))
@@ -202,41 +220,26 @@ def _exp(x: float) -> float:
     return math.exp(min(x, _LARGEST_LOGARITHM))
 
 
+@dataclass
 class Detector:
-    """Both channels of one attempt, and whether it is in a failure."""
+    """Follows the gradient norm and the loss of one attempt, and whether it is in a failure."""
 
-    def __init__(self, state: dict[str, Any] | None = None, rules: Rules = rules.DEFAULT) -> None:
-        state = state or {}
-        self.rules = rules
-        self.gradient = ChannelState(**state.get("gradient", {}))
-        self.loss = ChannelState(**state.get("loss", {}))
-        self.failing: bool = state.get("failing", False)
-        """From a non-finite step until enough finite ones in a row: one failure is one incident."""
-        self.finite_steps: int = state.get("finite_steps", 0)
-        self.finite_ever: bool = state.get("finite_ever", False)
-        self.left_out: int = state.get("left_out", 0)
-        """Steps in a row."""
-        self.withheld: dict[str, Any] | None = state.get("withheld")
-        """The first of the newest steps in a row that the script itself left out because they were not finite, as an
-        event, and what was known before: no failure if training goes on, the failure if it ends here."""
-        self.climbing: int = state.get("climbing", 0)
-        """Sequence number of the last step that belonged to a build-up; 0: none did."""
-        self.rate: float | None = state.get("rate")
-        """Learning rate of the last step that told one."""
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        return {
-            "gradient": asdict(self.gradient),
-            "loss": asdict(self.loss),
-            "failing": self.failing,
-            "finite_steps": self.finite_steps,
-            "finite_ever": self.finite_ever,
-            "left_out": self.left_out,
-            "withheld": self.withheld,
-            "climbing": self.climbing,
-            "rate": self.rate,
-        }
+    gradient: ChannelState = field(default_factory=ChannelState)
+    loss: ChannelState = field(default_factory=ChannelState)
+    failing: bool = False
+    """From a non-finite step until enough finite ones in a row: one failure is one incident."""
+    finite_steps: int = 0
+    """Finite steps in a row."""
+    finite_ever: bool = False
+    """Whether the attempt has made a finite step."""
+    skips_in_a_row: int = 0
+    """Updates in a row that were skipped."""
+    withheld: WithheldFailure | None = None
+    """Of the first of the newest updates in a row that the script itself skipped because they were not finite."""
+    climbing: int = 0
+    """Sequence number of the last step that belonged to a build-up; 0: none did."""
+    rate: float | None = None
+    """Newest learning rate that is known."""
 
     def update(
         self,
@@ -248,14 +251,15 @@ class Detector:
         loss: float | None,
         rate: float = math.nan,
         nonfinite: int = 0,
-        left_out: bool = False,
+        skipped: bool = False,
         guarded: bool = False,
+        rules: Rules = DEFAULT,
     ) -> list[Event]:
-        """One step, in order. rate: of learning. nonfinite: how many of loss and gradient, NaN and Inf, are bad.
+        """Judge the next step, and return what it shows. Of a failure only the first step is an event.
 
-        left_out: by a GradScaler that looks for its scale, by `skip` or by the script: a few of these in a row are no
-        failure. guarded: by the script. norm: NaN where it is not known.
-        Of a failure only the first step is an event.
+        norm: NaN where it is not known. rate: the learning rate. nonfinite: how many of loss and gradient, NaN and Inf,
+        are bad. skipped: the optimizer's update was, by a GradScaler that looks for its scale, by `skip` or by the
+        script: a few of these in a row are no failure. guarded: by the script.
         """
         events: list[Event] = []
 
@@ -263,13 +267,12 @@ class Detector:
             where = {"attempt": attempt, "sequence": sequence, "step": step}
             events.append(Event(kind=kind, score=score, value=value, usual=usual, **where))
 
-        self._expect(rate)
-        self.left_out = self.left_out + 1 if left_out else 0
-        if left_out and nonfinite and self.left_out < self.rules.collapse_after:
+        self._expect(rate, rules)
+        self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
+        if skipped and nonfinite and self.skips_in_a_row < rules.collapse_after:
             if guarded and self.withheld is None and not self.failing:
-                before = {"finite_before": self.finite_ever, "climbing": self.climbing}
                 found_at("nonfinite", float(nonfinite))
-                self.withheld = {"event": asdict(events.pop()), "before": before}
+                self.withheld = WithheldFailure(event=events.pop(), failure=self.failure_at(sequence))
             return events
         self.withheld = None
         if nonfinite:
@@ -278,37 +281,38 @@ class Detector:
             self.failing, self.finite_steps = True, 0
             return events
         self.finite_ever = True
-        for found in self.gradient.scan((norm,), self.rules.gradient):
+        for found in self.gradient.scan((norm,), rules.gradient):
             found_at(found.kind, found.score, norm, found.usual)
         if self.gradient.in_build_up:
             self.climbing = sequence
-        for found in self.loss.scan((loss,), self.rules.loss) if loss is not None else ():
+        for found in self.loss.scan((loss,), rules.loss) if loss is not None else ():
             if found.kind == "spike":
                 found_at("loss_spike", found.score, loss, found.usual)
         self.finite_steps += 1
-        if self.failing and self.finite_steps >= self.rules.recovered_after:
+        if self.failing and self.finite_steps >= rules.recovered_after:
             self.failing = False
             found_at("recovered", float(self.finite_steps))
         return events
 
-    def end(self) -> tuple[Event, dict[str, Any]] | None:
-        """No step follows: the failure that was withheld, and what was known before it."""
+    def failure_at(self, sequence: int) -> Failure:
+        """The failure that begins at this step, if one does. To be called before `update` with that step."""
+        return Failure(sequence=sequence, finite_before=self.finite_ever, climbing=self.climbing)
+
+    def end(self) -> WithheldFailure | None:
+        """Return the failure that was withheld: no step follows."""
         withheld, self.withheld = self.withheld, None
-        if withheld is None:
-            return None
-        self.failing, self.finite_steps = True, 0
-        return Event(**withheld["event"]), withheld["before"]
+        if withheld is not None:
+            self.failing, self.finite_steps = True, 0
+        return withheld
 
     def reset(self) -> None:
         """What comes next is another series: no step before says what is usual."""
         self.gradient, self.loss = ChannelState(), ChannelState()
 
-    def _expect(self, rate: float) -> None:
+    def _expect(self, rate: float, rules: Rules) -> None:
         """A learning rate that jumps was changed on purpose, and the norm may follow it."""
         if not math.isfinite(rate) or rate <= 0:
             return
-        if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(
-            self.rules.planned_rate_change
-        ):
-            self.gradient.expect_change(self.rules.gradient)
+        if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(rules.planned_rate_change):
+            self.gradient.expect_change(rules.gradient)
         self.rate = rate

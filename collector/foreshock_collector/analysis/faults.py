@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.analysis.rules import DEFAULT, FaultRules
 from foreshock_collector.analysis.verdicts import Cause
 from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
@@ -170,87 +170,86 @@ class LossTrend:
             self.best = min(self.best, self.loss)
 
 
+@dataclass
 class FaultDetector:
-    """Those of one attempt."""
+    """Looks for faults that last in the steps of one attempt."""
 
-    def __init__(self, state: dict[str, Any] | None = None, rules: Rules = DEFAULT) -> None:
-        state = state or {}
-        self._rules = rules.faults
-        self._loss_trend = LossTrend(**{name: _restored(value) for name, value in state.get("course", {}).items()})
-        self._alike_step: int = state.get("alike_step", -1)
-        """The last at which all ranks had the same weights; -1: none was."""
-        self._streaks = {cause: Streak(**streak) for cause, streak in state.get("streaks", {}).items()}
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        course = {name: _stored(value) for name, value in asdict(self._loss_trend).items()}
-        return {
-            "course": course,
-            "alike_step": self._alike_step,
-            "streaks": {cause: asdict(streak) for cause, streak in self._streaks.items()},
-        }
+    loss_trend: LossTrend = field(default_factory=LossTrend)
+    alike_step: int = -1
+    """The last step at which all ranks had the same weights; -1: none was."""
+    streaks: dict[Cause, Streak] = field(default_factory=dict)
 
     @property
     def diverging(self) -> bool:
         """The loss has been climbing for long."""
-        return "loss_divergence" in self._streaks and self._streaks["loss_divergence"].on
+        return "loss_divergence" in self.streaks and self.streaks["loss_divergence"].on
 
-    def update(self, step: Step, seen: StepSignals, *, building_up: bool) -> list[FaultTransition]:
+    def update(
+        self, step: Step, seen: StepSignals, *, building_up: bool, rules: FaultRules = DEFAULT.faults
+    ) -> list[FaultTransition]:
         """One step, in order. building_up: the norm is climbing, which explains a climbing loss."""
         if step.nonfinite:
             return []
-        self._loss_trend.update(step.global_norm, step.loss)
+        self.loss_trend.update(step.global_norm, step.loss)
         found = (
-            self._duplicate(step, seen),
-            self._outlying(step, seen),
-            self._drifting(step, seen),
-            self._vanishing(step, seen),
-            self._diverging(step, building_up),
+            self._duplicate(step, seen, rules),
+            self._outlying(step, seen, rules),
+            self._drifting(step, seen, rules),
+            self._vanishing(step, seen, rules),
+            self._diverging(step, building_up, rules),
         )
         return [change for change in found if change is not None]
 
-    def _duplicate(self, step: Step, seen: StepSignals) -> FaultTransition | None:
+    def _duplicate(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if math.isnan(seen.agreement) or math.isnan(seen.spread):
             return None
-        shows = seen.agreement > self._rules.agreement and seen.spread < self._rules.spread
+        shows = seen.agreement > rules.agreement and seen.spread < rules.spread
         return self._count(
             "duplicate_data",
             shows,
             step,
+            rules,
             lambda: (
                 f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
                 f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
             ),
         )
 
-    def _outlying(self, step: Step, seen: StepSignals) -> FaultTransition | None:
+    def _outlying(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if seen.loudest < 0:
             return None
-        shows = seen.loudness > self._rules.outlier
+        shows = seen.loudness > rules.outlier
         told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
-        change = self._count("outlier_rank", shows, step, lambda: (told,))
+        change = self._count("outlier_rank", shows, step, rules, lambda: (told,))
         return None if change is None else change._replace(rank=seen.loudest)
 
-    def _drifting(self, step: Step, seen: StepSignals) -> FaultTransition | None:
+    def _drifting(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if seen.unlike is None:
             return None
         told = "the weights of all ranks differ in their bits"
         if len(seen.unlike) == 1:
             told = f"the weights of rank {seen.unlike[0]} differ from the others' in their bits"
-        before = self._alike_step
+        before = self.alike_step
         if not seen.unlike:
-            self._alike_step = step.step
+            self.alike_step = step.step
         since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
         rank = seen.unlike[0] if len(seen.unlike) == 1 else -1
-        change = self._count("replica_drift", bool(seen.unlike), step, lambda: (told, since), after=1, ends_after=1)
+        shows = bool(seen.unlike)
+        change = self._count("replica_drift", shows, step, rules, lambda: (told, since), after=1, ends_after=1)
         return None if change is None else change._replace(rank=rank)
 
-    def _vanishing(self, step: Step, seen: StepSignals) -> FaultTransition | None:
-        rules, course = self._rules, self._loss_trend
+    def _vanishing(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
+        course = self.loss_trend
         if seen.weakest >= 0 and seen.weakness < rules.vanished:
             told = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
             return self._count(
-                "vanishing_gradients", True, step, lambda: (told,), after=rules.vanishing_steps, layer=seen.weakest
+                "vanishing_gradients",
+                True,
+                step,
+                rules,
+                lambda: (told,),
+                after=rules.vanishing_steps,
+                layer=seen.weakest,
             )
         if len(course.norms) < _FIRST_STEPS or len(course.losses) < _FIRST_STEPS:
             return None
@@ -260,17 +259,18 @@ class FaultDetector:
             "vanishing_gradients",
             shows,
             step,
+            rules,
             lambda: (f"of the start's: global norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
             after=rules.vanishing_steps,
         )
 
-    def _diverging(self, step: Step, building_up: bool) -> FaultTransition | None:
-        rules, course = self._rules, self._loss_trend
+    def _diverging(self, step: Step, building_up: bool, rules: FaultRules) -> FaultTransition | None:
+        course = self.loss_trend
         if step.loss is None or not math.isfinite(course.best):
             return None
         scale = max(abs(course.best), 0.1 * abs(median(course.losses)))
         above = course.loss - course.best
-        streak = self._streaks.setdefault("loss_divergence", Streak())
+        streak = self.streaks.setdefault("loss_divergence", Streak())
         shows = above > rules.divergence * scale and not building_up
         if streak.shown == _FIRST_STEPS:
             # By now the running mean has arrived at a new level, if it is one.
@@ -281,13 +281,14 @@ class FaultDetector:
         told = (
             f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
         )
-        return self._count("loss_divergence", shows, step, lambda: (told,), after=rules.divergence_steps)
+        return self._count("loss_divergence", shows, step, rules, lambda: (told,), after=rules.divergence_steps)
 
     def _count(
         self,
         cause: Cause,
         shows: bool,
         step: Step,
+        rules: FaultRules,
         evidence: Callable[[], tuple[str, ...]],
         *,
         after: int = 0,
@@ -295,17 +296,9 @@ class FaultDetector:
         layer: int = -1,
     ) -> FaultTransition | None:
         """evidence: called where the trouble begins, and so only on a step that shows it."""
-        streak = self._streaks.setdefault(cause, Streak())
-        after = after or self._rules.begins_after
-        begins = streak.count(shows, step, begins_after=after, ends_after=ends_after or self._rules.ends_after)
+        streak = self.streaks.setdefault(cause, Streak())
+        after, ends_after = after or rules.begins_after, ends_after or rules.ends_after
+        begins = streak.count(shows, step, begins_after=after, ends_after=ends_after)
         if begins is None:
             return None
         return FaultTransition(cause, begins, streak.sequence, streak.step, evidence() if begins else (), layer)
-
-
-def _stored(value: Any) -> Any:
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _restored(value: Any) -> Any:
-    return float(value) if isinstance(value, str) else value

@@ -12,8 +12,7 @@ Each is noisy itself, so both are averaged over steps before they are divided. P
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 ALPHA = 0.99
 """Weight of the past in both means: a half-life of 69 steps."""
@@ -23,14 +22,14 @@ _LARGEST_NORM = 1e100
 
 @dataclass
 class NoiseScale:
-    """Of one attempt."""
+    """Estimates the noise scale of one attempt."""
 
     signal: float = 0.0
     noise: float = 0.0
     weight: float = 0.0
-    """Of what has been taken in, of 1: the means begin at 0."""
+    """How much of the means is data, from 0 to 1: they begin at 0."""
     agreement: float = math.nan
-    """Of the newest step that told: g2 / l2, from 1 / W (all noise) to 1 (the same data on every rank)."""
+    """g2 / l2 of the newest step where it is known: from 1 / W (all noise) to 1 (the same data on every rank)."""
 
     def update(self, agreement: float, global_norm: float, world_size: int) -> None:
         """A finite step. agreement: g2 / l2; NaN where it is not known."""
@@ -52,7 +51,3 @@ class NoiseScale:
             return None
         scale = max(0.0, self.noise / self.signal)
         return scale if math.isfinite(scale) else None
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        return {name: value for name, value in asdict(self).items() if math.isfinite(value)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 Cause = Literal[
     "healthy",
@@ -104,13 +104,6 @@ class Verdict:
     """No rank is named because all were seen to behave alike; not: because nothing is known of them."""
     likely_root: Root | None = None
     """Of an explosion: what most likely made the factors grow."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For the API and the store."""
-        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-        values["try"] = values.pop("try_")
-        expected = EXPECTED[self.cause]
-        return values | {"finite": expected.finite, "runbook": expected.alert}
 
 
 def finite_verdict(

@@ -15,7 +15,7 @@ from foreshock_collector.config import ConfigError, config_from, misspelt_variab
 def collector(arguments: list[str]) -> int:
     """Serve until stopped. Return 2 if a setting is invalid."""
     from foreshock_collector.server import serve
-    from foreshock_collector.state.store import StoreError
+    from foreshock_collector.state.schema import StoreError
 
     try:
         config = config_from(arguments)

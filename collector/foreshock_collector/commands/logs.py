@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from foreshock_collector.state.history import History
+from foreshock_collector.state.schema import StoreError
+
 _NAMES = {
     "step": ("step", "global_step", "iteration", "iter", "trainer/global_step"),
     "loss": ("loss", "train_loss", "train/loss", "training_loss", "lm loss"),
@@ -47,6 +50,8 @@ def read_log(path: Path, *, run: str = "") -> list[Row]:
         rows = list(_rows(path, run))
     except LogError:
         raise
+    except StoreError as error:
+        raise LogError(str(error)) from error
     except (OSError, ValueError, csv.Error, sqlite3.Error) as error:
         raise LogError(f"{path}: {error}") from error
     except RecursionError:
@@ -144,20 +149,12 @@ def _tensorboard(path: Path) -> Iterator[Row]:
 
 
 def _database(path: Path, run: str) -> Iterator[Row]:
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        runs = [name for (name,) in database.execute("SELECT run FROM runs ORDER BY rowid")]
+    with closing(History.open(path)) as history:
+        runs = history.runs()
         if not runs or (run and run not in runs):
             raise LogError(f"{path}: no run {run!r}; found {', '.join(runs) or 'none'}")
-        columns = "step, loss, global_norm, learning_rate, nan_loss, inf_loss, nan_gradient, inf_gradient"
-        query = f"SELECT {columns} FROM steps WHERE run=? ORDER BY attempt, sequence"  # noqa: S608
-        for step, loss, norm, rate, *bad in database.execute(query, (run or runs[-1],)):
-            yield Row(step=step, loss=_bad(loss, *bad[:2]), norm=_bad(norm, *bad[2:]), rate=float(rate))
-
-
-def _bad(value: float | str | None, nan: int, inf: int) -> float | None:
-    if nan or inf:
-        return math.nan if nan else math.inf
-    return None if value is None else float(value)
+        for step, loss, norm, rate in history.log(run or runs[-1]):
+            yield Row(step=step, loss=loss, norm=norm, rate=rate)
 
 
 def _check_names(path: Path, names: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
     Without a failure, the verdict may be a lasting fault, or an overflow that a scaler handled. at: called with the
     number of each row, from 0, before it is processed.
     """
-    detector, faults = Detector(rules=rules), FaultDetector(rules=rules)
+    detector, faults = Detector(), FaultDetector()
     steps = [_step(number, row) for number, row in enumerate(rows)]
     events: list[Event] = []
     failure: tuple[Verdict, int] | None = None
@@ -67,9 +67,11 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
             loss=step.loss,
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
-            left_out=step.overflow,
+            skipped=step.overflow,
+            rules=rules,
         )
-        for change in faults.update(step, _UNSEEN, building_up=detector.gradient.in_build_up):
+        building_up = detector.gradient.in_build_up
+        for change in faults.update(step, _UNSEEN, building_up=building_up, rules=rules.faults):
             if change.begins and trouble is None:
                 trouble = verdict_on_fault(change, 0, _MODEL)
         benign = failure is not None and failure[0].cause == "amp_overflow"

@@ -17,6 +17,7 @@ from foreshock_collector.commands.logs import LogError
 from foreshock_collector.commands.replay import Replay, replay_file
 from foreshock_collector.commands.verdict_text import since
 from foreshock_collector.config import ConfigError, Parser
+from foreshock_collector.web.answers import verdict_answer
 
 _BEFORE, _AFTER = 96, 16
 """Steps around an incident that the heat maps show."""
@@ -84,7 +85,7 @@ def from_log(path: Path, found: Replay) -> Report:
         "learning_rate": [row.rate for row in found.log],
     }
     events = [{"kind": event.kind, "step": event.step} for event in found.events]
-    verdicts = [] if found.verdict.cause == "healthy" else [found.verdict.as_json()]
+    verdicts = [] if found.verdict.cause == "healthy" else [verdict_answer(found.verdict)]
     return Report(
         title=path.name,
         columns=columns,

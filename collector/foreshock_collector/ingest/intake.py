@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from foreshock_collector.records.buffer import MOST_SEQUENCE, ColumnsError
-from foreshock_collector.state.attempts import Instance
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import ContradictionError, Run
 from foreshock_collector.state.store import Store
 from foreshock_protos import SCHEMA_VERSION
@@ -100,7 +100,8 @@ class Intake:
         except Exception as error:
             run.errors.add("take", error)
             if which == "steps":
-                run.keep(instance, message.steps)
+                run.accept_unprocessed(instance, message.steps)
+                self._commit([run])
 
     def _hello(self, hello: pb.Hello, said: Said) -> None:
         _check_version(hello)
@@ -123,9 +124,7 @@ class Intake:
         now = self._clock()
         instance.nonfinite = False
         try:
-            for room in run.ingest(instance, batch, now):
-                with run.errors.caught("judge"):
-                    run.finalize_steps(now, attempt=instance.attempt, at_least=room)
+            if run.ingest(instance, batch, now):
                 self._commit([run])
         except ColumnsError as error:
             raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
@@ -157,7 +156,7 @@ class Intake:
         now = self._clock()
         for run in self._runs:
             with run.errors.caught("judge"):
-                if not run.evicted or run.changes is not None:
+                if not run.evicted or run.changed:
                     run.finalize_steps(now)
         if self._commit(self._runs):
             self.urgent.clear()
@@ -203,7 +202,7 @@ class Intake:
         now = self._clock()
         for run in self._runs:
             with run.errors.caught("judge"):
-                run.fall_silent(now, self._silent)
+                run.check_silence(now, self._silent)
                 if not run.evicted and run.ended_for(now, self._silent) >= self._ended_seconds:
                     run.finalize_steps(now)
                     run.evict(now)

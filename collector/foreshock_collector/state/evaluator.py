@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 from foreshock_collector.analysis.departures import ending_of, verdict_on_ending, verdict_on_silence
-from foreshock_collector.analysis.detection import Event
+from foreshock_collector.analysis.detection import Event, Failure
 from foreshock_collector.analysis.diagnosis import diagnose
 from foreshock_collector.analysis.fault_verdicts import verdict_on_fault, verdict_on_stall
 from foreshock_collector.analysis.faults import StepSignals, signals_of
@@ -16,55 +14,46 @@ from foreshock_collector.analysis.rules import Rules
 from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.records.steps import Step
 from foreshock_collector.records.window import Window
-from foreshock_collector.state.attempts import PEACEFUL, Attempt
+from foreshock_collector.state.attempts import Attempt
+from foreshock_collector.state.events import DetectedEvent, Events
 from foreshock_collector.state.incidents import DEATH, FAILURE, SILENCE, Incidents
+from foreshock_collector.state.instances import CLEAN_EXITS
 from foreshock_collector.state.totals import Totals
 
 _HEARD_SECONDS = 60.0
-"""A rank that was heard of so lately is alive: its recorder says so every second."""
+"""A rank that was heard of so lately is alive: its recorder reports every second."""
 
 
 class Evaluator:
-    """Of one run. Clocks come in as arguments; what it finds goes to the totals, the incidents and the two calls."""
+    """Evaluates the steps and ranks of one run: what it finds goes to the totals, the events and the incidents.
 
-    def __init__(
-        self,
-        rules: Rules,
-        totals: Totals,
-        incidents: Incidents,
-        events: deque[dict[str, Any]],
-        *,
-        record: Callable[[dict[str, Any], float], None],
-        keep: Callable[[int, Window], None],
-    ) -> None:
-        """events: of the run, newest last. record: an event, and when. keep: the records before an incident."""
+    Clocks come in as arguments.
+    """
+
+    def __init__(self, rules: Rules, totals: Totals, incidents: Incidents, events: Events) -> None:
         self._rules = rules
         self._totals = totals
         self._incidents = incidents
         self._events = events
-        self._record = record
-        self._keep = keep
 
     def steps(self, attempt: Attempt, steps: Sequence[Step], now: float) -> None:
-        """New steps of an attempt."""
+        """Evaluate new steps of an attempt, in order."""
         for step, seen in zip(steps, signals_of(attempt.buffer, steps) if steps else (), strict=True):
             self._detect(attempt, step, now)
             self._check_faults(attempt, step, seen, now)
             if not step.nonfinite:
                 attempt.noise.update(seen.agreement, step.global_norm, attempt.world_size)
         withheld = attempt.detector.withheld
-        if withheld is not None and attempt.ended_at(withheld["event"]["sequence"]):
-            # Its script left steps out because they were not finite, and then it ended.
-            last = attempt.detector.end()
-            assert last is not None
-            self._record_event(attempt, *last, now)
+        if withheld is not None and attempt.ended_at(withheld.event.sequence):
+            # Its script skipped steps because they were not finite, and then it ended.
+            attempt.detector.end()
+            self._record_event(attempt, withheld.event, withheld.failure, now)
         if attempt.needs_reevaluation:
             self._reevaluate(attempt, now)
 
     def _detect(self, attempt: Attempt, step: Step, now: float) -> None:
         detector = attempt.detector
-        before = {"finite_before": detector.finite_ever, "climbing": detector.climbing}
-        was_failing = detector.failing
+        was_failing, failure = detector.failing, detector.failure_at(step.sequence)
         for event in detector.update(
             attempt=attempt.number,
             sequence=step.sequence,
@@ -73,65 +62,62 @@ class Evaluator:
             loss=step.loss,
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
-            left_out=step.left_out,
-            # A scaler's overflow is none, also where it is the last step of all.
+            skipped=step.left_out,
+            # A scaler's overflow is no failure, also where it is the last step of all.
             guarded=not step.stepped and not step.overflow,
+            rules=self._rules,
         ):
-            self._record_event(attempt, event, before, now)
+            self._record_event(attempt, event, failure, now)
         if step.nonfinite and was_failing:
             self._incidents.extend(attempt, FAILURE, step.step, now)
 
-    def _record_event(self, attempt: Attempt, event: Event, before: dict[str, Any], now: float) -> None:
-        """before: what was known before its step."""
-        self._totals.add_event(event.kind, event.step, now, past=attempt.past)
-        self._record(asdict(event), now)
+    def _record_event(self, attempt: Attempt, event: Event, failure: Failure, now: float) -> None:
+        """Record what the detector found. failure: that begins with the event, where it is a non-finite step."""
+        self._totals.add_event(event.kind, event.step, now, superseded=attempt.superseded)
+        self._events.add(DetectedEvent(event=event, seen_seconds=now))
         if event.kind == "recovered":
             self._incidents.close(attempt, FAILURE, now)
         if event.kind == "nonfinite":
-            attempt.failure = {"sequence": event.sequence, **before}
-            self._open(attempt, FAILURE, self._diagnose(attempt), event.sequence, now)
+            attempt.failure = failure
+            self._open(attempt, FAILURE, self._diagnose(attempt, failure), event.sequence, now)
 
     def _check_faults(self, attempt: Attempt, step: Step, seen: StepSignals, now: float) -> None:
-        for change in attempt.faults.update(step, seen, building_up=attempt.detector.gradient.in_build_up):
+        building_up = attempt.detector.gradient.in_build_up
+        for change in attempt.faults.update(step, seen, building_up=building_up, rules=self._rules.faults):
             if not change.begins:
                 self._incidents.close(attempt, change.cause, now)
             elif change.cause not in attempt.incidents:
                 verdict = verdict_on_fault(change, attempt.number, attempt.model)
                 self._open(attempt, change.cause, verdict, step.sequence, now)
 
-    def _diagnose(self, attempt: Attempt) -> Verdict:
+    def _diagnose(self, attempt: Attempt, failure: Failure) -> Verdict:
         """The verdict on the attempt's newest failure, by what is known by now."""
-        failure = attempt.failure
-        fields = Event.__dataclass_fields__
-        events = [
-            Event(**{name: e[name] for name in fields})
-            for e in self._events
-            if e["attempt"] == attempt.number and "score" in e and e["sequence"] <= failure["sequence"]
-        ]
         verdict = diagnose(
-            [step for step in attempt.steps if step.sequence <= failure["sequence"]],
-            events,
+            [step for step in attempt.steps if step.sequence <= failure.sequence],
+            self._events.detected(attempt.number, upto=failure.sequence),
             attempt.buffer,
             attempt.model,
-            finite_before=failure["finite_before"],
-            climbing=failure["climbing"],
+            finite_before=failure.finite_before,
+            climbing=failure.climbing,
             diverging="loss_divergence" in attempt.incidents,
             rules=self._rules,
         )
         return replace(verdict, evidence=(*verdict.evidence, attempt.ending)) if attempt.ending else verdict
 
     def _reevaluate(self, attempt: Attempt, now: float) -> None:
-        """A rank has told of the step that began the failure after it was judged."""
+        """A rank has reported the step that failed after the failure was diagnosed: diagnose it again."""
         attempt.needs_reevaluation = False
-        number, sequence = attempt.incidents.get(FAILURE), attempt.failure["sequence"]
-        if number is not None and attempt.steps and attempt.steps[0].sequence <= sequence:
-            self._incidents.reevaluate(attempt, FAILURE, self._diagnose(attempt), now)
-            self._keep_window(attempt, number, sequence)
+        number, failure = attempt.incidents.get(FAILURE), attempt.failure
+        if failure is None or number is None:
+            return
+        if attempt.steps and attempt.steps[0].sequence <= failure.sequence:
+            self._incidents.reevaluate(attempt, FAILURE, self._diagnose(attempt, failure), now)
+            self._add_window(attempt, number, failure.sequence)
 
     def check_departures(self, attempt: Attempt, now: float) -> None:
-        """Ranks have left as they should not: say of what the first died, once its peers have had time to tell."""
+        """Explain ranks that left abnormally: what the first died of, once its peers have had time to report."""
         left = attempt.departures()
-        if len(left) == attempt.departures_checked:
+        if not attempt.departures_pending:
             return
         if now - min(departure.seconds for departure in left) < self._rules.faults.lost_seconds:
             return
@@ -161,44 +147,44 @@ class Evaluator:
             self._open(attempt, DEATH, verdict, attempt.finalized, now)
 
     def check_silence(self, attempt: Attempt, now: float, seconds: float) -> None:
-        """Nothing has been heard of it for so long, and some ranks have not left."""
+        """Open an incident: nothing has been heard of the attempt for so long, and some ranks have not left."""
         silent = [(i.rank, i.last_step) for i in attempt.instances.values() if not i.ended]
-        done = [i.last_step or 0 for i in attempt.instances.values() if i.ended in PEACEFUL]
+        done = [i.last_step or 0 for i in attempt.instances.values() if i.ended in CLEAN_EXITS]
         if done and all((step or 0) >= max(done) for _, step in silent):
-            # Others have told that the training is over; the last word of these was lost.
+            # Others have reported that the training is over; the goodbyes of these were lost.
             attempt.outcome = "ended"
         elif not attempt.outcome and not attempt.incidents.keys() & {DEATH, FAILURE}:
             verdict = verdict_on_silence(attempt.number, silent, attempt.world_size, seconds=seconds)
             self._open(attempt, SILENCE, verdict, attempt.finalized, now)
 
     def check_stall(self, attempt: Attempt, now: float, *, since: float) -> None:
-        """It makes no step though its ranks are there, by the run's own pace. since: at least so long watched."""
+        """Open or close an incident: no step comes though ranks run, by the run's own pace. since: it is watched."""
         # That a collector has only just started is no step that would end a stall.
         last = self._totals.last["step"]
         quiet = now - (last if "stalled" in attempt.incidents else max(last, since))
         ranks = attempt.instances.values()
-        there = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _HEARD_SECONDS]
+        live = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _HEARD_SECONDS]
         limit = self._totals.stall_after(attempt.finalized)
-        if quiet <= limit or not there:
+        if quiet <= limit or not live:
             self._incidents.close(attempt, "stalled", now)
         elif not attempt.incidents.keys() & {"stalled", DEATH, FAILURE}:
-            step = max((i.last_step for i in there if i.last_step is not None), default=None)
-            behind = [i.rank for i in there if i.last_step != step or not i.last_finished]
+            step = max((i.last_step for i in live if i.last_step is not None), default=None)
+            behind = [i.rank for i in live if i.last_step != step or not i.last_finished]
             verdict = verdict_on_stall(
                 attempt.number,
                 step,
                 quiet,
                 limit,
-                passes={i.rank: i.backward_passes for i in there},
-                unfinished=behind if len(behind) < len(there) else [],
-                away=sorted(set(range(attempt.world_size)) - {i.rank for i in there}),
+                passes={i.rank: i.backward_passes for i in live},
+                unfinished=behind if len(behind) < len(live) else [],
+                away=sorted(set(range(attempt.world_size)) - {i.rank for i in live}),
             )
             self._open(attempt, "stalled", verdict, attempt.finalized, now)
 
     def _open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> None:
         number = self._incidents.open(attempt, key, verdict, sequence, now)
         if not attempt.evicted:
-            self._keep_window(attempt, number, sequence)
+            self._add_window(attempt, number, sequence)
 
-    def _keep_window(self, attempt: Attempt, number: int, sequence: int) -> None:
-        self._keep(number, Window.of(attempt.buffer, sequence - self._rules.lead_steps, sequence))
+    def _add_window(self, attempt: Attempt, number: int, sequence: int) -> None:
+        self._incidents.add_window(number, Window.of(attempt.buffer, sequence - self._rules.lead_steps, sequence))

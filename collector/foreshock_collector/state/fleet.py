@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
-from foreshock_collector.state.attempts import Instance
 from foreshock_collector.state.errors import collector_errors
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import ContradictionError, Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -48,7 +48,7 @@ class Runs:
         known = self._instances.get(hello.instance)
         if known is not None:
             run, instance = known
-            first = instance.attempt.hello
+            first = run.attempts[instance.attempt].hello
             if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
             run.heartbeat(instance, now)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
 
 from foreshock_collector.catalogue import DROP_REASONS, GRADIENT_NORM, INCIDENT_VERDICTS, STEP_DURATION
 from foreshock_collector.records.steps import Step
@@ -17,15 +16,17 @@ COUNTED_STEPS = ("steps", "abandoned", "clipped", "skipped", "shadow_clipped", "
 COUNTED_EVENTS = ("spike", "build_up", "loss_spike")
 _STALL_STEPS, _STALL_LEAST_SECONDS, _STALL_MOST_SECONDS = 20, 120.0, 1800.0
 _FIRST_STEPS, _FIRST_STEPS_SECONDS = 10, 600.0
-"""So many steps of an attempt are given so long each: compilation, or the index of a large data set."""
-_SAVED = ("counters", "nonfinite", "dropped", "incidents", "last_incident", "last", "event_steps", "gauges", "bad")
+"""The first steps of an attempt are given so long each: compilation, or the index of a large data set."""
+_RECENT_DURATIONS = 64
+"""Durations whose median is a run's pace."""
 
 
 @dataclass
 class Histogram:
-    """One count per bucket; cumulative only when shown."""
+    """Counts values by bucket; cumulative only when exposed."""
 
     bounds: tuple[float, ...]
+    """Upper bounds of the buckets, but for the last, which has none."""
     counts: list[int] = field(default_factory=list)
     total: float = 0.0
 
@@ -39,26 +40,41 @@ class Histogram:
         self.total = min(self.total + value, 1e300)
 
 
+@dataclass(kw_only=True, eq=False)
 class Totals:
-    """All of it. Counters only grow; times are Unix seconds, 0: never."""
+    """Adds up a run's steps, events and incidents. Counters only grow; times are Unix seconds, 0: never."""
 
-    def __init__(self) -> None:
-        self.counters: dict[str, int] = dict.fromkeys((*COUNTED_STEPS, *COUNTED_EVENTS), 0)
-        self.nonfinite: dict[str, int] = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS}
-        self.dropped: dict[str, int] = dict.fromkeys(DROP_REASONS, 0)
-        self.incidents: dict[str, int] = dict.fromkeys(INCIDENT_VERDICTS, 0)
-        self.last_incident: dict[str, float] = dict.fromkeys(INCIDENT_VERDICTS, 0.0)
-        self.last: dict[str, float] = dict.fromkeys((*COUNTED_EVENTS, "nonfinite", "step"), 0.0)
-        """When each kind of event was last seen."""
-        self.event_steps: dict[str, int] = {}
-        """Step of the last of each kind; none before the first."""
-        self.gauges: dict[str, float] = {}
-        """Newest finite value of each gauge, of the newest attempt."""
-        self.bad: dict[str, str] = {"loss": "", "gradient": ""}
-        """"nan" or "inf" where the newest value is not finite, though `gauges` keeps the last one that was."""
-        self.norms = Histogram(GRADIENT_NORM.buckets)
-        self.durations = Histogram(STEP_DURATION.buckets)
-        self._recent: deque[float] = deque(maxlen=64)
+    counters: dict[str, int] = field(default_factory=dict)
+    """Steps and events, by kind."""
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    """Steps by what of them was not finite: "loss nan", "gradient inf"."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Records that will never come, by reason."""
+    incidents: dict[str, int] = field(default_factory=dict)
+    """Incidents by cause; one whose cause has changed counts under both."""
+    last_incident: dict[str, float] = field(default_factory=dict)
+    """When the last incident of each cause was opened."""
+    last: dict[str, float] = field(default_factory=dict)
+    """When each kind of event was last seen."""
+    event_steps: dict[str, int] = field(default_factory=dict)
+    """Step of the last event of each kind; none before the first."""
+    gauges: dict[str, float] = field(default_factory=dict)
+    """Newest finite value of each gauge, of the newest attempt."""
+    bad: dict[str, str] = field(default_factory=dict)
+    """"nan" or "inf" where the newest loss or gradient is not finite, though `gauges` keeps the last one that was."""
+    norms: Histogram = field(default_factory=lambda: Histogram(GRADIENT_NORM.buckets))
+    durations: Histogram = field(default_factory=lambda: Histogram(STEP_DURATION.buckets))
+    recent_durations: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        # Each series exists at 0 from the start; of a run stored by an older version, also those that are new.
+        self.counters = dict.fromkeys((*COUNTED_STEPS, *COUNTED_EVENTS), 0) | self.counters
+        self.nonfinite = {f"{source} {kind}": 0 for source, kind in NONFINITE_KINDS} | self.nonfinite
+        self.dropped = dict.fromkeys(DROP_REASONS, 0) | self.dropped
+        self.incidents = dict.fromkeys(INCIDENT_VERDICTS, 0) | self.incidents
+        self.last_incident = dict.fromkeys(INCIDENT_VERDICTS, 0.0) | self.last_incident
+        self.last = dict.fromkeys((*COUNTED_EVENTS, "nonfinite", "step"), 0.0) | self.last
+        self.bad = {"loss": "", "gradient": ""} | self.bad
 
     def add_step(self, step: Step, now: float, *, newest: bool) -> None:
         """Count one step. newest: its attempt is, so its values are the run's."""
@@ -74,7 +90,7 @@ class Totals:
             self.norms.add(step.global_norm)
         if step.duration_seconds is not None and step.stepped:
             self.durations.add(step.duration_seconds)
-            self._recent.append(step.duration_seconds)
+            self.recent_durations = [*self.recent_durations[1 - _RECENT_DURATIONS :], step.duration_seconds]
         self.last["step"] = now
         if newest:
             gauges = {
@@ -101,23 +117,23 @@ class Totals:
         truth |= {"loss": None} if self.bad["loss"] else {}
         return truth | ({"global_norm": None} if self.bad["gradient"] else {})
 
-    def add_event(self, kind: str, step: int, now: float, *, past: bool) -> None:
-        """Count what the detector has found. past: as `Attempt.past`; it is told too late to alert anybody."""
+    def add_event(self, kind: str, step: int, now: float, *, superseded: bool) -> None:
+        """Count what the detector found. superseded: its attempt is, so that it comes too late to alert anybody."""
         if kind in COUNTED_EVENTS:
             self.counters[kind] += 1
-            if not past:
+            if not superseded:
                 self.last[kind] = now
                 self.event_steps[kind] = step
 
-    def add_incident(self, verdict: str, now: float, *, past: bool) -> None:
-        """Count an incident. past: as in `add_event`."""
+    def add_incident(self, verdict: str, now: float, *, superseded: bool) -> None:
+        """Count an incident. superseded: as in `add_event`."""
         self.incidents[verdict] += 1
-        if not past:
+        if not superseded:
             self.last_incident[verdict] = now
 
-    def rename_incident(self, before: str, verdict: str, now: float, *, seen: float, past: bool) -> None:
-        """An incident has another verdict now, and counts once more. seen: when there was one of the old before it."""
-        self.add_incident(verdict, now, past=past)
+    def rename_incident(self, before: str, verdict: str, now: float, *, seen: float, superseded: bool) -> None:
+        """Count an incident once more whose cause has changed. seen: when another of the old cause was opened last."""
+        self.add_incident(verdict, now, superseded=superseded)
         self.last_incident[before] = seen
 
     def add_dropped(self, counts: Counter[str]) -> None:
@@ -125,27 +141,10 @@ class Totals:
         self.dropped = {reason: count + counts[reason] for reason, count in self.dropped.items()}
 
     def stall_after(self, steps: int) -> float:
-        """Seconds without a step that mean a stall, by the run's own pace. steps: that the attempt has made."""
-        usual = _STALL_STEPS * median(self._recent) if self._recent else 0.0
+        """Seconds without a step that mean a stall, by the run's own pace. steps: how many the attempt has made."""
+        usual = _STALL_STEPS * median(self.recent_durations) if self.recent_durations else 0.0
         least = _STALL_LEAST_SECONDS if steps >= _FIRST_STEPS else _FIRST_STEPS_SECONDS
         return min(max(usual, least), _STALL_MOST_SECONDS)
-
-    def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
-        return {
-            "norms": [self.norms.counts, self.norms.total],
-            "durations": [self.durations.counts, self.durations.total],
-            "recent": list(self._recent),
-            **{name: getattr(self, name) for name in _SAVED},
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Make it what it was when `state` was taken."""
-        for group in _SAVED:
-            getattr(self, group).update(state[group])
-        self.norms.counts, self.norms.total = state["norms"]
-        self.durations.counts, self.durations.total = state["durations"]
-        self._recent.extend(state["recent"])
 
 
 def _kind(nan: bool, inf: bool) -> str:

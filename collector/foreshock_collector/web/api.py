@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from foreshock_collector.state.attempts import Attempt, Instance
+from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
 from foreshock_collector.web import heat
+from foreshock_collector.web.answers import attempt_answer, event_answer, incident_answer, rank_answer
 from foreshock_collector.web.baseline import Baselines
 from foreshock_collector.web.downsampling import Downsampler
 from foreshock_collector.web.sparklines import Sparklines
@@ -62,7 +63,8 @@ class Api:
         if number(request, "recent", 0):
             for brief, run, columns in zip(briefs, runs, self._recent.of(runs), strict=True):
                 brief["recent"] = columns
-                brief["open_incidents"] = [each for each in run.incidents.kept if each["closed_seconds"] is None]
+                open_ = [each for each in run.incidents.kept if each.closed_seconds is None]
+                brief["open_incidents"] = [incident_answer(each) for each in open_]
         return answer({"now_seconds": now, "ended": len(ended), "runs": briefs})
 
     async def _run(self, request: web.Request) -> web.Response:
@@ -76,10 +78,10 @@ class Api:
                 **self._brief(run),
                 "now_seconds": self._clock(),
                 "counters": {**run.totals.counters, "nonfinite": run.totals.nonfinite, "dropped": run.totals.dropped},
-                "attempts": [_attempt(each) for each in run.attempts],
-                "ranks": [_rank(instance) for instance in sorted(ranks, key=lambda instance: instance.rank)],
-                "events": list(run.events),
-                "incidents": list(run.incidents.kept),
+                "attempts": [attempt_answer(each) for each in run.attempts],
+                "ranks": [rank_answer(instance) for instance in sorted(ranks, key=lambda instance: instance.rank)],
+                "events": [event_answer(each) for each in run.events.kept],
+                "incidents": [incident_answer(each) for each in run.incidents.kept],
                 "model": {
                     "type": model.type,
                     "module_types": model.module_types,
@@ -123,7 +125,7 @@ class Api:
         if not attempt.evicted:
             found = heat.at_hand(attempt, by, first=first, last=last, columns=columns)
             return answer({"attempt": attempt.number, "kept": "newest", **found})
-        of_it = [each["id"] for each in run.incidents.kept if each["attempt"] == attempt.number]
+        of_it = [each.number for each in run.incidents.kept if each.attempt == attempt.number]
         windows = (self._store.incident_window(run.name, number_) for number_ in reversed(of_it))
         window = next((window for window in windows if window is not None), None)
         found = heat.around_incident(window, attempt.model.layers, by, first=first, last=last, columns=columns)
@@ -132,9 +134,9 @@ class Api:
     async def _incident(self, request: web.Request) -> web.Response:
         run = self._find(request)
         for incident in run.incidents.kept:
-            if str(incident["id"]) == request.match_info["id"]:
-                window = self._store.incident_window(run.name, incident["id"])
-                return answer({**incident, "records": [] if window is None else window.loudest()})
+            if str(incident.number) == request.match_info["id"]:
+                window = self._store.incident_window(run.name, incident.number)
+                return answer({**incident_answer(incident), "records": [] if window is None else window.loudest()})
         raise error(web.HTTPNotFound, f"run {run.name!r} has no incident {request.match_info['id'][:80]!r}")
 
     def _find(self, request: web.Request) -> Run:
@@ -164,7 +166,7 @@ class Api:
             "started_seconds": attempt.started_seconds,
             "world_size": attempt.world_size,
             "ranks_reporting": sum(instance.reporting for instance in attempt.instances.values()),
-            "verdict": newest["verdict"]["cause"] if newest else "healthy",
+            "verdict": newest.verdict.cause if newest else "healthy",
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
             "newest": run.totals.newest() if attempt.finalized else {},
@@ -202,37 +204,6 @@ def _attempt_of(request: web.Request, run: Run) -> Attempt:
     if chosen >= len(run.attempts):
         raise error(web.HTTPNotFound, f"run {run.name!r} has no attempt {chosen}")
     return run.attempts[chosen]
-
-
-def _attempt(attempt: Attempt) -> dict[str, Any]:
-    return {
-        "attempt": attempt.number,
-        "launch": attempt.launch,
-        "started_seconds": attempt.started_seconds,
-        "world_size": attempt.world_size,
-        "steps": attempt.finalized,
-        "over": attempt.over,
-        "incident": max(attempt.incidents.values(), default=None),
-    }
-
-
-def _rank(instance: Instance) -> dict[str, Any]:
-    return {
-        "rank": instance.rank,
-        "node": instance.node,
-        "pid": instance.pid,
-        "instance": instance.name,
-        "state": instance.state,
-        "detail": instance.detail,
-        "last_report_seconds": instance.last_report,
-        "stored": instance.stored,
-        "last_step": instance.last_step,
-        "last_complete": instance.last_finished,
-        "local_norm": None if instance.local_nonfinite else instance.local_norm,
-        "local_norm_nonfinite": instance.local_nonfinite,
-        "loss": instance.loss,
-        "dropped": instance.dropped,
-    }
 
 
 def _local_norms(attempt: Attempt, sequences: list[int]) -> dict[str, list[Any]] | None:

@@ -24,7 +24,7 @@ class Baseline:
     """Of one attempt, from its first step on: what was expected of each step before it came."""
 
     def __init__(self, rules: Rules = DEFAULT) -> None:
-        self._detector = Detector(rules=rules)
+        self._rules, self._detector = rules, Detector()
         self._sequences, self._low, self._high = array("q"), array("d"), array("d")
 
     @property
@@ -37,7 +37,7 @@ class Baseline:
         names = ("sequence", "global_norm", "learning_rate", "loss_nonfinite", "gradient_nonfinite")
         detector = self._detector
         for sequence, norm, rate, bad_loss, bad_gradient in zip(*(columns[name] for name in names), strict=True):
-            low, high = detector.gradient.band(detector.rules.gradient) or (math.nan, math.nan)
+            low, high = detector.gradient.band(self._rules.gradient) or (math.nan, math.nan)
             self._sequences.append(sequence)
             self._low.append(low)
             self._high.append(high)
@@ -49,6 +49,7 @@ class Baseline:
                 loss=None,
                 rate=math.nan if rate is None else rate,
                 nonfinite=bool(bad_loss) + bool(bad_gradient),
+                rules=self._rules,
             )
 
     def at(self, sequences: Sequence[int]) -> dict[str, list[float | None]]:

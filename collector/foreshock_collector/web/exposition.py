@@ -134,10 +134,10 @@ class RunSeries(Collector):
         for layer, norm in dict(attempt.largest_layers()).items():
             yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
         for alert, incident in run.incidents.newest_by_alert().items():
-            v = incident["verdict"]
-            rank = "" if v["rank"] is None else str(v["rank"])
-            where = (str(v["first_bad_step"]), str(v["lead_steps"]), rank, v["layer"])
-            yield Sample(c.INCIDENT_INFO, (*labels, str(incident["id"]), alert, v["cause"], *where, v["summary"]), 1)
+            v = incident.verdict
+            rank = "" if v.rank is None else str(v.rank)
+            where = (str(v.first_bad_step), str(v.lead_steps), rank, v.layer)
+            yield Sample(c.INCIDENT_INFO, (*labels, str(incident.number), alert, v.cause, *where, v.summary), 1)
 
 
 class Sample:

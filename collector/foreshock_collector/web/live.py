@@ -86,14 +86,14 @@ class Live:
             # At rest, or only greeted. Thousands of old runs must cost next to nothing.
             return run.name, len(run.attempts)
         attempt = run.newest
-        incident = run.incidents.newest
+        incident, event = run.incidents.newest, run.events.newest
         return (
             run.name,
             attempt.number,
             run.totals.counters["steps"],
             condition(run, self._clock(), self._silent),
-            run.events[-1]["seen_seconds"] if run.events else 0,
-            incident and (incident["id"], incident["closed_seconds"], incident["verdict"]["cause"]),
+            event and event.seen_seconds,
+            incident and (incident.number, incident.closed_seconds, incident.verdict.cause),
             sum(instance.reporting for instance in attempt.instances.values()),
             len(attempt.instances),
             bool(run.errors.shown()),

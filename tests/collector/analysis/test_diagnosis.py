@@ -61,7 +61,7 @@ def verdict(
         known = (detector.finite_ever, detector.climbing)
         where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": step.step}
         bad = len(step.nonfinite)
-        events += detector.update(norm=norm, loss=loss, nonfinite=bad, left_out=step.overflow, **where)
+        events += detector.update(norm=norm, loss=loss, nonfinite=bad, skipped=step.overflow, **where)
     buffer = buffer or RecordBuffer(world_size=1, layers=len(model.layers))
     return diagnose(made, events, buffer, model, finite_before=known[0], climbing=known[1], apart=apart)
 
@@ -127,9 +127,9 @@ def test_a_scaler_that_looks_for_its_scale_is_no_failure() -> None:
     detector = Detector()
     for sequence in range(1, DEFAULT.collapse_after):
         where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
-        assert detector.update(norm=INF, loss=2.0, nonfinite=1, left_out=True, **where) == []
+        assert detector.update(norm=INF, loss=2.0, nonfinite=1, skipped=True, **where) == []
     where = {"attempt": 0, "sequence": DEFAULT.collapse_after, "step": DEFAULT.collapse_after - 1}
-    (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, left_out=True, **where)
+    (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, skipped=True, **where)
     assert event.kind == "nonfinite"
 
 

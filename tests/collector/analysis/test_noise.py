@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 
 import numpy as np
 import pytest
 
 from foreshock_collector.analysis.noise import NoiseScale
+from foreshock_collector.state.encoding import decode, encode
 
 
 def fed(signal: float, noise: float, *, world: int, steps: int = 4000, size: int = 400) -> NoiseScale:
@@ -47,7 +48,7 @@ def test_one_rank_few_steps_and_bad_numbers_tell_nothing() -> None:
     assert alone.value is few.value is bad.value is None
 
 
-def test_its_state_is_json_and_survives() -> None:
+def test_it_survives_being_stored() -> None:
     scale = fed(1.0, 2.0, world=2, steps=100)
-    assert NoiseScale(**json.loads(json.dumps(scale.state()))) == scale
-    assert json.loads(json.dumps(NoiseScale().state())) == {"signal": 0.0, "noise": 0.0, "weight": 0.0}
+    assert decode(encode(scale), NoiseScale) == scale
+    assert math.isnan(decode(encode(NoiseScale()), NoiseScale).agreement)

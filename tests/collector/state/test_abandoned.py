@@ -55,8 +55,8 @@ def test_a_run_that_ends_at_its_own_nan_guard_has_an_incident_at_that_step(reaso
         job.leave(rank, reason, "exit code 1" if reason == pb.Goodbye.EXCEPTION else "")
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("sudden_nonfinite", 1, 60)
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank, verdict.first_bad_step) == ("sudden_nonfinite", 1, 60)
 
 
 def test_a_step_left_out_is_no_failure_where_a_user_interrupts_the_run_or_where_a_rank_left_before_it() -> None:
@@ -90,9 +90,9 @@ def test_a_guard_that_ends_an_explosion_tells_it_with_its_lead() -> None:
     for rank in range(2):
         job.leave(rank, pb.Goodbye.EXCEPTION, "exit code 1")
     job.settle(1.0)
-    verdict = job.run.incidents.kept[-1]["verdict"]
-    assert (verdict["cause"], verdict["first_bad_step"]) == ("exploding_gradients", 65)
-    assert verdict["lead_steps"] >= 3
+    verdict = job.run.incidents.kept[-1].verdict
+    assert (verdict.cause, verdict.first_bad_step) == ("exploding_gradients", 65)
+    assert verdict.lead_steps >= 3
 
 
 def test_a_guard_that_leaves_out_batch_after_batch_is_a_failure_while_the_run_lives() -> None:

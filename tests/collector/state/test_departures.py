@@ -20,8 +20,8 @@ def test_a_rank_that_was_killed_is_named_first_of_those_that_followed_it() -> No
     assert job.causes() == []
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("rank_lost", 2, 29)
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank, verdict.first_bad_step) == ("rank_lost", 2, 29)
     job.settle(5.0)
     assert job.causes() == ["rank_lost"]
 
@@ -33,7 +33,7 @@ def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> 
     job.event(1, pb.Event.RANK_LOST)
     job.settle(10.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("rank_lost", 1)
+    assert (incident.verdict.cause, incident.verdict.rank) == ("rank_lost", 1)
 
 
 def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_not() -> None:
@@ -46,10 +46,10 @@ def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_n
     assert job.causes() == []
     job.settle(2.0)
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("crashed", 2, 29)
-    assert verdict["summary"] == "Rank 2 died after step 29: RuntimeError: no such file."
-    assert verdict["evidence"] == [
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank, verdict.first_bad_step) == ("crashed", 2, 29)
+    assert verdict.summary == "Rank 2 died after step 29: RuntimeError: no such file."
+    assert list(verdict.evidence) == [
         "rank 2 after step 29: RuntimeError: no such file",
         "rank 0 lost a peer: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer",
         "rank 1 ended without a goodbye, the last 0.0 s after the first",
@@ -64,10 +64,10 @@ def test_an_exception_of_all_ranks_is_one_incident_that_says_of_how_many() -> No
         job.now += 0.1
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"]) == ("crashed", 2)
-    assert verdict["summary"].startswith("4 ranks died after step 29, rank 2 first: OutOfMemoryError: CUDA out of")
-    assert "batch" in verdict["try"][0]
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank) == ("crashed", 2)
+    assert verdict.summary.startswith("4 ranks died after step 29, rank 2 first: OutOfMemoryError: CUDA out of")
+    assert "batch" in verdict.try_[0]
 
 
 def test_a_signal_that_is_known_makes_a_crash_and_one_that_is_not_a_lost_rank() -> None:
@@ -79,8 +79,8 @@ def test_a_signal_that_is_known_makes_a_crash_and_one_that_is_not_a_lost_rank() 
         job.leave(0, pb.Goodbye.INTERRUPTED, "SIGTERM")
         job.settle(5.0)
         (incident,) = job.run.incidents.kept
-        assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == (cause, 1)
-        assert detail in incident["verdict"]["summary"]
+        assert (incident.verdict.cause, incident.verdict.rank) == (cause, 1)
+        assert detail in incident.verdict.summary
         assert condition(job.run, job.now, 900.0) == "failed"
 
 
@@ -138,9 +138,9 @@ def test_an_attempt_that_fails_already_is_told_how_it_ended_and_nothing_is_opene
         for _ in range(10):
             job.settle(1.0)
         (incident,) = job.run.incidents.kept
-        assert incident["verdict"]["cause"] == "sudden_nonfinite"
-        assert incident["verdict"]["evidence"][-1] == f"ended by rank 0: {detail}"
-        assert incident["closed_seconds"] is not None
+        assert incident.verdict.cause == "sudden_nonfinite"
+        assert incident.verdict.evidence[-1] == f"ended by rank 0: {detail}"
+        assert incident.closed_seconds is not None
         assert condition(job.run, job.now, 900.0) == "failed"
 
 
@@ -152,11 +152,11 @@ def test_what_is_told_late_of_a_death_changes_the_verdict_and_not_the_number_of_
         job.heartbeat()
         job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["confidence"]) == ("crashed", 0.5)
+    assert (incident.verdict.cause, incident.verdict.confidence) == ("crashed", 0.5)
     job.leave(1, pb.Goodbye.EXCEPTION, "ValueError: no such file")
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("crashed", 1)
+    assert (incident.verdict.cause, incident.verdict.rank) == ("crashed", 1)
 
 
 def test_a_death_is_over_once_a_later_attempt_makes_steps() -> None:
@@ -214,7 +214,7 @@ def test_a_death_that_is_handed_in_after_the_next_start_needs_nobody() -> None:
         job.settle(1.0)
         assert job.causes(only_open=True) == []
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["attempt"]) == ("crashed", 1)
+    assert (incident.verdict.cause, incident.attempt) == ("crashed", 1)
     assert condition(job.run, job.now, 900.0) == "running"
 
 
@@ -222,14 +222,14 @@ def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again(
     job = Job(ranks=2)
     job.train(30)
     job.now += 898.0
-    job.run.fall_silent(job.now, 900.0)
+    job.run.check_silence(job.now, 900.0)
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "running")
     job.now += 2.0
     for _ in range(2):
-        job.run.fall_silent(job.now, 900.0)
+        job.run.check_silence(job.now, 900.0)
     (incident,) = job.run.incidents.kept
-    assert incident["verdict"]["cause"] == "rank_lost"
-    assert incident["verdict"]["summary"] == (
+    assert incident.verdict.cause == "rank_lost"
+    assert incident.verdict.summary == (
         "2 of 2 ranks fell silent after step 29, without a goodbye: nothing has been heard of them for 900 s."
     )
     assert condition(job.run, job.now, 900.0) == "failed"
@@ -258,7 +258,7 @@ def test_a_collector_that_starts_does_not_take_a_run_that_fell_silent_for_one_th
     if left:
         job.leave(0, pb.Goodbye.FINISHED)
     job.settle(901.0)
-    job.run.fall_silent(job.now, 900.0)
+    job.run.check_silence(job.now, 900.0)
     word = condition(job.run, job.now, 900.0)
     store = Store(":memory:")
     store.commit(job.runs)
@@ -277,7 +277,7 @@ def test_a_rank_whose_last_word_is_lost_has_ended_with_the_others() -> None:
     job.train(30)
     job.leave(0, pb.Goodbye.FINISHED)
     job.settle(901.0)
-    job.run.fall_silent(job.now, 900.0)
+    job.run.check_silence(job.now, 900.0)
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "ended")
 
 
@@ -288,5 +288,5 @@ def test_the_rank_of_a_machine_that_vanished_is_named_by_the_peers_that_lost_it(
     job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("rank_lost", 1)
-    assert "rank 0 lost it" in incident["verdict"]["evidence"][1]
+    assert (incident.verdict.cause, incident.verdict.rank) == ("rank_lost", 1)
+    assert "rank 0 lost it" in incident.verdict.evidence[1]

@@ -6,7 +6,9 @@ import pytest
 
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.state.condition import condition
+from foreshock_collector.state.encoding import encode
 from foreshock_collector.state.store import Store
+from foreshock_collector.web.answers import verdict_answer
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.job_in_memory import FAST, NAN, RANK_COLUMNS, Job
 from tests.support.streams import steps
@@ -20,8 +22,8 @@ def test_a_failure_is_one_incident_however_many_ranks_and_steps_and_ends_after_e
             job.tell(rank, [NAN], loss=[NAN], local_nan_parameters=[3.0])
         job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["first_bad_step"], incident["last_bad_step"], incident["bad_steps"]) == (60, 63, 4)
-    assert incident["updated_seconds"] > incident["opened_seconds"]
+    assert (incident.verdict.first_bad_step, incident.last_bad_step, incident.bad_steps) == (60, 63, 4)
+    assert incident.updated_seconds > incident.opened_seconds
     job.train(DEFAULT.recovered_after - 1)
     assert job.causes(only_open=True) == ["sudden_nonfinite"]
     job.train(1)
@@ -35,11 +37,11 @@ def test_a_rank_that_tells_late_what_it_did_changes_the_verdict() -> None:
     job.tell(0, [NAN], loss=[2.0])
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("nonfinite_gradient", None)
+    assert (incident.verdict.cause, incident.verdict.rank) == ("nonfinite_gradient", None)
     job.tell(1, [NAN], loss=[2.0], local_nan_parameters=[3.0])
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("bad_rank", 1)
+    assert (incident.verdict.cause, incident.verdict.rank) == ("bad_rank", 1)
     assert job.run.totals.incidents["bad_rank"] == job.run.totals.incidents["nonfinite_gradient"] == 1
 
 
@@ -52,8 +54,8 @@ def test_ranks_that_see_the_same_data_are_named_once_until_they_no_longer_do() -
     job.train(60, alike=True)
     assert job.causes() == ["duplicate_data"]
     (incident,) = job.run.incidents.kept
-    assert incident["verdict"]["first_bad_step"] == 100
-    assert "DistributedSampler" in incident["verdict"]["try"][0]
+    assert incident.verdict.first_bad_step == 100
+    assert "DistributedSampler" in incident.verdict.try_[0]
     job.train(60)
     assert job.causes(only_open=True) == []
 
@@ -66,9 +68,10 @@ def test_a_rank_out_of_all_proportion_is_an_outlier_and_nothing_is_said_of_a_nan
         job.tell(rank, [1.0] * 60, local_norm=[40.0 if rank == 1 else 1.0 + 0.1 * rank] * 60)
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("outlier_rank", 1, 60)
-    assert (verdict["runbook"], verdict["finite"]) == ("ForeshockTrainingFault", True)
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank, verdict.first_bad_step) == ("outlier_rank", 1, 60)
+    answer = verdict_answer(verdict)
+    assert (answer["runbook"], answer["finite"]) == ("ForeshockTrainingFault", True)
 
 
 def test_one_rank_is_never_its_own_duplicate() -> None:
@@ -132,12 +135,11 @@ def test_a_failure_of_the_attempt_before_that_is_told_late_alerts_nobody() -> No
     home = job.runs.find(before)
     assert home is not None
     late = steps(sent + 1, [30.0, 300.0, NAN], instance=before, flags=[RANK_COLUMNS] * 3, loss=[2.0, 2.0, NAN])
-    for _ in job.run.ingest(home[1], late.steps, job.now):
-        pytest.fail("so few steps need no room")
+    assert not job.run.ingest(home[1], late.steps, job.now), "so few steps need no room"
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
-    cause = incident["verdict"]["cause"]
-    assert (cause, incident["attempt"]) == ("exploding_gradients", 0)
+    cause = incident.verdict.cause
+    assert (cause, incident.attempt) == ("exploding_gradients", 0)
     totals = job.run.totals
     assert (totals.incidents[cause], totals.last_incident[cause]) == (1, 0.0)
     assert totals.counters["build_up"] == 1 and totals.last["build_up"] == 0.0
@@ -160,7 +162,7 @@ def test_open_troubles_and_what_led_to_them_survive_a_restart() -> None:
     job.runs = store.load(job.now, lambda _: FAST)
     after = job.run
     assert list(after.incidents.kept) == list(before.incidents.kept)
-    assert after.newest.state() == before.newest.state()
+    assert encode(after.newest) == encode(before.newest)
     job.train(DEFAULT.recovered_after)
     assert job.causes(only_open=True) == []
     store.commit(job.runs)
@@ -180,7 +182,7 @@ def test_a_step_that_skip_left_out_is_no_failure_and_the_first_that_it_did_not_i
     job.tell(0, [NAN] * 5, flags=[out, out, out, made, made])
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
-    assert incident["verdict"]["first_bad_step"] == 86
+    assert incident.verdict.first_bad_step == 86
 
 
 def test_a_scaler_that_leaves_out_a_bad_loss_does_not_hide_it() -> None:

@@ -21,6 +21,7 @@ from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.server import Server
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.condition import condition
+from foreshock_collector.state.encoding import encode
 from foreshock_collector.state.evaluator import Evaluator
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.incidents import DEATH, FAILURE
@@ -165,7 +166,7 @@ def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch
     runs, store = Runs(), Store(":memory:")
     instance = runs.register(hello().hello, 0.0)
     (run,) = runs
-    list(run.ingest(instance, steps(1, [1.0] * 5).steps, 0.0))
+    run.ingest(instance, steps(1, [1.0] * 5).steps, 0.0)
     run.finalize_steps(0.0)
     store.commit(runs)
     assert store.steps("r", attempt=0, after=0, limit=10)["sequence"] == [1, 3, 4, 5]
@@ -195,8 +196,8 @@ def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
 def test_a_state_that_cannot_be_stored_keeps_no_record_from_being_stored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Run.snapshot
-    monkeypatch.setattr(Run, "snapshot", lambda run: real(run) | ({"x": math.nan} if run.name == "broken" else {}))
+    real = Run.state
+    monkeypatch.setattr(Run, "state", lambda run: object() if run.name == "broken" else real(run))
 
     async def test() -> None:
         async with Server(config(tmp_path)) as server:
@@ -224,7 +225,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_begins_anew(
         async with Server(config(tmp_path)) as server:
             await end(*await both(server))
         with sqlite3.connect(tmp_path / "db") as database:
-            database.execute("UPDATE runs SET snapshot='{}' WHERE run='broken'")
+            database.execute("UPDATE runs SET state=? WHERE run='broken'", (encode({}),))
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
             found = await families(server)
             assert value(found, "foreshock_collector_errors", stage="load") == 1
@@ -342,18 +343,18 @@ def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
     instance = runs.register(hello().hello, 0.0)
     (run,) = runs
     bad: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED] * 4, "loss": [2.0, 2.0, math.nan, math.nan]}
-    list(run.ingest(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0))
+    run.ingest(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0)
     run.finalize_steps(0.0)
     run.close(instance, pb.Goodbye(instance="r-0", reason=pb.Goodbye.LOST, detail="SIGKILL", last_sequence=4), 0.5)
     assert run.newest.incidents.keys() == {FAILURE}
     run.newest.incidents[DEATH] = 0
     run.newest.detector = None  # type: ignore[assignment]
-    list(run.ingest(instance, steps(5, [1.0]).steps, 1.0))
+    run.ingest(instance, steps(5, [1.0]).steps, 1.0)
     run.finalize_steps(1.0)
     assert run.errors.shown() == {"judge": 1}
     assert run.newest.incidents == {DEATH: 0}  # of ranks, not of steps
     assert run.incidents.newest is not None
-    assert run.incidents.newest["closed_seconds"] == 1.0
-    list(run.ingest(instance, steps(6, [math.nan], global_nan_parameters=[1.0]).steps, 2.0))
+    assert run.incidents.newest.closed_seconds == 1.0
+    run.ingest(instance, steps(6, [math.nan], global_nan_parameters=[1.0]).steps, 2.0)
     run.finalize_steps(2.0)
-    assert [incident["closed_seconds"] for incident in run.incidents.kept] == [1.0, None]
+    assert [incident.closed_seconds for incident in run.incidents.kept] == [1.0, None]

@@ -92,7 +92,7 @@ def test_the_first_step_that_a_collector_sees_has_no_duration(finalized: int) ->
 
 def test_layers_are_told_of_once_there_are_steps() -> None:
     model = pb.ModelSummary(type="M", parameters=["a.w"], parameter_sizes=[1], layers=["a"], parameter_layers=[0])
-    attempt = Attempt(0, hello(model=model).hello, DEFAULT)
+    attempt = Attempt(0, hello(model=model).hello)
     attempt.due(0.0)
     assert attempt.largest_layers() == []
     batch = steps(1, [2.0], global_layer_norms=[2.0]).steps

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from foreshock_collector.server import Server
-from foreshock_collector.state.attempts import Instance
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import ContradictionError
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.streams import Stream, config, hello, serving, steps
@@ -32,7 +32,7 @@ class Names:
         said: dict[str, Any] = {"run": "night", "instance": f"{launch}-{rank}", "launch": launch, "topology": place}
         self.runs.register(hello(**(said | {"started_seconds": self.now} | changes)).hello, self.now)
         run, instance = self.find(f"{launch}-{rank}")
-        return run, instance.attempt.number
+        return run, instance.attempt
 
     def find(self, instance: str) -> tuple[str, Instance]:
         found = self.runs.find(instance)

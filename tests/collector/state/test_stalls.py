@@ -38,9 +38,9 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
     job.heartbeat()
     job.settle()
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("stalled", rank, 30)
-    assert says in verdict["summary"]
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank, verdict.first_bad_step) == ("stalled", rank, 30)
+    assert says in verdict.summary
     assert condition(job.run, job.now, 900.0) == "stalled"
     job.tell(1, [1.0])
     job.train(1)
@@ -59,10 +59,10 @@ def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left
             job.computed(rank, 31)
         job.settle()
     (incident,) = job.run.incidents.kept
-    verdict = incident["verdict"]
-    assert (verdict["cause"], verdict["rank"]) == ("stalled", 2)
-    assert "though other ranks are alive: rank 2 is not there." in verdict["summary"]
-    assert verdict["evidence"][1:] == ["its other ranks still report", "left, or not heard of: rank 2"]
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.rank) == ("stalled", 2)
+    assert "though other ranks are alive: rank 2 is not there." in verdict.summary
+    assert verdict.evidence[1:] == ("its other ranks still report", "left, or not heard of: rank 2")
 
 
 def test_a_stall_goes_on_while_the_collector_starts_again() -> None:
@@ -137,8 +137,8 @@ def test_of_a_stall_in_which_all_have_come_equally_far_nobody_is_named() -> None
     job.heartbeat()
     job.settle()
     (incident,) = job.run.incidents.kept
-    assert (incident["verdict"]["cause"], incident["verdict"]["rank"]) == ("stalled", None)
-    assert "all ranks have computed their gradients" in incident["verdict"]["summary"]
+    assert (incident.verdict.cause, incident.verdict.rank) == ("stalled", None)
+    assert "all ranks have computed their gradients" in incident.verdict.summary
 
 
 def test_a_run_nobody_hears_of_is_silent_and_not_stalled() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.state.store import Store, StoreError
+from foreshock_collector.state.schema import StoreError
+from foreshock_collector.state.store import Store
 
 
 def test_a_foreign_database_is_refused(tmp_path: Path) -> None:

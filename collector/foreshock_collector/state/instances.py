@@ -1,0 +1,106 @@
+"""One attach of one rank: where it runs, how far its records have come, and how it left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from foreshock_collector.records.buffer import Records, complete, locally_measured, nonfinite_mask
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+CLEAN_EXITS = ("FINISHED", "DETACHED")
+"""Goodbyes that nobody needs to worry about."""
+
+
+@dataclass(kw_only=True, eq=False)
+class InstanceState:
+    """What is stored of an instance."""
+
+    name: str
+    attempt: int
+    """Number of the attempt that it belongs to."""
+    rank: int
+    local_rank: int
+    node: str
+    pid: int
+    layers: int
+    position: int = 0
+    """Sequence number of the newest record that was taken in."""
+    closed: str = ""
+    """The reason of its goodbye; empty while it runs."""
+    detail: str = ""
+    """What its goodbye or its loss said besides."""
+    last_report: float = 0.0
+    """Unix time at which it last reported."""
+    last_step: int | None = None
+    last_finished: bool = True
+    """Whether the last step finished, and was not only launched."""
+    loss: float | None = None
+    local_norm: float | None = None
+    """Newest finite local norm."""
+    local_nonfinite: str = ""
+    """"nan" or "inf" where a local norm newer than `local_norm` is not finite."""
+    left_seconds: float = 0.0
+    """Unix time at which it left abnormally, as near as it is known; 0: it has not."""
+    backward_passes: int = 0
+    """Backward passes begun, counted before the rank waits for the others; 0: it does not count them."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Records that the rank dropped since its attach, by reason: kept, so that nothing counts twice."""
+    reported_events: list[str] = field(default_factory=list)
+    """Kinds of events that were reported of it: a recorder repeats them after each reconnect."""
+
+
+class Instance(InstanceState):
+    """One attach of one rank. What it adds to its state lives in memory only."""
+
+    def __init__(self, state: InstanceState, *, gone: bool = False) -> None:
+        """gone: it had left when it said hello, and its records are handed in afterwards."""
+        super().__init__(**vars(state))
+        self.gone = gone
+        self.stored = 0
+        """Sequence number of the newest record that is committed, and may be acknowledged."""
+        self.closed_stored = False
+        """Whether its goodbye is committed."""
+        self.leaving = ""
+        """The reason of a goodbye whose last steps are not all finalized yet."""
+        self.nonfinite = False
+        """Whether something that is not finite has come since this was last reset."""
+
+    @property
+    def status(self) -> str:
+        """How it is, for people: "running", or its goodbye: "finished", "detached", "exception", "lost"."""
+        return self.closed.lower() or "running"
+
+    @property
+    def ended(self) -> str:
+        """The reason of its goodbye, also before its last steps are finalized."""
+        return self.closed or self.leaving
+
+    @property
+    def reporting(self) -> bool:
+        """Whether it runs, or left cleanly."""
+        return self.closed in ("", *CLEAN_EXITS)
+
+    def mark_stored(self) -> None:
+        """All of it is committed."""
+        self.stored, self.closed_stored = self.position, bool(self.closed)
+
+    def update(self, records: Records) -> None:
+        """Remember the newest values of these records."""
+        rows = records.rows
+        newest = rows[-1]
+        self.nonfinite |= bool(nonfinite_mask(rows).any())
+        self.position = int(newest["sequence"])
+        self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
+        self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
+        measured = rows[locally_measured(rows)]
+        if measured.size:
+            last = measured[-1]
+            nan = last["local_nan_parameters"] > 0 or math.isnan(last["local_norm"])
+            inf = last["local_inf_parameters"] > 0 or math.isinf(last["local_norm"])
+            self.local_nonfinite = "nan" if nan else "inf" if inf else ""
+        norms = measured["local_norm"][np.isfinite(measured["local_norm"])]
+        if norms.size:
+            self.local_norm = float(norms[-1])

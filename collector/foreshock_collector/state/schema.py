@@ -1,0 +1,113 @@
+"""The layout of the database, and how a file of it is opened: created, upgraded, or refused in one sentence."""
+
+from __future__ import annotations
+
+import sqlite3
+import uuid
+from dataclasses import fields
+from pathlib import Path
+
+from foreshock_collector.records.steps import Step
+from foreshock_collector.state.migrations import OLDEST, SCHEMA, MigrationError, back_up, migrate
+
+_APPLICATION = 0x464F5245  # "FORE"
+STEP_COLUMNS = tuple(field.name for field in fields(Step))
+_TABLES = f"""
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs (run TEXT PRIMARY KEY, state BLOB NOT NULL);
+CREATE TABLE attempts (run TEXT, attempt INTEGER, launch TEXT, started_seconds REAL, hello BLOB,
+  PRIMARY KEY (run, attempt));
+CREATE TABLE instances (instance TEXT PRIMARY KEY, run TEXT, attempt INTEGER, state BLOB);
+CREATE TABLE steps (run TEXT, {", ".join(STEP_COLUMNS)}, PRIMARY KEY (run, attempt, sequence)) WITHOUT ROWID;
+CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT, source TEXT, event BLOB);
+CREATE INDEX events_by_run ON events (run, id);
+CREATE TABLE incidents (run TEXT, id INTEGER, incident BLOB, window BLOB, PRIMARY KEY (run, id)) WITHOUT ROWID;
+CREATE TABLE rank_window (id INTEGER PRIMARY KEY, run TEXT, attempt INTEGER, last_sequence INTEGER, instance TEXT,
+  batch BLOB);
+CREATE INDEX rank_window_by_run ON rank_window (run, attempt, last_sequence);
+"""
+"""The window of `incidents` holds the records before it; `rank_window` holds batches as they came.
+
+A change here needs a migration, and a column of `steps` is a field of `Step`.
+"""
+
+
+class StoreError(ValueError):
+    """The file is not a database that this collector can use."""
+
+
+def open_database(path: Path | str) -> sqlite3.Connection:
+    """Open a database for its one writer: a new one is created, an older one upgraded. Raises `StoreError`."""
+    try:
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    except sqlite3.Error as error:
+        raise StoreError(f"database {path} cannot be used: {error}") from error
+    try:
+        if not _one(database, "SELECT count(*) FROM sqlite_master"):
+            database.execute("PRAGMA journal_mode=WAL")
+            _create(database)
+        elif (schema := _schema(database, path)) < SCHEMA:
+            # What goes wrong on the way leaves the file as it was.
+            backup = back_up(database, path, schema)
+            migrate(database, schema, f"database {path}", backup)
+        database.execute("PRAGMA synchronous=NORMAL")
+    except (sqlite3.Error, MigrationError) as error:
+        database.close()
+        raise StoreError(f"database {path} cannot be used: {error}") from error
+    except StoreError:
+        database.close()
+        raise
+    return database
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """Open a database to read it; of an older one, a temporary copy that is upgraded. Raises `StoreError`."""
+    try:
+        database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", isolation_level=None, uri=True)
+    except sqlite3.Error as error:
+        raise StoreError(f"database {path} cannot be read: {error}") from error
+    try:
+        if (schema := _schema(database, path)) == SCHEMA:
+            return database
+        # Without a name it is a file that SQLite deletes when it is closed.
+        copy = sqlite3.connect("", isolation_level=None)
+        try:
+            database.backup(copy)
+            migrate(copy, schema, f"a copy of {path}")
+        except BaseException:
+            copy.close()
+            raise
+        database.close()
+        return copy
+    except (sqlite3.Error, MigrationError) as error:
+        database.close()
+        raise StoreError(f"database {path} cannot be read: {error}") from error
+    except StoreError:
+        database.close()
+        raise
+
+
+def _create(database: sqlite3.Connection) -> None:
+    stamp = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA};"
+    epoch = f"INSERT INTO meta VALUES ('epoch', '{uuid.uuid4().hex}');"  # noqa: S608
+    database.executescript(f"BEGIN; {_TABLES} {epoch} {stamp} COMMIT;")
+
+
+def _schema(database: sqlite3.Connection, path: Path | str) -> int:
+    """Its version, from the oldest that can be upgraded to the newest that is known."""
+    if _one(database, "PRAGMA application_id") != _APPLICATION:
+        raise StoreError(f"database {path} is not a Foreshock database; give another path")
+    schema = _one(database, "PRAGMA user_version")
+    if schema > SCHEMA:
+        raise StoreError(
+            f"database {path} has schema {schema} and was written by a newer Foreshock; this one knows schema "
+            f"{SCHEMA}: upgrade Foreshock, or give another path"
+        )
+    if schema < OLDEST:
+        raise StoreError(f"database {path} has schema {schema}, which is too old to be upgraded; give another path")
+    return schema
+
+
+def _one(database: sqlite3.Connection, query: str) -> int:
+    found: int = database.execute(query).fetchone()[0]
+    return found

@@ -1,0 +1,77 @@
+"""Runs, incidents and events as the API's JSON: the one place that names its keys."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from foreshock_collector.analysis.verdicts import EXPECTED, Verdict
+from foreshock_collector.state.attempts import Attempt
+from foreshock_collector.state.events import DetectedEvent, RunEvent
+from foreshock_collector.state.incidents import Incident
+from foreshock_collector.state.instances import Instance
+
+Answer = dict[str, Any]
+
+
+def verdict_answer(verdict: Verdict) -> Answer:
+    """A verdict, and what it leads to."""
+    values = asdict(verdict)
+    values["try"] = values.pop("try_")
+    expected = EXPECTED[verdict.cause]
+    return values | {"finite": expected.finite, "runbook": expected.alert}
+
+
+def incident_answer(incident: Incident) -> Answer:
+    """An incident with its verdict."""
+    return {
+        "id": incident.number,
+        "attempt": incident.attempt,
+        "sequence": incident.sequence,
+        "opened_seconds": incident.opened_seconds,
+        "updated_seconds": incident.updated_seconds,
+        "closed_seconds": incident.closed_seconds,
+        "bad_steps": incident.bad_steps,
+        "last_bad_step": incident.last_bad_step,
+        "verdict": verdict_answer(incident.verdict),
+    }
+
+
+def event_answer(event: RunEvent) -> Answer:
+    """An event; `rank` and `detail` of one that a recorder reported, `score` of one that the detector found."""
+    if isinstance(event, DetectedEvent):
+        return {**asdict(event.event), "seen_seconds": event.seen_seconds}
+    return asdict(event)
+
+
+def attempt_answer(attempt: Attempt) -> Answer:
+    """An attempt of a run."""
+    return {
+        "attempt": attempt.number,
+        "launch": attempt.launch,
+        "started_seconds": attempt.started_seconds,
+        "world_size": attempt.world_size,
+        "steps": attempt.finalized,
+        "over": attempt.over,
+        "incident": max(attempt.incidents.values(), default=None),
+    }
+
+
+def rank_answer(instance: Instance) -> Answer:
+    """A rank of an attempt."""
+    return {
+        "rank": instance.rank,
+        "node": instance.node,
+        "pid": instance.pid,
+        "instance": instance.name,
+        "state": instance.status,
+        "detail": instance.detail,
+        "last_report_seconds": instance.last_report,
+        "stored": instance.stored,
+        "last_step": instance.last_step,
+        "last_complete": instance.last_finished,
+        "local_norm": None if instance.local_nonfinite else instance.local_norm,
+        "local_norm_nonfinite": instance.local_nonfinite,
+        "loss": instance.loss,
+        "dropped": instance.dropped,
+    }
