@@ -40,10 +40,13 @@ test: $(INSTALLED) prometheus chromium $(GRAFANA_SCHEMA) ## run the tests; sets 
 check: static test ## all that a change must pass: static, then the tests
 
 .PHONY: static
-static: $(INSTALLED) protos-drift ## format, lint, types, and whether generated files are up to date
+static: $(INSTALLED) generated ## format, lint, types, and whether generated files are up to date
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
+
+.PHONY: generated
+generated: $(INSTALLED) protos-drift
 	@$(BIN)/python docs/make_metrics.py --check
 	@$(BIN)/python docs/make_configuration.py --check
 	@$(BIN)/python -m grafana.make --check
@@ -92,6 +95,14 @@ faults: $(INSTALLED) ## record the fault corpus anew (20 minutes); ARGS="--only 
 .PHONY: wheel-check
 wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own
 	@PYTHON=$(PYTHON) .ci/wheel-check
+
+.PHONY: test-matrix
+test-matrix: $(INSTALLED) ## the fast tests with the oldest and the newest dependencies, on every Python there is
+	@$(BIN)/python .ci/matrix.py $(ARGS)
+
+.PHONY: release-check
+release-check: $(INSTALLED) generated wheel-check ## whether version, changelog, release notes, tag, wheel and documents agree
+	@$(BIN)/python .ci/release_check.py
 
 # Not in the list above: what the others need.
 

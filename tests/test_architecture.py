@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import foreshock
 import foreshock_protos
 from tests.support.repository import ROOT
 
@@ -178,8 +179,6 @@ print(json.dumps([before, running()]))
 
 
 def test_what_foreshock_exports_is_what_it_says() -> None:
-    import foreshock
-
     assert len(set(foreshock.__all__)) == len(foreshock.__all__)
     visible = {
         name
@@ -239,5 +238,4 @@ def test_every_dependency_is_pinned_for_development_within_its_range() -> None:
 
 
 def test_the_changelog_tells_of_this_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"## [{foreshock.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,60 @@
+"""Every script in examples/ runs as its docstring says, and the collector sees what it shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.support.collector_process import Collector, left
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(collector: Collector, folder: Path, run: str, script: str, *arguments: str) -> dict[str, Any]:
+    """Train on two ranks until the script ends; the run as the API shows it then."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(EXAMPLES / script), *arguments],
+        env={
+            **os.environ,
+            "FORESHOCK_COLLECTOR": collector.address,
+            "FORESHOCK_RUN": run,
+            "FORESHOCK_RING_DIR": str(folder / "rings"),
+            "FORESHOCK_STRICT": "1",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True, text=True, timeout=150, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return left(collector, run)
+
+
+def test_mixed_precision_makes_one_record_per_optimizer_step_and_is_clipped(
+    collector: Collector, tmp_path: Path
+) -> None:
+    found = run_example(collector, tmp_path, "amp", "mixed_precision.py", "--steps", "30")
+    assert found["counters"]["steps"] == 30
+    assert found["counters"]["clipped"] > 0
+    assert found["condition"] == "ended"
+
+
+def test_a_resumed_job_is_the_next_attempt_of_its_run_and_its_steps_continue(
+    collector: Collector, tmp_path: Path
+) -> None:
+    checkpoint = str(tmp_path / "resumed.pt")
+    first = run_example(collector, tmp_path, "resumed", "resume.py", "--checkpoint", checkpoint, "--steps", "50")
+    assert first["newest"]["step"] == 49
+    found = run_example(collector, tmp_path, "resumed", "resume.py", "--checkpoint", checkpoint, "--steps", "70")
+    assert found["newest"]["step"] == 69
+    assert [attempt["steps"] for attempt in found["attempts"]] == [50, 20]
+    assert found["counters"]["steps"] == 70
+    assert found["incidents"] == []
+
+
+def test_the_examples_are_those_that_their_readme_lists() -> None:
+    listed = re.findall(r"\]\((\w+\.py)\)", (EXAMPLES / "README.md").read_text("utf-8"))
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
