@@ -1,7 +1,8 @@
-"""Writes docs/screenshots: real runs of examples/train.py, a real collector, a real browser."""
+"""Takes docs/screenshots: real runs of the demo and of examples/train.py, a real collector, a real browser."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -12,19 +13,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from foreshock_collector.commands.client import ask
+from foreshock_collector.commands.demo.command import EXPLODES
+from foreshock_collector.commands.demo.training import training
 from tests.support.browser import Browser, collector
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "screenshots"
 WIDE, NARROW = 1140, 390
 LOOKS = {"light": (WIDE, False), "dark": (WIDE, True), "phone": (NARROW, False), "phone-dark": (NARROW, True)}
-HEIGHT = {"fleet": 600, "run": 1300, "charts": 1230}
+HEIGHT = {"fleet": 600, "run": 1300, "charts": 1230, "demo": 1140}
 ON_A_PHONE = 844
 MOST_BYTES = 200_000
 DEADLINE_SECONDS = 120.0
+DEMO = "explodes"
 EXPLODED, STEPS = "lr0.3", 190
 RUNS = {
-    # Name: learning rate, what is clipped, steps. Those of very many steps still run when the pictures are taken.
+    # Name: learning rate, clipping, steps. Runs with very many steps are still active when the pictures are taken.
     "lr0.03": (0.03, "none", STEPS),
     EXPLODED: (0.3, "none", STEPS),
     "lr0.1-clip1": (0.1, "1.0", 10**6),
@@ -33,8 +37,12 @@ RUNS = {
 
 
 def main() -> None:
-    """Each page in each look."""
+    """Take a picture of the demo's first run, and of each page in each look."""
     FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as (url, address):
+        asyncio.run(_demo(address, Path(folder)))
+        steps = _ended(url, DEMO)
+        _shoot("demo", "light", f"{url}/run/{DEMO}", width=WIDE, dark=False, steps=steps)
     with tempfile.TemporaryDirectory() as folder, collector(Path(folder)) as (url, address), ExitStack() as jobs:
         for run, (rate, clip, steps) in RUNS.items():
             jobs.enter_context(_training(run, rate, clip, steps, collector=address, rings=folder))
@@ -43,6 +51,12 @@ def main() -> None:
         for look, (width, dark) in LOOKS.items():
             for page, path in pages.items():
                 _shoot(page, look, url + path, width=width, dark=dark)
+
+
+async def _demo(address: str, folder: Path) -> None:
+    """Run the training job of the demo's first act to its end."""
+    async with training(DEMO, collector=address, folder=folder, options=[*EXPLODES]) as ended:
+        await ended
 
 
 @contextmanager
@@ -57,7 +71,7 @@ def _training(run: str, rate: float, clip: str, steps: int, *, collector: str, r
     }
     script = [str(ROOT / "examples" / "train.py"), "--lr", str(rate), "--steps", str(steps), "--pace", "0.02"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *script]
-    # torchrun tells at length that it was ended.
+    # torchrun reports its own termination at length.
     with (Path(rings) / f"{run}.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
@@ -74,17 +88,28 @@ def _reached(url: str, run: str, steps: int) -> None:
         if found and found[0]["newest"].get("step", 0) >= steps - 1:
             return
         time.sleep(0.2)
-    raise AssertionError(f"{run} has not come to step {steps}")
+    raise AssertionError(f"{run} has not reached step {steps}")
 
 
-def _shoot(page: str, look: str, url: str, *, width: int, dark: bool) -> None:
+def _ended(url: str, run: str) -> int:
+    """Wait until the collector knows that a run has ended, and return its number of steps."""
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < deadline:
+        found = ask(url, "runs", run)
+        if found["attempts"][-1]["over"]:
+            return int(found["counters"]["steps"])
+        time.sleep(0.2)
+    raise AssertionError(f"{run} has not ended")
+
+
+def _shoot(page: str, look: str, url: str, *, width: int, dark: bool, steps: int = STEPS) -> None:
     browser = Browser(width=width, height=ON_A_PHONE if width == NARROW else HEIGHT[page], dark=dark)
     try:
         browser.open(url)
         if page == "fleet":
             browser.until(f"document.querySelectorAll('tr[data-run]').length === {len(RUNS)}", "all runs")
         else:
-            browser.drawn(STEPS)
+            browser.drawn(steps)
         if page == "charts":
             browser.ask("document.querySelector('#charts').scrollIntoView({behavior: 'instant'})")
         target = FOLDER / f"{page}-{look}.png"

@@ -15,6 +15,23 @@ from tests.support.waiting import eventually
 
 README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
+SCRIPT = """
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+{attach}
+for step in range(3):
+    loss = model(torch.randn(8, 4)).square().mean()
+    {observe}
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+print("last loss:", loss)
+dist.destroy_process_group()
+"""
 
 
 def commands() -> list[tuple[str, str, list[str]]]:
@@ -78,3 +95,22 @@ def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
         finally:
             server.terminate()
     assert server.returncode == 0
+
+
+def test_the_readmes_three_lines_add_foreshock_to_a_script(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    *attach, observe = filter(None, block.splitlines())
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(attach="\n".join(attach), observe=observe))
+    environment = {**os.environ, "FORESHOCK_RING_DIR": str(tmp_path / "rings"), "FORESHOCK_COLLECTOR": "127.0.0.1:9"}
+    result = subprocess.run(
+        [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", script],
+        env=environment | {"FORESHOCK_STRICT": "1", "FORESHOCK_RUN": "three-lines"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert len(attach) == 2 and observe.startswith("watch.observe(")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"foreshock: watching Linear .* on 2 ranks, .*run three-lines", result.stderr), result.stderr
+    assert "last loss: tensor(" in result.stdout

@@ -23,7 +23,7 @@ from foreshock_collector.config import Parser
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step, bounded
 
-_BOARD, _MODEL = RecordBuffer(world_size=1, layers=0), ModelFacts()
+_BUFFER, _MODEL = RecordBuffer(world_size=1, layers=0), ModelFacts()
 _UNSEEN = StepSignals(math.nan, math.nan, -1, math.nan)
 """A log contains no ranks or layers."""
 
@@ -79,7 +79,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
             verdict = diagnose(
                 steps[: number + 1],
                 events,
-                _BOARD,
+                _BUFFER,
                 _MODEL,
                 apart=gap or 1,
                 left_out=_left_out(steps, number),
@@ -91,7 +91,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
             failure = failure if benign and verdict.cause == "amp_overflow" else (verdict, number)
     if trouble is not None and (failure is None or failure[0].cause == "amp_overflow"):
         return Replay(log=tuple(rows), events=tuple(events), verdict=trouble, first_nonfinite=None)
-    verdict = failure[0] if failure else diagnose(steps, events, _BOARD, _MODEL, finite_before=True, climbing=0)
+    verdict = failure[0] if failure else diagnose(steps, events, _BUFFER, _MODEL, finite_before=True, climbing=0)
     return Replay(log=tuple(rows), events=tuple(events), verdict=verdict, first_nonfinite=failure and failure[1])
 
 

@@ -70,9 +70,9 @@ def _configuration(folder: Path, collector_url: str, alertmanager: str) -> Path:
     source = resource("prometheus")
     (folder / "foreshock.rules.yml").write_text(rule_file(Addresses(collector=collector_url)))
     text = (source / "prometheus.yml").read_text()
-    for shipped_value, ours in (("127.0.0.1:9327", collector), ("127.0.0.1:9093", alertmanager), ("5s", "1s")):
-        assert shipped_value in text
-        text = text.replace(shipped_value, ours)
+    for default, ours in (("127.0.0.1:9327", collector), ("127.0.0.1:9093", alertmanager), ("5s", "1s")):
+        assert default in text
+        text = text.replace(default, ours)
     (folder / "prometheus.yml").write_text(text.replace("4s", "1s"))
     return folder / "prometheus.yml"
 

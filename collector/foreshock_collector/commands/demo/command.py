@@ -25,13 +25,15 @@ from foreshock_collector.config import Config, ConfigError, Parser
 from foreshock_collector.server import Server
 
 _POLL_SECONDS = 0.15
-_SETTLE_SECONDS = 20.0
+_FINISH_SECONDS = 20.0
 _ALERT_SECONDS = 15.0
 _TOO_HIGH, _MODERATE = "3.0", "0.2"
 _CLIP = "0.05"
 """About a third of this model's usual gradient norm."""
 _NAN_STEP = 120
 _LAST_STEPS = 20
+EXPLODES = ("--steps=200", f"--learning-rate={_TOO_HIGH}")
+"""Options of the training job in act 1."""
 
 
 class UnexpectedOutcomeError(Exception):
@@ -115,7 +117,7 @@ async def _perform(folder: Path, console: Console, pace: str) -> int:
 async def _explodes(stage: _Stage) -> float:
     """Run act 1 and return its lowest loss."""
     stage.announce("Act 1", f"the learning rate rises to {_TOO_HIGH}, too high for this model; no fault is injected")
-    ended = await stage.train("explodes", "--steps=200", f"--learning-rate={_TOO_HIGH}")
+    ended = await stage.train("explodes", *EXPLODES)
     incident = ended.incident
     verdict = incident["verdict"]
     await stage.show_incident(incident, "explodes", "ForeshockExplodingGradients")
@@ -133,7 +135,7 @@ async def _explodes(stage: _Stage) -> float:
 
 async def _survives(stage: _Stage, best: float) -> None:
     stage.announce("Act 2", f"the same model, data and learning rate, attached with clip={_CLIP}")
-    ended = await stage.train("survives", "--steps=200", f"--learning-rate={_TOO_HIGH}", f"--clip={_CLIP}")
+    ended = await stage.train("survives", *EXPLODES, f"--clip={_CLIP}")
     if ended.run["incidents"]:
         raise UnexpectedOutcomeError(ended.run["incidents"][0]["verdict"]["summary"])
     last = ended.losses[-_LAST_STEPS:]
@@ -227,13 +229,13 @@ class _Stage:
 
     async def _finished(self, run: str) -> FinishedRun:
         """Wait until the run is over: ranks may exit shortly before their last steps are complete."""
-        deadline = time.monotonic() + _SETTLE_SECONDS
+        deadline = time.monotonic() + _FINISH_SECONDS
         while True:
             answer = await self._get(f"/api/v1/runs/{run}")
             if answer is not None and answer["attempts"][-1]["over"]:
                 break
             if time.monotonic() > deadline:
-                raise DemoError(f"run {run} did not end at the collector within {_SETTLE_SECONDS:.0f} s")
+                raise DemoError(f"run {run} did not end at the collector within {_FINISH_SECONDS:.0f} s")
             await asyncio.sleep(_POLL_SECONDS)
         steps = await self._get(f"/api/v1/runs/{run}/steps?limit=10000")
         assert steps is not None
