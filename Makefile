@@ -1,4 +1,4 @@
-# On a machine with Python 3.11 and make, `make demo` and `make test` install all the rest by themselves.
+# On a machine with Python 3.11 and make, `make demo` and `make test` install everything else.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -29,7 +29,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: $(INSTALLED) ## train a small model until it explodes, and read why; sets everything up
+demo: $(INSTALLED) ## train a small model until it explodes, and show why; sets everything up
 	@$(BIN)/foreshock demo $(ARGS)
 
 .PHONY: test
@@ -37,10 +37,10 @@ test: $(INSTALLED) prometheus chromium $(GRAFANA_SCHEMA) ## run the tests; sets 
 	@$(BIN)/python -m pytest $(ARGS)
 
 .PHONY: check
-check: static test ## all that a change must pass: static, then the tests
+check: static test ## everything that a change must pass: static, then test
 
 .PHONY: static
-static: $(INSTALLED) generated ## format, lint, types, and whether generated files are up to date
+static: $(INSTALLED) generated ## check format, lint, types, and that generated files are up to date
 	@$(BIN)/ruff format --check
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
@@ -57,7 +57,7 @@ docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series, docs/c
 	@$(BIN)/python docs/make_configuration.py
 
 .PHONY: screenshots
-screenshots: $(INSTALLED) chromium ## write docs/screenshots from real small runs, in a real browser (3 minutes)
+screenshots: $(INSTALLED) chromium ## take docs/screenshots of small, real runs in a real browser (3 minutes)
 	@$(BIN)/python -m docs.make_screenshots
 
 .PHONY: dashboards
@@ -73,38 +73,38 @@ protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from teleme
 	@$(PROTOC) $(call GENERATED,protos)
 
 .PHONY: bench
-bench: $(INSTALLED) ## what a training step costs with Foreshock, as ratios; ARGS="--json" and others
+bench: $(INSTALLED) ## measure the overhead of a training step, as ratios; ARGS="--json" and others
 	@$(BIN)/python benchmarks/step.py $(ARGS)
 
 .PHONY: soak
-soak: $(INSTALLED) ## 20,000 steps of two ranks: flat memory, no thread more, nothing left behind (minutes)
+soak: $(INSTALLED) ## train two ranks for 20,000 steps: flat memory, no extra threads, nothing left behind (minutes)
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(INSTALLED) ## 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
+fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 .PHONY: bench-detection
-bench-detection: $(INSTALLED) ## how well detection does on recorded faults, beside other rules; ARGS="--json --part tune"
+bench-detection: $(INSTALLED) ## measure detection accuracy on recorded faults, next to other rules; ARGS="--json --part tune"
 	@$(BIN)/python -m benchmarks.detection $(ARGS)
 
 .PHONY: faults
-faults: $(INSTALLED) ## record the fault corpus anew (20 minutes); ARGS="--only 'bit_flip-*'"
+faults: $(INSTALLED) ## record the fault corpus again (20 minutes); ARGS="--only 'bit_flip-*'"
 	@$(BIN)/python -m benchmarks.faults $(ARGS)
 
 .PHONY: wheel-check
-wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in an environment of its own
+wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in a clean environment
 	@PYTHON=$(PYTHON) .ci/wheel-check
 
 .PHONY: test-matrix
-test-matrix: $(INSTALLED) ## the fast tests with the oldest and the newest dependencies, on every Python there is
+test-matrix: $(INSTALLED) ## run the fast tests with the oldest and newest dependencies, on every installed Python
 	@$(BIN)/python .ci/matrix.py $(ARGS)
 
 .PHONY: release-check
-release-check: $(INSTALLED) generated wheel-check ## whether version, changelog, release notes, tag, wheel and documents agree
+release-check: $(INSTALLED) generated wheel-check ## check that version, changelog, release notes, tag, wheel and documents agree
 	@$(BIN)/python .ci/release_check.py
 
-# Not in the list above: what the others need.
+# Prerequisites of the targets above, not listed by `make help`.
 
 .PHONY: prometheus
 prometheus:
@@ -131,7 +131,7 @@ protos-drift: $(PROTOC_INSTALLED)
 	@fresh=$$(mktemp -d); trap 'rm -r "$$fresh"' EXIT; \
 	$(PROTOC) $(call GENERATED,"$$fresh"); \
 	diff -r -x __init__.py -x __pycache__ -x '*.proto' "$$fresh/foreshock_protos/v1" protos/foreshock_protos/v1 \
-	  || { echo "The contract's generated code is not what telemetry.proto says; run: make protos" >&2; exit 1; }
+	  || { echo "The generated code does not match telemetry.proto; run: make protos" >&2; exit 1; }
 
 $(INSTALLED): requirements-dev.txt pyproject.toml
 	@$(call make-venv,.venv)
@@ -146,7 +146,7 @@ $(PROTOC_INSTALLED): requirements-protos.txt
 
 define make-venv
 	[ -n "$(PYTHON)" ] && $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "Python 3.11 or newer is needed, as python3.11 or python3, or by make PYTHON=..." >&2; exit 1; }; \
+	  || { echo "Python 3.11 or newer is required: install python3.11 or python3, or use make PYTHON=..." >&2; exit 1; }; \
 	$(PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt-install,A virtual environment needs it,$(notdir $(PYTHON))-venv); }; \
 	[ -x $(1)/bin/pip ] || { echo "Setting up $(1); the first time takes a few minutes"; $(PYTHON) -m venv --clear $(1); }
 endef

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/train.py --lr 0.3
 
-With a learning rate of 0.03 it learns. The warm-up to 0.3 goes too far: the gradients explode.
+A learning rate of 0.03 trains well. With 0.3, the warm-up goes too far and the gradients explode.
 """
 
 import argparse
@@ -33,7 +33,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=options.lr, momentum=0.9)
 warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 200))
 watch = foreshock.attach(model, optimizer)  # clip=1.0 would clip
 
-torch.manual_seed(1 + dist.get_rank())  # other data on every rank
+torch.manual_seed(1 + dist.get_rank())  # different data on every rank
 for step in range(options.steps):
     x = torch.randn(64, 32)
     loss = ((model(x) - x.sin().sum(1, keepdim=True)) ** 2).mean()

@@ -35,7 +35,12 @@ SKIPPED = {"__pycache__", "node_modules"}
 
 def documents() -> list[Document]:
     """Every document, and of the changelog the part about this version."""
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
+    pages = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "benchmarks").rglob("*.md"),
+        *(ROOT / "examples").rglob("*.md"),
+    ]
     found = [Document(str(page.relative_to(ROOT)), page.read_text("utf-8")) for page in sorted(pages)]
     return [replace(each, text=current(each.text)) if each.path == "CHANGELOG.md" else each for each in found]
 
