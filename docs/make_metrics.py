@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from foreshock_collector.alerting.alerts import ALERTS
-from foreshock_collector.analysis.verdicts import EXPECTED
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, RUN, Kind, Series
 
 PAGE = Path(__file__).with_name("metrics.md")
@@ -43,7 +43,7 @@ def page() -> str:
     rows = ["| series | type | further labels | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     rows += [_row(series) for series in CATALOGUE]
     values = [
-        f"Values of `verdict`, and the alert that tells of each:\n\n{_verdicts()}",
+        f"Values of `verdict`, and the alert that reports each:\n\n{_verdicts()}",
         f"Values of `reason`: {_quoted(DROP_REASONS)}.",
         f"Alerts, each with its runbook:\n\n{_alerts()}",
     ]
@@ -63,14 +63,14 @@ def _row(series: Series) -> str:
 
 def _verdicts() -> str:
     rows = [
-        "| verdict | alert | severity | condition of the run | every number is finite |",
-        "| --- | --- | --- | --- | --- |",
+        "| verdict | title | alert | severity | condition of the run | all values finite |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for cause, expected in EXPECTED.items():
-        finite = "yes" if expected.finite else "no"
-        rows.append(
-            f"| `{cause}` | {expected.alert or 'none'} | {expected.severity or ''} | {expected.condition} | {finite} |"
-        )
+    for cause, entry in VERDICT_TABLE.items():
+        outcome = entry.outcome
+        alert, severity = outcome.alert or "none", outcome.severity or ""
+        finite = "yes" if outcome.finite else "no"
+        rows.append(f"| `{cause}` | {entry.title} | {alert} | {severity} | {outcome.condition} | {finite} |")
     return "\n".join(rows)
 
 

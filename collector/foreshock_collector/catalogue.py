@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from foreshock_collector.analysis.verdicts import EXPECTED
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 
 
 class Kind(StrEnum):
@@ -38,11 +38,11 @@ class Series:
 RUN = ("experiment", "run")
 """Every run-level series carries these."""
 
-VERDICTS = tuple(EXPECTED)
+VERDICTS = tuple(VERDICT_TABLE)
 """The closed list of causes. An incident never carries `healthy`."""
 
-INCIDENT_VERDICTS = tuple(cause for cause, expected in EXPECTED.items() if expected.alert)
-"""All but `healthy` and `amp_overflow`, which need nobody; their counters exist at 0 from a run's first report."""
+INCIDENT_VERDICTS = tuple(cause for cause, entry in VERDICT_TABLE.items() if entry.outcome.alert)
+"""All but `healthy` and `amp_overflow`, which need no action. Their counters exist at 0 from a run's first report."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "never_finished", "given_up")
 """Why a step record of a rank is missing: the probe failed on it; the ring was overwritten before it was read (the

@@ -15,7 +15,7 @@ import yaml
 
 from foreshock_collector.alerting import alerts
 from foreshock_collector.alerting.rule_file import Addresses, rule_file
-from foreshock_collector.analysis.verdicts import EXPECTED, Cause
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.support.alerting import ALERTS, PROMETHEUS_CONFIG, RULES, SEVERITY
@@ -29,7 +29,7 @@ SCRAPE_LABELS = {"job", "instance"}
 VALUES: dict[str, set[str]] = {
     "verdict": set(VERDICTS),
     "reason": set(DROP_REASONS),
-    "alert": {expected.alert for expected in EXPECTED.values() if expected.alert},
+    "alert": {entry.outcome.alert for entry in VERDICT_TABLE.values() if entry.outcome.alert},
 }
 """Labels with a closed list of values."""
 QUERY = re.compile(r'printf ("(?:[^"\\]|\\.)*")((?: \$labels\.\w+)*) \| query')
@@ -144,18 +144,19 @@ def test_what_an_annotation_asks_for_is_in_the_catalogue(alert: dict[str, Any]) 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
 def test_an_alert_is_about_the_verdicts_that_the_table_gives_it(alert: dict[str, Any]) -> None:
-    its = [cause for cause, expected in EXPECTED.items() if expected.alert == alert["alert"]]
+    its = [cause for cause, entry in VERDICT_TABLE.items() if entry.outcome.alert == alert["alert"]]
     asked = {tuple(found.split("|")) for found in re.findall(r'verdict=~?"([^"]*)"', alert["expr"])}
     assert asked == ({tuple(its)} if its else set())
-    assert {EXPECTED[cause].severity for cause in its} <= {alert["labels"]["severity"]}
+    assert {VERDICT_TABLE[cause].outcome.severity for cause in its} <= {alert["labels"]["severity"]}
     named = set(re.findall(r'alert=\\"(\w+)', "".join(alert["annotations"].values())))
     assert named == ({alert["alert"]} if its else set())
 
 
-def test_every_verdict_has_an_expectation_and_its_alert_a_rule() -> None:
-    assert set(get_args(Cause)) == EXPECTED.keys()
-    assert {expected.alert for expected in EXPECTED.values()} - {""} <= set(NAMES)
-    assert all((expected.severity is None) == (not expected.alert) for expected in EXPECTED.values())
+def test_every_verdict_has_an_entry_and_its_alert_a_rule() -> None:
+    assert set(get_args(Cause)) == VERDICT_TABLE.keys()
+    outcomes = [entry.outcome for entry in VERDICT_TABLE.values()]
+    assert {outcome.alert for outcome in outcomes} - {""} <= set(NAMES)
+    assert all((outcome.severity is None) == (not outcome.alert) for outcome in outcomes)
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from foreshock_collector.analysis.verdicts import EXPECTED, Cause, Verdict
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
+from foreshock_collector.analysis.verdicts import make_verdict
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.incidents import FAILURE
 from foreshock_collector.web.answers import verdict_answer
@@ -142,21 +143,7 @@ def out_of_memory() -> Watched:
 def judged_unknown() -> Watched:
     """Of a live run every step is known, so only a log has it: taken here as if a run had."""
     job = trained()
-    verdict = Verdict(
-        cause="unknown",
-        attempt=0,
-        first_bad_step=60,
-        onset_step=None,
-        lead_steps=0,
-        rank=None,
-        parameter="",
-        layer="",
-        confidence=0.3,
-        summary="Not finite at step 60; the records are too sparse to tell what came before.",
-        evidence=(),
-        try_=(),
-        alternatives=(),
-    )
+    verdict = make_verdict("unknown", attempt=0, step=60, evidence=())
     job.run.incidents.open(job.run.newest, FAILURE, verdict, 61, job.now)
     job.run.newest.detector.failing = True
     job.wait(30.0)
@@ -275,14 +262,14 @@ def fired(jobs: dict[str, Watched], tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_every_verdict_is_tried() -> None:
-    assert VERDICTS.keys() == EXPECTED.keys()
+    assert VERDICTS.keys() == VERDICT_TABLE.keys()
 
 
 @pytest.mark.parametrize("cause", VERDICTS)
 def test_a_verdict_leads_to_its_alert_and_to_no_other(
     cause: Cause, jobs: dict[str, Watched], fired: dict[str, dict[str, str]]
 ) -> None:
-    expected, run = EXPECTED[cause], jobs[cause].run
+    expected, run = VERDICT_TABLE[cause].outcome, jobs[cause].run
     newest = run.incidents.newest
     assert (newest.verdict.cause if newest else "healthy") == (cause if expected.alert else "healthy")
     assert fired[cause].keys() == VERDICTS[cause][1] | ({expected.alert} if expected.alert else set())

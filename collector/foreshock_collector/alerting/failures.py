@@ -8,7 +8,7 @@ from __future__ import annotations
 from foreshock_collector import catalogue as c
 from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, Alert, by_run, recent
 from foreshock_collector.alerting.lookups import Lookup, incident, incident_label, known_label, number
-from foreshock_collector.analysis.verdicts import EXPECTED
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 
 
 def _skipped_share(window: str) -> str:
@@ -32,8 +32,8 @@ def _verdict_alert(
     labels: annotations for programs, beside the verdict and its first step. include_closed: fire for five minutes even
     if the incident is closed by then.
     """
-    causes = [cause for cause, expected in EXPECTED.items() if expected.alert == name]
-    (severity,) = {EXPECTED[cause].severity for cause in causes}
+    causes = [cause for cause, entry in VERDICT_TABLE.items() if entry.outcome.alert == name]
+    (severity,) = {VERDICT_TABLE[cause].outcome.severity for cause in causes}
     assert severity is not None
     matcher = f'verdict="{causes[0]}"' if len(causes) == 1 else f'verdict=~"{"|".join(causes)}"'
     still_open = f"{by_run(c.OPEN_INCIDENTS, matcher)} > 0"

@@ -1,4 +1,4 @@
-"""What most likely made gradients explode, and what to try after each verdict."""
+"""What most likely made gradients explode, and what to try against it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from foreshock_collector.analysis.detection import Event
-from foreshock_collector.analysis.verdicts import Cause, Root
+from foreshock_collector.analysis.verdicts import Root
 from foreshock_collector.records.steps import ModelFacts, Step
 
 USUAL_STEPS = 50
@@ -100,44 +100,3 @@ def _clip_near(steps: Sequence[Step], onset: Event, usual: float) -> str:
             f"clip near the usual norm (about {near:.1g})" if near > 0 else "clip by norm, near that of healthy steps"
         )
     return f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={float(f'{near:.1g}'):g})"
-
-
-def after_quiet(cause: Cause, bad: Step, culprit: int | None, where: str) -> tuple[str, ...]:
-    """What to try where nothing preceded. where: " on rank 1", or nothing."""
-    batch = f"look at the batch of step {bad.step}{where}: NaN, an empty or all-masked sample, a label out of range"
-    if cause == "amp_scale_collapse":
-        return (
-            "use bfloat16: it has the range of float32, and needs no scaler",
-            "a smaller learning rate, and clipping by norm: a scale that only falls follows gradients that grow",
-            "keep losses, norms and softmax of large values in float32",
-        )
-    if cause == "amp_overflow":
-        return ("nothing, while it stays rare: a GradScaler halves its scale and goes on",)
-    if cause == "nonfinite_divergence":
-        return (
-            "a smaller learning rate, or one that decays: small steps in a bad direction add up",
-            "look at what changed where the loss began to climb: data, loss weights, a schedule",
-            "go back to a checkpoint from before it",
-        )
-    if cause == "bad_rank":
-        return (
-            f"move rank {culprit} to another machine, and look at that one's device: memory errors, heat",
-            "go back to the last checkpoint: this step's gradient was averaged into every rank",
-            batch,
-        )
-    if cause == "nonfinite_gradient":
-        return (
-            "find the operation: torch.autograd.set_detect_anomaly(True) on the batch of that step",
-            "look for what has no gradient at its edge: sqrt or norm at 0, x**p at 0, torch.where over a NaN branch",
-            "a gradient that is sent in half precision overflows beyond 65504: send it in bfloat16 or float32",
-        )
-    if cause == "unknown":
-        return ("log loss and gradient norm at every step: a climb takes 3 to 8 of them", batch)
-    advice = [
-        batch,
-        "look for an operation that this batch made unstable: log(0), sqrt at 0, division by zero",
-        "leave such a step out and go on, if it stays the only one",
-    ]
-    if culprit is not None:
-        advice.append(f"if rank {culprit} is named again with other data, suspect its machine and move it to another")
-    return tuple(advice)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreshock_collector.analysis.rules import DEFAULT, FaultRules
-from foreshock_collector.analysis.verdicts import Cause
+from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
 

@@ -82,7 +82,7 @@ def replay(rows: Sequence[Row], rules: Rules = DEFAULT, *, at: Callable[[int], N
                 _BUFFER,
                 _MODEL,
                 apart=gap or 1,
-                left_out=_left_out(steps, number),
+                overflows=_overflows(steps, number),
                 finite_before=finite_before,
                 climbing=climbing,
                 diverging=diverging,
@@ -150,7 +150,7 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def _left_out(steps: Sequence[Step], first: int) -> int:
+def _overflows(steps: Sequence[Step], first: int) -> int:
     """Count consecutive non-finite gradients from `first` on, if losses are finite and training continues; else 0."""
     for number in range(first, len(steps)):
         step = steps[number]

@@ -8,13 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_AFTER = frozenset({"crashed", "rank_lost", "stalled"})
-"""Causes whose step is the last completed one."""
-
 
 def since(verdict: dict[str, Any]) -> str:
     """Return the label of the verdict's step."""
-    if verdict["cause"] in _AFTER:
+    if verdict["names_last_step"]:
         return "last step"
     return "since step" if verdict["finite"] else "not finite since step"
 

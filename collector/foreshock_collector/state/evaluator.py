@@ -136,8 +136,8 @@ class Evaluator:
         if FAILURE in attempt.incidents:
             # Paged for already: a script that ends at a NaN, or that computes on until something breaks.
             if not attempt.ending:
-                attempt.ending = ending.told
-                self._incidents.add_evidence(attempt, FAILURE, ending.told, now)
+                attempt.ending = ending.description
+                self._incidents.add_evidence(attempt, FAILURE, ending.description, now)
             return
         verdict = verdict_on_ending(attempt.number, ending, attempt.world_size, silent)
         self._incidents.close(attempt, SILENCE, now)

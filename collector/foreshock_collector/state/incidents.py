@@ -6,7 +6,8 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from foreshock_collector.analysis.verdicts import EXPECTED, Verdict
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.records.window import Window
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.totals import Totals
@@ -68,7 +69,7 @@ class Incidents:
 
     def newest_by_alert(self) -> dict[str, Incident]:
         """The newest incident that each alert is about."""
-        return {EXPECTED[each.verdict.cause].alert: each for each in self.kept}
+        return {VERDICT_TABLE[each.verdict.cause].outcome.alert: each for each in self.kept}
 
     def open(self, attempt: Attempt, key: str, verdict: Verdict, sequence: int, now: float) -> int:
         """Open an incident, seen at this step, and return its number. One of a key may be open at a time."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from foreshock_collector.analysis.verdicts import EXPECTED, Verdict
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.events import DetectedEvent, RunEvent
 from foreshock_collector.state.incidents import Incident
@@ -15,11 +16,16 @@ Answer = dict[str, Any]
 
 
 def verdict_answer(verdict: Verdict) -> Answer:
-    """A verdict, and what it leads to."""
+    """Return a verdict, and what the table says about its cause."""
     values = asdict(verdict)
     values["try"] = values.pop("try_")
-    expected = EXPECTED[verdict.cause]
-    return values | {"finite": expected.finite, "runbook": expected.alert}
+    entry = VERDICT_TABLE[verdict.cause]
+    return values | {
+        "title": entry.title,
+        "finite": entry.outcome.finite,
+        "names_last_step": entry.outcome.names_last_step,
+        "runbook": entry.outcome.alert,
+    }
 
 
 def incident_answer(incident: Incident) -> Answer:

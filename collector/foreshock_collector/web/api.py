@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
@@ -156,6 +157,7 @@ class Api:
     def _brief(self, run: Run) -> dict[str, Any]:
         attempt = run.newest
         newest = run.incidents.newest
+        cause: Cause = newest.verdict.cause if newest else "healthy"
         now = self._clock()
         return {
             "run": run.name,
@@ -166,7 +168,8 @@ class Api:
             "started_seconds": attempt.started_seconds,
             "world_size": attempt.world_size,
             "ranks_reporting": sum(instance.reporting for instance in attempt.instances.values()),
-            "verdict": newest.verdict.cause if newest else "healthy",
+            "verdict": cause,
+            "verdict_title": VERDICT_TABLE[cause].title,
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
             "newest": run.totals.newest() if attempt.finalized else {},
@@ -189,6 +192,7 @@ def _nothing_of(run: Run) -> dict[str, Any]:
         "world_size": 0,
         "ranks_reporting": 0,
         "verdict": "unknown",
+        "verdict_title": VERDICT_TABLE["unknown"].title,
         "failing": False,
         "building_up": False,
         "newest": {},

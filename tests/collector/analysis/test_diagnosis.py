@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from foreshock_collector.analysis.detection import Detector, Event
-from foreshock_collector.analysis.diagnosis import _shares, diagnose
+from foreshock_collector.analysis.diagnosis import diagnose
+from foreshock_collector.analysis.explosion import multiples_of_others
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.records.buffer import RecordBuffer, decode
@@ -239,7 +240,7 @@ def test_the_multiple_of_the_others_median_leaves_out_the_rank_itself() -> None:
     for world in (2, 3, 4):
         part = norms[:, :world]
         wanted = [[row[r] / np.median(np.delete(row, r)) for r in range(world)] for row in part]
-        assert _shares(part) == pytest.approx(np.array(wanted))
+        assert multiples_of_others(part) == pytest.approx(np.array(wanted))
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_n
     assert list(verdict.evidence) == [
         "rank 2 after step 29: RuntimeError: no such file",
         "rank 0 lost a peer: RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer",
-        "rank 1 ended without a goodbye, the last 0.0 s after the first",
+        "rank 1 ended without reporting why, the last 0.0 s after the first",
     ]
 
 
@@ -230,7 +230,7 @@ def test_a_run_that_nobody_hears_of_any_more_is_lost_until_it_is_heard_of_again(
     (incident,) = job.run.incidents.kept
     assert incident.verdict.cause == "rank_lost"
     assert incident.verdict.summary == (
-        "2 of 2 ranks fell silent after step 29, without a goodbye: nothing has been heard of them for 900 s."
+        "2 of 2 ranks fell silent after step 29: nothing has been received from them for 900 s."
     )
     assert condition(job.run, job.now, 900.0) == "failed"
     job.heartbeat()

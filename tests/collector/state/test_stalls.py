@@ -61,8 +61,8 @@ def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left
     (incident,) = job.run.incidents.kept
     verdict = incident.verdict
     assert (verdict.cause, verdict.rank) == ("stalled", 2)
-    assert "though other ranks are alive: rank 2 is not there." in verdict.summary
-    assert verdict.evidence[1:] == ("its other ranks still report", "left, or not heard of: rank 2")
+    assert "although other ranks are alive: rank 2 is missing." in verdict.summary
+    assert verdict.evidence[1:] == ("its other ranks still report", "left or silent: rank 2")
 
 
 def test_a_stall_goes_on_while_the_collector_starts_again() -> None:

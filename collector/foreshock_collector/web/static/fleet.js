@@ -2,7 +2,7 @@
 
 import { follow, json } from "./feed.js";
 import { spark } from "./spark.js";
-import { AFTER, conditionMark, el, errorWords, number, plural, put, runUrl, span, verdictTitle, whole } from "./text.js";
+import { conditionMark, el, errorWords, number, plural, put, runUrl, span, whole } from "./text.js";
 
 const ORDER = ["failed", "failing", "building up", "stalled", "ranks missing", "running", "interrupted", "ended"];
 const ENDED_SHOWN = 20;
@@ -23,7 +23,7 @@ function summary({ runs, ended }) {
 function incidentLine(run) {
   const incident = (run.open_incidents ?? []).at(-1);
   if (!incident) {
-    return run.verdict === "healthy" ? null : el("p", { class: "quiet" }, `last incident: ${verdictTitle(run.verdict).toLowerCase()}`);
+    return run.verdict === "healthy" ? null : el("p", { class: "quiet" }, `last incident: ${run.verdict_title.toLowerCase()}`);
   }
   const { verdict } = incident;
   const where = [
@@ -31,8 +31,8 @@ function incidentLine(run) {
     verdict.layer ? `layer ${verdict.layer}` : null,
   ].filter(Boolean);
   return el("p", { class: "alarm" },
-    el("a", { href: `${runUrl(run.run)}?attempt=${incident.attempt}#incident` }, verdictTitle(verdict.cause)),
-    ` ${AFTER.has(verdict.cause) ? "after" : "at"} step ${whole(verdict.first_bad_step)}`,
+    el("a", { href: `${runUrl(run.run)}?attempt=${incident.attempt}#incident` }, verdict.title),
+    ` ${verdict.names_last_step ? "after" : "at"} step ${whole(verdict.first_bad_step)}`,
     verdict.onset_step === null ? "" : `, first sign at step ${whole(verdict.onset_step)}`,
     where.length ? `, ${where.join(", ")}` : "");
 }

@@ -1,6 +1,6 @@
 // The incident card: what happened, since when, where, the evidence and what to try, above everything else.
 
-import { AFTER, clock, el, number, plural, span, verdictTitle, whole } from "./text.js";
+import { clock, el, number, plural, span, whole } from "./text.js";
 
 // failed: the incident was still open when the run ended.
 export function age(incident, now, failed) {
@@ -14,11 +14,11 @@ export function incidentCard(incident, show) {
   const list = (kind, items) => el(kind, {}, items.map((item) => el("li", {}, item)));
   const open = incident.closed_seconds === null;
   return el("article", { class: "incident", "data-open": open, "data-incident": incident.id },
-    el("h2", {}, verdictTitle(verdict.cause),
+    el("h2", {}, verdict.title,
       // Screen readers announce the card once, and not again each time its age changes.
       el("span", { class: "quiet", "aria-live": "off" }, ` incident ${incident.id}, `, el("span", { id: "incident-age" }))),
     el("dl", { class: "where" },
-      fact(AFTER.has(verdict.cause) ? "last step" : verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
+      fact(verdict.names_last_step ? "last step" : verdict.finite ? "since" : "not finite since", el("strong", {}, `step ${whole(verdict.first_bad_step)}`), el("small", {}, clock(incident.opened_seconds))),
       verdict.finite ? null : fact("first sign", verdict.onset_step === null ? "none" : el("strong", {}, `step ${whole(verdict.onset_step)}`),
         verdict.onset_step === null ? null : el("small", {}, `${plural(verdict.lead_steps, "step")} earlier`)),
       verdict.rank === null && !verdict.ranks_alike ? null
@@ -42,7 +42,7 @@ export function earlier(incidents, show) {
     el("summary", {}, plural(incidents.length, "earlier incident")),
     el("ul", {}, incidents.map((incident) => el("li", {},
       el("button", { type: "button", class: "plain", onclick: () => show(incident) }, `step ${whole(incident.verdict.first_bad_step)}`),
-      ` ${verdictTitle(incident.verdict.cause)}, attempt ${incident.attempt}, ${clock(incident.opened_seconds)}`))));
+      ` ${incident.verdict.title}, attempt ${incident.attempt}, ${clock(incident.opened_seconds)}`))));
 }
 
 const KINDS = {

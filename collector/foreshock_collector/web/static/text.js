@@ -74,22 +74,5 @@ export function conditionMark(condition) {
   return el("span", { class: "condition", "data-condition": condition }, shape, condition);
 }
 
-const VERDICTS = {
-  exploding_gradients: "Exploding gradients",
-  first_step_nonfinite: "Not finite from the first step",
-  sudden_nonfinite: "Suddenly not finite",
-  nonfinite_gradient: "Gradient not finite",
-  nonfinite_divergence: "Loss climbed until not finite",
-  bad_rank: "One bad rank",
-  outlier_rank: "One rank unlike the others",
-  stalled: "Makes no steps",
-  amp_scale_collapse: "Loss scale collapsed",
-  unknown: "Not finite, cause not known",
-};
-
-// Of these the step of the verdict is the last that was made, and no first sign of trouble.
-export const AFTER = new Set(["crashed", "rank_lost", "stalled"]);
-
-export const verdictTitle = (cause) => VERDICTS[cause] ?? cause.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase());
 export const runUrl = (name) => `/run/${encodeURIComponent(name)}`;
 export const runApi = (name) => `/api/v1/runs/${encodeURIComponent(name)}`;
