@@ -67,10 +67,10 @@ def test_the_page_takes_titles_from_the_api() -> None:
 
 def test_a_verdict_brings_what_the_table_says_of_its_cause() -> None:
     verdict = make_verdict("duplicate_data", attempt=1, step=20, evidence=("seen",))
-    told, entry = verdict_answer(verdict), VERDICT_TABLE["duplicate_data"]
-    assert (told["title"], told["runbook"]) == (entry.title, entry.outcome.alert)
-    assert (told["finite"], told["names_last_step"]) == (True, False)
-    assert (told["summary"], told["first_bad_step"]) == (entry.summary.format(step=20), 20)
-    assert told["try"] == list(entry.advice)
+    answer, entry = verdict_answer(verdict), VERDICT_TABLE["duplicate_data"]
+    assert (answer["title"], answer["runbook"]) == (entry.title, entry.outcome.alert)
+    assert (answer["finite"], answer["names_last_step"]) == (True, False)
+    assert (answer["summary"], answer["first_bad_step"]) == (entry.summary.format(step=20), 20)
+    assert answer["try"] == entry.advice
     rank = make_verdict("bad_rank", attempt=1, step=3, rank=2, evidence=())
     assert "step 3 on rank 2" in rank.try_[-1]
