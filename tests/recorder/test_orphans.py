@@ -311,7 +311,7 @@ def test_the_command_says_what_is_left_and_why(
     held_folder = leave(rings / "c" / "held", 3).parent
     held = lock(held_folder)
     assert held is not None
-    collector.refused["refused"] = "world_size 3: this launch has told of 2 ranks before"
+    collector.refused["refused"] = "world_size 3: this launch has reported 2 ranks before"
     leave(rings / "d" / "refused", 3, instance="refused", collector=collector.address)
     assert hand_in.main(["--dir", str(rings)]) == 1
     a, b, c, d = capsys.readouterr().out.splitlines()

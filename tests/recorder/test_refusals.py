@@ -11,7 +11,7 @@ from tests.support.rings import make_ring, step
 from tests.support.waiting import WAIT_SECONDS, until
 
 FIRST, SECOND = "first-0-abcd", "first-1-abcd"
-WHY = "world_size 3: this launch has told of 2 ranks before"
+WHY = "world_size 3: this launch has reported 2 ranks before"
 
 
 def test_one_refused_rank_stops_no_other_and_is_asked_for_again_with_the_next_stream(

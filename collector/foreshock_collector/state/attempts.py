@@ -32,7 +32,7 @@ class AttemptState:
     """What is stored of an attempt, beside its steps and instances."""
 
     started_seconds: float
-    """Unix time; never before an attempt that it has followed, whatever the clock of its machine says."""
+    """Unix time; never before an attempt that it follows, even where the clock of its machine is behind."""
     detector: Detector = field(default_factory=Detector)
     faults: FaultDetector = field(default_factory=FaultDetector)
     noise: NoiseScale = field(default_factory=NoiseScale)
@@ -43,7 +43,7 @@ class AttemptState:
     departures_checked: int = 0
     """Ranks that left abnormally and have been explained."""
     silent: bool = False
-    """Whether nothing is heard of it, though it has not left."""
+    """Whether its ranks no longer report, though they have not left."""
     ending: str = ""
     """What ended it while it was failing already."""
     outcome: Outcome = ""
@@ -65,7 +65,7 @@ class Attempt(AttemptState):
         self.instances: dict[int, Instance] = {}
         """By rank."""
         self.superseded = False
-        """A later attempt makes steps, or its ranks had left before they were heard of: nobody can do anything now."""
+        """Whether it alerts nobody: a later attempt makes steps, or its ranks had left before they first reported."""
         self.needs_reevaluation = False
         """Whether records of the step that failed have come since it was evaluated."""
         self.steps: deque[Step] = deque(maxlen=WINDOW_STEPS)
@@ -96,7 +96,7 @@ class Attempt(AttemptState):
 
     @property
     def over(self) -> bool:
-        """Whether all ranks that ever said hello have left."""
+        """Whether all its ranks have left."""
         return bool(self.instances) and all(i.closed for i in self.instances.values())
 
     def ended_at(self, sequence: int) -> bool:
@@ -106,7 +106,7 @@ class Attempt(AttemptState):
 
     @property
     def handed_in(self) -> bool:
-        """Whether all its ranks had left before the collector heard of them, or heard of them again."""
+        """Whether all its ranks had left before their records reached the collector."""
         return all(i.gone for i in self.instances.values())
 
     def evict(self) -> None:
@@ -127,12 +127,12 @@ class Attempt(AttemptState):
         """Whether ranks left abnormally that have not been explained yet."""
         return self.departures_checked != sum(bool(i.left_seconds) for i in self.instances.values())
 
-    def last_heard(self) -> float:
+    def last_report(self) -> float:
         """When any of its ranks last reported."""
         return max((i.last_report for i in self.instances.values()), default=0.0)
 
     def write(self, instance: Instance, records: Records, now: float) -> None:
-        """Add records of a rank to the buffer; the caller has made room."""
+        """Add records of a rank to the buffer. The caller has made room."""
         if len(records):
             self.buffer.write(instance.rank, records, now)
             if self.failure is not None:
@@ -172,7 +172,7 @@ class Attempt(AttemptState):
             self.finalized = buffer.finalized
 
     def reset_detection(self, *, keep_open: Sequence[str]) -> None:
-        """Start detection anew: what it has learnt of the steps is not to be trusted. keep_open: keys of incidents."""
+        """Restart detection without the history of the steps. keep_open: keys of incidents that stay open."""
         self.incidents = {key: number for key, number in self.incidents.items() if key in keep_open}
         self.detector, self.faults, self.noise = Detector(), FaultDetector(), NoiseScale()
         self.failure, self.needs_reevaluation = None, False

@@ -1,4 +1,4 @@
-"""How a run is, in one word: the worst that is true of it."""
+"""The condition of a run: the worst that is true of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foreshock_collector.state.runs import Run
 
 
 def condition(run: Run, now: float, silent: float) -> Condition:
-    """Of the newest attempt. now: Unix time; silent: seconds without a word after which a run has ended."""
+    """The condition of the newest attempt. now: Unix time; silent: seconds without a report that end a run."""
     attempt = run.newest
     if not run.active(now, silent):
         return _end(attempt)

@@ -1,4 +1,4 @@
-"""Errors of the collector's own. One that comes up in a run costs that run alone: counted, and logged once a kind."""
+"""The collector's internal errors. One in a run affects that run alone: counted, and logged once a kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes a run's steps, in order, through detection, faults and diagnosis, and opens and closes its incidents."""
+"""Detection, faults and diagnosis for a run's steps, in order: opens and closes its incidents."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from foreshock_collector.state.incidents import DEATH, FAILURE, SILENCE, Inciden
 from foreshock_collector.state.instances import CLEAN_EXITS
 from foreshock_collector.state.totals import Totals
 
-_HEARD_SECONDS = 60.0
-"""A rank that was heard of so lately is alive: its recorder reports every second."""
+_REPORTING_SECONDS = 60.0
+"""A rank that reported within it is alive: its recorder reports every second."""
 
 
 class Evaluator:
@@ -147,7 +147,7 @@ class Evaluator:
             self._open(attempt, DEATH, verdict, attempt.finalized, now)
 
     def check_silence(self, attempt: Attempt, now: float, seconds: float) -> None:
-        """Open an incident: nothing has been heard of the attempt for so long, and some ranks have not left."""
+        """Open an incident where the attempt has not reported for so long, though some ranks have not left."""
         silent = [(i.rank, i.last_step) for i in attempt.instances.values() if not i.ended]
         done = [i.last_step or 0 for i in attempt.instances.values() if i.ended in CLEAN_EXITS]
         if done and all((step or 0) >= max(done) for _, step in silent):
@@ -158,12 +158,14 @@ class Evaluator:
             self._open(attempt, SILENCE, verdict, attempt.finalized, now)
 
     def check_stall(self, attempt: Attempt, now: float, *, since: float) -> None:
-        """Open or close an incident: no step comes though ranks run, by the run's own pace. since: it is watched."""
-        # That a collector has only just started is no step that would end a stall.
+        """Open or close an incident: by the run's own pace, no step comes though ranks run. since: Unix time of the
+        collector's start, or of the attempt's.
+        """
+        # A collector that has just started does not end a stall that was open before.
         last = self._totals.last["step"]
         quiet = now - (last if "stalled" in attempt.incidents else max(last, since))
         ranks = attempt.instances.values()
-        live = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _HEARD_SECONDS]
+        live = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _REPORTING_SECONDS]
         limit = self._totals.stall_after(attempt.finalized)
         if quiet <= limit or not live:
             self._incidents.close(attempt, "stalled", now)

@@ -1,4 +1,4 @@
-"""All runs: which run a launch belongs to, and where an instance is at home."""
+"""All runs: which run a launch belongs to, and which run an instance is part of."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Runs:
     def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
         self.rules_of = rules_of
         self.errors = collector_errors()
-        """The collector's own, that no single run is to blame for."""
+        """Internal errors that no single run caused."""
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
         self._launches: dict[tuple[str, str], Run] = {}
@@ -71,7 +71,7 @@ class Runs:
         if run is not None:
             if run.experiment != hello.experiment:
                 raise ContradictionError(
-                    f"experiment {hello.experiment!r}: this launch has told of {run.experiment!r} before"
+                    f"experiment {hello.experiment!r}: this launch has reported {run.experiment!r} before"
                 )
             return run
         for number in itertools.count(1):

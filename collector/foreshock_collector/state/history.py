@@ -1,4 +1,4 @@
-"""What a database tells of the steps of its runs, for the page and for people who look into a file of it."""
+"""Queries of a database's steps, for the page and for `foreshock diagnose`."""
 
 from __future__ import annotations
 

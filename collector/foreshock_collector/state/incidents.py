@@ -19,7 +19,7 @@ FAILURE = "failure"
 DEATH = "death"
 """Key of the incident of ranks that left abnormally."""
 SILENCE = "silence"
-"""Key of the incident of a run that nobody hears of. The key of any other incident is its cause."""
+"""Key of the incident of a run that no longer reports. The key of any other incident is its cause."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,11 +27,11 @@ class InstanceState:
     pid: int
     layers: int
     position: int = 0
-    """Sequence number of the newest record that was taken in."""
+    """Sequence number of the newest record that was ingested."""
     closed: str = ""
     """The reason of its goodbye; empty while it runs."""
     detail: str = ""
-    """What its goodbye or its loss said besides."""
+    """The text of its goodbye, or of its loss."""
     last_report: float = 0.0
     """Unix time at which it last reported."""
     last_step: int | None = None
@@ -56,7 +56,7 @@ class Instance(InstanceState):
     """One attach of one rank. What it adds to its state lives in memory only."""
 
     def __init__(self, state: InstanceState, *, gone: bool = False) -> None:
-        """gone: it had left when it said hello, and its records are handed in afterwards."""
+        """gone: it had left before its hello came, and its records are handed in afterwards."""
         super().__init__(**vars(state))
         self.gone = gone
         self.stored = 0
@@ -70,7 +70,7 @@ class Instance(InstanceState):
 
     @property
     def status(self) -> str:
-        """How it is, for people: "running", or its goodbye: "finished", "detached", "exception", "lost"."""
+        """Its state, for people: "running", or its goodbye: "finished", "detached", "exception", "lost"."""
         return self.closed.lower() or "running"
 
     @property

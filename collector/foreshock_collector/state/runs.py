@@ -1,4 +1,4 @@
-"""State of a run: takes records in, finalizes steps, hands them to the evaluator.
+"""State of a run: ingests records, finalizes steps, hands them to the evaluator.
 
 Clocks come in as arguments. What may be seen from outside moves only where steps are finalized, and a commit follows
 before anybody looks, so that counters never go back.
@@ -29,7 +29,7 @@ _CLOCK_SECONDS = 5.0
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, will not report any more."""
 _LIVE_SECONDS = 10.0
-"""A rank that was heard of within it lives: its recorder reports every second."""
+"""A rank that reported within it is live: its recorder reports every second."""
 _KEPT_OPEN = (DEATH, SILENCE)
 """Incidents of ranks and not of steps: over only once a later attempt goes on, or the run is evicted."""
 
@@ -66,7 +66,7 @@ class Run:
         self.name = name
         self.rules = rules
         self.errors = Errors(f"run {name!r}", RUN_STAGES)
-        """The collector's own, in this run."""
+        """Internal errors in this run."""
         self.attempts: list[Attempt] = []
         self.totals = totals or Totals()
         self.events = Events()
@@ -95,7 +95,7 @@ class Run:
             self.unsaved.attempts.append(attempt)
         elif place.world_size != attempt.world_size:
             raise ContradictionError(
-                f"world_size {place.world_size}: this launch has told of {attempt.world_size} ranks before"
+                f"world_size {place.world_size}: this launch has reported {attempt.world_size} ranks before"
             )
         elif place.rank in attempt.instances:
             raise ContradictionError(f"rank {place.rank} of this launch is another instance already")
@@ -114,7 +114,7 @@ class Run:
         return instance
 
     def heartbeat(self, instance: Instance, now: float) -> None:
-        """Note that the instance is alive."""
+        """Record that the instance is alive."""
         instance.last_report = now
         attempt = self.attempts[instance.attempt]
         if attempt.silent:
@@ -123,7 +123,7 @@ class Run:
         self.unsaved.instances[instance.name] = instance
 
     def ingest(self, instance: Instance, batch: pb.StepBatch, now: float) -> bool:
-        """Take in records of an instance, but for those that it had sent before; a gap is counted.
+        """Ingest records of an instance, but for those that it had sent before; a gap is counted.
 
         True: steps had to be finalized to make room for them, and have to be committed before anybody looks.
         Raises `ColumnsError`.
@@ -170,9 +170,9 @@ class Run:
             return
         instance.reported_events.append(kind)
         if event.kind == pb.Event.RANK_LOST:
-            # Its goodbye says so as well, but only behind its last records.
+            # Its goodbye repeats this, but only behind its last records.
             instance.detail = instance.detail or event.detail
-            # The recorder's clock tells which was first; one that is wrong does not.
+            # The recorder's clock shows which was first, unless it is wrong.
             instance.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
         self.events.add(
             RankEvent(
@@ -187,7 +187,7 @@ class Run:
         )
 
     def close(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
-        """Note that the instance has left; what is missing up to its last record will not come."""
+        """Record that the instance has left: what is missing up to its last record will not come."""
         self.heartbeat(instance, now)
         if instance.closed:
             return
@@ -223,7 +223,7 @@ class Run:
                     instance.closed, instance.leaving = instance.leaving, ""
             if each.over and not each.departures_pending:
                 self.incidents.close_all(each, now, keep_open=_KEPT_OPEN)
-            if not newest and each.idle and now - each.last_heard() > _SUPERSEDED_SECONDS:
+            if not newest and each.idle and now - each.last_report() > _SUPERSEDED_SECONDS:
                 # It need not have left, as when its machine has vanished.
                 self.incidents.close_all(each, now, keep_open=_KEPT_OPEN)
                 each.evict()
@@ -240,7 +240,7 @@ class Run:
         return attempt is not self.newest and bool(self.newest.finalized or attempt.handed_in)
 
     def check_silence(self, now: float, silent_seconds: float) -> None:
-        """Note whether nobody has heard of the run for so long, though it never left."""
+        """Record whether the run has not reported for so long, though it never left."""
         attempt = self.newest
         if not attempt.silent and not attempt.over and not self.active(now, silent_seconds):
             attempt.silent = True
@@ -260,7 +260,7 @@ class Run:
         return steps
 
     def _evaluate_steps(self, attempt: Attempt, steps: list[Step], now: float, *, newest: bool) -> None:
-        """After an error, what was known of the attempt is gone: detection begins anew with the next step."""
+        """Evaluate steps; after an error, detection restarts with the next one."""
         try:
             for step in steps:
                 self.totals.add_step(step, now, newest=newest)
@@ -286,19 +286,19 @@ class Run:
 
     @property
     def newest(self) -> Attempt:
-        """The attempt that started last: after an outage, an older one may be heard of later."""
+        """The attempt that started last: after an outage, an older one may report later."""
         return max(self.attempts, key=lambda attempt: (attempt.started_seconds, attempt.number))
 
     def stall_after(self) -> float:
         """Seconds without a step that mean a stall of the newest attempt."""
         return self.totals.stall_after(self.newest.finalized)
 
-    def last_heard(self) -> float:
+    def last_report(self) -> float:
         """When any rank last reported."""
-        return max((attempt.last_heard() for attempt in self.attempts), default=0.0)
+        return max((attempt.last_report() for attempt in self.attempts), default=0.0)
 
     def has_live_ranks(self, now: float) -> bool:
-        """Whether a rank has just been heard of, and may still write records."""
+        """Whether a rank has just reported, and may still write records."""
         return any(
             now - instance.last_report < _LIVE_SECONDS
             for attempt in self.attempts
@@ -307,8 +307,8 @@ class Run:
         )
 
     def active(self, now: float, silent_seconds: float) -> bool:
-        """Whether a rank of the newest attempt has not left, and has been heard of lately."""
-        # A collector that starts gives each run time to be heard of again, but none that was silent before.
+        """Whether a rank of the newest attempt has not left, and has reported lately."""
+        # A collector that starts gives each run time to report again, but none that was silent before.
         return not self.newest.silent and any(
             not instance.closed and now - max(instance.last_report, self.watched_since) < silent_seconds
             for instance in self.newest.instances.values()
@@ -319,8 +319,8 @@ class Run:
         if self.active(now, silent_seconds):
             return 0.0
         if self.newest.over:
-            return max(0.0, now - self.last_heard())
-        since = self.last_heard() if self.newest.silent else max(self.last_heard(), self.watched_since)
+            return max(0.0, now - self.last_report())
+        since = self.last_report() if self.newest.silent else max(self.last_report(), self.watched_since)
         return max(0.0, now - since - silent_seconds)
 
     # -- stored --------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Api:
 
     async def _list(self, request: web.Request) -> web.Response:
         now = self._clock()
-        runs = sorted(self._runs, key=lambda run: run.errors.value("page", 0.0, run.last_heard), reverse=True)
+        runs = sorted(self._runs, key=lambda run: run.errors.value("page", 0.0, run.last_report), reverse=True)
         ended = [run for run in runs if not run.errors.value("page", True, run.active, now, self._silent)]
         left_out = set(ended[number(request, "ended", len(ended)) :])
         runs = [run for run in runs if run not in left_out]
@@ -173,7 +173,7 @@ class Api:
             "failing": attempt.detector.failing,
             "building_up": attempt.detector.gradient.in_build_up,
             "newest": run.totals.newest() if attempt.finalized else {},
-            "last_report_seconds": run.last_heard(),
+            "last_report_seconds": run.last_report(),
             "last_step_seconds": run.totals.last["step"],
             "stall_after_seconds": run.stall_after(),
             "errors": run.errors.shown(),

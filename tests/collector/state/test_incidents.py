@@ -38,11 +38,18 @@ def test_a_rank_that_tells_late_what_it_did_changes_the_verdict() -> None:
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.rank) == ("nonfinite_gradient", None)
+    store = Store(":memory:")
+    store.commit(job.runs)
     job.tell(1, [NAN], loss=[2.0], local_nan_parameters=[3.0])
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.rank) == ("bad_rank", 1)
     assert job.run.totals.incidents["bad_rank"] == job.run.totals.incidents["nonfinite_gradient"] == 1
+    store.commit(job.runs)
+    window = store.incident_window("r", incident.number)
+    assert window is not None
+    assert window.records["rank"][window.records["sequence"] == incident.sequence].tolist() == [0, 1]
+    store.close()
 
 
 def test_ranks_that_see_the_same_data_are_named_once_until_they_no_longer_do() -> None:

@@ -128,7 +128,7 @@ def test_a_launch_that_contradicts_itself_is_refused() -> None:
     names = Names()
     names.register("a")
     for changes, says in (
-        ({"experiment": "other"}, "experiment 'other': this launch has told of 'e' before"),
+        ({"experiment": "other"}, "experiment 'other': this launch has reported 'e' before"),
         ({"topology": pb.Topology(rank=1, world_size=3)}, "world_size 3"),
         ({"rank": 0, "instance": "another"}, "rank 0 of this launch is another instance already"),
     ):
