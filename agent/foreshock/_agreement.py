@@ -93,7 +93,7 @@ def agree(
         decision = _ask(corner, rank, world_size, posting, Decision(run=run, launch=launch), timeout)
     except RuntimeError as error:
         # Of the store: the process that serves it has ended.
-        raise AttachError(f"the ranks' store is gone, a rank has ended while the others attached ({error})") from error
+        raise AttachError(f"the store is unreachable: a rank exited while the others attached ({error})") from error
     if decision.error:
         raise AttachError(decision.error)
     return decision

@@ -145,8 +145,8 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
         return DisabledWatch()
     if decision.hook_taken:
         line = (
-            "the model has a communication hook already: no local norms, only global ones; "
-            "to have them, register foreshock.local_norms_wrapper(hook) instead"
+            "the model already has a communication hook, so only global norms are measured; "
+            "for local norms, register foreshock.local_norms_wrapper(hook) instead"
         )
         announce(line, rank=ranks.rank)
     recorder = RecorderProcess(
@@ -214,7 +214,7 @@ def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:
 def _line(mine: _Mine, decision: Decision, size: int) -> str:
     settings, plan = mine.settings, mine.plan
     does = [f"clipping by {settings.clip}"] if settings.clip else []
-    does += ["leaving out broken steps"] if settings.skip else []
+    does += ["skipping bad steps"] if settings.skip else []
     clip = ("trying " if settings.shadow else "") + " and ".join(does) if does else "observing only"
     where = settings.collector or "this machine's collector"
     ranks = f"{size} rank{'s' if size > 1 else ''}"
@@ -271,7 +271,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _checked_model(model: nn.Module) -> DistributedDataParallel:
     inner = _unwrapped(model)
     if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(inner).__mro__):
-        raise SettingsError("model: FSDP shards gradients, so that no rank has one as a whole; only DDP is watched")
+        raise SettingsError("model: FSDP shards gradients, so no rank has a complete one; only DDP is supported")
     if not isinstance(inner, DistributedDataParallel):
         wrap = "wrap it first: DistributedDataParallel(model)"
         raise SettingsError(f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}")
@@ -281,7 +281,7 @@ def _checked_model(model: nn.Module) -> DistributedDataParallel:
         )
     if any(parameter.is_complex() for parameter in inner.module.parameters()):
         raise SettingsError(
-            "model: has complex parameters, whose gradients are not measured; hold them as torch.view_as_real"
+            "model: has complex parameters, whose gradients are not measured; store them as torch.view_as_real"
         )
     return inner
 
@@ -293,20 +293,20 @@ def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimiz
         raise SettingsError("optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer")
     plan = plan_parameters(model.module, optimizer, model.parameters_to_ignore)
     if not plan.parameters:
-        raise SettingsError("optimizer: holds none of the model's parameters; make it from model.parameters()")
+        raise SettingsError("optimizer: holds none of the model's parameters; create it from model.parameters()")
     if others := set(trainable(optimizer)) - set(model.module.parameters()):
         raise SettingsError(
             f"optimizer: holds {len(others)} parameter(s) of another model, whose gradients this DDP model does not "
-            "average; give each model an optimizer of its own"
+            "average; give each model its own optimizer"
         )
     devices = {parameter.device for parameter in plan.parameters}
     if len(devices) > 1:
-        raise SettingsError(f"model: its parameters lie on {len(devices)} devices; Foreshock watches one per rank")
+        raise SettingsError(f"model: its parameters are on {len(devices)} devices; Foreshock supports one per rank")
     if is_watched(optimizer):
-        raise SettingsError("optimizer: is being watched already; detach that watch first")
+        raise SettingsError("optimizer: is already watched; detach that watch first")
     if is_watched(model):
         raise SettingsError(
-            "model: is being watched already, with another optimizer; one of them is watched at a time: attach to the "
+            "model: is already watched with another optimizer, and only one can be watched at a time; attach to the "
             "one that matters, or detach that watch first"
         )
     return plan

@@ -94,7 +94,7 @@ class Averaging:
         self.ranks = dist.get_world_size(self.group)
         self.lookout = Lookout()
         self.works: list[dist.Work] = []
-        """Reductions of the newest backward pass. gloo's thread must not be the last to let go of one: that needs the
+        """Reductions of the newest backward pass. gloo's thread must not hold the last reference to one: that needs the
         interpreter, and one that is about to end aborts the process."""
         self._places: dict[int, int] = {}
         """Where the gradient of each parameter, by its identity, lay before this backward pass."""

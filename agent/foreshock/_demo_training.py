@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, required=True, help="reached by a linear warm-up")
     parser.add_argument("--clip", type=float, help="largest gradient norm")
     parser.add_argument("--nan-at", type=int, default=-1, help="step at which rank 1 gets a NaN in its batch")
-    parser.add_argument("--seconds-per-step", type=float, default=0.0, help="slower, to be watched")
+    parser.add_argument("--seconds-per-step", type=float, default=0.0, help="seconds per step, to slow the run down")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

@@ -36,5 +36,5 @@ class Guard:
         text = f"{type(error).__name__}: {error}"
         self._counter.drop("probe_error")
         self._counter.note(text)
-        say_once("probe_error", f"an internal error costs a step record, training goes on ({text})")
+        say_once("probe_error", f"an internal error dropped a step record; training continues ({text})")
         return True

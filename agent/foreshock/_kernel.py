@@ -92,7 +92,7 @@ class Kernel:
 
     def _leave_out(self, skip: Flag) -> None:
         if not clips_in_kernel(self._optimizer):
-            say_once("not fused", f"steps cannot be left out any more: {why_not_skipped(self._optimizer)}")
+            say_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
             return
         self._guard_momentum()
         if skip is False:
@@ -140,11 +140,11 @@ def why_not_skipped(optimizer: torch.optim.Optimizer) -> str:
     kind = type(optimizer).__name__
     if not clips_in_kernel(optimizer):
         return (
-            f"{kind} is not fused, so a step cannot be left out without a read-back; "
-            "make it Adam, AdamW, SGD or Adagrad with fused=True"
+            f"{kind} is not fused, so skipping a step would require reading from the device; "
+            "use Adam, AdamW, SGD or Adagrad with fused=True"
         )
     if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
-        return f"{kind} with dampening starts from a first step that may not be left out; use dampening=0"
+        return f"{kind} with dampening must not skip its first step; use dampening=0"
     return ""
 
 

@@ -41,7 +41,7 @@ class RecorderProcess:
             if has_recorder(self._folder):
                 return
             if self._starts == _STARTS:
-                say_once("recorder", f"no recorder stays alive, nothing reaches the collector ({self._log()})")
+                say_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log()})")
                 return
             self._starts += 1
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
@@ -56,7 +56,7 @@ class RecorderProcess:
                 env=environment,
             )
         except OSError as error:
-            say_once("recorder", f"the recorder cannot start, nothing reaches the collector ({error})")
+            say_once("recorder", f"the recorder cannot start; nothing reaches the collector ({error})")
             return
         self._processes.append(process)
 
@@ -81,8 +81,8 @@ class RecorderProcess:
         self._say_page(ring)
         self._say_trouble(ring)
         if self._speaks and not ring.trouble and (left := ring.launched - ring.acknowledged):
-            goes_on = "the recorder goes on trying" if has_recorder(self._folder) else "no recorder runs here"
-            line = f"{left} records have not reached the collector yet; {goes_on}, a later job's hands them in"
+            retry = "the recorder keeps trying, or" if has_recorder(self._folder) else "no recorder is running, so"
+            line = f"{left} records have not reached the collector yet; {retry} a later job's recorder hands them in"
             say_once("collector", line)
         self._reap()
 
@@ -95,7 +95,7 @@ class RecorderProcess:
 
     def _say_trouble(self, ring: Ring) -> None:
         if self._speaks and ring.trouble:
-            say_once("collector", f"the collector does not take records, training goes on ({ring.trouble})")
+            say_once("collector", f"the collector accepts no records; training continues ({ring.trouble})")
 
     def _say_page(self, ring: Ring) -> None:
         page = ring.page

@@ -238,8 +238,8 @@ def went_on(leaver: Leaver) -> None:
     if leaver.retired:
         say_once(
             "retired",
-            "a training goes on that counts as finished, since it made no step while a later one of this process made "
-            "two: it is clipped as before, and not recorded any more; attach again to record it",
+            "a training that counts as finished is still running, because it made no step while a later one in this "
+            "process made two; it is clipped as before but no longer recorded; attach again to record it",
         )
     if leaver.steps > 2:
         return

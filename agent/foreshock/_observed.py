@@ -114,7 +114,7 @@ def _step(step: Any) -> int | None:
     except TypeError:
         whole = None
     if step is not None and (whole is None or whole not in _STEPS):
-        say_once("observe step", f"observe: step must be a whole number, not {_shown(step)}; steps are counted instead")
+        say_once("observe step", f"observe: step must be an integer, not {_shown(step)}; steps are counted instead")
         return None
     return whole
 

@@ -1,6 +1,7 @@
-"""What is to be done about a step: divide its gradient, leave it out, or nothing. Decides, and acts not.
+"""Decides whether to scale a step's gradient, skip the step, or do nothing; does not act.
 
-Every rank has the same averaged gradient, hence the same norm, history and budget: all rule alike without a word.
+Every rank has the same averaged gradient, hence the same norm, history and budget, so all ranks reach the same
+decision without communicating.
 """
 
 from __future__ import annotations

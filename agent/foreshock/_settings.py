@@ -75,7 +75,7 @@ def settings_from(
         strict=_switch(*told("strict", None, False)),
     )
     if settings.shadow and settings.clip is None and not settings.skip:
-        raise SettingsError("shadow: there is nothing to try; give clip or skip too")
+        raise SettingsError("shadow: nothing to simulate; also pass clip or skip")
     return settings
 
 
@@ -100,9 +100,9 @@ def _address(name: str, text: Any) -> str:
 
 def _name(name: str, text: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(text, str) or (not text and not may_be_empty) or len(text) > _NAME_LENGTH:
-        raise SettingsError(f"{name}: must be a text of 1 to {_NAME_LENGTH} characters, not {text!r}")
+        raise SettingsError(f"{name}: must be a string of 1 to {_NAME_LENGTH} characters, not {text!r}")
     if not text.isprintable():
-        raise SettingsError(f"{name}: {text!r} has characters that cannot be printed")
+        raise SettingsError(f"{name}: {text!r} contains unprintable characters")
     return text
 
 

@@ -41,5 +41,5 @@ class Shadow:
     def line(self) -> str:
         """For people."""
         counts = self.counts()
-        would = f"{counts['clipped']} would have been clipped and {counts['skipped']} left out"
+        would = f"{counts['clipped']} would have been clipped and {counts['skipped']} skipped"
         return f"shadow: of {counts['steps']} steps {would}"

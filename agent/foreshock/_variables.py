@@ -46,7 +46,7 @@ def unknown_variables(environment: Iterable[str]) -> list[str]:
         for name in environment
         if name.startswith(PREFIX) and name not in _NAMES and not name.startswith(COLLECTOR_PREFIX)
     )
-    return [f"{name} is not a variable of Foreshock, and is ignored{_nearest(name)}" for name in strangers]
+    return [f"{name} is not a Foreshock variable and is ignored{_nearest(name)}" for name in strangers]
 
 
 def _nearest(name: str) -> str:

@@ -346,7 +346,7 @@ class ActiveWatch(Watch):
         if measures is None:
             return
         count = len(measures.plan.parameters)
-        say_once(f"{count} parameters", f"the optimizer holds other parameters now: {count} are measured and clipped")
+        say_once(f"{count} parameters", f"the optimizer's parameters have changed: {count} are measured and clipped")
         self._measures = measures
         self._action.kernel.clips(measures.plan.parameters)
         self._backward_end.watch(measures.plan.parameters)
@@ -383,11 +383,13 @@ class ActiveWatch(Watch):
         edited = known if changed is None else changed
         self._edits_seen = known or edited
         if edited and not known:
-            line = "the script changes gradients between backward and step (clip_grad_norm_ or the like)"
-            advice = "; Foreshock does not clip them again: remove that call to let it" if self._clip else ""
+            line = "the script changes gradients between backward and step (clip_grad_norm_ or similar)"
+            advice = (
+                "; Foreshock does not clip them again; remove that call to let Foreshock clip" if self._clip else ""
+            )
             say_once("edited", line + advice)
         return edited
 
     def _check_hook_order(self) -> None:
         if self._clip is not None and not self._step_hooks.is_last():
-            say_once("hook order", "another step pre-hook was registered after attach: what it does is not clipped")
+            say_once("hook order", "another step pre-hook was registered after attach; its changes are not clipped")

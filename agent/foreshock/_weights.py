@@ -1,4 +1,4 @@
-"""The weights themselves, looked at now and then: are they the same on every rank, how large, how fast do they move.
+"""Measures of the weights, sampled every 100 steps: whether ranks agree, how large they are, how fast they move.
 
 On the device and without a sync. One kernel per parameter, so not every step.
 """

@@ -54,7 +54,7 @@ _BY_SETTINGS = (
     "no_normalisation",
     "long_sequence",
 )
-"""Faults that take effect by and by."""
+"""Faults that take effect gradually."""
 
 
 def _short(wanted: int, length: int) -> str | None:

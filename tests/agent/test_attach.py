@@ -34,7 +34,7 @@ def nobody_watches(results: list[dict[str, Any]]) -> None:
 
 
 def test_a_misspelt_variable_is_told_once_and_everybody_watches(found: dict[str, Scenario]) -> None:
-    line = "FORESHOCK_COLECTOR is not a variable of Foreshock, and is ignored; did you mean FORESHOCK_COLLECTOR?"
+    line = "FORESHOCK_COLECTOR is not a Foreshock variable and is ignored; did you mean FORESHOCK_COLLECTOR?"
     scenario = found["misspelt_variable"]
     assert scenario.results == [[True, True]] * 2
     assert [lines.count(f"foreshock: {line}") for lines in scenario.said] == [1, 0]
@@ -89,7 +89,7 @@ def test_a_wrong_argument_raises_where_it_is_and_disables_the_rest(
 
 def test_an_optimizer_is_watched_once_at_a_time(found: dict[str, Scenario]) -> None:
     for result in found["attached_twice"].results:
-        assert result["again"] == "SettingsError: optimizer: is being watched already; detach that watch first"
+        assert result["again"] == "SettingsError: optimizer: is already watched; detach that watch first"
         assert result["after detach"]
 
 
@@ -126,7 +126,7 @@ def test_a_script_with_a_hook_of_its_own_keeps_it_and_has_global_norms(found: di
     for result in scenario.results:
         assert result["as alone"] and result["dropped"] == {}
         assert all(norm > 0 for norm in result["global"]) and set(result["local"]) == {0.0}
-    assert sum("has a communication hook already" in line for line in scenario.said[0]) == 1
+    assert sum("already has a communication hook" in line for line in scenario.said[0]) == 1
 
 
 def test_attaching_leaves_the_time_out_of_the_jobs_store_alone(found: dict[str, Scenario]) -> None:

@@ -64,7 +64,9 @@ def test_a_step_hook_registered_after_attach_has_the_last_word_and_is_told_of_on
 def test_one_of_several_optimizers_is_watched_and_a_second_one_refused(found: dict[str, Scenario]) -> None:
     for result in found["several_optimizers"].results:
         assert result["apart"] < 1e-4 and result["alike"] < 1e-6 and all(norm > 0 for norm in result["local"])
-        assert result["second"].startswith("SettingsError: model: is being watched already, with another optimizer;")
+        assert result["second"].startswith(
+            "SettingsError: model: is already watched with another optimizer, and only one can be watched at a time;"
+        )
 
 
 def test_a_watch_ends_and_another_begins(found: dict[str, Scenario]) -> None:
@@ -74,7 +76,7 @@ def test_a_watch_ends_and_another_begins(found: dict[str, Scenario]) -> None:
 
 
 REFUSED = {
-    "fsdp": "SettingsError: model: FSDP shards gradients, so that no rank has one as a whole; only DDP is watched",
+    "fsdp": "SettingsError: model: FSDP shards gradients, so no rank has a complete one; only DDP is supported",
     "zero": "SettingsError: optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer",
     "sparse": "SettingsError: model: has an embedding with sparse gradients",
     "complex": "SettingsError: model: has complex parameters, whose gradients are not measured",

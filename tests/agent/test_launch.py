@@ -88,8 +88,10 @@ def test_a_recorder_goes_on_trying_only_where_there_is_one(
 ) -> None:
     held = lock(ring.path.parent) if there else None
     process(ring).wait_for_farewell(ring)
-    what = "the recorder goes on trying" if there else "no recorder runs here"
-    assert said(capsys) == [f"1 records have not reached the collector yet; {what}, a later job's hands them in"]
+    what = "the recorder keeps trying, or" if there else "no recorder is running, so"
+    assert said(capsys) == [
+        f"1 records have not reached the collector yet; {what} a later job's recorder hands them in"
+    ]
     if held is not None:
         os.close(held)
 
@@ -98,13 +100,13 @@ def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, caps
     reader = RingReader(ring.path)
     reader.trouble("typo:4327: connection refused")
     process(ring).wait_for_farewell(ring)
-    assert said(capsys) == ["the collector does not take records, training goes on (typo:4327: connection refused)"]
+    assert said(capsys) == ["the collector accepts no records; training continues (typo:4327: connection refused)"]
 
 
 def test_a_recorder_that_cannot_be_started_is_told(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
     process(ring, python="/nowhere/python").ensure()
     (line,) = said(capsys)
-    assert line.startswith("the recorder cannot start, nothing reaches the collector (")
+    assert line.startswith("the recorder cannot start; nothing reaches the collector (")
 
 
 def test_recorders_that_all_end_are_told(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +115,7 @@ def test_recorders_that_all_end_are_told(ring: Ring, capsys: pytest.CaptureFixtu
         one.check(ring, LATER + 10 * again)
     (line,) = said(capsys)
     assert line.startswith(
-        "no recorder stays alive, nothing reaches the collector (try /bin/false -m foreshock_recorder"
+        "recorders keep exiting; nothing reaches the collector (try /bin/false -m foreshock_recorder"
     )
     assert str(ring.path.parent) in line
 

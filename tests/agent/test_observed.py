@@ -117,11 +117,11 @@ def test_a_step_may_be_any_whole_number(step: Any) -> None:
 @pytest.mark.parametrize(
     ("loss", "step", "line"),
     [
-        (1.0, 0.2, "observe: step must be a whole number, not 0.2; steps are counted instead"),
-        (1.0, "7", "observe: step must be a whole number, not '7'; steps are counted instead"),
-        (1.0, 2**70, "observe: step must be a whole number, not 1180591620717411303424; steps are counted instead"),
-        (1.0, 2**63 - 1, "observe: step must be a whole number, not 9223372036854775807; steps are counted instead"),
-        (1.0, math.nan, "observe: step must be a whole number, not nan; steps are counted instead"),
+        (1.0, 0.2, "observe: step must be an integer, not 0.2; steps are counted instead"),
+        (1.0, "7", "observe: step must be an integer, not '7'; steps are counted instead"),
+        (1.0, 2**70, "observe: step must be an integer, not 1180591620717411303424; steps are counted instead"),
+        (1.0, 2**63 - 1, "observe: step must be an integer, not 9223372036854775807; steps are counted instead"),
+        (1.0, math.nan, "observe: step must be an integer, not nan; steps are counted instead"),
         ("x", 7, "observe: loss must be a tensor or a number, not 'x'; it is not recorded"),
         ([1.0, 2.0], 7, "observe: loss must be a tensor or a number, not of type list; it is not recorded"),
     ],

@@ -92,9 +92,7 @@ def test_a_shadow_changes_not_a_bit_and_counts(found: dict[str, Scenario]) -> No
             assert seen["counts"]["clipped"] == sum(int(bits) & 1 for bits in seen["shadow"]) > 0
         assert [int(bits) & 1 for bits in result["norm"]["shadow"]] == [norm > 0.5 for norm in result["norm"]["norms"]]
         assert [int(bits) & 1 for bits in result["adaptive"]["shadow"]][:25] == [0] * 25
-    assert (
-        sum("shadow: of 36 steps 36 would have been clipped and 2 left out" in line for line in scenario.said[0]) >= 1
-    )
+    assert sum("shadow: of 36 steps 36 would have been clipped and 2 skipped" in line for line in scenario.said[0]) >= 1
     assert not any("shadow: of" in line for line in scenario.said[1])
 
 
@@ -104,10 +102,13 @@ def test_clipping_by_value_under_a_scaler_compares_unscaled_elements(found: dict
 
 
 REFUSED: list[tuple[str, str]] = [
-    ("not fused", "SettingsError: skip: AdamW is not fused, so a step cannot be left out without a read-back; make it"),
-    ("no fused path", "SettingsError: skip: NAdam is not fused, so a step cannot be left out"),
-    ("dampening", "SettingsError: skip: SGD with dampening starts from a first step that may not be left out; use"),
-    ("nothing to try", "SettingsError: shadow: there is nothing to try; give clip or skip too"),
+    (
+        "not fused",
+        "SettingsError: skip: AdamW is not fused, so skipping a step would require reading from the device; use",
+    ),
+    ("no fused path", "SettingsError: skip: NAdam is not fused, so skipping a step would require"),
+    ("dampening", "SettingsError: skip: SGD with dampening must not skip its first step; use"),
+    ("nothing to try", "SettingsError: shadow: nothing to simulate; also pass clip or skip"),
     ("skip on rank 1 alone", "AttachError: skip differs: False on rank 0, True on rank 1; it must be the same on"),
     ("another experiment on rank 1", "AttachError: experiment differs: default on rank 0, other on rank 1; it must"),
 ]

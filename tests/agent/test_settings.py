@@ -125,7 +125,7 @@ def test_an_argument_of_another_type_is_an_error_too(setting: str, wrong: Any) -
 def test_a_shadow_needs_something_to_try(policy: dict[str, str]) -> None:
     environment = {f"FORESHOCK_{name.upper()}": text for name, text in policy.items()}
     assert settings_from(environment, shadow=True).shadow
-    with pytest.raises(SettingsError, match=r"^shadow: there is nothing to try; give clip or skip too"):
+    with pytest.raises(SettingsError, match=r"^shadow: nothing to simulate; also pass clip or skip"):
         settings_from({}, shadow=True)
 
 

@@ -25,14 +25,14 @@ NAMES = {variable.name for variable in VARIABLES}
 )
 def test_a_misspelt_variable_is_told_with_the_nearest_name(misspelt: str, meant: str) -> None:
     (line,) = unknown_variables({misspelt: "x", "PATH": "y", meant: "z"})
-    assert line == f"{misspelt} is not a variable of Foreshock, and is ignored; did you mean {meant}?"
+    assert line == f"{misspelt} is not a Foreshock variable and is ignored; did you mean {meant}?"
 
 
 def test_a_name_that_is_near_none_is_told_alone_and_known_ones_are_not() -> None:
     known = {**dict.fromkeys(NAMES, ""), f"{COLLECTOR_PREFIX}DATABASE": ""}
     assert unknown_variables(known) == []
     assert unknown_variables({**known, "FORESHOCK_QQQQ": ""}) == [
-        "FORESHOCK_QQQQ is not a variable of Foreshock, and is ignored"
+        "FORESHOCK_QQQQ is not a Foreshock variable and is ignored"
     ]
 
 
