@@ -15,7 +15,7 @@ from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.catalogue import CATALOGUE, Kind
 from foreshock_collector.config import Config
 from grafana.dashboards import DASHBOARDS
-from tests.support.documents import CHECKS, Document, Names, missing_anchors, omissions
+from tests.support.documents import CHECKS, Document, Names, missing_anchors, omissions, repository_documents
 from tests.support.repository import ROOT
 
 FOREIGN_OPTIONS = {
@@ -31,23 +31,6 @@ FOREIGN_WORDS = {
     *("trainer_state.json", "report.html"),  # users' files
 }
 SKIPPED = {"__pycache__", "node_modules"}
-
-
-def documents() -> list[Document]:
-    """Every document, and of the changelog the part about this version."""
-    pages = [
-        *ROOT.glob("*.md"),
-        *(ROOT / "docs").rglob("*.md"),
-        *(ROOT / "benchmarks").rglob("*.md"),
-        *(ROOT / "examples").rglob("*.md"),
-    ]
-    found = [Document(str(page.relative_to(ROOT)), page.read_text("utf-8")) for page in sorted(pages)]
-    return [replace(each, text=current(each.text)) if each.path == "CHANGELOG.md" else each for each in found]
-
-
-def current(changelog: str) -> str:
-    _, newest, *_ = re.split(r"^## ", changelog, flags=re.MULTILINE)
-    return newest
 
 
 def options(command: str) -> frozenset[str]:
@@ -101,17 +84,17 @@ def names() -> Names:
     )
 
 
-@pytest.mark.parametrize("document", documents(), ids=lambda document: document.path)
+@pytest.mark.parametrize("document", repository_documents(), ids=lambda document: document.path)
 def test_a_document_names_only_what_exists(document: Document, names: Names) -> None:
     assert {kind: found for kind, check in CHECKS.items() if (found := check(document, names))} == {}
 
 
 def test_every_link_to_a_heading_has_one() -> None:
-    assert missing_anchors(documents()) == []
+    assert missing_anchors(repository_documents()) == []
 
 
 def test_the_documents_leave_nothing_out(names: Names) -> None:
-    assert omissions(documents(), names) == []
+    assert omissions(repository_documents(), names) == []
 
 
 @pytest.mark.parametrize(
@@ -171,14 +154,17 @@ def test_a_link_to_a_heading_that_is_gone_is_found() -> None:
 )
 def test_what_a_document_leaves_out_is_found(path: str, left_out: str, found: str, names: Names) -> None:
     changed = [
-        replace(each, text=each.text.replace(left_out, "")) if each.path == path else each for each in documents()
+        replace(each, text=each.text.replace(left_out, "")) if each.path == path else each
+        for each in repository_documents()
     ]
     assert found in omissions(changed, names)
 
 
 def test_a_missing_runbook_an_unnamed_target_and_an_unlinked_page_are_found(names: Names) -> None:
     gone = "docs/runbooks/ForeshockRunDied.md"
-    without = [replace(each, text=each.text.replace("make soak", "")) for each in documents() if each.path != gone]
+    without = [
+        replace(each, text=each.text.replace("make soak", "")) for each in repository_documents() if each.path != gone
+    ]
     alone = Document("docs/alone.md", "# Alone\n")
     assert sorted(omissions([*without, alone], names)) == [
         "link to docs/alone.md",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import PurePosixPath
@@ -12,6 +12,8 @@ from posixpath import normpath
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+
+from tests.support.repository import ROOT
 
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -87,6 +89,19 @@ class Document:
 
     def _tokens(self) -> list[Token]:
         return _MARKDOWN.parse(self.text)
+
+
+def repository_documents() -> list[Document]:
+    """Return every document of the repository, and of the changelog only the part about the current version."""
+    folders = (ROOT / name for name in ("docs", "benchmarks", "examples"))
+    pages = [*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))]
+    found = [Document(str(page.relative_to(ROOT)), page.read_text("utf-8")) for page in sorted(pages)]
+    return [replace(each, text=_current(each.text)) if each.path == "CHANGELOG.md" else each for each in found]
+
+
+def _current(changelog: str) -> str:
+    _, newest, *_ = re.split(r"^## ", changelog, flags=re.MULTILINE)
+    return newest
 
 
 def _inline(token: Token) -> list[str]:
