@@ -62,7 +62,7 @@ MISTAKES = [
     ("model_is_not_ddp_anywhere", {0, 1}, "model: must be a DistributedDataParallel, not Linear; wrap it first"),
     ("model_is_not_ddp_on_rank_0", {0}, "model: must be a DistributedDataParallel, not Linear; wrap it first"),
     ("model_is_not_ddp_on_rank_1", {1}, "model: must be a DistributedDataParallel, not Linear; wrap it first"),
-    ("optimizer_of_another_model", {0}, "optimizer: holds none of the model's parameters; make it from model.param"),
+    ("optimizer_of_another_model", {0}, "optimizer: holds none of the model's parameters; create it from model.param"),
     ("optimizer_is_none", {0, 1}, "optimizer: must be a torch.optim.Optimizer, not generator"),
     ("negative_max_norm", {0, 1}, "clip: max_norm must be a positive number, not -1.0; clip=None only observes"),
     ("sparse_gradients", {0, 1}, "model: has an embedding with sparse gradients"),
