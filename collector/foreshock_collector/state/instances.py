@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from foreshock_collector.catalogue import DROP_REASONS
 from foreshock_collector.records.buffer import Records, complete, locally_measured, nonfinite_mask
+from foreshock_collector.state.events import RankEvent
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 CLEAN_EXITS = ("FINISHED", "DETACHED")
 """Goodbyes that nobody needs to worry about."""
+_CLOCK_SECONDS = 5.0
+"""Clocks that differ by more do not show which of two ranks left first."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,6 +55,21 @@ class InstanceState:
     """Records that the rank dropped since its attach, by reason: kept, so that nothing counts twice."""
     reported_events: list[str] = field(default_factory=list)
     """Kinds of events that were reported of it: a recorder repeats them after each reconnect."""
+
+    @classmethod
+    def from_hello(cls, hello: pb.Hello, attempt: int, now: float) -> InstanceState:
+        """A new instance, as its hello describes it."""
+        place = hello.topology
+        return cls(
+            name=hello.instance,
+            attempt=attempt,
+            rank=place.rank,
+            local_rank=place.local_rank,
+            node=place.node,
+            pid=hello.pid,
+            layers=len(hello.model.layers),
+            last_report=now,
+        )
 
 
 class Instance(InstanceState):
@@ -104,3 +124,47 @@ class Instance(InstanceState):
         norms = measured["local_norm"][np.isfinite(measured["local_norm"])]
         if norms.size:
             self.local_norm = float(norms[-1])
+
+    def newly_dropped(self, batch: pb.StepBatch) -> Counter[str]:
+        """Count records that the rank reports as dropped and did not report before, by reason."""
+        new: Counter[str] = Counter()
+        for reason, count in batch.dropped.items():
+            # Cumulative since the attach: only what is new counts, however often it is reported.
+            if reason in DROP_REASONS:
+                before = self.dropped.get(reason, 0)
+                new[reason] = max(0, count - before)
+                self.dropped[reason] = max(count, before)
+        return new
+
+    def record_event(self, event: pb.Event, now: float) -> RankEvent | None:
+        """Note an event that a recorder reports; None where one of its kind was reported before."""
+        kind = pb.Event.Kind.Name(event.kind).lower()
+        if kind in self.reported_events:
+            return None
+        self.reported_events.append(kind)
+        if event.kind == pb.Event.RANK_LOST:
+            # Its goodbye repeats this, but only behind its last records.
+            self.detail = self.detail or event.detail
+            # The recorder's clock shows which rank was first, unless it is wrong.
+            self.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
+        return RankEvent(
+            kind=kind,
+            attempt=self.attempt,
+            step=event.step,
+            rank=self.rank,
+            instance=self.name,
+            detail=event.detail,
+            seen_seconds=now,
+        )
+
+    def close(self, goodbye: pb.Goodbye, now: float) -> int:
+        """Note that the rank has left; how many records are missing up to its last one, and will not come."""
+        if self.closed:
+            return 0
+        missing = max(0, goodbye.last_sequence - self.position)
+        self.position += missing
+        self.leaving = pb.Goodbye.Reason.Name(goodbye.reason)
+        self.detail = goodbye.detail
+        if self.leaving not in CLEAN_EXITS:
+            self.left_seconds = self.left_seconds or now
+        return missing

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.records.buffer import MOST_SEQUENCE, complete, decode
 from foreshock_collector.records.steps import Step
-from foreshock_collector.state.attempts import Attempt, AttemptState
+from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.evaluator import Evaluator
-from foreshock_collector.state.events import Events, RankEvent
+from foreshock_collector.state.events import Events
 from foreshock_collector.state.incidents import DEATH, SILENCE, Incidents
-from foreshock_collector.state.instances import CLEAN_EXITS, Instance, InstanceState
+from foreshock_collector.state.instances import Instance, InstanceState
+from foreshock_collector.state.run_state import RunState, Unsaved
 from foreshock_collector.state.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-_CLOCK_SECONDS = 5.0
-"""Clocks that differ by more do not show which of two ranks left first."""
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, will not report any more."""
 _LIVE_SECONDS = 10.0
@@ -36,26 +34,6 @@ _KEPT_OPEN = (DEATH, SILENCE)
 
 class ContradictionError(ValueError):
     """What an instance reports contradicts what is known of it."""
-
-
-@dataclass(kw_only=True)
-class RunState:
-    """What is stored of a run, beside its steps, instances, events and incidents."""
-
-    experiment: str
-    attempts: list[AttemptState]
-    totals: Totals
-    errors: dict[str, int]
-
-
-@dataclass(kw_only=True)
-class Unsaved:
-    """What has happened in a run since the last commit, beside its events and incidents."""
-
-    attempts: list[Attempt] = field(default_factory=list)
-    instances: dict[str, Instance] = field(default_factory=dict)
-    batches: list[tuple[Instance, pb.StepBatch]] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
 
 
 class Run:
@@ -99,17 +77,9 @@ class Run:
             )
         elif place.rank in attempt.instances:
             raise ContradictionError(f"rank {place.rank} of this launch is another instance already")
-        state = InstanceState(
-            name=hello.instance,
-            attempt=attempt.number,
-            rank=place.rank,
-            local_rank=place.local_rank,
-            node=place.node,
-            pid=hello.pid,
-            layers=len(hello.model.layers),
-            last_report=now,
+        instance = attempt.instances[place.rank] = Instance(
+            InstanceState.from_hello(hello, attempt.number, now), gone=hello.gone
         )
-        instance = attempt.instances[place.rank] = Instance(state, gone=hello.gone)
         self.unsaved.instances[instance.name] = instance
         return instance
 
@@ -131,12 +101,7 @@ class Run:
         records = decode(batch, instance.layers)
         self.heartbeat(instance, now)
         instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MOST_SEQUENCE))
-        for reason, count in batch.dropped.items():
-            # Cumulative since the attach: only what is new counts, however often it is reported.
-            if reason in self.totals.dropped:
-                before = instance.dropped.get(reason, 0)
-                self._missing[reason] += max(0, count - before)
-                instance.dropped[reason] = max(count, before)
+        self._missing.update(instance.newly_dropped(batch))
         records = records.above(instance.position)
         if not len(records):
             return False
@@ -165,39 +130,13 @@ class Run:
     def record_event(self, instance: Instance, event: pb.Event, now: float) -> None:
         """Record an event of a rank. It is reported again after each reconnect: one of a kind is recorded."""
         self.heartbeat(instance, now)
-        kind = pb.Event.Kind.Name(event.kind).lower()
-        if kind in instance.reported_events:
-            return
-        instance.reported_events.append(kind)
-        if event.kind == pb.Event.RANK_LOST:
-            # Its goodbye repeats this, but only behind its last records.
-            instance.detail = instance.detail or event.detail
-            # The recorder's clock shows which was first, unless it is wrong.
-            instance.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
-        self.events.add(
-            RankEvent(
-                kind=kind,
-                attempt=instance.attempt,
-                step=event.step,
-                rank=instance.rank,
-                instance=instance.name,
-                detail=event.detail,
-                seen_seconds=now,
-            )
-        )
+        if (recorded := instance.record_event(event, now)) is not None:
+            self.events.add(recorded)
 
     def close(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
         """Record that the instance has left: what is missing up to its last record will not come."""
         self.heartbeat(instance, now)
-        if instance.closed:
-            return
-        if goodbye.last_sequence > instance.position:
-            self._missing["ring_overrun"] += goodbye.last_sequence - instance.position
-            instance.position = goodbye.last_sequence
-        instance.leaving = pb.Goodbye.Reason.Name(goodbye.reason)
-        instance.detail = goodbye.detail
-        if instance.leaving not in CLEAN_EXITS:
-            instance.left_seconds = instance.left_seconds or now
+        self._missing["ring_overrun"] += instance.close(goodbye, now)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -328,15 +267,7 @@ class Run:
     @property
     def changed(self) -> bool:
         """Whether anything has happened since the last commit."""
-        unsaved = self.unsaved
-        return bool(
-            unsaved.attempts
-            or unsaved.instances
-            or unsaved.batches
-            or unsaved.steps
-            or self.events.unsaved
-            or self.incidents.unsaved
-        )
+        return bool(self.unsaved or self.events.unsaved or self.incidents.unsaved)
 
     def mark_stored(self) -> None:
         """Everything that has happened is committed."""

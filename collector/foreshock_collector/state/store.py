@@ -22,7 +22,8 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.history import History, number_of
 from foreshock_collector.state.incidents import INCIDENTS_KEPT, Incident
 from foreshock_collector.state.instances import Instance, InstanceState
-from foreshock_collector.state.runs import Run, RunState
+from foreshock_collector.state.run_state import RunState
+from foreshock_collector.state.runs import Run
 from foreshock_collector.state.schema import STEP_COLUMNS, StoreError, open_database
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
