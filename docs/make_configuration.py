@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -13,6 +11,7 @@ from typing import Any
 from foreshock._variables import COLLECTOR_PREFIX, VARIABLES
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
+from foreshock_collector.settings import doc_of, range_of
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
@@ -78,7 +77,7 @@ def page() -> str:
     variables = [(f"`{v.name}`", _value(v.default), v.meaning) for v in VARIABLES]
     settings = [
         (f"`{name}`", f"`--{name.replace('_', '-')}`", f"`{COLLECTOR_PREFIX}{name.upper()}`", _value(default), meaning)
-        for name, default, meaning in _documented(Config)
+        for name, default, meaning in _members(Config())
         if name != "runs"
     ]
     groups = [(name, value) for name, value, _ in _members(DEFAULT) if is_dataclass(value)]
@@ -116,36 +115,16 @@ def page() -> str:
     return "\n\n".join((*parts, TAIL))
 
 
-def _documented(kind: type[Any]) -> list[tuple[str, Any, str]]:
-    """Return the name, default and docstring of each field of a dataclass, in order."""
-    defaults = {field.name: field.default for field in fields(kind)}
-    return [(name, defaults[name], text) for name, text in _docstrings(kind).items()]
-
-
 def _members(group: Any) -> list[tuple[str, Any, str]]:
-    """Return the name, value and docstring of each field of an instance, in order."""
-    texts = _docstrings(type(group))
-    return [(field.name, getattr(group, field.name), texts.get(field.name, "")) for field in fields(group)]
+    """Return the name, value and meaning of each field of an instance, in order."""
+    return [(field.name, getattr(group, field.name), doc_of(field)) for field in fields(group)]
 
 
 def _range(group: Any, name: str) -> str:
     """Return the permitted values of a rule, in words."""
     (rule,) = (field for field in fields(group) if field.name == name)
-    least, most = rule.metadata.get("range", (None, None))
-    return "true or false" if least is None else f"{least:g} to {most:g}"
-
-
-def _docstrings(kind: type[Any]) -> dict[str, str]:
-    """Return the docstring under each field."""
-    (definition,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
-    found = {}
-    for field, below in zip(definition.body, definition.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            text = below.value if isinstance(below, ast.Expr) else None
-            docstring = text.value if isinstance(text, ast.Constant) else ""
-            found[field.target.id] = " ".join(str(docstring).split())
-    return found
+    limits = range_of(rule)
+    return "true or false" if limits is None else f"{limits[0]:g} to {limits[1]:g}"
 
 
 def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

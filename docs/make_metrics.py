@@ -8,7 +8,16 @@ from pathlib import Path
 
 from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
-from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, RUN, Kind, Series
+from foreshock_collector.catalogue import (
+    CATALOGUE,
+    COLLECTOR_REFUSED,
+    DROP_REASONS,
+    RECORDS_DROPPED,
+    REFUSAL_REASONS,
+    RUN,
+    Kind,
+    Series,
+)
 
 PAGE = Path(__file__).with_name("metrics.md")
 HEAD = """# Series
@@ -42,9 +51,10 @@ def page() -> str:
     """The whole page."""
     rows = ["| series | type | further labels | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     rows += [_row(series) for series in CATALOGUE]
+    dropped, refused = _quoted(DROP_REASONS), _quoted(REFUSAL_REASONS)
     values = [
         f"Values of `verdict`, and the alert that reports each:\n\n{_verdicts()}",
-        f"Values of `reason`: {_quoted(DROP_REASONS)}.",
+        f"Values of `reason` in `{RECORDS_DROPPED.name}`: {dropped}; in `{COLLECTOR_REFUSED.name}`: {refused}.",
         f"Alerts, each with its runbook:\n\n{_alerts()}",
     ]
     return "\n\n".join((HEAD, "\n".join(rows), *values, TAIL))

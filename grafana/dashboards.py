@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from foreshock_collector import catalogue as c
+from grafana.collector_dashboard import collector
 from grafana.panels import Json, Panel, Query, dashboard, variables
-from grafana.series_panels import RATE, gauge, increase, of, rate, shares, stat
+from grafana.series_panels import ALERTS, RATE, gauge, increase, of, rate, shares, stat
 
 _RUN_LINK = (
     "/d/foreshock-run?${__url_time_range}&var-run=${__data.fields.run}&var-experiment=${__data.fields.experiment}"
@@ -12,13 +13,6 @@ _RUN_LINK = (
 _PAGE_LINK = "${page}/run/${__data.fields.run:percentencode}"
 
 
-_ALERTS = Panel(
-    title="Alerts",
-    description="What fires now. Each alert has a runbook; start there.",
-    kind="alertlist",
-    queries=(),
-    width=8,
-)
 _INCIDENTS = Panel(
     title="Newest incidents of each run",
     description="What went wrong, at which step, how many steps after its first sign, on which rank and layer. "
@@ -82,7 +76,7 @@ def fleet() -> Json:
             stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm has climbed lately.", orange=1),
             stat("Ranks missing", f"{missing} or vector(0)", "Of active runs: ranks that do not report.", orange=1),
         ],
-        [_INCIDENTS, _ALERTS],
+        [_INCIDENTS, ALERTS],
         [runs],
         [_NORM, _LOSS],
         [
@@ -151,7 +145,7 @@ def run() -> Json:
                 red=1,
             ),
         ],
-        [_INCIDENTS, _ALERTS],
+        [_INCIDENTS, ALERTS],
         [norm, _LOSS],
         [
             events,
@@ -328,61 +322,6 @@ def layers() -> Json:
     ]
     title, text = "Foreshock: layers", "Which layer grows, and since when; which ones learn nothing."
     return dashboard("foreshock-layers", title, text, variables(one_run=True), rows)
-
-
-def collector() -> Json:
-    """The collector itself."""
-    rows = [
-        [
-            stat("Up for", f"time() - {c.COLLECTOR_START.name}", "Since its process started.", unit="s"),
-            stat("Runs at hand", f"count({of(c.RUN_ACTIVE)})", "Active, or ended within the retention."),
-            stat("Ranks at hand", f"sum({of(c.RANKS_REPORTING)})", "That report, over all runs."),
-            stat("Steps per second", f"sum(rate({of(c.STEPS)}[5m]))", "Over all runs.", unit="ops"),
-        ],
-        [
-            Panel(
-                title="Records that never arrived",
-                description=f"{c.RECORDS_DROPPED.help} By reason; see ForeshockRecordsDropped.",
-                kind="timeseries",
-                queries=(
-                    Query(expr=f"sum by (reason) (increase({of(c.RECORDS_DROPPED)}[{RATE}]))", legend="{{reason}}"),
-                ),
-            ),
-            _ALERTS,
-        ],
-        [
-            Panel(
-                title="Errors inside the collector",
-                description="Its log has a traceback of each kind. An error in one run costs that run alone.",
-                kind="timeseries",
-                queries=(
-                    Query(
-                        expr=f"sum by (run, stage) (increase({of(c.RUN_ERRORS)}[{RATE}]))",
-                        legend="{{run}} {{stage}}",
-                    ),
-                    Query(expr=f"sum by (stage) (increase({c.COLLECTOR_ERRORS.name}[{RATE}]))", legend="{{stage}}"),
-                ),
-            ),
-        ],
-        [
-            Panel(
-                title="Longest silence of a rank, by run",
-                description="About a second. If all runs rise together it is the network or this collector.",
-                kind="timeseries",
-                queries=(
-                    Query(
-                        expr=f"max by (experiment, run) (time() - {of(c.LAST_REPORT)})",
-                        legend="{{run}}",
-                        may_be_empty=True,
-                    ),
-                ),
-                unit="s",
-                width=24,
-            )
-        ],
-    ]
-    title, text = "Foreshock: collector", "Whether the collector hears everybody, and loses nothing."
-    return dashboard("foreshock-collector", title, text, variables(one_run=False), rows)
 
 
 DASHBOARDS = {"fleet": fleet, "run": run, "ranks": ranks, "layers": layers, "collector": collector}

@@ -1,4 +1,4 @@
-"""Panels that show one series, or a rate, a share or a state of it."""
+"""Panels that show one series, or a rate, a share or a state of it; and the list of alerts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from foreshock_collector import catalogue as c
 from grafana.panels import LABELS, Panel, Query
 
 RATE = "$__rate_interval"
+ALERTS = Panel(
+    title="Alerts",
+    description="What fires now. Each alert has a runbook; start there.",
+    kind="alertlist",
+    queries=(),
+    width=8,
+)
 
 
 def of(series: c.Series, extra: str = "", suffix: str = "") -> str:

@@ -37,16 +37,18 @@ ARROWS = {
 COLLECTOR = "foreshock_collector"
 COLLECTOR_ARROWS = {
     "records": set(),
-    "analysis": {"records"},
+    "settings": set(),
+    "analysis": {"records", "settings"},
     "catalogue": {"analysis"},
     "alerting": {"analysis", "catalogue"},
-    "config": {"analysis"},
+    "log_format": set(),
+    "config": {"analysis", "log_format", "settings"},
     "resources": set(),
     "state": {"analysis", "catalogue", "records"},
-    "ingest": {"records", "state"},
-    "web": {"analysis", "catalogue", "records", "resources", "state"},
+    "ingest": {"catalogue", "records", "state"},
+    "web": {"analysis", "catalogue", "ingest", "records", "resources", "state"},
     "server": {"config", "ingest", "state", "web"},
-    "commands": {"alerting", "analysis", "config", "records", "server", "resources", "state", "web"},
+    "commands": {"alerting", "analysis", "config", "log_format", "records", "server", "resources", "state", "web"},
     "__main__": {"commands"},
 }
 """Sub-package or top-level module of the collector: what it may import of the others."""

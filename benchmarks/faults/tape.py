@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from foreshock_collector.ingest.intake import Intake, Said
+from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.ingest.session import Session
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -26,8 +27,8 @@ class Tape(Intake):
         self.messages: dict[str, list[pb.FromRecorder]] = defaultdict(list)
         self._runs_of: dict[str, str] = {}
 
-    def take(self, message: pb.FromRecorder, said: Said) -> None:
-        super().take(message, said)
+    def take(self, message: pb.FromRecorder, session: Session) -> None:
+        super().take(message, session)
         which = message.WhichOneof("message")
         if which == "hello":
             self._runs_of[message.hello.instance] = message.hello.run

@@ -163,7 +163,7 @@ class _Recorder:
                 model=model,
             )
             assert self._collector.take(pb.FromRecorder(hello=hello))
-            assert self._name(rank) not in self._collector.said.refused
+            assert self._name(rank) not in self._collector.session.refused
 
     def _steps(self, piece: Steps) -> None:
         first = self._sent + 1 + piece.late

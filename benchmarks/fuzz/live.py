@@ -16,7 +16,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from foreshock_collector.analysis.rules import Rules
-from foreshock_collector.ingest.intake import Intake, RefusedError, Said
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api
@@ -43,14 +44,14 @@ class Live:
         """As after a kill: what has not been committed is gone, and recorders say hello again."""
         self.runs = self._store.load(self.now, lambda _: self._rules)
         self.intake = Intake(self.runs, self._store, lambda: self.now, **_LIMITS)
-        self.said = Said()
+        self.session = Session()
 
     def take(self, message: pb.FromRecorder) -> bool:
         """One message, in the bytes that it has on the wire; False: refused, and the stream is over."""
         try:
-            self.intake.take(pb.FromRecorder.FromString(message.SerializeToString()), self.said)
+            self.intake.take(pb.FromRecorder.FromString(message.SerializeToString()), self.session)
         except RefusedError:
-            self.said = Said()
+            self.session = Session()
             return False
         return True
 
@@ -59,12 +60,12 @@ class Live:
         self.now += seconds
         self.intake.commit_urgent()
         self.intake.commit()
-        self.intake.positions(self.said)
+        self.intake.positions(self.session)
 
     def check(self) -> None:
         """What it tells is made of finite numbers, on every way, and no error has been swallowed."""
         assert self.intake.storing
-        assert not self.runs.errors.shown(), self.runs.errors.shown()
+        assert not self.runs.errors.nonzero(), self.runs.errors.nonzero()
         registry = CollectorRegistry()
         registry.register(RunSeries(self.runs, lambda: self.now, **_LIMITS))
         text = generate_latest(registry).decode()
@@ -74,7 +75,7 @@ class Live:
         listed, *of_a_run, heat, incident = (route.handler for route in api.routes() if isinstance(route, web.RouteDef))
         assert len(_asked(listed, {"recent": "1"})["runs"]) == len(list(self.runs))
         for run in self.runs:
-            assert not run.errors.shown(), run.errors.shown()
+            assert not run.errors.nonzero(), run.errors.nonzero()
             for handler in of_a_run:
                 _asked(handler, {"points": "20"}, run=run.name)
             for by in ("ranks", "layers"):

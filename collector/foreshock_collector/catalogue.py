@@ -56,6 +56,14 @@ telling /metrics, answering the page."""
 COLLECTOR_STAGES = ("take", "load", "commit", "page")
 """The same where no single run is to blame: a hello, the database at the start, a commit, an answer about all runs."""
 
+REFUSAL_REASONS = (
+    *("malformed", "schema_version", "invalid_value", "no_hello"),
+    *("contradiction", "collector_error"),
+)
+"""Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it speaks another schema
+version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
+launch; or the collector failed on it."""
+
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -191,8 +199,8 @@ LAST_REPORT = _gauge(
     (*RUN, "rank"),
 )
 LAST_STEP = _gauge("foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds")
-STALL_AFTER = _gauge(
-    "foreshock_stall_after_seconds",
+STALL_THRESHOLD = _gauge(
+    "foreshock_stall_threshold_seconds",
     "A run that makes no step for this long has stalled: 20 of its own median steps, between 2 and 30 minutes; 10 "
     "minutes until an attempt has made ten.",
     "seconds",
@@ -232,9 +240,51 @@ COLLECTOR_ERRORS = _counter(
     "not ready, acknowledges nothing, and tries again.",
     ("stage",),
 )
-COLLECTOR_START = _gauge(
-    "foreshock_collector_start_time_seconds", "When this collector process started.", "seconds", labels=()
+BUILD_INFO = Series(
+    name="foreshock_build_info",
+    kind=Kind.INFO,
+    labels=("version", "python"),
+    unit="",
+    help="Version of this collector and of its Python.",
+)
+COLLECTOR_STREAMS = _gauge("foreshock_collector_streams", "Streams of recorders that are open: one a node.", labels=())
+COLLECTOR_MESSAGES = _counter("foreshock_collector_messages_total", "Messages received from recorders.", ())
+COLLECTOR_RECORDS = _counter(
+    "foreshock_collector_records_total", "Step records received from ranks, those that were sent again included.", ()
+)
+COLLECTOR_REFUSED = _counter(
+    "foreshock_collector_refused_total", "Streams and single ranks that the collector refused, by reason.", ("reason",)
+)
+COMMIT_DURATION = Series(
+    name="foreshock_collector_commit_seconds",
+    kind=Kind.HISTOGRAM,
+    labels=(),
+    unit="seconds",
+    help="Duration of a commit to the database, failed ones included.",
+    buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
+)
+INGEST_LAG = _gauge(
+    "foreshock_collector_ingest_lag_seconds",
+    "How long the oldest received record has been waiting for its commit; 0 if none is waiting.",
+    "seconds",
+    (),
+)
+DATABASE_SIZE = _gauge(
+    "foreshock_collector_database_bytes", "Size of the database on disk, with its write-ahead log.", "bytes", ()
 )
 
-CATALOGUE: tuple[Series, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Series))
+PROCESS = tuple(
+    Series(name=f"process_{name}", kind=kind, labels=(), unit=unit, help=help_)
+    for name, kind, unit, help_ in (
+        ("start_time_seconds", Kind.GAUGE, "seconds", "When the process started."),
+        ("cpu_seconds_total", Kind.COUNTER, "seconds", "User and system CPU time spent."),
+        ("resident_memory_bytes", Kind.GAUGE, "bytes", "Resident memory."),
+        ("virtual_memory_bytes", Kind.GAUGE, "bytes", "Virtual memory."),
+        ("open_fds", Kind.GAUGE, "", "Open file descriptors."),
+        ("max_fds", Kind.GAUGE, "", "Most file descriptors that may be open."),
+    )
+)
+"""What prometheus-client itself exports of the collector's process, on Linux."""
+
+CATALOGUE: tuple[Series, ...] = (*(value for value in list(globals().values()) if isinstance(value, Series)), *PROCESS)
 """All of them, in the order above."""

@@ -8,12 +8,14 @@ import ipaddress
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.log_format import FORMATS
+from foreshock_collector.settings import doc_of, setting
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"
@@ -29,28 +31,27 @@ class ConfigError(ValueError):
 class Config:
     """How the collector runs."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on, for gRPC and HTTP."""
-    grpc_port: int = DEFAULT_GRPC_PORT
-    """Port for recorders; 0 takes a free one."""
-    http_port: int = DEFAULT_HTTP_PORT
-    """Port for /metrics, the API and runbooks; 0 takes a free one."""
-    public_url: str = ""
-    """Address of the page as people reach it, told on ranks; default: this machine's name, where others may connect."""
-    database: str = "foreshock.db"
-    """SQLite file that keeps runs, steps and incidents."""
-    ack_seconds: float = 1.0
-    """Seconds between commits, acknowledgements and the recorders' flushes; at most 5."""
-    retention_seconds: float = 900.0
-    """Seconds for which the series of an ended run stay."""
-    silent_seconds: float = 900.0
-    """Seconds without a word after which a run counts as ended."""
-    metrics_cache_seconds: float = 1.0
-    """Seconds for which scrapes share one rendering of /metrics; 0 renders each time."""
-    allow_unauthenticated: bool = False
-    """Listen on other than loopback addresses, where anybody may read and write."""
-    ready_file: str = ""
-    """File to write the chosen ports to, as JSON, once they are listened on."""
+    host: str = setting("127.0.0.1", "Address to listen on, for gRPC and HTTP.")
+    grpc_port: int = setting(DEFAULT_GRPC_PORT, "Port for recorders; 0 takes a free one.")
+    http_port: int = setting(DEFAULT_HTTP_PORT, "Port for the page, the API and /metrics; 0 takes a free one.")
+    public_url: str = setting(
+        "",
+        "Address of the page that ranks print; default: this machine's name, if others may connect.",
+    )
+    database: str = setting("foreshock.db", "SQLite file for runs, steps and incidents.")
+    ack_seconds: float = setting(
+        1.0, "Seconds between commits, acknowledgements and the recorders' flushes; at most 5."
+    )
+    retention_seconds: float = setting(900.0, "Seconds for which the series of an ended run stay.")
+    silent_seconds: float = setting(900.0, "Seconds without a report after which a run counts as ended.")
+    metrics_cache_seconds: float = setting(
+        1.0, "Seconds for which scrapes share one rendering of /metrics; 0 renders each time."
+    )
+    allow_unauthenticated: bool = setting(
+        False, "Listen on other than loopback addresses, where anybody may read and write."
+    )
+    ready_file: str = setting("", "File to write the chosen ports to, as JSON, once they are listened on.")
+    log_format: str = setting("text", "Form of the log on standard error: text, or json for one object a line.")
 
     runs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Rules of detection by run: a pattern of names ("llm-*"), and the rules that differ. In the file only."""
@@ -78,6 +79,8 @@ class Config:
         for name in ("host", "database"):
             if not getattr(self, name):
                 raise ConfigError(f"{_flag(name)} must not be empty")
+        if self.log_format not in FORMATS:
+            raise ConfigError(f"--log-format must be {' or '.join(FORMATS)}, not {self.log_format!r}")
         for pattern, overrides in self.runs.items():
             try:
                 DEFAULT.with_overrides(overrides)
@@ -108,20 +111,19 @@ def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None 
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="X", help="TOML file with these settings, named as the flags are")
-    for setting, help_ in _documented():
-        if setting.type == "bool":
-            parser.add_argument(_flag(setting.name), action="store_const", const="true", help=help_)
+    for each in _flagged():
+        doc = doc_of(each).rstrip(".").replace("%", "%%")
+        if each.type == "bool":
+            parser.add_argument(_flag(each.name), action="store_const", const="true", help=doc)
         else:
-            parser.add_argument(
-                _flag(setting.name), metavar="X", help=f"{help_} (default: {setting.default or 'none'})"
-            )
+            parser.add_argument(_flag(each.name), metavar="X", help=f"{doc} (default: {each.default or 'none'})")
     options = vars(parser.parse_args(arguments))
     file = options["config"] or env.get(_PREFIX + "CONFIG")
     values: dict[str, Any] = _from_file(Path(file)) if file else {}
-    for setting in _flagged():
-        name = setting.name
+    for each in _flagged():
+        name = each.name
         if (text := options[name] if options[name] is not None else env.get(_PREFIX + name.upper())) is not None:
-            values[name] = _parse(_flag(name), str(setting.type), text)
+            values[name] = _parse(_flag(name), str(each.type), text)
     return Config(**values)
 
 
@@ -130,29 +132,19 @@ def misspelt_variables(environment: Iterable[str]) -> list[str]:
 
     Not for all others: Kubernetes makes names of a service called foreshock-collector.
     """
-    known = ["CONFIG", *(setting.name.upper() for setting in _flagged())]
+    known = ["CONFIG", *(each.name.upper() for each in _flagged())]
     lines = []
     for name in sorted(environment):
-        setting = name.removeprefix(_PREFIX)
-        near = difflib.get_close_matches(setting, known, n=1, cutoff=0.75)
-        if name.startswith(_PREFIX) and near and setting not in known:
-            lines.append(f"{name} is no setting, and is ignored; did you mean {_PREFIX}{near[0]}?")
+        suffix = name.removeprefix(_PREFIX)
+        near = difflib.get_close_matches(suffix, known, n=1, cutoff=0.75)
+        if name.startswith(_PREFIX) and near and suffix not in known:
+            lines.append(f"{name} is not a setting and is ignored; did you mean {_PREFIX}{near[0]}?")
     return lines
 
 
-def _flagged() -> list[Any]:
-    """Fields that are one value each."""
-    return [setting for setting in fields(Config) if setting.name != "runs"]
-
-
-def _documented() -> list[tuple[Any, str]]:
-    """Fields with the docstrings that stand under them."""
-    text = Path(__file__).read_text()
-    found = []
-    for setting in _flagged():
-        after = text[text.index(f"    {setting.name}: ") :]
-        found.append((setting, after.split('"""')[1].rstrip(".").replace("%", "%%")))
-    return found
+def _flagged() -> list[Field[Any]]:
+    """Return the fields that hold one value each."""
+    return [each for each in fields(Config) if each.name != "runs"]
 
 
 def _from_file(path: Path) -> dict[str, Any]:
@@ -163,7 +155,7 @@ def _from_file(path: Path) -> dict[str, Any]:
     runs = values.pop("runs", {})
     if not isinstance(runs, dict) or not all(isinstance(overrides, dict) for overrides in runs.values()):
         raise ConfigError(f'--config {path}: runs must be tables by run: [runs."llm-*"]')
-    known = {setting.name: str(setting.type) for setting in _flagged()}
+    known = {each.name: str(each.type) for each in _flagged()}
     for name, value in values.items():
         if name not in known:
             raise ConfigError(f"--config {path}: unknown setting {name!r}; known are {', '.join((*known, 'runs'))}")

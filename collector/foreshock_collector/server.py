@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import json
+import logging
 import signal
 import socket
 import time
@@ -15,14 +17,18 @@ from typing import Any, Self
 
 from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from foreshock_collector.config import Config, ConfigError
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.app import Pages
+from foreshock_collector.web.collector_series import CollectorSeries
 from foreshock_collector.web.exposition import RunSeries
+
+VERSION = importlib.metadata.version("foreshock")
+logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 2.0
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
@@ -53,9 +59,11 @@ class Server:
             stack.callback(store.close)
             runs = store.load(clock(), config.rules_of)
             limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}
+            intake = Intake(runs, store, clock, **limits)
             registry = CollectorRegistry()
             registry.register(RunSeries(runs, clock, **limits))
-            intake = Intake(runs, store, clock, **limits)
+            registry.register(CollectorSeries(intake.statistics, runs.errors, store.size_bytes, clock, version=VERSION))
+            ProcessCollector(registry=registry)
             pages = Pages(
                 runs=runs,
                 store=store,
@@ -126,13 +134,10 @@ class Server:
 
 async def serve(config: Config) -> None:
     """Run until SIGTERM or SIGINT."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, _stop, stopping, number.name)
     async with Server(config) as server:
-        records = _joined(_reachable(config.host), server.grpc_port)
-        print(f"foreshock collector: records to {records}, people to {server.public_url}", flush=True)  # noqa: T201
         if config.ready_file:
             try:
                 draft = Path(config.ready_file + ".draft")
@@ -140,12 +145,23 @@ async def serve(config: Config) -> None:
                 draft.rename(config.ready_file)
             except OSError as error:
                 raise ConfigError(f"--ready-file {config.ready_file} cannot be written: {error.strerror}") from error
-        stopping = asyncio.create_task(stop.wait())
+        facts = {
+            "version": VERSION,
+            "recorders": _joined(_reachable(config.host), server.grpc_port),
+            "page": server.public_url,
+            "database": config.database,
+        }
+        logger.info("collector %(version)s started: records to %(recorders)s, page at %(page)s", facts)
         # A collector that no longer commits must not look alive: end, loudly, and let the supervisor start another.
         await asyncio.wait((stopping, server.committer), return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
         if server.committer.done():
             server.committer.result()
+    logger.info("collector stopped on %(signal)s", {"signal": stopping.result()})
+
+
+def _stop(stopping: asyncio.Future[str], signal_name: str) -> None:
+    if not stopping.done():
+        stopping.set_result(signal_name)
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

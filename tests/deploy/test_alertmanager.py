@@ -48,7 +48,8 @@ DOWN = [
     ("ForeshockRanksMissing", "building"),
     ("ForeshockRunStalled", "building"),
 ]
-ALL = EXPLODED + SUDDEN + DIED + BUILDING + DOWN
+FULL = [("ForeshockCommitsFailing", ""), ("ForeshockIngestLagging", "")]
+ALL = EXPLODED + SUDDEN + DIED + BUILDING + DOWN + FULL
 TOLD_OF = {
     ("ForeshockExplodingGradients", "exploded"),
     ("ForeshockStepsSkipped", "exploded"),
@@ -57,6 +58,7 @@ TOLD_OF = {
     ("ForeshockTrainingFault", "died"),
     ("ForeshockGradientBuildUp", "building"),
     ("ForeshockCollectorDown", ""),
+    ("ForeshockCommitsFailing", ""),
 }
 INHIBITED = set(ALL) - TOLD_OF - {("ForeshockGradientSpike", "building")}
 

@@ -21,8 +21,8 @@ class Collector:
         self._texts: deque[str] = deque([""])
 
     def show(self, *expositions: list[str]) -> None:
-        start_time = f"foreshock_collector_start_time_seconds {time.time()}"
-        self._texts.extend("\n".join((start_time, *lines, "")) for lines in expositions)
+        build = 'foreshock_build_info{version="1",python="3.11"} 1'
+        self._texts.extend("\n".join((build, *lines, "")) for lines in expositions)
 
     def scrape(self) -> str:
         return self._texts.popleft() if len(self._texts) > 1 else self._texts[0]

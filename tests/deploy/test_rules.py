@@ -16,7 +16,15 @@ import yaml
 from foreshock_collector.alerting import alerts
 from foreshock_collector.alerting.rule_file import Addresses, rule_file
 from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
-from foreshock_collector.catalogue import CATALOGUE, DROP_REASONS, VERDICTS, Kind
+from foreshock_collector.catalogue import (
+    CATALOGUE,
+    COLLECTOR_STAGES,
+    DROP_REASONS,
+    REFUSAL_REASONS,
+    RUN_STAGES,
+    VERDICTS,
+    Kind,
+)
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.support.alerting import ALERTS, PROMETHEUS_CONFIG, RULES, SEVERITY
 from tests.support.repository import ROOT
@@ -28,7 +36,8 @@ SCRAPE_LABELS = {"job", "instance"}
 """Set by Prometheus on everything that it scrapes."""
 VALUES: dict[str, set[str]] = {
     "verdict": set(VERDICTS),
-    "reason": set(DROP_REASONS),
+    "reason": {*DROP_REASONS, *REFUSAL_REASONS},
+    "stage": {*RUN_STAGES, *COLLECTOR_STAGES},
     "alert": {entry.outcome.alert for entry in VERDICT_TABLE.values() if entry.outcome.alert},
 }
 """Labels with a closed list of values."""
@@ -50,6 +59,10 @@ FACTS = {
     "ForeshockRunStalled": _INCIDENT - {"lead_steps", "layer"},
     "ForeshockRecordsDropped": {"run", "newest_step"},
     "ForeshockCollectorDown": set(),
+    "ForeshockCommitsFailing": set(),
+    "ForeshockIngestLagging": set(),
+    "ForeshockRecorderRefused": set(),
+    "ForeshockCollectorErrors": set(),
 }
 """What an alert says by itself, beside its text and its links."""
 Labels = set[str] | None
@@ -75,6 +88,10 @@ def test_the_alerts_are_these() -> None:
         "ForeshockRunStalled": "warning",
         "ForeshockRecordsDropped": "warning",
         "ForeshockCollectorDown": "critical",
+        "ForeshockCommitsFailing": "critical",
+        "ForeshockIngestLagging": "warning",
+        "ForeshockRecorderRefused": "warning",
+        "ForeshockCollectorErrors": "warning",
     }
 
 
@@ -121,9 +138,14 @@ def test_every_single_expectation_fails_once_it_is_turned_round(file: Path, tmp_
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
-def test_an_alert_names_only_series_of_the_catalogue_and_is_about_one_run(alert: dict[str, Any]) -> None:
+def test_an_alert_names_only_series_of_the_catalogue_and_is_about_one_run_or_one_collector(
+    alert: dict[str, Any],
+) -> None:
     about = labels_of(promql.parse(alert["expr"]))
-    assert about == (set() if alert["alert"] == "ForeshockCollectorDown" else {"experiment", "run"})
+    one_run = "run" in alert["annotations"]
+    # A collector that is down has no labels.
+    one_collector = set() if alert["alert"] == "ForeshockCollectorDown" else {"instance"}
+    assert about == ({"experiment", "run"} if one_run else one_collector)
     assert set(alert["labels"]) == {"severity"}
 
 

@@ -14,7 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.ingest.intake import Intake, Said
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.session import Session
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
@@ -41,7 +42,7 @@ class Watched:
         self._intake = Intake(self.runs, Store(":memory:"), lambda: self.now, **limits)
         self._registry = CollectorRegistry()
         self._registry.register(RunSeries(self.runs, lambda: self.now, **limits))
-        self._said = Said()
+        self._session = Session()
         self._scrapes: list[dict[str, float]] = []
         self._ranks, self._layers, self._launches = ranks, layers, 0
         self.start()
@@ -141,8 +142,8 @@ class Watched:
         return f"r-{self._launches}-{rank}"
 
     def _take(self, message: pb.FromRecorder) -> None:
-        self._intake.take(message, self._said)
-        assert not self._said.refused
+        self._intake.take(message, self._session)
+        assert not self._session.refused
 
 
 def alerts_of(scenarios: Mapping[str, Watched], folder: Path) -> dict[str, dict[str, str]]:

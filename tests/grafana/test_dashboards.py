@@ -52,7 +52,8 @@ def test_every_series_is_shown_somewhere() -> None:
         "foreshock_last_nonfinite_timestamp_seconds",
         "foreshock_last_spike_step",
         "foreshock_last_spike_timestamp_seconds",
-        "foreshock_stall_after_seconds",
+        "foreshock_stall_threshold_seconds",
+        "process_virtual_memory_bytes",
     }
     assert {series.name for series in CATALOGUE if series.name not in shown} == hidden
 

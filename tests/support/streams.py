@@ -39,6 +39,10 @@ def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "",
     return pb.FromRecorder(steps=batch)
 
 
+def goodbye(last: int) -> pb.FromRecorder:
+    return pb.FromRecorder(goodbye=pb.Goodbye(instance="r-0", reason=pb.Goodbye.FINISHED, last_sequence=last))
+
+
 class Listening(Protocol):
     """A collector, in this process or in another."""
 

@@ -138,7 +138,7 @@ FAILURES = (
         labels=("worst_rank",),
         include_closed=False,
     ),
-    # The collector decides what a stall is, from the run's own pace: foreshock_stall_after_seconds.
+    # The collector decides what a stall is, from the run's own pace: foreshock_stall_threshold_seconds.
     _verdict_alert(
         "ForeshockRunStalled",
         keep_firing_for="1m",

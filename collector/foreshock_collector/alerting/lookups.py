@@ -21,7 +21,7 @@ class Lookup:
     """
 
     query: str
-    """PromQL. `%[1]q` stands for the quoted experiment of the alert, `%[2]q` for its run."""
+    """PromQL. `%[1]q` stands for the quoted experiment of the alert, `%[2]q` for its run; both or neither."""
     text: str
     """Go template over the result of the query."""
 
@@ -34,7 +34,9 @@ class Lookup:
         return f"{{{{ with {self._result()} -}}}}\n{self.text}{{{{ else }}}}unknown{{{{ end }}}}"
 
     def _result(self) -> str:
-        return f"printf {json.dumps(self.query)} $labels.experiment $labels.run | query"
+        # Go's printf complains of arguments that its text does not use.
+        labels = " $labels.experiment $labels.run" if "%[" in self.query else ""
+        return f"printf {json.dumps(self.query)}{labels} | query"
 
 
 def newest(series: Series, matchers: str = "") -> str:

@@ -10,112 +10,258 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
-
-def _within(least: float, most: float, default: float) -> Any:
-    """A number from `least` to `most`; one beyond would stop detection, or make it meaningless."""
-    return field(default=default, metadata={"range": (least, most)})
+from foreshock_collector.settings import range_of, setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRules:
-    """How one quantity is judged against its own history."""
+    """Rules for judging one quantity, such as the gradient norm, against its own history."""
 
-    logarithmic: bool = True
-    """Evaluator the logarithm of a positive quantity; else the plain value, in proportion to its mean."""
-    alpha: float = _within(0, 0.9999, 0.97)
-    """Weight of the past in the running mean: a half-life of 23 steps (ZClip's)."""
-    ready_after: int = _within(1, 1e6, 25)
-    """Steps of history before a step is judged by its deviation (ZClip's). Until then only a surge is noticed."""
-    least_sigma: float = _within(1e-6, 1e3, 0.10)
-    """Floor of the deviation: a calm run must not call a 6 % move six sigma."""
-    spike_z: float = _within(0, 1e9, 6.0)
-    """Deviations above the mean that make a spike (OLMo-core's)..."""
-    spike_rise: float = _within(0, 700, math.log(3.0))
-    """... if it is also this far above: three times the usual norm."""
-    high_rise: float = _within(0, 700, math.log(2.0))
-    """A step this far above the usual is high. Only such steps add to the sum: a norm that drifts is no build-up."""
-    cusum_slack: float = _within(0, 1e9, 1.0)
-    """What each step takes off the sum, high or not."""
-    cusum_cap: float = _within(0, 1e9, 6.0)
-    """Most that a step's z adds to it: a lone spike adds 5."""
-    cusum_limit: float = _within(0, 1e9, 8.0)
-    """A sum that makes a build-up, if the step is the highest since the sum was zero, and steep..."""
-    steep_rise: float = _within(0, 700, math.log(10.0))
-    """... that is, so far above the usual. A norm that comes down again from a spike does not climb..."""
-    lasting_limit: float = _within(0, 1e9, 15.0)
-    """... nor need it, at a sum that takes three spikes in a row."""
-    surge_steps: int = _within(1, 1000, 3)
-    """Spikes' rises in a row that make a build-up whatever the deviation, if the last is steep or half the highest."""
-    clamp: float = _within(0.01, 1e6, 3.0)
-    """Deviations to which values are clamped before they become history."""
-    first_deviation: float = _within(0, 1e6, 0.25)
-    """Mean absolute deviation that is assumed of the first value."""
-    accept_after: int = _within(1, 1e6, 10)
-    """Spikes in a row after which the new level is accepted..."""
-    accept_alpha: float = _within(0, 0.9999, 0.8)
-    """... by forgetting faster: the weight of the past meanwhile..."""
-    accept_steps: int = _within(0, 1e6, 20)
-    """... for this many steps. So it is after a planned change."""
-    quiet_steps: int = _within(1, 1e6, 10)
-    """Steps in a row with a sum of zero that end a build-up."""
+    logarithmic: bool = setting(
+        True,
+        "Whether to judge the logarithm of a positive quantity, or the plain value relative to its mean.",
+    )
+    alpha: float = setting(
+        0.97,
+        "Weight of the past in the running mean: 0.97 is a half-life of 23 steps (ZClip's).",
+        least=0,
+        most=0.9999,
+    )
+    ready_after: int = setting(
+        25,
+        "Steps of history before the deviation is used (ZClip's); until then only a surge is noticed.",
+        least=1,
+        most=1e6,
+    )
+    least_sigma: float = setting(
+        0.10,
+        "Floor of the deviation: a calm run must not call a 6 % move six sigma.",
+        least=1e-6,
+        most=1e3,
+    )
+    spike_z: float = setting(
+        6.0,
+        "Deviations above the mean that make a spike (OLMo-core's), if spike_rise is exceeded as well.",
+        least=0,
+        most=1e9,
+    )
+    spike_rise: float = setting(
+        math.log(3.0),
+        "Least rise of a spike above the mean: three times the usual norm.",
+        least=0,
+        most=700,
+    )
+    high_rise: float = setting(
+        math.log(2.0),
+        "Rise above the mean from which a step adds to the sum: a norm that drifts is no build-up.",
+        least=0,
+        most=700,
+    )
+    cusum_slack: float = setting(
+        1.0,
+        "What each step takes off the sum, whatever its rise.",
+        least=0,
+        most=1e9,
+    )
+    cusum_cap: float = setting(
+        6.0,
+        "Most that the z of one step adds to the sum: a lone spike adds 5.",
+        least=0,
+        most=1e9,
+    )
+    cusum_limit: float = setting(
+        8.0,
+        "Sum that makes a build-up, if the step is steep and the highest since the sum was zero.",
+        least=0,
+        most=1e9,
+    )
+    steep_rise: float = setting(
+        math.log(10.0),
+        "Rise from which a step is steep: a norm that falls again after a spike does not climb.",
+        least=0,
+        most=700,
+    )
+    lasting_limit: float = setting(
+        15.0,
+        "Sum that makes a build-up without a steep step: it takes three spikes in a row.",
+        least=0,
+        most=1e9,
+    )
+    surge_steps: int = setting(
+        3,
+        "Rises of a spike in a row that make a build-up at any deviation, if the last is steep or half the highest.",
+        least=1,
+        most=1000,
+    )
+    clamp: float = setting(
+        3.0,
+        "Deviations to which values are clamped before they become history.",
+        least=0.01,
+        most=1e6,
+    )
+    first_deviation: float = setting(
+        0.25,
+        "Mean absolute deviation assumed for the first value.",
+        least=0,
+        most=1e6,
+    )
+    accept_after: int = setting(
+        10,
+        "Spikes in a row after which the new level is accepted.",
+        least=1,
+        most=1e6,
+    )
+    accept_alpha: float = setting(
+        0.8,
+        "Weight of the past while a new level is accepted: history is forgotten faster.",
+        least=0,
+        most=0.9999,
+    )
+    accept_steps: int = setting(
+        20,
+        "Steps for which accept_alpha holds, also after a planned change of the learning rate.",
+        least=0,
+        most=1e6,
+    )
+    quiet_steps: int = setting(
+        10,
+        "Steps in a row with a sum of zero that end a build-up.",
+        least=1,
+        most=1e6,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultRules:
-    """When a trouble that lasts is one, though every number is finite."""
+    """Rules for faults that last although every number is finite."""
 
-    begins_after: int = _within(1, 1e6, 20)
-    """Steps in a row that must show it..."""
-    ends_after: int = _within(1, 1e6, 20)
-    """... and that must not, before it is over."""
-    agreement: float = _within(0, 1, 0.998)
-    """Ranks that agree so well see the same data: |mean gradient|^2 over the mean of |local gradient|^2..."""
-    spread: float = _within(0, 1, 2e-3)
-    """... and their local norms differ by no more than this part of the largest."""
-    outlier: float = _within(1, 1e9, 10.0)
-    """A rank whose local norm is this many times the median of the others', step after step, is not like them."""
-    vanished: float = _within(0, 1, 1e-5)
-    """A layer whose norm is this part of the largest layer's learns nothing..."""
-    vanishing_steps: int = _within(1, 1e6, 100)
-    """... if it is so for this many steps in a row."""
-    faded: float = _within(0, 1, 1e-4)
-    """So does a model whose norm is this part of that of its first steps, while its loss..."""
-    unlearned: float = _within(0, 1e3, 0.5)
-    """... is still this part of the loss of its first steps."""
-    divergence: float = _within(0, 1e9, 1.0)
-    """A loss that stands above its best by this part of it..."""
-    divergence_steps: int = _within(1, 1e6, 100)
-    """... for this many steps in a row..."""
-    divergence_rise: float = _within(0, 1e9, 0.05)
-    """... and has risen by this part over them, diverges."""
-    lost_seconds: float = _within(0, 1e6, 3.0)
-    """A rank that dies without a goodbye may have died of another's error: that long is waited for one."""
+    begins_after: int = setting(
+        20,
+        "Steps in a row that must show a fault before it is reported.",
+        least=1,
+        most=1e6,
+    )
+    ends_after: int = setting(
+        20,
+        "Steps in a row without the fault before it is over.",
+        least=1,
+        most=1e6,
+    )
+    agreement: float = setting(
+        0.998,
+        "Agreement of ranks that see the same data: |mean gradient|^2 over the mean of |local gradient|^2.",
+        least=0,
+        most=1,
+    )
+    spread: float = setting(
+        2e-3,
+        "Largest difference of local norms, relative to the largest, with which ranks see the same data.",
+        least=0,
+        most=1,
+    )
+    outlier: float = setting(
+        10.0,
+        "Multiple of the median of the other ranks' local norms that makes a rank an outlier, step after step.",
+        least=1,
+        most=1e9,
+    )
+    vanished: float = setting(
+        1e-5,
+        "Norm of a layer, relative to the largest layer's, below which it learns nothing.",
+        least=0,
+        most=1,
+    )
+    vanishing_steps: int = setting(
+        100,
+        "Steps in a row for which a layer or the model must learn nothing.",
+        least=1,
+        most=1e6,
+    )
+    faded: float = setting(
+        1e-4,
+        "Norm of the model, relative to its first steps, below which it learns nothing, if unlearned holds as well.",
+        least=0,
+        most=1,
+    )
+    unlearned: float = setting(
+        0.5,
+        "Loss, relative to the first steps, above which a faded model has not learned.",
+        least=0,
+        most=1e3,
+    )
+    divergence: float = setting(
+        1.0,
+        "Rise of the loss above its best, relative to its best, that is divergence.",
+        least=0,
+        most=1e9,
+    )
+    divergence_steps: int = setting(
+        100,
+        "Steps in a row for which the loss must stay above its best.",
+        least=1,
+        most=1e6,
+    )
+    divergence_rise: float = setting(
+        0.05,
+        "Rise of the loss over divergence_steps, relative to it, without which it does not diverge.",
+        least=0,
+        most=1e9,
+    )
+    lost_seconds: float = setting(
+        3.0,
+        "Seconds to wait after a rank died without a goodbye: another rank's error may be the cause.",
+        least=0,
+        most=1e6,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """All of them, for one run."""
+    """All rules of detection and diagnosis for one run."""
 
     gradient: ChannelRules = field(default_factory=ChannelRules)
     """The global gradient norm, before clipping: positive, and judged by its logarithm."""
     loss: ChannelRules = field(
         default_factory=lambda: ChannelRules(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
     )
-    """A loss may be zero or negative and moves little: 0.5 % of it is the least deviation, 10 % the least spike."""
+    """The loss. It may be zero or negative and moves little: 0.5 % is the least deviation, 10 % the least spike."""
     faults: FaultRules = field(default_factory=FaultRules)
-    """Troubles that last, though every number is finite."""
-    planned_rate_change: float = _within(1, 1e9, 1.5)
-    """A learning rate that changes by this factor from one step to the next was changed on purpose."""
-    interval_change: float = _within(1, 1e9, 3.0)
-    """Records this many times further apart than before, or closer, are another series: history starts anew."""
-    collapse_after: int = _within(1, 1e6, 10)
-    """Overflows of a loss scale in a row that are no calibration any more; so is one below a scale of 1."""
-    recovered_after: int = _within(1, 1e6, 50)
-    """Finite steps in a row that end a failure."""
-    lead_steps: int = _within(1, 2000, 32)
-    """How many steps before the first non-finite one a spike or build-up still belongs to it."""
-    sparse_steps: int = _within(1, 1e6, 50)
-    """Records so far apart cannot show a climb of 3 to 8 steps."""
+    planned_rate_change: float = setting(
+        1.5,
+        "Factor between two steps' learning rates from which the change was made on purpose.",
+        least=1,
+        most=1e9,
+    )
+    interval_change: float = setting(
+        3.0,
+        "Factor by which the distance of records must change to make another series, whose history starts anew.",
+        least=1,
+        most=1e9,
+    )
+    collapse_after: int = setting(
+        10,
+        "Overflows of a loss scale in a row that are a collapse; at a scale below 1 a single one is.",
+        least=1,
+        most=1e6,
+    )
+    recovered_after: int = setting(
+        50,
+        "Finite steps in a row that end a failure.",
+        least=1,
+        most=1e6,
+    )
+    lead_steps: int = setting(
+        32,
+        "Steps before the first non-finite one within which a spike or build-up belongs to it.",
+        least=1,
+        most=2000,
+    )
+    sparse_steps: int = setting(
+        50,
+        "Distance of records from which they cannot show a climb of 3 to 8 steps.",
+        least=1,
+        most=1e6,
+    )
 
     def with_overrides(self, values: Mapping[str, Any]) -> Rules:
         """Some of them changed, by name: {"recovered_after": 100, "gradient": {"spike_z": 8}}. Raises `ValueError`."""
@@ -137,7 +283,7 @@ def _changed(group: Any, values: Mapping[str, Any], path: str) -> Any:
                 raise ValueError(f"rule {path}{name} is a group: give one of its members")
             changes[name] = _changed(now, value, f"{path}{name}.")
         else:
-            changes[name] = _checked(f"{path}{name}", type(now), value, known[name].metadata.get("range"))
+            changes[name] = _checked(f"{path}{name}", type(now), value, range_of(known[name]))
     return replace(group, **changes)
 
 

@@ -6,25 +6,37 @@ Each imports its own modules only when it runs, so that a failing import names t
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 
 from foreshock_collector.config import ConfigError, config_from, misspelt_variables
+from foreshock_collector.log_format import configure_logging
+
+logger = logging.getLogger(__name__)
 
 
 def collector(arguments: list[str]) -> int:
-    """Serve until stopped. Return 2 if a setting is invalid."""
+    """Serve until stopped. Return 2 if a setting is invalid, 1 if the collector failed."""
     from foreshock_collector.server import serve
     from foreshock_collector.state.schema import StoreError
 
     try:
         config = config_from(arguments)
-        for line in misspelt_variables(os.environ):
-            sys.stderr.write(f"foreshock collector: {line}\n")
-        asyncio.run(serve(config))
-    except (ConfigError, StoreError) as error:
+    except ConfigError as error:
         sys.stderr.write(f"foreshock collector: {error}\n")
         return 2
+    configure_logging(config.log_format)
+    for line in misspelt_variables(os.environ):
+        logger.warning("%(warning)s", {"warning": line})
+    try:
+        asyncio.run(serve(config))
+    except (ConfigError, StoreError) as error:
+        logger.error("cannot start: %(error)s", {"error": str(error)})
+        return 2
+    except Exception as error:
+        logger.exception("failed: %(error)s", {"error": str(error)})
+        return 1
     return 0
 
 

@@ -2,56 +2,21 @@
 
 from __future__ import annotations
 
-import html
-import math
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from foreshock_collector.commands.client import ClientError, add_url, ask
 from foreshock_collector.commands.logs import LogError
 from foreshock_collector.commands.replay import Replay, replay_file
-from foreshock_collector.commands.verdict_text import since
+from foreshock_collector.commands.report_page import Report, as_markdown, as_page
 from foreshock_collector.config import ConfigError, Parser
 from foreshock_collector.web.answers import verdict_answer
 
 _BEFORE, _AFTER = 96, 16
 """Steps around an incident that the heat maps show."""
-_MARKS = {"build_up": ("build-up", "top left"), "nonfinite": ("not finite", "top right")}
-"""What is written beside which events, and on which side: the two lie close together."""
-_MOST_MARKS = 20
-_COLORS = {"line": "#2f6f9f", "mark": "#b5452c", "quiet": "#8a8f98"}
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1d2129; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; } .what { font-size: 1.15rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; } dt { color: #5c6470; } dd { margin: 0; }
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """All that it says."""
-
-    title: str
-    columns: dict[str, list[Any]]
-    """`step`, and where known `loss`, `global_norm`, `clip_coefficient`, `learning_rate`, a value per step each."""
-    events: Sequence[dict[str, Any]]
-    """`kind` and `step`."""
-    verdicts: Sequence[dict[str, Any]]
-    """As the API tells them, in order; empty: nothing has happened."""
-    heat: dict[str, dict[str, Any]]
-    """By "ranks" and "layers": `steps`, `rows` and `values` [row][step] of their norms around the last incident."""
-    about: Sequence[tuple[str, str]]
-    """What ran, and when: a name and its value each."""
-    quiet: str
-    """What is said where there is no verdict."""
-    runbooks: str = ""
-    """Address of the folder of runbooks; empty where no collector is known."""
 
 
 def main(arguments: list[str]) -> int:
@@ -77,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 
 def from_log(path: Path, found: Replay) -> Report:
-    """Of a recorded log."""
+    """Report on a recorded log."""
     columns: dict[str, list[Any]] = {
         "step": [row.step for row in found.log],
         "loss": [row.loss for row in found.log],
@@ -92,13 +57,13 @@ def from_log(path: Path, found: Replay) -> Report:
         events=events,
         verdicts=verdicts,
         heat={},
-        about=[("rows", f"{len(found.log):,}, of a recorded log: nothing is known of its ranks, layers and model")],
-        quiet=f"Nothing has happened: {len(found.log):,} rows, all finite.",
+        details=[("rows", f"{len(found.log):,}, from a recorded log, which does not show ranks, layers or model")],
+        healthy=f"Nothing has happened: {len(found.log):,} rows, all finite.",
     )
 
 
 def from_run(url: str, name: str) -> Report:
-    """Of a run that a collector knows. Raises `ClientError`."""
+    """Report on a run of a collector. Raises `ClientError`."""
     run = ask(url, "runs", name)
     series = ask(url, "runs", name, "series", points=2000)
     verdicts = [incident["verdict"] for incident in run["incidents"]]
@@ -119,13 +84,13 @@ def from_run(url: str, name: str) -> Report:
         events=events,
         verdicts=verdicts,
         heat=heat,
-        about=_about(run, url),
-        quiet=_quiet(run["counters"]),
+        details=_details(run, url),
+        healthy=_healthy(run["counters"]),
         runbooks=f"{url.rstrip('/')}/runbooks",
     )
 
 
-def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
+def _details(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
     model, optimizer, attempts = run["model"], run["optimizer"], len(run["attempts"])
     ended = max(run["last_step_seconds"], run["last_report_seconds"])
     size = f"{len(model['layers'])} layers, {model['elements']:,} elements in {model['parameters']:,} parameters"
@@ -137,9 +102,9 @@ def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
         ("model", f"{model['type']}, {size}" if model["type"] else ""),
         ("optimizer", optimizer["type"] + (", fused" if optimizer["fused"] else "")),
         ("clip", run["clip"]),
-        ("began", _moment(run["started_seconds"]) if run["started_seconds"] else ""),
-        ("ran for", _span(ended - run["started_seconds"]) if run["started_seconds"] else ""),
-        ("last report", _moment(run["last_report_seconds"])),
+        ("started", _utc(run["started_seconds"]) if run["started_seconds"] else ""),
+        ("duration", _duration(ended - run["started_seconds"]) if run["started_seconds"] else ""),
+        ("last report", _utc(run["last_report_seconds"])),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(run["versions"].items()))),
         ("page", f"{url.rstrip('/')}/run/{urllib.parse.quote(run['run'], safe='')}"),
     ]
@@ -147,135 +112,23 @@ def _about(run: dict[str, Any], url: str) -> list[tuple[str, str]]:
 
 
 def _ranks(run: dict[str, Any]) -> str:
-    there, all_ = run["ranks_reporting"], run["world_size"]
+    reporting, expected = run["ranks_reporting"], run["world_size"]
     if run["state"] == "active":
-        return f"{there} of {all_} reporting"
-    return f"{all_}" if there == all_ else f"{all_}, of which {all_ - there} did not leave as they should"
+        return f"{reporting} of {expected} reporting"
+    return f"{expected}" if reporting == expected else f"{expected}, {expected - reporting} of them ended abnormally"
 
 
-def _quiet(counters: dict[str, Any]) -> str:
-    bad = [f"{what} {count:,}" for what, count in counters["nonfinite"].items() if count]
-    how = f"not all finite ({', '.join(bad)}), without harm" if bad else "all finite"
-    return f"Nothing has happened: {counters['steps']:,} steps, {how}."
+def _healthy(counters: dict[str, Any]) -> str:
+    nonfinite = [f"{kind} {count:,}" for kind, count in counters["nonfinite"].items() if count]
+    values = f"not all finite ({', '.join(nonfinite)}), without harm" if nonfinite else "all finite"
+    return f"Nothing has happened: {counters['steps']:,} steps, {values}."
 
 
-def _moment(seconds: float) -> str:
+def _utc(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
 
 
-def _span(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def as_markdown(report: Report) -> str:
-    """For an issue tracker."""
-    lines = [f"# {report.title}", ""]
-    for verdict in report.verdicts:
-        lines += [f"**{verdict['cause']}**: {verdict['summary']}", ""]
-        lines += [f"- {name}: {value}" for name, value in _facts(verdict, report.runbooks)]
-        lines += ["", "Evidence:", "", *(f"- {line}" for line in verdict["evidence"])]
-        lines += ["", "To try:", "", *(f"{number}. {line}" for number, line in enumerate(verdict["try"], 1)), ""]
-    if not report.verdicts:
-        lines += [report.quiet, ""]
-    lines += ["Run details:", "", *(f"- {name}: {value}" for name, value in report.about), ""]
-    return "\n".join(lines)
-
-
-def as_page(report: Report) -> str:
-    """HTML that needs nothing else: plotly.js is inside."""
-    parts = [f"<h1>{html.escape(report.title)}</h1>"]
-    for verdict in report.verdicts:
-        parts.append(f'<p class="what"><b>{verdict["cause"]}</b>: {html.escape(verdict["summary"])}</p>')
-        facts = "".join(
-            f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(verdict, report.runbooks)
-        )
-        parts.append(f"<dl>{facts}</dl>")
-        parts.append(f"<h2>Evidence</h2><ul>{_items(verdict['evidence'])}</ul>")
-        parts.append(f"<h2>To try</h2><ol>{_items(verdict['try'])}</ol>")
-    if not report.verdicts:
-        parts.append(f'<p class="what">{html.escape(report.quiet)}</p>')
-    about = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>" for name, value in report.about)
-    parts.append(f"<h2>Run details</h2><dl>{about}</dl>")
-    parts += _charts(report)
-    title = html.escape(report.title)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}<style>{_STYLE}</style></head><body>{"".join(parts)}</body></html>'
-    )
-
-
-def _charts(report: Report) -> list[str]:
-    import plotly.graph_objects as go
-    from plotly.io import to_html
-
-    figures = []
-    names = {
-        "global_norm": "global gradient norm",
-        "loss": "loss",
-        "clip_coefficient": "clip coefficient",
-        "learning_rate": "learning rate",
-    }
-    for column, name in names.items():
-        values = [_finite(value) for value in report.columns.get(column, [])]
-        if not any(value is not None for value in values):
-            continue
-        line = {"color": _COLORS["line"], "width": 1.5}
-        figure = go.Figure(go.Scattergl(x=report.columns["step"], y=values, mode="lines", line=line, name=name))
-        for kind, (text, side) in _MARKS.items():
-            color = _COLORS["mark"] if kind == "nonfinite" else _COLORS["quiet"]
-            look = {"line_width": 1, "line_dash": "dot", "line_color": color, "annotation_position": side}
-            for event in [event for event in report.events if event["kind"] == kind][:_MOST_MARKS]:
-                figure.add_vline(x=event["step"], annotation_text=text, **look)
-        if column == "global_norm":
-            figure.update_yaxes(type="log")
-        figures.append((name, figure))
-    for by, cells in report.heat.items():
-        logarithms = [[_logarithm(value) for value in row] for row in cells["values"]]
-        bar = {"title": "log10 norm"}
-        figure = go.Figure(
-            go.Heatmap(x=cells["steps"], y=cells["rows"], z=logarithms, colorscale="Cividis", colorbar=bar)
-        )
-        figure.update_yaxes(type="category")
-        figures.append((f"norm by {by.removesuffix('s')}, around the incident", figure))
-    parts = []
-    for number, (name, figure) in enumerate(figures):
-        figure.update_layout(
-            template="plotly_white", height=280, margin={"l": 60, "r": 20, "t": 24, "b": 40}, xaxis_title="step"
-        )
-        chart = to_html(figure, full_html=False, include_plotlyjs=number == 0, config={"displaylogo": False})
-        parts.append(f"<h2>{name[0].upper()}{name[1:]}</h2>{chart}")
-    return parts
-
-
-def _facts(verdict: dict[str, Any], runbooks: str) -> list[tuple[str, str]]:
-    facts = [
-        ("confidence", f"{verdict['confidence']:.0%}"),
-        (since(verdict), str(verdict["first_bad_step"])),
-    ]
-    if verdict["onset_step"] is not None:
-        facts.append(("began at step", f"{verdict['onset_step']}, {verdict['lead_steps']} steps before"))
-    if verdict["likely_root"]:
-        facts.append(("likely root", verdict["likely_root"].replace("_", " ")))
-    if verdict["rank"] is not None:
-        facts.append(("rank", str(verdict["rank"])))
-    elif verdict["ranks_alike"]:
-        facts.append(("rank", "all ranks"))
-    if verdict["layer"]:
-        facts.append(("layer", verdict["layer"]))
-    facts.append(("runbook", f"{runbooks}/{verdict['runbook']}" if runbooks else verdict["runbook"]))
-    return facts
-
-
-def _items(lines: Sequence[str]) -> str:
-    return "".join(f"<li>{html.escape(line)}</li>" for line in lines)
-
-
-def _finite(value: Any) -> float | None:
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
-
-
-def _logarithm(value: Any) -> float | None:
-    number = _finite(value)
-    return math.log10(number) if number and number > 0 else None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
+from foreshock_collector.ingest.session import RefusedError, Session
+from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.records.buffer import MOST_SEQUENCE, ColumnsError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
@@ -26,28 +28,6 @@ _TEXT_LENGTH = 2000
 _MOST_RANKS = 65_536
 
 
-class RefusedError(ValueError):
-    """The message is wrong; the text says how."""
-
-
-class UnknownVersionError(RefusedError):
-    """The recorder speaks a version that this collector does not know."""
-
-
-@dataclass
-class Said:
-    """What has been said on one stream."""
-
-    greeted: set[str] = field(default_factory=set)
-    """Instances that have said hello."""
-    refused: dict[str, str] = field(default_factory=dict)
-    """Instances whose hello was wrong, and how: nothing more of them is taken in, the others go on."""
-
-    def includes(self, instances: set[str]) -> bool:
-        """Any of these has spoken here."""
-        return not instances.isdisjoint(self.greeted) or not instances.isdisjoint(self.refused)
-
-
 class Intake:
     """The one place where messages change state. `clock` gives Unix time."""
 
@@ -59,35 +39,37 @@ class Intake:
         self._clock = clock
         self._ended_seconds = ended_seconds
         self._silent = silent
+        self.statistics = IngestStatistics()
         self.urgent: set[str] = set()
-        """Instances that wait for an acknowledgement at once."""
+        """Instances that must be acknowledged at once."""
         self.storing = True
-        """The last commit has worked."""
+        """Whether the last commit succeeded."""
 
     @property
     def errors(self) -> Errors:
-        """The collector's own, that no single run is to blame for."""
+        """Errors of the collector itself that no single run has caused."""
         return self._runs.errors
 
-    def take(self, message: pb.FromRecorder, said: Said) -> None:
-        """One message of a stream. said: on it before. Raises `RefusedError` for one that no recorder sends.
+    def take(self, message: pb.FromRecorder, session: Session) -> None:
+        """Apply one message of a stream. Raises `RefusedError` for one that no recorder sends.
 
-        A hello that is wrong costs its own instance alone.
+        A wrong hello costs its own instance alone.
         """
         which = message.WhichOneof("message")
         if which is None:
-            raise RefusedError("the message is empty: it holds no hello, steps, event or goodbye")
+            raise RefusedError("the message is empty: it holds no hello, steps, event or goodbye", reason="malformed")
         if which == "hello":
-            self._hello(message.hello, said)
+            self._hello(message.hello, session)
             return
         content = getattr(message, which)
-        if content.instance in said.refused:
+        if content.instance in session.refused:
             return
-        if content.instance not in said.greeted:
-            raise RefusedError(f"instance {content.instance[:_NAME_LENGTH]!r} has not said hello on this stream")
-        home = self._runs.find(content.instance)
-        assert home is not None
-        run, instance = home
+        if content.instance not in session.registered:
+            name = content.instance[:_NAME_LENGTH]
+            raise RefusedError(f"instance {name!r} has not said hello on this stream", reason="no_hello")
+        found = self._runs.find(content.instance)
+        assert found is not None
+        run, instance = found
         try:
             if which == "steps":
                 self._steps(run, instance, message.steps)
@@ -103,25 +85,46 @@ class Intake:
                 run.accept_unprocessed(instance, message.steps)
                 self._commit([run])
 
-    def _hello(self, hello: pb.Hello, said: Said) -> None:
+    def _hello(self, hello: pb.Hello, session: Session) -> None:
         _check_version(hello)
         _check_name("hello.instance", hello.instance)
         self.urgent.add(hello.instance)
         try:
             hello = _checked(hello)
             self._runs.register(hello, self._clock())
+        except RefusedError as error:
+            self._refuse_instance(hello, session, str(error), error.reason)
+        except ContradictionError as error:
+            self._refuse_instance(hello, session, str(error), "contradiction")
         except Exception as error:
-            said.refused[hello.instance] = str(error)
-            said.greeted.discard(hello.instance)
-            if not isinstance(error, (RefusedError, ContradictionError)):
-                self._runs.errors.add("take", error)
-                said.refused[hello.instance] = "the collector failed on its hello; see the collector's log"
+            self._runs.errors.add("take", error)
+            self._refuse_instance(
+                hello, session, "the collector failed on its hello; see the collector's log", "collector_error"
+            )
         else:
-            said.greeted.add(hello.instance)
-            said.refused.pop(hello.instance, None)
+            session.registered.add(hello.instance)
+            session.refused.pop(hello.instance, None)
+
+    def _refuse_instance(self, hello: pb.Hello, session: Session, why: str, reason: str) -> None:
+        session.refused[hello.instance] = why
+        session.registered.discard(hello.instance)
+        self.statistics.refused[reason] += 1
+        facts = {
+            "instance": hello.instance,
+            "run": _printable(hello.run, _NAME_LENGTH),
+            "rank": hello.topology.rank,
+            "node": _printable(hello.topology.node, _NAME_LENGTH),
+            "peer": session.peer,
+            "reason": reason,
+            "why": why,
+        }
+        logger.warning("refused rank %(rank)d of run %(run)s on node %(node)s, %(peer)s: %(why)s", facts)
 
     def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
         now = self._clock()
+        if batch.step:  # without any, it only says that the rank is alive
+            self.statistics.records += len(batch.step)
+            self.statistics.waiting_since.setdefault(run.name, now)
         instance.nonfinite = False
         try:
             if run.ingest(instance, batch, now):
@@ -167,8 +170,8 @@ class Intake:
         if not self.storing:
             return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
-        homes = (self._runs.find(name) for name in waiting)
-        hasty = {id(home[0]): home[0] for home in homes if home is not None}
+        known = (self._runs.find(name) for name in waiting)
+        hasty = {id(found[0]): found[0] for found in known if found is not None}
         for run in self._runs:
             with run.errors.caught("judge"):
                 if id(run) in hasty or run.overdue(now):
@@ -180,18 +183,28 @@ class Intake:
         return set()
 
     def _commit(self, runs: Iterable[Run]) -> bool:
-        """Store what has changed. False: not now, and nothing is lost; the log tells once, and once when it is over."""
+        """Store what has changed. False: not now, and nothing is lost. The log has the first failure and the end."""
+        changed = [run for run in runs if run.changed]
+        if not changed:
+            return True
+        began = time.perf_counter()
         try:
-            self._store.commit(runs)
+            self._store.commit(changed)
         except Exception as error:
             self._runs.errors.counts["commit"] += 1
             if self.storing:
-                logger.exception("nothing can be stored: %s. Trying again; until then nothing is acknowledged.", error)
+                facts = {"error": str(error), "stage": "commit"}
+                logger.exception("cannot commit: %(error)s; nothing is acknowledged until a commit succeeds", facts)
             self.storing = False
             return False
+        finally:
+            self.statistics.commit_seconds.add(time.perf_counter() - began)
         if not self.storing:
-            logger.warning("what happened is stored again")
+            logger.warning("commits succeed again")
         self.storing = True
+        waiting = self.statistics.waiting_since
+        for name in [name for name in waiting if (run := self._runs.get(name)) is None or not run.changed]:
+            del waiting[name]
         return True
 
     def expire(self) -> None:
@@ -208,25 +221,28 @@ class Intake:
                     run.evict(now)
                     if self._commit([run]):
                         self._store.forget_window(run)
+                        facts = {"run": run.name, "experiment": run.experiment}
+                        logger.info("run %(run)s expired: its series are gone, its history stays", facts)
 
-    def positions(self, said: Said) -> list[pb.Ack.Position]:
+    def positions(self, session: Session) -> list[pb.Ack.Position]:
         """How far each instance of a stream is stored, or why it is not taken in."""
         found = []
-        for name in sorted(said.greeted):
-            home = self._runs.find(name)
-            assert home is not None
-            run, instance = home
+        for name in sorted(session.registered):
+            known = self._runs.find(name)
+            assert known is not None
+            run, instance = known
             found.append(
                 pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name)
             )
-        return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(said.refused.items())]
+        return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(session.refused.items())]
 
 
 def _check_version(hello: pb.Hello) -> None:
     if hello.schema_version != SCHEMA_VERSION:
-        raise UnknownVersionError(
+        raise RefusedError(
             f"this recorder speaks schema version {hello.schema_version}, this collector knows version "
-            f"{SCHEMA_VERSION}: bring both to the same release of foreshock"
+            f"{SCHEMA_VERSION}: bring both to the same release of foreshock",
+            reason="schema_version",
         )
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import urllib.parse
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from foreshock_collector.ingest.intake import Intake, RefusedError, Said, UnknownVersionError
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_protos.v1 import telemetry_pb2 as pb
+
+logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 _MAX_BATCH_STEPS = 512
@@ -29,19 +34,20 @@ _OPTIONS = (
 
 
 class _Stream:
-    """One recorder."""
+    """One recorder's connection: its session, and the event that makes it send an acknowledgement."""
 
-    def __init__(self) -> None:
-        self.said = Said()
+    def __init__(self, peer: str) -> None:
+        self.session = Session(peer)
         self.wake = asyncio.Event()
 
 
 class Telemetry:
-    """One stream per recorder. Acknowledges about once a second, and only what is committed."""
+    """Serves one stream per recorder. Acknowledges about once a second, and only what is committed."""
 
     def __init__(self, intake: Intake, epoch: str, *, ack_seconds: float, page_url: Callable[[], str]) -> None:
         self._intake = intake
         self._errors = intake.errors
+        self._statistics = intake.statistics
         self._epoch = epoch
         self._ack_seconds = ack_seconds
         self._page_url = page_url
@@ -62,7 +68,7 @@ class Telemetry:
                     self._wake(self._streams)
                 else:
                     waiting = self._intake.commit_urgent()
-                    self._wake(stream for stream in self._streams if stream.said.includes(waiting))
+                    self._wake(stream for stream in self._streams if stream.session.includes(waiting))
                 if now - expired >= _EXPIRY_SECONDS:
                     expired = now
                     self._intake.expire()
@@ -75,9 +81,12 @@ class Telemetry:
 
     async def stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[pb.Ack]:
         """Handle one recorder."""
-        stream = _Stream()
+        stream = _Stream(urllib.parse.unquote(context.peer()))
+        session = stream.session
         reader = asyncio.create_task(self._read(requests, stream))
         self._streams.add(stream)
+        self._statistics.streams += 1
+        end = "error"
         try:
             while True:
                 await stream.wake.wait()
@@ -85,16 +94,31 @@ class Telemetry:
                 if reader.done():
                     reader.result()
                     self._intake.commit()
-                if stream.said.greeted or stream.said.refused:
+                if session.registered or session.refused:
                     yield self._ack(stream)
                 if reader.done() or self._draining:
+                    end = "drained" if self._draining else "closed"
                     return
         except RefusedError as error:
-            unknown = isinstance(error, UnknownVersionError)
+            end = "refused"
+            self._statistics.refused[error.reason] += 1
+            refusal = {"peer": session.peer, "reason": error.reason, "why": str(error)}
+            logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
+            unknown = error.reason == "schema_version"
             code = grpc.StatusCode.FAILED_PRECONDITION if unknown else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(code, str(error))
+        except (asyncio.CancelledError, GeneratorExit):  # by gRPC, either way
+            end = "drained" if self._draining else "disconnected"
+            raise
+        except Exception as error:
+            self._errors.add("take", error)
+            raise
         finally:
             self._streams.discard(stream)
+            self._statistics.streams -= 1
+            if end != "refused":
+                facts = {"peer": session.peer, "reason": end, "instances": len(session.registered)}
+                logger.info("stream of %(peer)s with %(instances)d ranks ended: %(reason)s", facts)
             reader.cancel()
             await asyncio.wait((reader,))
 
@@ -103,18 +127,20 @@ class Telemetry:
             async for data in requests:
                 if self._draining:
                     return
+                self._statistics.messages += 1
                 try:
                     message = pb.FromRecorder.FromString(data)
                 except DecodeError:
-                    raise RefusedError("this is not a foreshock.v1.FromRecorder message") from None
-                self._intake.take(message, stream.said)
+                    text = "this is not a foreshock.v1.FromRecorder message"
+                    raise RefusedError(text, reason="malformed") from None
+                self._intake.take(message, stream.session)
         finally:
             stream.wake.set()
 
     def _ack(self, stream: _Stream) -> pb.Ack:
         return pb.Ack(
             epoch=self._epoch,
-            positions=self._intake.positions(stream.said),
+            positions=self._intake.positions(stream.session),
             flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
         )

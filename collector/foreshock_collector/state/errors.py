@@ -14,54 +14,53 @@ logger = logging.getLogger(__name__)
 
 
 class Errors:
-    """Those of one run, or of what serves all of them. counts: by stage, from 0 on."""
+    """Counts the errors of one run, or of what serves all runs, and logs the first of each kind."""
 
-    def __init__(self, whose: str, stages: Sequence[str]) -> None:
+    def __init__(self, subject: str, stages: Sequence[str]) -> None:
         self.counts = dict.fromkeys(stages, 0)
-        self._whose = whose
+        """By stage; each exists at 0 from the start."""
+        self._subject = subject
         self._logged: set[tuple[object, ...]] = set()
 
-    def add(self, stage: str, error: Exception, about: str = "") -> None:
-        """Count it. The first of its kind, and of what it is about, goes to the log, with its traceback."""
+    def add(self, stage: str, error: Exception, subject: str = "") -> None:
+        """Count an error. The first of its kind and subject is logged with its traceback."""
         self.counts[stage] += 1
-        kind = stage, about, type(error), _place(error)
+        subject = subject or self._subject
+        kind = stage, subject, type(error), _origin(error)
         if kind not in self._logged:
             self._logged.add(kind)
-            logger.error(
-                "%s: %s failed; nothing else stops for it. More of this kind are only counted.",
-                about or self._whose,
-                stage,
-                exc_info=error,
-            )
+            facts = {"subject": subject, "stage": stage, "error": str(error)}
+            text = "%(subject)s: %(stage)s failed, all else goes on; further errors of this kind are only counted"
+            logger.error(text, facts, exc_info=error)
 
     @contextmanager
     def caught(self, stage: str) -> Iterator[None]:
-        """What fails inside is counted, and the code behind it goes on."""
+        """Count an error that is raised inside, and let the code after the block go on."""
         try:
             yield
         except Exception as error:
             self.add(stage, error)
 
-    def value(self, stage: str, otherwise: _T, function: Callable[..., _T], *arguments: Any) -> _T:
-        """What the function returns; otherwise, where it fails."""
+    def value(self, stage: str, default: _T, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Return what the function returns, or the default if it fails."""
         try:
             return function(*arguments)
         except Exception as error:
             self.add(stage, error)
-            return otherwise
+            return default
 
-    def shown(self) -> dict[str, int]:
-        """Those stages that have failed."""
+    def nonzero(self) -> dict[str, int]:
+        """Return the counts of the stages that have failed."""
         return {stage: count for stage, count in self.counts.items() if count}
 
 
 def collector_errors() -> Errors:
-    """Of what serves all runs."""
+    """Return a count of errors that no single run has caused."""
     return Errors("the collector", COLLECTOR_STAGES)
 
 
-def _place(error: Exception) -> tuple[str, int] | None:
-    """Where it came up."""
+def _origin(error: Exception) -> tuple[str, int] | None:
+    """Return the file and line that raised the error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -166,7 +166,7 @@ class Evaluator:
         quiet = now - (last if "stalled" in attempt.incidents else max(last, since))
         ranks = attempt.instances.values()
         live = [i for i in ranks if not i.closed and now - max(i.last_report, since) < _REPORTING_SECONDS]
-        limit = self._totals.stall_after(attempt.finalized)
+        limit = self._totals.stall_threshold(attempt.finalized)
         if quiet <= limit or not live:
             self._incidents.close(attempt, "stalled", now)
         elif not attempt.incidents.keys() & {"stalled", DEATH, FAILURE}:

@@ -228,9 +228,9 @@ class Run:
         """The attempt that started last: after an outage, an older one may report later."""
         return max(self.attempts, key=lambda attempt: (attempt.started_seconds, attempt.number))
 
-    def stall_after(self) -> float:
+    def stall_threshold(self) -> float:
         """Seconds without a step that mean a stall of the newest attempt."""
-        return self.totals.stall_after(self.newest.finalized)
+        return self.totals.stall_threshold(self.newest.finalized)
 
     def last_report(self) -> float:
         """When any rank last reported."""

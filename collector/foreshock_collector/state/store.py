@@ -35,6 +35,7 @@ class Store(History):
     """The database of one collector. Raises `StoreError`."""
 
     def __init__(self, path: Path | str) -> None:
+        self._path = Path(path)
         self._lock = _lock(path)
         try:
             super().__init__(open_database(path))
@@ -186,6 +187,11 @@ class Store(History):
         for values in reversed(self._db.execute(query, (run.name, attempt.number, WINDOW_STEPS)).fetchall()):
             known = dict(zip(STEP_COLUMNS, map(number_of, values), strict=True))
             attempt.steps.append(Step(**known))
+
+    def size_bytes(self) -> int:
+        """Return what the database and its write-ahead log take on disk; 0 in memory."""
+        files = (self._path, self._path.with_name(f"{self._path.name}-wal"))
+        return sum(file.stat().st_size for file in files if file.is_file())
 
     def close(self) -> None:
         """Close the database, and let another collector use it."""

@@ -140,7 +140,7 @@ class Totals:
         """Count records that will never come, by reason."""
         self.dropped = {reason: count + counts[reason] for reason, count in self.dropped.items()}
 
-    def stall_after(self, steps: int) -> float:
+    def stall_threshold(self, steps: int) -> float:
         """Seconds without a step that mean a stall, by the run's own pace. steps: how many the attempt has made."""
         usual = _STALL_STEPS * median(self.recent_durations) if self.recent_durations else 0.0
         least = _STALL_LEAST_SECONDS if steps >= _FIRST_STEPS else _FIRST_STEPS_SECONDS

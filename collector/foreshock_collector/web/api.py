@@ -40,8 +40,8 @@ class Api:
         self._clock = clock
         self._silent = silent
         self._baselines = Baselines(store)
-        self._peaks = Downsampler(store)
-        self._recent = Sparklines(store)
+        self._downsampler = Downsampler(store)
+        self._sparklines = Sparklines(store)
 
     def routes(self) -> list[web.RouteDef]:
         """All under /api/v1."""
@@ -62,7 +62,7 @@ class Api:
         runs = [run for run in runs if run not in left_out]
         briefs = [self._brief_at_least(run) for run in runs]
         if number(request, "recent", 0):
-            for brief, run, columns in zip(briefs, runs, self._recent.of(runs), strict=True):
+            for brief, run, columns in zip(briefs, runs, self._sparklines.points(runs), strict=True):
                 brief["recent"] = columns
                 open_ = [each for each in run.incidents.kept if each.closed_seconds is None]
                 brief["open_incidents"] = [incident_answer(each) for each in open_]
@@ -111,8 +111,12 @@ class Api:
         attempt = _attempt_of(request, run)
         points = max(1, min(number(request, "points", 1000), _MOST_POINTS))
         first, last = max(1, number(request, "first", 1)), min(attempt.finalized, number(request, "last", _NO_END))
-        bin_width, columns = await self._peaks.of(run.name, attempt.number, first=first, last=last, points=points)
-        baseline = await self._baselines.upto(run.name, attempt.number, max(columns["sequence"], default=0), run.rules)
+        bin_width, columns = await self._downsampler.bins(
+            run.name, attempt.number, first=first, last=last, points=points
+        )
+        baseline = await self._baselines.replayed(
+            run.name, attempt.number, max(columns["sequence"], default=0), run.rules
+        )
         told = {"attempt": attempt.number, "newest": attempt.finalized, "bin_width": bin_width}
         return answer({**told, **columns, **baseline.at(columns["sequence"])})
 
@@ -175,8 +179,8 @@ class Api:
             "newest": run.totals.newest() if attempt.finalized else {},
             "last_report_seconds": run.last_report(),
             "last_step_seconds": run.totals.last["step"],
-            "stall_after_seconds": run.stall_after(),
-            "errors": run.errors.shown(),
+            "stall_threshold_seconds": run.stall_threshold(),
+            "errors": run.errors.nonzero(),
         }
 
 
@@ -198,8 +202,8 @@ def _nothing_of(run: Run) -> dict[str, Any]:
         "newest": {},
         "last_report_seconds": 0.0,
         "last_step_seconds": 0.0,
-        "stall_after_seconds": 0.0,
-        "errors": run.errors.shown(),
+        "stall_threshold_seconds": 0.0,
+        "errors": run.errors.nonzero(),
     }
 
 

@@ -1,23 +1,18 @@
-"""Current state as Prometheus series: a collector for prometheus-client, in a registry that its owner injects."""
+"""The runs as Prometheus series: a collector for prometheus-client, in a registry that its owner injects."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
-from foreshock_collector.state.totals import Histogram
+from foreshock_collector.web.samples import Sample, families_of
 
-Labels = tuple[str, ...]
-Buckets = tuple[tuple[str, float], ...]
-"""Upper bound, and how many lie below."""
+_SERIES = tuple(series for series in c.CATALOGUE if set(c.RUN) <= set(series.labels))
 _LEVELS = {
     "global_norm": c.GLOBAL_GRADIENT_NORM,
     "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
@@ -60,7 +55,6 @@ class RunSeries(Collector):
     def __init__(self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float) -> None:
         self._runs = runs
         self._clock = clock
-        self._started = clock()
         self._ended_seconds = ended_seconds
         self._silent = silent
 
@@ -69,17 +63,10 @@ class RunSeries(Collector):
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Every family of the catalogue, in its order."""
-        now = self._clock()
-        families: dict[str, Metric] = {series.name: _family(series) for series in c.CATALOGUE}
-        for sample in self._samples(now):
-            sample.add_to(families)
-        yield from families.values()
+        """Return every family about runs, in the order of the catalogue."""
+        yield from families_of(_SERIES, self._samples(self._clock()))
 
     def _samples(self, now: float) -> Iterator[Sample]:
-        yield Sample(c.COLLECTOR_START, (), self._started)
-        for stage, count in self._runs.errors.counts.items():
-            yield Sample(c.COLLECTOR_ERRORS, (stage,), count)
         for run in self._runs:
             # All of a run's, or none: one that fails half-way costs the others nothing.
             with run.errors.caught("expose"):
@@ -112,7 +99,7 @@ class RunSeries(Collector):
             yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
         yield Sample.of_histogram(c.GRADIENT_NORM, labels, totals.norms)
         yield Sample.of_histogram(c.STEP_DURATION, labels, totals.durations)
-        yield Sample(c.STALL_AFTER, labels, run.stall_after())
+        yield Sample(c.STALL_THRESHOLD, labels, run.stall_threshold())
         yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
         attempt = run.newest
         ranks = attempt.instances.values()
@@ -138,39 +125,3 @@ class RunSeries(Collector):
             rank = "" if v.rank is None else str(v.rank)
             where = (str(v.first_bad_step), str(v.lead_steps), rank, v.layer)
             yield Sample(c.INCIDENT_INFO, (*labels, str(incident.number), alert, v.cause, *where, v.summary), 1)
-
-
-class Sample:
-    """A value of one series, or the buckets of a histogram. Whatever is wrong with it shows when it is made."""
-
-    def __init__(self, series: c.Series, labels: Labels, value: float, buckets: Buckets = ()) -> None:
-        self._series = series
-        self._labels = tuple(map(str, labels))
-        self._value = float(value)
-        self._buckets = buckets
-
-    @classmethod
-    def of_histogram(cls, series: c.Series, labels: Labels, histogram: Histogram) -> Sample:
-        """Cumulative, as Prometheus wants it."""
-        bounds = (*map(repr, histogram.bounds), "+Inf")
-        counts = accumulate(map(float, histogram.counts))
-        return cls(series, labels, histogram.total, tuple(zip(bounds, counts, strict=True)))
-
-    def add_to(self, families: dict[str, Metric]) -> None:
-        """To its family, unless it is not finite: an alert on a NaN never fires, and a maximum hides behind one."""
-        if not math.isfinite(self._value):
-            return
-        family = families[self._series.name]
-        if isinstance(family, HistogramMetricFamily):
-            family.add_metric(self._labels, self._buckets, self._value)
-        else:
-            assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
-            family.add_metric(self._labels, self._value)
-
-
-def _family(series: c.Series) -> Metric:
-    if series.kind is c.Kind.COUNTER:
-        return CounterMetricFamily(series.name, series.help, labels=series.labels)
-    if series.kind is c.Kind.HISTOGRAM:
-        return HistogramMetricFamily(series.name, series.help, labels=series.labels)
-    return GaugeMetricFamily(series.name, series.help, labels=series.labels)

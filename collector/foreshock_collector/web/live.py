@@ -96,5 +96,5 @@ class Live:
             incident and (incident.number, incident.closed_seconds, incident.verdict.cause),
             sum(instance.reporting for instance in attempt.instances.values()),
             len(attempt.instances),
-            bool(run.errors.shown()),
+            bool(run.errors.nonzero()),
         )

@@ -1,7 +1,6 @@
-"""What people see: the HTML shells that scripts fill from the API, the scripts themselves, and runbooks as pages.
+"""What people see: the HTML pages that scripts fill from the API, the scripts themselves, and runbooks.
 
-Nothing here knows a run's data, so nothing here can carry it into HTML: names reach the page as JSON, and from there
-as text.
+Of a run only its name is put into HTML here, escaped; all else reaches the page as JSON, and from there as text.
 """
 
 from __future__ import annotations
@@ -9,20 +8,28 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-import html
 import importlib.metadata
 import importlib.util
 from pathlib import Path
-from string import Template
 
 from aiohttp import web
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markdown_it import MarkdownIt
+from markupsafe import Markup
 
 from foreshock_collector.resources import resource
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.web.api import RUN
 
 _STATIC = Path(__file__).parent / "static"
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    auto_reload=False,
+)
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _POLICY = "; ".join(
     (
@@ -59,11 +66,10 @@ _INDEX = """Foreshock collector
 
 
 class Page:
-    """The handlers. Files are read once: what is served was there at the start, and no path opens another."""
+    """Serves the pages and their files. Files are read once, at the start, and no path from outside opens another."""
 
     def __init__(self, *, runs: Runs) -> None:
         self._runs = runs
-        self._shells = {path.stem: Template(path.read_text("utf-8")) for path in _STATIC.glob("*.html")}
         self._files = {path.name: path.read_bytes() for path in _STATIC.iterdir() if path.suffix in _KINDS}
         self._runbooks = {path.stem: path.read_text("utf-8") for path in sorted(resource("runbooks").glob("*.md"))}
         self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -84,19 +90,17 @@ class Page:
     async def _fleet(self, request: web.Request) -> web.Response:
         if not _wants_html(request):
             return web.Response(text=_INDEX)
-        return self._shell("fleet", title="Runs")
+        return _page("fleet.html", title="Runs")
 
     async def _run(self, request: web.Request) -> web.Response:
         name = request.match_info["run"]
         status = 200 if self._runs.get(name) is not None else 404
-        return self._shell("run", status=status, title=name[:200])
+        return _page("run.html", status=status, title=name[:200], plotly_version=_PLOTLY_VERSION)
 
     async def _list(self, request: web.Request) -> web.Response:
         if not _wants_html(request):
             return web.Response(text="".join(f"/runbooks/{name}\n" for name in self._runbooks))
-        items = "".join(f'<li><a href="/runbooks/{name}">{name}</a></li>' for name in self._runbooks)
-        body = f"<h1>Runbooks</h1><p>One for each alert.</p><ul>{items}</ul>"
-        return self._shell("runbook", title="Runbooks", body=body)
+        return _page("runbooks.html", title="Runbooks", names=list(self._runbooks))
 
     async def _runbook(self, request: web.Request) -> web.Response:
         # Looked up among the names that there are: a path from outside opens no file.
@@ -106,10 +110,11 @@ class Page:
             message = f"There is no runbook {name[:80]!r}; /runbooks lists them."
             if not _wants_html(request):
                 raise web.HTTPNotFound(text=message + "\n")
-            return self._shell("runbook", status=404, title="No such runbook", body=f"<p>{html.escape(message)}</p>")
+            return _page("runbook.html", status=404, title="No such runbook", text=Markup("<p>{}</p>").format(message))
         if name.endswith(".md") or not _wants_html(request):
             return web.Response(text=text, content_type="text/markdown", headers={"Vary": "Accept"})
-        return self._shell("runbook", title=name, body=self._markdown.render(text))
+        # Ours, and rendered without the HTML in it.
+        return _page("runbook.html", title=name, text=Markup(self._markdown.render(text)))  # noqa: S704
 
     async def _file(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
@@ -133,11 +138,6 @@ class Page:
             body = gzip.decompress(self._plotly)
         return web.Response(body=body, content_type="text/javascript", charset="utf-8", headers=headers)
 
-    def _shell(self, name: str, *, status: int = 200, title: str, body: str = "") -> web.Response:
-        text = self._shells[name].substitute(title=html.escape(title), body=body, plotly=_PLOTLY_VERSION)
-        headers = {"Content-Security-Policy": _POLICY, "Vary": "Accept"}
-        return web.Response(status=status, text=text, content_type="text/html", headers=headers)
-
 
 def plotly_script() -> Path:
     """plotly.js, as the installed package `plotly` has it; the package itself is not imported."""
@@ -146,6 +146,12 @@ def plotly_script() -> Path:
     if not places or not (script := Path(places[0]) / _PLOTLY).is_file():
         raise web.HTTPNotFound(text="the package plotly is missing: pip install plotly\n")
     return script
+
+
+def _page(template: str, *, status: int = 200, **values: object) -> web.Response:
+    text = TEMPLATES.get_template(template).render(values)
+    headers = {"Content-Security-Policy": _POLICY, "Vary": "Accept"}
+    return web.Response(status=status, text=text, content_type="text/html", headers=headers)
 
 
 def _wants_html(request: web.Request) -> bool:

@@ -1,8 +1,10 @@
-"""The newest steps of every run as a few points each, for the sparklines of the fleet."""
+"""The newest steps of every run as a few points each, for the sparklines on the page of all runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from cachetools import LRUCache
 
 from foreshock_collector.records.steps import finite
 from foreshock_collector.state.runs import Run
@@ -12,35 +14,35 @@ STEPS = 512
 POINTS = 64
 _BIN_WIDTH = STEPS // POINTS
 _MOST_FROM_STORE = 50
-"""Runs at rest have their steps in the store alone: the newest few are read, once."""
+"""Runs whose steps are in the store alone: those of the newest few are read, once."""
 
 Columns = dict[str, list[float | None]]
 
 
 class Sparklines:
-    """Remembers what it has read of runs at rest: they do not change."""
+    """Reads the points of each run, and keeps those of evicted runs: they do not change."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._read: dict[tuple[str, int, int], Columns] = {}
+        self._cache: LRUCache[tuple[str, int, int], Columns] = LRUCache(_MOST_FROM_STORE)
 
-    def of(self, runs: Sequence[Run]) -> list[Columns | None]:
-        """Loss and norm of each run, newest attempt, oldest point first; None where that is too much to read."""
-        at_rest: dict[tuple[str, int, int], Columns] = {}
-        found = [run.errors.value("page", None, self._of_one, run, at_rest) for run in runs]
-        self._read = at_rest
-        return found
+    def points(self, runs: Sequence[Run]) -> list[Columns | None]:
+        """Return loss and norm of each run's newest attempt, oldest first; None where that is too much to read."""
+        budget = iter(range(_MOST_FROM_STORE))
+        return [run.errors.value("page", None, self._points, run, budget) for run in runs]
 
-    def _of_one(self, run: Run, at_rest: dict[tuple[str, int, int], Columns]) -> Columns | None:
+    def _points(self, run: Run, budget: Iterator[int]) -> Columns | None:
         attempt = run.newest
         if not attempt.evicted:
             steps = list(attempt.steps)
             return _downsampled([step.global_norm for step in steps], [step.loss for step in steps])
-        if len(at_rest) >= _MOST_FROM_STORE:
+        if next(budget, None) is None:
             return None
         key = run.name, attempt.number, attempt.finalized
-        at_rest[key] = self._read.get(key) or self._load(*key)
-        return at_rest[key]
+        if key not in self._cache:
+            self._cache[key] = self._load(*key)
+        found: Columns = self._cache[key]
+        return found
 
     def _load(self, run: str, attempt: int, finalized: int) -> Columns:
         columns = self._store.peaks(
@@ -50,11 +52,11 @@ class Sparklines:
 
 
 def _downsampled(norms: Sequence[float | None], losses: Sequence[float | None]) -> Columns:
-    """Of each bin_width the largest norm, None if one is not finite, and the last loss."""
+    """Return the largest norm of each bin, None if one is not finite, and its last loss."""
     starts = range(0, len(norms), max(1, len(norms) // POINTS))
     bin_width = starts.step
-    tops: list[float | None] = []
+    largest: list[float | None] = []
     for start in starts:
         values = [finite(norm) for norm in norms[start : start + bin_width]]
-        tops.append(None if None in values else max(value for value in values if value is not None))
-    return {"global_norm": tops, "loss": [finite(losses[min(s + bin_width, len(losses)) - 1]) for s in starts]}
+        largest.append(None if None in values else max(value for value in values if value is not None))
+    return {"global_norm": largest, "loss": [finite(losses[min(s + bin_width, len(losses)) - 1]) for s in starts]}

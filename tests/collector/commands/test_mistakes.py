@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.commands.cli import collector, diagnose, report
+from foreshock_collector.commands.cli import diagnose, report
 from foreshock_collector.config import misspelt_variables
 from tests.support.commands import FORESHOCK
 
@@ -60,18 +60,18 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str)
         ("--ready-file", "nowhere/ready", "cannot be written: No such file or directory"),
     ],
 )
-def test_a_path_that_cannot_be_used_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, value: str, says: str
-) -> None:
+def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, setting: str, value: str, says: str) -> None:
     settings = {
         "--grpc-port": "0",
         "--http-port": "0",
         "--database": str(tmp_path / "db"),
         setting: f"{tmp_path}/{value}",
     }
-    assert collector([part for item in settings.items() for part in item]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("foreshock collector: ")
+    command = [*FORESHOCK, "collector", *(part for item in settings.items() for part in item)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert " ERROR cannot start: " in line
     assert says in line
 
 
@@ -115,6 +115,6 @@ def test_a_variable_that_is_nearly_a_setting_is_told_with_it_and_others_are_not(
     names = ["HTP_PORT", "DATABSE", "HOST", "CONFIG", "SERVICE_HOST", "SERVICE_PORT", "PORT_9327_TCP"]
     told = misspelt_variables([*(f"FORESHOCK_COLLECTOR_{name}" for name in names), "FORESHOCK_COLLECTOR", "HTTP_PORTS"])
     assert told == [
-        f"FORESHOCK_COLLECTOR_{wrong} is no setting, and is ignored; did you mean FORESHOCK_COLLECTOR_{right}?"
+        f"FORESHOCK_COLLECTOR_{wrong} is not a setting and is ignored; did you mean FORESHOCK_COLLECTOR_{right}?"
         for wrong, right in (("DATABSE", "DATABASE"), ("HTP_PORT", "HTTP_PORT"))
     ]

@@ -101,8 +101,8 @@ def test_a_report_of_a_run_says_what_ran_and_when_and_where_to_read_on(
         "- model: GPT, 2 layers, 1,024 elements in 2 parameters",
         "- optimizer: AdamW, fused",
         "- clip: norm 1",
-        "- began: 2023-11-14 22:13:20 UTC",
-        "- ran for: ",
+        "- started: 2023-11-14 22:13:20 UTC",
+        "- duration: ",
         "- versions: foreshock 0.1.0, python 3.11.7, torch 2.13.0",
         f"- page: {found[0]}/run/a%20b%2F%7Bc%7D",
     ):

@@ -6,27 +6,15 @@ from pathlib import Path
 
 import aiohttp
 
-from foreshock_collector.ingest.intake import Intake, Said
+from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.session import Session
 from foreshock_collector.server import Server
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from tests.support.streams import Stream, config, families, hello, serving, steps, value
-
-
-class Clock:
-    """Unix time that the test moves."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def goodbye(last: int) -> pb.FromRecorder:
-    return pb.FromRecorder(goodbye=pb.Goodbye(instance="r-0", reason=pb.Goodbye.FINISHED, last_sequence=last))
+from tests.support.clock import Clock
+from tests.support.streams import Stream, config, families, goodbye, hello, serving, steps, value
 
 
 async def closed(stream: Stream) -> None:
@@ -100,14 +88,14 @@ def test_an_ended_run_that_comes_back_goes_on_counting_where_it_was(tmp_path: Pa
 
 
 def test_a_run_that_dies_before_its_first_step_is_told_of_and_its_incident_goes_with_its_series(tmp_path: Path) -> None:
-    clock, said = Clock(), Said()
+    clock, session = Clock(), Session()
     died = pb.Goodbye(instance="r-0", reason=pb.Goodbye.EXCEPTION, detail="OutOfMemoryError: CUDA out of memory")
     store = Store(tmp_path / "died.db")
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
-    intake.take(hello(), said)
+    intake.take(hello(), session)
     intake.commit()
     clock.now += 1
-    intake.take(pb.FromRecorder(goodbye=died), said)
+    intake.take(pb.FromRecorder(goodbye=died), session)
     intake.commit()
     store.close()
     # The collector is away at just that moment.

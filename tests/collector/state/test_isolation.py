@@ -155,7 +155,7 @@ def test_an_error_that_comes_up_at_every_tick_is_logged_once(
     (run,) = runs
     for now in range(5):
         run.finalize_steps(float(now))
-    assert run.errors.shown() == {"judge": 5}
+    assert run.errors.nonzero() == {"judge": 5}
     assert len(caplog.records) == 1
 
 
@@ -170,7 +170,7 @@ def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch
     run.finalize_steps(0.0)
     store.commit(runs)
     assert store.steps("r", attempt=0, after=0, limit=10)["sequence"] == [1, 3, 4, 5]
-    assert (instance.stored, run.totals.counters["steps"], run.errors.shown()) == (5, 4, {"judge": 1})
+    assert (instance.stored, run.totals.counters["steps"], run.errors.nonzero()) == (5, 4, {"judge": 1})
 
 
 def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
@@ -306,8 +306,8 @@ def test_a_full_disk_acknowledges_nothing_loses_nothing_and_passes(
     serving(test())
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
-    assert told[0].startswith("nothing can be stored: database or disk is full.")
-    assert told[1] == "what happened is stored again"
+    assert told[0].startswith("cannot commit: database or disk is full; nothing is acknowledged")
+    assert told[1] == "commits succeed again"
 
 
 def test_a_commit_that_fails_altogether_is_made_good_by_the_next(
@@ -335,7 +335,7 @@ def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) ->
     run.record_event(instance, pb.Event(instance="r-0", kind=pb.Event.RANK_LOST, wall_seconds=seconds), 1e9)
     assert instance.left_seconds == 1e9
     store.commit(runs)
-    assert not run.errors.shown()
+    assert not run.errors.nonzero()
 
 
 def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
@@ -351,7 +351,7 @@ def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
     run.newest.detector = None  # type: ignore[assignment]
     run.ingest(instance, steps(5, [1.0]).steps, 1.0)
     run.finalize_steps(1.0)
-    assert run.errors.shown() == {"judge": 1}
+    assert run.errors.nonzero() == {"judge": 1}
     assert run.newest.incidents == {DEATH: 0}  # of ranks, not of steps
     assert run.incidents.newest is not None
     assert run.incidents.newest.closed_seconds == 1.0

@@ -121,7 +121,7 @@ def test_metrics_answer_between_a_hello_with_layers_and_the_first_step(tmp_path:
 def test_a_number_that_is_not_finite_is_left_out_of_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Totals, "stall_after", lambda *_: math.inf)
+    monkeypatch.setattr(Totals, "stall_threshold", lambda *_: math.inf)
 
     async def test() -> None:
         async with Server(config(tmp_path)) as server:
@@ -129,7 +129,7 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_metrics(
             await stream.send(hello("x"), steps(1, [2.0], run="x"))
             await stream.stored(1)
             found = await families(server)
-            assert not found["foreshock_stall_after_seconds"].samples
+            assert not found["foreshock_stall_threshold_seconds"].samples
             assert value(found, "foreshock_global_gradient_norm", run="x") == 2
             await stream.close()
 

@@ -125,7 +125,7 @@ def test_a_stall_is_twenty_usual_steps_and_never_under_two_minutes_or_over_thirt
     job = Job(ranks=1)
     job.tell(0, [1.0] * 20, monotonic_seconds=[duration * i for i in range(1, 21)])
     job.settle(1.0)
-    assert job.run.stall_after() == pytest.approx(limit)
+    assert job.run.stall_threshold() == pytest.approx(limit)
 
 
 def test_of_a_stall_in_which_all_have_come_equally_far_nobody_is_named() -> None:

@@ -1,0 +1,30 @@
+"""What the collector knows about one recorder's stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+class RefusedError(ValueError):
+    """A message that no recorder of this schema version sends. The text says what is wrong, `reason` names its kind."""
+
+    def __init__(self, text: str, *, reason: str = "invalid_value") -> None:
+        super().__init__(text)
+        self.reason = reason
+        """One of `catalogue.REFUSAL_REASONS`."""
+
+
+@dataclass
+class Session:
+    """Tracks the instances that one stream has introduced by a hello."""
+
+    peer: str = "unknown"
+    """Network address of the recorder."""
+    registered: set[str] = field(default_factory=set)
+    """Instances whose hello was accepted."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Instances whose hello was refused, and why. Their further messages are ignored; other instances go on."""
+
+    def includes(self, instances: set[str]) -> bool:
+        """Whether any of these instances has sent a hello here."""
+        return not instances.isdisjoint(self.registered) or not instances.isdisjoint(self.refused)

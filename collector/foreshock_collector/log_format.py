@@ -1,0 +1,47 @@
+"""How the collector's log looks: one line for each event, as text or as JSON.
+
+An event is logged with a mapping as its only argument, `logger.info("%(run)s expired", {"run": name})`: the text shows
+what its message names, the JSON line carries every key.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+
+FORMATS = ("text", "json")
+
+
+def configure_logging(log_format: str) -> None:
+    """Send all log records of this process to standard error, in one of `FORMATS`."""
+    handler = logging.StreamHandler()
+    handler.setFormatter({"text": TextFormatter, "json": JsonFormatter}[log_format]())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
+class TextFormatter(logging.Formatter):
+    """Writes time in UTC, level and message; a traceback follows on lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        self.converter = time.gmtime
+
+
+class JsonFormatter(TextFormatter):
+    """Writes one JSON object a line: time, level, logger, message, the event's own keys, and the exception if any."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        line: dict[str, object] = {
+            "time": f"{self.formatTime(record, self.datefmt)}.{record.msecs:03.0f}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if isinstance(record.args, Mapping):
+            line = dict(record.args) | line
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)

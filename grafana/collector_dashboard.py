@@ -1,0 +1,128 @@
+"""The dashboard of the collector itself."""
+
+from __future__ import annotations
+
+from foreshock_collector import catalogue as c
+from grafana.panels import Json, Panel, Query, dashboard, variables
+from grafana.series_panels import ALERTS, RATE, of, stat
+
+
+def collector() -> Json:
+    """Return the dashboard."""
+    lag = c.INGEST_LAG.name
+    refused = f"increase({c.COLLECTOR_REFUSED.name}[{RATE}])"
+    rows = [
+        [
+            stat("Up for", f"time() - min({_process('start_time_seconds')})", "Since its process started.", unit="s"),
+            stat("Open streams", f"sum({c.COLLECTOR_STREAMS.name})", "Recorders that are connected: one a node."),
+            stat("Runs in memory", f"count({of(c.RUN_ACTIVE)})", "Active, or ended within the retention."),
+            stat("Ranks reporting", f"sum({of(c.RANKS_REPORTING)})", "Over all runs."),
+        ],
+        [
+            stat("Steps per second", f"sum(rate({of(c.STEPS)}[5m]))", "Over all runs.", unit="ops"),
+            stat("Ingest lag", f"max({lag})", c.INGEST_LAG.help, unit="s", orange=10, red=60),
+            stat(
+                "Refused in the last hour",
+                f"sum(increase({c.COLLECTOR_REFUSED.name}[1h]))",
+                "Streams and ranks. The collector's log says which and why.",
+                orange=1,
+            ),
+            stat("Database", f"sum({c.DATABASE_SIZE.name})", c.DATABASE_SIZE.help, unit="bytes"),
+        ],
+        [
+            Panel(
+                title="Records that never arrived",
+                description=f"{c.RECORDS_DROPPED.help} By reason; see ForeshockRecordsDropped.",
+                kind="timeseries",
+                queries=(
+                    Query(expr=f"sum by (reason) (increase({of(c.RECORDS_DROPPED)}[{RATE}]))", legend="{{reason}}"),
+                ),
+                width=16,
+            ),
+            ALERTS,
+        ],
+        [
+            _chart(
+                "Received from recorders",
+                "Messages and step records each second. Records without steps above: they are repeated, or wait.",
+                (f"sum(rate({c.COLLECTOR_MESSAGES.name}[{RATE}]))", "messages"),
+                (f"sum(rate({c.COLLECTOR_RECORDS.name}[{RATE}]))", "records"),
+                unit="ops",
+            ),
+            _chart(
+                "Refused",
+                f"{c.COLLECTOR_REFUSED.help} The log has a line for each.",
+                (f"sum by (reason) ({refused})", "{{reason}}"),
+            ),
+        ],
+        [
+            _chart(
+                "Duration of a commit",
+                f"{c.COMMIT_DURATION.help} About one a second; a slow disk shows here first.",
+                *(
+                    (f"histogram_quantile({q}, sum by (le) (rate({c.COMMIT_DURATION.name}_bucket[{RATE}])))", legend)
+                    for q, legend in ((0.5, "median"), (0.99, "99th percentile"))
+                ),
+                unit="s",
+                may_be_empty=True,
+            ),
+            _chart("Ingest lag", f"{c.INGEST_LAG.help} About a second.", (f"max({lag})", "lag"), unit="s"),
+        ],
+        [
+            _chart(
+                "Errors inside the collector",
+                "Its log has a traceback of each kind. An error in one run costs that run alone.",
+                (f"sum by (run, stage) (increase({of(c.RUN_ERRORS)}[{RATE}]))", "{{run}} {{stage}}"),
+                (f"sum by (stage) (increase({c.COLLECTOR_ERRORS.name}[{RATE}]))", "{{stage}}"),
+            ),
+            _chart(
+                "Longest silence of a rank, by run",
+                "About a second. If all runs rise together it is the network or this collector.",
+                (f"max by (experiment, run) (time() - {of(c.LAST_REPORT)})", "{{run}}"),
+                unit="s",
+                may_be_empty=True,
+            ),
+        ],
+        [
+            _chart(
+                "CPU",
+                "One core is 1: the collector computes on a single one.",
+                (f"sum(rate(process_cpu_seconds_total[{RATE}]) and on (job, instance) {c.BUILD_INFO.name})", "cores"),
+                width=8,
+            ),
+            _chart(
+                "Memory",
+                "Grows with the ranks and layers of active runs, and not with time.",
+                (f"sum({_process('resident_memory_bytes')})", "resident"),
+                unit="bytes",
+                width=8,
+            ),
+            _chart(
+                "File descriptors",
+                "One a stream and one a viewer. At the limit nobody else can connect.",
+                (f"sum({_process('open_fds')})", "open"),
+                (f"sum({_process('max_fds')})", "limit"),
+                logarithmic=True,
+                width=8,
+            ),
+        ],
+    ]
+    title, text = (
+        "Foreshock: collector",
+        "Whether the collector receives from all recorders, and stores what it receives.",
+    )
+    return dashboard("foreshock-collector", title, text, variables(one_run=False), rows)
+
+
+def _process(name: str) -> str:
+    """Return a selector of a process_* series: other programs on the same Prometheus export them too."""
+    return f"process_{name} and on (job, instance) {c.BUILD_INFO.name}"
+
+
+def _chart(
+    title: str, description: str, *queries: tuple[str, str], may_be_empty: bool = False, **changes: object
+) -> Panel:
+    """Return a chart over time. queries: PromQL and legend of each."""
+    asked = tuple(Query(expr=expr, legend=legend, may_be_empty=may_be_empty) for expr, legend in queries)
+    values: dict[str, object] = {"title": title, "description": description, "kind": "timeseries", "queries": asked}
+    return Panel(**(values | changes))  # type: ignore[arg-type]
