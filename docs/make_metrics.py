@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the catalogue of series; with --check, only says whether it is up to date."""
+"""Generates docs/metrics.md from the catalogue of series; with --check, only verifies that it is up to date."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from foreshock_collector.catalogue import (
 PAGE = Path(__file__).with_name("metrics.md")
 HEAD = """# Series
 
-What the collector serves under `/metrics`. Made from `collector/foreshock_collector/catalogue.py` by `make docs`; do
-not edit by hand.
+The collector serves these series under `/metrics`. `make docs` generates this page from
+`collector/foreshock_collector/catalogue.py`; do not edit it by hand.
 
-A series about a run carries the labels `experiment` and `run`; the table names further ones. Prometheus adds `job`
-and `instance`. A run has at most a few series a rank and, of layers, at most 16, whatever the size of its model; ranks
-and layers never multiply."""
-TAIL = """How to read them:
+Every series about a run has the labels `experiment` and `run`; the table lists further labels. Prometheus adds `job`
+and `instance`. Whatever its model, a run has a few series per rank and covers at most 16 layers; ranks and layers
+never multiply."""
+TAIL = """Notes:
 
 - Counters of events exist at 0 from a run's first report, so that `increase()` sees the first event.
-- A time of 0 means never. `time() - foreshock_last_..._timestamp_seconds < 300` is the pattern for alerts. It sees an
-  event across a restart of the collector, where the counter reads the same before and after.
-- Norms and losses are never NaN here: a gauge keeps its last finite value, and steps that were not finite are counted
-  in `foreshock_nonfinite_steps_total`.
-- A run's series stay for 15 minutes after its end and then go.
+- A timestamp of 0 means never. Alerts use the pattern `time() - foreshock_last_..._timestamp_seconds < 300`. It detects
+  an event across a restart of the collector, where a counter has the same value before and after.
+- Norms and losses are never NaN: a gauge keeps its last finite value, and `foreshock_nonfinite_steps_total` counts
+  non-finite steps.
+- A run's series expire 15 minutes after it ends.
 """
 
 
@@ -44,11 +44,11 @@ def main() -> None:
     if sys.argv[1:] != ["--check"]:
         PAGE.write_text(page(), encoding="utf-8")
     elif PAGE.read_text(encoding="utf-8") != page():
-        sys.exit("docs/metrics.md is not what the catalogue says; run: make docs")
+        sys.exit("docs/metrics.md is out of date; run: make docs")
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the whole page."""
     rows = ["| series | type | further labels | unit | meaning |", "| --- | --- | --- | --- | --- |"]
     rows += [_row(series) for series in CATALOGUE]
     dropped, refused = _quoted(DROP_REASONS), _quoted(REFUSAL_REASONS)

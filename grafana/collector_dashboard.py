@@ -1,4 +1,4 @@
-"""The dashboard of the collector itself."""
+"""The dashboard for the collector itself."""
 
 from __future__ import annotations
 
@@ -13,18 +13,24 @@ def collector() -> Json:
     refused = f"increase({c.COLLECTOR_REFUSED.name}[{RATE}])"
     rows = [
         [
-            stat("Up for", f"time() - min({_process('start_time_seconds')})", "Since its process started.", unit="s"),
-            stat("Open streams", f"sum({c.COLLECTOR_STREAMS.name})", "Recorders that are connected: one a node."),
-            stat("Runs in memory", f"count({of(c.RUN_ACTIVE)})", "Active, or ended within the retention."),
-            stat("Ranks reporting", f"sum({of(c.RANKS_REPORTING)})", "Over all runs."),
+            stat(
+                "Up for", f"time() - min({_process('start_time_seconds')})", "Time since the process started.", unit="s"
+            ),
+            stat("Open streams", f"sum({c.COLLECTOR_STREAMS.name})", "Connected recorders, one per node."),
+            stat(
+                "Runs in memory",
+                f"count({of(c.RUN_ACTIVE)})",
+                "Active runs, and runs that ended within the retention period.",
+            ),
+            stat("Ranks reporting", f"sum({of(c.RANKS_REPORTING)})", "Reporting ranks of all runs."),
         ],
         [
-            stat("Steps per second", f"sum(rate({of(c.STEPS)}[5m]))", "Over all runs.", unit="ops"),
+            stat("Steps per second", f"sum(rate({of(c.STEPS)}[5m]))", "Steps of all runs.", unit="ops"),
             stat("Ingest lag", f"max({lag})", c.INGEST_LAG.help, unit="s", orange=10, red=60),
             stat(
                 "Refused in the last hour",
                 f"sum(increase({c.COLLECTOR_REFUSED.name}[1h]))",
-                "Streams and ranks. The collector's log says which and why.",
+                "Refused streams and ranks. The collector's log has the reasons.",
                 orange=1,
             ),
             stat("Database", f"sum({c.DATABASE_SIZE.name})", c.DATABASE_SIZE.help, unit="bytes"),
@@ -44,7 +50,7 @@ def collector() -> Json:
         [
             _chart(
                 "Received from recorders",
-                "Messages and step records each second. Records without steps above: they are repeated, or wait.",
+                "Messages and step records per second. Records that add no steps are repeated or incomplete.",
                 (f"sum(rate({c.COLLECTOR_MESSAGES.name}[{RATE}]))", "messages"),
                 (f"sum(rate({c.COLLECTOR_RECORDS.name}[{RATE}]))", "records"),
                 unit="ops",
@@ -66,18 +72,18 @@ def collector() -> Json:
                 unit="s",
                 may_be_empty=True,
             ),
-            _chart("Ingest lag", f"{c.INGEST_LAG.help} About a second.", (f"max({lag})", "lag"), unit="s"),
+            _chart("Ingest lag", f"{c.INGEST_LAG.help} Usually about a second.", (f"max({lag})", "lag"), unit="s"),
         ],
         [
             _chart(
-                "Errors inside the collector",
-                "Its log has a traceback of each kind. An error in one run costs that run alone.",
+                "Internal errors in the collector",
+                "The log has a traceback of each kind. An error in one run affects only that run.",
                 (f"sum by (run, stage) (increase({of(c.RUN_ERRORS)}[{RATE}]))", "{{run}} {{stage}}"),
                 (f"sum by (stage) (increase({c.COLLECTOR_ERRORS.name}[{RATE}]))", "{{stage}}"),
             ),
             _chart(
-                "Longest silence of a rank, by run",
-                "About a second. If all runs rise together it is the network or this collector.",
+                "Longest silence of a rank, per run",
+                "Usually about a second. If all runs rise together, suspect the network or this collector.",
                 (f"max by (experiment, run) (time() - {of(c.LAST_REPORT)})", "{{run}}"),
                 unit="s",
                 may_be_empty=True,
@@ -86,20 +92,20 @@ def collector() -> Json:
         [
             _chart(
                 "CPU",
-                "One core is 1: the collector computes on a single one.",
+                "1 is one core; the collector computes on a single core.",
                 (f"sum(rate(process_cpu_seconds_total[{RATE}]) and on (job, instance) {c.BUILD_INFO.name})", "cores"),
                 width=8,
             ),
             _chart(
                 "Memory",
-                "Grows with the ranks and layers of active runs, and not with time.",
+                "Grows with the ranks and layers of active runs, not with time.",
                 (f"sum({_process('resident_memory_bytes')})", "resident"),
                 unit="bytes",
                 width=8,
             ),
             _chart(
                 "File descriptors",
-                "One a stream and one a viewer. At the limit nobody else can connect.",
+                "One per stream and one per viewer. At the limit, no one else can connect.",
                 (f"sum({_process('open_fds')})", "open"),
                 (f"sum({_process('max_fds')})", "limit"),
                 logarithmic=True,
@@ -109,13 +115,13 @@ def collector() -> Json:
     ]
     title, text = (
         "Foreshock: collector",
-        "Whether the collector receives from all recorders, and stores what it receives.",
+        "Whether the collector receives from all recorders and stores what it receives.",
     )
     return dashboard("foreshock-collector", title, text, variables(one_run=False), rows)
 
 
 def _process(name: str) -> str:
-    """Return a selector of a process_* series: other programs on the same Prometheus export them too."""
+    """Return a selector of a process_* series: other programs export the same names to Prometheus."""
     return f"process_{name} and on (job, instance) {c.BUILD_INFO.name}"
 
 

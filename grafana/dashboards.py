@@ -1,4 +1,4 @@
-"""The dashboards: all runs, one run, its ranks, its layers, the collector."""
+"""The dashboards for all runs, one run, its ranks, its layers, and the collector."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PAGE_LINK = "${page}/run/${__data.fields.run:percentencode}"
 
 
 _INCIDENTS = Panel(
-    title="Newest incidents of each run",
-    description="What went wrong, at which step, how many steps after its first sign, on which rank and layer. "
-    "The run's page has the evidence and what to try.",
+    title="Newest incidents per run",
+    description="What went wrong, at which step, how many steps after the first sign, on which rank and layer. "
+    "The run's page shows the evidence and what to try.",
     kind="table",
     queries=(Query(expr=of(c.INCIDENT_INFO), instant=True, may_be_empty=True),),
     width=16,
@@ -29,15 +29,15 @@ _INCIDENTS = Panel(
         "layer": "layer",
         "summary": "what happened",
     },
-    links=(("Page of the run", _PAGE_LINK),),
+    links=(("Run page", _PAGE_LINK),),
 )
 _NORM = gauge(
     "Global gradient norm",
     c.GLOBAL_GRADIENT_NORM,
-    "A climb over several steps is the sign of an explosion; a lone spike mostly is not.",
+    "A climb over several steps precedes an explosion; a single spike usually does not.",
     logarithmic=True,
 )
-_LOSS = gauge("Loss", c.LOSS, "One that climbs while the norm is flat diverges without exploding.")
+_LOSS = gauge("Loss", c.LOSS, "A loss that climbs while the norm is flat diverges without exploding.")
 
 
 def fleet() -> Json:
@@ -48,7 +48,7 @@ def fleet() -> Json:
     opened = f"sum({of(c.OPEN_INCIDENTS)})"
     runs = Panel(
         title="Runs",
-        description="Runs that report, or have ended lately. Seconds since the last step say which ones stand still.",
+        description="Active and recently ended runs. The seconds since the last step show which runs are stalled.",
         kind="table",
         queries=(
             Query(expr=of(c.STEP), instant=True),
@@ -67,24 +67,24 @@ def fleet() -> Json:
             "Value #D": "seconds since last step",
             "Value #E": "ranks",
         },
-        links=(("Dashboard of the run", _RUN_LINK), ("Page of the run", _PAGE_LINK)),
+        links=(("Run dashboard", _RUN_LINK), ("Run page", _PAGE_LINK)),
     )
     rows = [
         [
-            stat("Active runs", f"sum({of(c.RUN_ACTIVE)})", "Runs with a rank that is there."),
-            stat("Open incidents", f"{opened} or vector(0)", "Failures, faults and deaths that are not over.", red=1),
-            stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm has climbed lately.", orange=1),
-            stat("Ranks missing", f"{missing} or vector(0)", "Of active runs: ranks that do not report.", orange=1),
+            stat("Active runs", f"sum({of(c.RUN_ACTIVE)})", "Runs with at least one active rank."),
+            stat("Open incidents", f"{opened} or vector(0)", "Ongoing failures, faults and deaths.", red=1),
+            stat("Runs building up, 1 h", f"{recent} or vector(0)", "Runs whose norm climbed recently.", orange=1),
+            stat("Ranks missing", f"{missing} or vector(0)", "Ranks of active runs that do not report.", orange=1),
         ],
         [_INCIDENTS, ALERTS],
         [runs],
         [_NORM, _LOSS],
         [
-            rate("Steps per second", c.STEPS, "Optimizer steps that the collector has seen.", unit="ops"),
-            increase("Steps that were not finite", c.NONFINITE_STEPS, "By run, in the time of one point."),
+            rate("Steps per second", c.STEPS, "Optimizer steps received by the collector.", unit="ops"),
+            increase("Non-finite steps", c.NONFINITE_STEPS, "Per run and interval."),
         ],
     ]
-    title, text = "Foreshock: fleet", "All runs: which fail, which are about to, which stand still."
+    title, text = "Foreshock: fleet", "All runs: which fail, which are about to, which have stalled."
     return dashboard("foreshock-fleet", title, text, variables(one_run=False), rows)
 
 
@@ -104,7 +104,7 @@ def run() -> Json:
     )
     events = Panel(
         title="Spikes and build-ups",
-        description="Lone spikes are mostly harmless. A build-up warns: see its runbook.",
+        description="Single spikes are mostly harmless. A build-up is a warning: see its runbook.",
         kind="timeseries",
         queries=tuple(
             Query(expr=f"increase({of(series)}[{RATE}])", legend=legend)
@@ -131,12 +131,16 @@ def run() -> Json:
             stat(
                 "Running",
                 of(c.RUN_ACTIVE),
-                "Whether a rank is there.",
+                "Whether any rank is active.",
                 states={"0": ("ended", "text"), "1": ("active", "green")},
             ),
-            stat("Step", of(c.STEP), "The newest one. Prometheus has no step axis: the page has."),
+            stat("Step", of(c.STEP), "The newest step. Prometheus has no step axis; the run page does."),
             stat(
-                "Since the last step", f"time() - {of(c.LAST_STEP)}", "Ten minutes are a stall.", unit="s", orange=600
+                "Since the last step",
+                f"time() - {of(c.LAST_STEP)}",
+                "Ten minutes without a step is a stall.",
+                unit="s",
+                orange=600,
             ),
             stat(
                 "Ranks missing",
@@ -150,16 +154,16 @@ def run() -> Json:
         [
             events,
             increase(
-                "Steps that were not finite", c.NONFINITE_STEPS, "NaN and Inf, of loss and gradient.", by="source, kind"
+                "Non-finite steps", c.NONFINITE_STEPS, "NaN and Inf in the loss and the gradient.", by="source, kind"
             ),
         ],
         [
-            gauge("Clip coefficient", c.CLIP_COEFFICIENT, "1: not clipped.", unit="percentunit", width=8),
+            gauge("Clip coefficient", c.CLIP_COEFFICIENT, "1 means not clipped.", unit="percentunit", width=8),
             shares("Steps clipped and skipped", *done),
-            gauge("Learning rate", c.LEARNING_RATE, "An explosion while it rises calls for a longer warm-up.", width=8),
+            gauge("Learning rate", c.LEARNING_RATE, "If the run explodes while this rises, warm up longer.", width=8),
         ],
         [
-            gauge("Step", c.STEP, "A flat line is a run that stands still.", width=8),
+            gauge("Step", c.STEP, "A flat line means that the run has stalled.", width=8),
             Panel(
                 title="Duration of a step",
                 description=f"{c.STEP_DURATION.help} Slow steps are often a slow rank, or the data.",
@@ -175,27 +179,27 @@ def run() -> Json:
                 unit="s",
                 width=8,
             ),
-            gauge("Loss scale", c.LOSS_SCALE, "One that halves again and again has collapsed.", width=8),
+            gauge("Loss scale", c.LOSS_SCALE, "A scale that keeps halving has collapsed.", width=8),
         ],
         [
             gauge(
                 "Largest element of the gradient",
                 c.GRADIENT_ABSOLUTE_MAXIMUM,
-                "Float16 ends at 65,504: times the loss scale it must stay below.",
+                "Multiplied by the loss scale, this must stay below 65,504, the float16 maximum.",
                 logarithmic=True,
                 width=8,
             ),
-            gauge("Norm of the weights", c.PARAMETER_NORM, "One that grows without end calls for decay.", width=8),
+            gauge("Norm of the weights", c.PARAMETER_NORM, "If this keeps growing, use weight decay.", width=8),
             gauge(
-                "Movement of the weights in a step, over their norm",
+                "Update of the weights per step, relative to their norm",
                 c.UPDATE_RATIO,
-                "About a thousandth is usual; far more is a learning rate too large, far less one too small.",
+                "About a thousandth is usual. Far more suggests that the learning rate is too high, far less too low.",
                 logarithmic=True,
                 width=8,
             ),
         ],
     ]
-    title, text = "Foreshock: run", "One run: is it about to die, and since when."
+    title, text = "Foreshock: run", "One run: whether it is about to die, and since when."
     return dashboard("foreshock-run", title, text, variables(one_run=True), rows)
 
 
@@ -208,8 +212,8 @@ def ranks() -> Json:
         [
             Panel(
                 title="Local norm of each rank, as a multiple of the median",
-                description="Before the all-reduce. One row that differs from all others is one rank with other data, "
-                "or with a bad device.",
+                description="Before the all-reduce. A row that differs from all others is a rank with different data "
+                "or a bad device.",
                 kind="status-history",
                 queries=(Query(expr=ratio, legend="rank {{rank}}"),),
                 width=24,
@@ -219,15 +223,15 @@ def ranks() -> Json:
         ],
         [
             Panel(
-                title="Loudest ranks",
-                description="Local norms of the five ranks with the largest.",
+                title="Ranks with the largest norms",
+                description="The five largest local norms.",
                 kind="timeseries",
                 queries=(Query(expr=f"topk(5, {norms})", legend="rank {{rank}}"),),
                 logarithmic=True,
             ),
             Panel(
                 title="Largest local norm over the median",
-                description="1 means that all ranks are alike. Above 3 one stands out: look which.",
+                description="1 means that all ranks agree. Above 3, find the rank that stands out.",
                 kind="timeseries",
                 queries=(Query(expr=f"max by (experiment, run) ({norms}) / {median}", legend="{{run}}"),),
                 thresholds=((3, "orange"),),
@@ -235,8 +239,8 @@ def ranks() -> Json:
         ],
         [
             Panel(
-                title="Seconds since a rank was heard of",
-                description="Ranks report about every second, steps or not. A minute is silence.",
+                title="Seconds since each rank's last report",
+                description="Ranks report about every second, with or without steps. After a minute, a rank is silent.",
                 kind="timeseries",
                 queries=(
                     Query(expr=f"topk(5, time() - {of(c.LAST_REPORT)})", legend="rank {{rank}}", may_be_empty=True),
@@ -245,7 +249,7 @@ def ranks() -> Json:
             ),
             Panel(
                 title="Ranks",
-                description="Expected, and reporting.",
+                description="Expected and reporting ranks.",
                 kind="timeseries",
                 queries=(
                     Query(expr=of(c.RANKS_EXPECTED), legend="expected"),
@@ -257,13 +261,13 @@ def ranks() -> Json:
             gauge(
                 "Agreement of the ranks",
                 c.RANK_AGREEMENT,
-                "Steadily 1 on real data: is there a DistributedSampler?",
+                "If this is always 1 on real data, check for a missing DistributedSampler.",
                 queries=(Query(expr=of(c.RANK_AGREEMENT), legend="{{run}}", may_be_empty=True),),
             ),
             gauge(
                 "Gradient noise scale, in batches of one rank",
                 c.NOISE_SCALE,
-                "It grows as training goes on.",
+                "It grows as training progresses.",
                 queries=(Query(expr=of(c.NOISE_SCALE), legend="{{run}}", may_be_empty=True),),
                 logarithmic=True,
             ),
@@ -281,8 +285,8 @@ def layers() -> Json:
     rows = [
         [
             Panel(
-                title="Norm of each layer, as a multiple of its own mean of half an hour",
-                description="Of the 16 layers with the largest norms. A row that lights up before the others is where "
+                title="Norm of each layer, relative to its mean over half an hour",
+                description="The 16 layers with the largest norms. A row that lights up before the others is where "
                 "an explosion began; all at once is a learning rate, or the data.",
                 kind="status-history",
                 queries=(Query(expr=growth, legend="{{layer}}"),),
@@ -301,7 +305,7 @@ def layers() -> Json:
             ),
             Panel(
                 title="Layers that grow most",
-                description="The five whose norm is the largest multiple of its own mean of half an hour.",
+                description="The five layers whose norm grew most, relative to its mean over half an hour.",
                 kind="timeseries",
                 queries=(Query(expr=f"topk(5, {growth})", legend="{{layer}}"),),
                 logarithmic=True,
@@ -311,8 +315,8 @@ def layers() -> Json:
         [
             _INCIDENTS,
             Panel(
-                title="Smallest of these over the largest",
-                description="One that falls towards 1e-5 means that some layers learn nothing: vanishing gradients.",
+                title="Smallest layer norm over the largest",
+                description="If this falls toward 1e-5, some layers learn nothing: vanishing gradients.",
                 kind="timeseries",
                 queries=(Query(expr=f"min {by_run} ({norms}) / max {by_run} ({norms})", legend="{{run}}"),),
                 logarithmic=True,
@@ -320,7 +324,7 @@ def layers() -> Json:
             ),
         ],
     ]
-    title, text = "Foreshock: layers", "Which layer grows, and since when; which ones learn nothing."
+    title, text = "Foreshock: layers", "Which layer grows, and since when; which layers learn nothing."
     return dashboard("foreshock-layers", title, text, variables(one_run=True), rows)
 
 

@@ -11,7 +11,7 @@ COLUMNS = 24
 """Width of Grafana's grid."""
 DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
 LABELS = 'experiment=~"$experiment", run=~"$run"'
-"""What every query of one run selects by."""
+"""Selector of every query about one run."""
 
 Kind = Literal["timeseries", "stat", "table", "alertlist", "status-history"]
 Json = dict[str, Any]
@@ -19,23 +19,23 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """One PromQL query."""
+    """Holds one PromQL query."""
 
     expr: str
     legend: str = ""
     instant: bool = False
-    """Only the newest value: for stats and tables."""
+    """Whether to query only the newest value, for stats and tables."""
     may_be_empty: bool = False
-    """True where nothing may be there to show, as while all is well."""
+    """Whether the result may be empty, as in normal operation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One panel, before it has an id and a place."""
+    """Describes a panel before it has an id and a position."""
 
     title: str
     description: str
-    """What it shows, and what to do about it."""
+    """Explanation for users: what the panel shows and what to do."""
     kind: Kind
     queries: tuple[Query, ...]
     unit: str = "short"
@@ -43,11 +43,11 @@ class Panel:
     height: int = 8
     logarithmic: bool = False
     thresholds: tuple[tuple[float, str], ...] = ()
-    """From these values on, these colours; green below."""
+    """Thresholds and their colors; green below."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Of a table: label or `Value #A` to heading, in order; all others are hidden."""
+    """Columns of a table: label or `Value #A` to heading, in order; others are hidden."""
     mappings: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """Value to (text, colour)."""
+    """Mapping of values to text and color."""
     links: tuple[tuple[str, str], ...] = ()
     """(title, address) of data links; addresses may name `${__field.labels.run}`."""
 
@@ -55,7 +55,7 @@ class Panel:
 def dashboard(
     uid: str, title: str, description: str, variables: Sequence[Json], rows: Sequence[Sequence[Panel]]
 ) -> Json:
-    """A whole dashboard. rows: panels from left to right, at most 24 columns wide together."""
+    """Return a complete dashboard. rows: panels from left to right, at most 24 columns wide in total."""
     return {
         "uid": uid,
         "title": title,
@@ -76,7 +76,7 @@ def dashboard(
 
 
 def variables(*, one_run: bool) -> list[Json]:
-    """Data source, experiment, run and the address of the collector's page."""
+    """Return the variables: data source, experiment, run and the address of the collector's page."""
     every = {"includeAll": True, "allValue": ".*", "multi": True, "current": {"text": "All", "value": "$__all"}}
     one = {"includeAll": False, "multi": False}
     return [
@@ -131,7 +131,7 @@ def _links(uid: str) -> list[Json]:
     page = "${page}/" if of_all else "${page}/run/${run:percentencode}"
     return [
         _link("Foreshock", "dashboards", tags=["foreshock"]),
-        _link("Page" if of_all else "Page of the run", "link", url=page, icon="external link", targetBlank=True),
+        _link("Page" if of_all else "Run page", "link", url=page, icon="external link", targetBlank=True),
         _link("Runbooks", "link", url="${page}/runbooks", icon="doc", targetBlank=True),
     ]
 

@@ -16,12 +16,12 @@ ALERTS = Panel(
 
 
 def of(series: c.Series, extra: str = "", suffix: str = "") -> str:
-    """A selector of one run's series."""
+    """Return a selector for one run's series."""
     return f"{series.name}{suffix}{{{LABELS}{', ' + extra if extra else ''}}}"
 
 
 def gauge(title: str, series: c.Series, description: str, **changes: object) -> Panel:
-    """A gauge over time. changes: members of the panel that are otherwise."""
+    """Return a panel with a gauge over time. changes: panel members to override."""
     values: dict[str, object] = {
         "title": title,
         "description": f"{series.help} {description}".strip(),
@@ -42,7 +42,7 @@ def stat(
     red: float | None = None,
     states: dict[str, tuple[str, str]] | None = None,
 ) -> Panel:
-    """One number. orange, red: from these values on. states: value to (text, colour)."""
+    """Return a panel with one number. orange, red: thresholds. states: value to (text, color)."""
     limits = ((orange, "orange"), (red, "red"))
     return Panel(
         title=title,
@@ -58,23 +58,23 @@ def stat(
 
 
 def rate(title: str, series: c.Series, description: str, *, unit: str) -> Panel:
-    """A counter's rate, by run."""
+    """Return a panel with a counter's rate per run."""
     query = Query(expr=f"sum by (experiment, run) (rate({of(series)}[{RATE}]))", legend="{{run}}")
     return Panel(title=title, description=description, kind="timeseries", queries=(query,), unit=unit)
 
 
 def increase(title: str, series: c.Series, description: str, *, by: str = "experiment, run") -> Panel:
-    """What a counter grew by."""
+    """Return a panel with a counter's increase."""
     legend = "{{source}} {{kind}}" if by == "source, kind" else "{{run}}"
     query = Query(expr=f"sum by ({by}) (increase({of(series)}[{RATE}]))", legend=legend)
     return Panel(title=title, description=description, kind="timeseries", queries=(query,))
 
 
 def shares(title: str, *shares: tuple[str, str]) -> Panel:
-    """Of all steps. shares: (query, legend) each."""
+    """Return a panel with shares of all steps. shares: pairs of query and legend."""
     return Panel(
         title=title,
-        description="Shares of all steps. More than one in twenty skipped is an alert.",
+        description="Share of all steps. More than one skipped step in twenty fires an alert.",
         kind="timeseries",
         queries=tuple(Query(expr=expr, legend=legend, may_be_empty=True) for expr, legend in shares),
         unit="percentunit",

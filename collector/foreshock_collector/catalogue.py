@@ -50,11 +50,11 @@ collector was away for too long); its step was launched and never finished; or i
 and its ring was removed."""
 
 RUN_STAGES = ("take", "judge", "store", "expose", "page")
-"""Where the collector itself may fail on a run: taking its records in, judging its steps, storing what came of them,
-telling /metrics, answering the page."""
+"""Where the collector may fail on a run: ingesting its records, evaluating its steps, storing the results, exporting
+/metrics, answering the page."""
 
 COLLECTOR_STAGES = ("take", "load", "commit", "page")
-"""The same where no single run is to blame: a hello, the database at the start, a commit, an answer about all runs."""
+"""Where the collector may fail on all runs: a Hello, loading the database, a commit, an answer about all runs."""
 
 REFUSAL_REASONS = (
     *("malformed", "schema_version", "invalid_value", "no_hello"),
@@ -78,41 +78,41 @@ def _counter(name: str, help_: str, labels: tuple[str, ...] = RUN) -> Series:
 
 GLOBAL_GRADIENT_NORM = _gauge(
     "foreshock_global_gradient_norm",
-    "L2 norm of the averaged gradient before clipping, at the newest step where it was finite.",
+    "L2 norm of the averaged gradient before clipping, at the newest finite step.",
 )
 LOCAL_GRADIENT_NORM = _gauge(
     "foreshock_local_gradient_norm",
-    "L2 norm of a rank's own gradient before the all-reduce, at its newest step where it was finite.",
+    "L2 norm of a rank's own gradient before the all-reduce, at its newest finite step.",
     labels=(*RUN, "rank"),
 )
 LAYER_GRADIENT_NORM = _gauge(
     "foreshock_layer_gradient_norm",
-    "L2 norm of the averaged gradient of a layer, at its newest step where it was finite: of at most 16 layers, those "
-    "with the largest in the last 64 steps.",
+    "L2 norm of a layer's averaged gradient at its newest finite step, for at most 16 layers: those with the largest "
+    "norms in the last 64 steps.",
     labels=(*RUN, "layer"),
 )
 RANK_AGREEMENT = _gauge(
     "foreshock_rank_agreement_ratio",
-    "Square norm of the averaged gradient over the mean square norm of the ranks' own, at the newest step that told: "
-    "1 means that all ranks see the same data, 1 over the world size that they share nothing but noise.",
+    "Squared norm of the averaged gradient over the mean squared local norm, at the newest step with both: 1 if all "
+    "ranks see the same data, 1 over the world size if they share only noise.",
     "ratio",
 )
 NOISE_SCALE = _gauge(
     "foreshock_gradient_noise_scale",
-    "Gradient noise scale, in batches of one rank, smoothed over some hundred steps: far more ranks than this, or far "
-    "larger batches, buy little.",
+    "Gradient noise scale in batches of one rank, smoothed over about a hundred steps. Far more ranks than this, or "
+    "far larger batches, bring little benefit.",
 )
 GRADIENT_NORM = Series(
     name="foreshock_gradient_norm",
     kind=Kind.HISTOGRAM,
     labels=RUN,
     unit="",
-    help="Finite global norms, every step: what a scrape would miss between two samples.",
+    help="Finite global norms of every step, including steps between two scrapes.",
     buckets=_POWERS_OF_TEN,
 )
 GRADIENT_ABSOLUTE_MAXIMUM = _gauge(
     "foreshock_gradient_absolute_maximum",
-    "Largest absolute value of an element of the averaged gradient before clipping, measured every hundred steps.",
+    "Largest absolute element of the averaged gradient before clipping, measured every hundred steps.",
 )
 CLIP_COEFFICIENT = _gauge(
     "foreshock_clip_coefficient", "Factor in (0, 1] applied to the averaged gradient at the newest step.", "ratio"
@@ -120,35 +120,35 @@ CLIP_COEFFICIENT = _gauge(
 PARAMETER_NORM = _gauge("foreshock_parameter_norm", "L2 norm of the weights, measured every hundred steps.")
 UPDATE_RATIO = _gauge(
     "foreshock_update_ratio",
-    "How far one step moved the weights, over their norm, measured every hundred steps on a sample of them.",
+    "Norm of one step's update over the norm of the weights, measured every hundred steps on a sample of the weights.",
     "ratio",
 )
-LOSS = _gauge("foreshock_loss", "Mean over ranks of the loss, at the newest step where it was finite.")
+LOSS = _gauge("foreshock_loss", "Loss averaged over ranks, at the newest finite step.")
 LEARNING_RATE = _gauge("foreshock_learning_rate", "Learning rate of the first parameter group at the newest step.")
-LOSS_SCALE = _gauge("foreshock_loss_scale", "Scale of the GradScaler at the newest step; 1 without one.")
+LOSS_SCALE = _gauge("foreshock_loss_scale", "Scale of the GradScaler at the newest step; 1 without a scaler.")
 STEP = _gauge("foreshock_step", "The newest optimizer step.")
-STEPS = _counter("foreshock_steps_total", "Optimizer steps seen.")
+STEPS = _counter("foreshock_steps_total", "Optimizer steps received.")
 ABANDONED_STEPS = _counter(
     "foreshock_abandoned_steps_total",
-    "Steps that were observed or measured and then left out by the script itself, or by its GradScaler: the optimizer "
-    "was never called. Not counted as steps.",
+    "Steps that the script or its GradScaler skipped after they were observed or measured, without calling the "
+    "optimizer. Not counted as steps.",
 )
 CLIPPED_STEPS = _counter("foreshock_clipped_steps_total", "Steps whose gradient was scaled down.")
-SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer was told to leave out.")
+SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer skipped.")
 SHADOW_CLIPPED_STEPS = _counter(
     "foreshock_shadow_clipped_steps_total", "Steps that would have been clipped, in shadow mode."
 )
 SHADOW_SKIPPED_STEPS = _counter(
-    "foreshock_shadow_skipped_steps_total", "Steps that would have been left out, in shadow mode."
+    "foreshock_shadow_skipped_steps_total", "Steps that would have been skipped, in shadow mode."
 )
-GRADIENT_SPIKES = _counter("foreshock_gradient_spikes_total", "Steps whose global norm stood far above its history.")
+GRADIENT_SPIKES = _counter("foreshock_gradient_spikes_total", "Steps whose global norm was far above its history.")
 GRADIENT_BUILD_UPS = _counter(
     "foreshock_gradient_build_ups_total", "Climbs of the global norm over several steps, or spikes in quick succession."
 )
-LOSS_SPIKES = _counter("foreshock_loss_spikes_total", "Steps whose loss stood far above its history.")
+LOSS_SPIKES = _counter("foreshock_loss_spikes_total", "Steps whose loss was far above its history.")
 NONFINITE_STEPS = _counter(
     "foreshock_nonfinite_steps_total",
-    "Steps with a NaN or an Inf in the loss or the gradient.",
+    "Steps with NaN or Inf in the loss or the gradient.",
     (*RUN, "source", "kind"),
 )
 STEP_DURATION = Series(
@@ -160,62 +160,66 @@ STEP_DURATION = Series(
     buckets=_DURATIONS,
 )
 LAST_SPIKE = _gauge(
-    "foreshock_last_spike_timestamp_seconds", "When the collector saw the last spike; 0 if never.", "seconds"
+    "foreshock_last_spike_timestamp_seconds", "Time at which the collector saw the last spike; 0 if never.", "seconds"
 )
 LAST_BUILD_UP = _gauge(
-    "foreshock_last_build_up_timestamp_seconds", "When the collector saw the last build-up; 0 if never.", "seconds"
+    "foreshock_last_build_up_timestamp_seconds",
+    "Time at which the collector saw the last build-up; 0 if never.",
+    "seconds",
 )
 LAST_LOSS_SPIKE = _gauge(
-    "foreshock_last_loss_spike_timestamp_seconds", "When the collector saw the last loss spike; 0 if never.", "seconds"
+    "foreshock_last_loss_spike_timestamp_seconds",
+    "Time at which the collector saw the last loss spike; 0 if never.",
+    "seconds",
 )
-LAST_SPIKE_STEP = _gauge("foreshock_last_spike_step", "Step of the last spike; not there before the first.")
+LAST_SPIKE_STEP = _gauge("foreshock_last_spike_step", "Step of the last spike; absent before the first.")
 LAST_BUILD_UP_STEP = _gauge(
-    "foreshock_last_build_up_step", "Step at which the last build-up began; not there before the first."
+    "foreshock_last_build_up_step", "Step at which the last build-up began; absent before the first."
 )
-LAST_LOSS_SPIKE_STEP = _gauge(
-    "foreshock_last_loss_spike_step", "Step of the last loss spike; not there before the first."
-)
+LAST_LOSS_SPIKE_STEP = _gauge("foreshock_last_loss_spike_step", "Step of the last loss spike; absent before the first.")
 LAST_NONFINITE = _gauge(
     "foreshock_last_nonfinite_timestamp_seconds",
-    "When the collector saw the last step with a NaN or an Inf; 0 if never.",
+    "Time at which the collector saw the last step with NaN or Inf; 0 if never.",
     "seconds",
 )
 LAST_INCIDENT = _gauge(
     "foreshock_last_incident_timestamp_seconds",
-    "When the collector opened the last incident with this verdict; 0 if never.",
+    "Time at which the collector opened the last incident with this verdict; 0 if never.",
     "seconds",
     (*RUN, "verdict"),
 )
 OPEN_INCIDENTS = _gauge(
     "foreshock_open_incidents",
-    "Incidents with this verdict that are not over. That of a run that died is over once a later attempt makes steps, "
-    "or when its series go.",
+    "Open incidents with this verdict. The incident of a run that died closes once a later attempt makes steps, or "
+    "when its series expire.",
     labels=(*RUN, "verdict"),
 )
 LAST_REPORT = _gauge(
     "foreshock_last_report_timestamp_seconds",
-    "When the collector last heard of a rank, steps or not.",
+    "Time of a rank's last report, with or without steps.",
     "seconds",
     (*RUN, "rank"),
 )
-LAST_STEP = _gauge("foreshock_last_step_timestamp_seconds", "When the collector received the newest step.", "seconds")
+LAST_STEP = _gauge(
+    "foreshock_last_step_timestamp_seconds", "Time at which the collector received the newest step.", "seconds"
+)
 STALL_THRESHOLD = _gauge(
     "foreshock_stall_threshold_seconds",
-    "A run that makes no step for this long has stalled: 20 of its own median steps, between 2 and 30 minutes; 10 "
-    "minutes until an attempt has made ten.",
+    "Time without a step after which the run counts as stalled: 20 median steps, between 2 and 30 minutes; 10 minutes "
+    "until an attempt has made ten steps.",
     "seconds",
 )
-RUN_ACTIVE = _gauge("foreshock_run_active", "1 while any rank of the run is there, 0 once all have left.")
+RUN_ACTIVE = _gauge("foreshock_run_active", "1 while any rank of the run is active, 0 once all have left.")
 RANKS_EXPECTED = _gauge("foreshock_run_ranks_expected", "World size of the newest attempt.")
 RANKS_REPORTING = _gauge(
-    "foreshock_run_ranks_reporting", "Ranks of the newest attempt that have said hello and not left."
+    "foreshock_run_ranks_reporting", "Ranks of the newest attempt that have registered and not left."
 )
 RUN_INFO = Series(
     name="foreshock_run_info",
     kind=Kind.INFO,
     labels=(*RUN, "attempt", "model", "optimizer", "clip"),
     unit="",
-    help="What runs: facts that hold for a whole attempt.",
+    help="Facts about an attempt: its model, optimizer and clipping.",
 )
 INCIDENTS = _counter("foreshock_incidents_total", "Incidents opened.", (*RUN, "verdict"))
 INCIDENT_INFO = Series(
@@ -223,21 +227,21 @@ INCIDENT_INFO = Series(
     kind=Kind.INFO,
     labels=(*RUN, "incident", "alert", "verdict", "first_step", "lead_steps", "rank", "layer", "summary"),
     unit="",
-    help="The newest incident of a run for each alert that tells of it. Rank and layer are empty where they are not "
-    "known; lead_steps is 0 where nothing preceded the first non-finite step.",
+    help="The newest incident of a run for each alert. Rank and layer are empty if unknown; lead_steps is 0 if nothing "
+    "preceded the first non-finite step.",
 )
 RECORDS_DROPPED = _counter(
     "foreshock_records_dropped_total", "Step records of a rank that never reached the collector.", (*RUN, "reason")
 )
 RUN_ERRORS = _counter(
     "foreshock_run_errors_total",
-    "Errors of the collector's own that came up in this run, by what it was doing: its log tells of each kind once.",
+    "Internal errors of the collector that affect only this run, by stage. The log has each kind once.",
     (*RUN, "stage"),
 )
 COLLECTOR_ERRORS = _counter(
     "foreshock_collector_errors_total",
-    "Errors of the collector's own that no single run is to blame for, by what it was doing. While commits fail it is "
-    "not ready, acknowledges nothing, and tries again.",
+    "Internal errors of the collector that affect all runs, by stage. While commits fail, the collector is not ready, "
+    "acknowledges nothing, and retries.",
     ("stage",),
 )
 BUILD_INFO = Series(
@@ -247,10 +251,10 @@ BUILD_INFO = Series(
     unit="",
     help="Version of this collector and of its Python.",
 )
-COLLECTOR_STREAMS = _gauge("foreshock_collector_streams", "Streams of recorders that are open: one a node.", labels=())
+COLLECTOR_STREAMS = _gauge("foreshock_collector_streams", "Open streams of recorders, one per node.", labels=())
 COLLECTOR_MESSAGES = _counter("foreshock_collector_messages_total", "Messages received from recorders.", ())
 COLLECTOR_RECORDS = _counter(
-    "foreshock_collector_records_total", "Step records received from ranks, those that were sent again included.", ()
+    "foreshock_collector_records_total", "Step records received from ranks, including repeated ones.", ()
 )
 COLLECTOR_REFUSED = _counter(
     "foreshock_collector_refused_total", "Streams and single ranks that the collector refused, by reason.", ("reason",)
@@ -260,23 +264,23 @@ COMMIT_DURATION = Series(
     kind=Kind.HISTOGRAM,
     labels=(),
     unit="seconds",
-    help="Duration of a commit to the database, failed ones included.",
+    help="Duration of commits to the database, including failed ones.",
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
 )
 INGEST_LAG = _gauge(
     "foreshock_collector_ingest_lag_seconds",
-    "How long the oldest received record has been waiting for its commit; 0 if none is waiting.",
+    "Age of the oldest record that waits for its commit; 0 if none waits.",
     "seconds",
     (),
 )
 DATABASE_SIZE = _gauge(
-    "foreshock_collector_database_bytes", "Size of the database on disk, with its write-ahead log.", "bytes", ()
+    "foreshock_collector_database_bytes", "Size of the database on disk, including its write-ahead log.", "bytes", ()
 )
 
 PROCESS = tuple(
     Series(name=f"process_{name}", kind=kind, labels=(), unit=unit, help=help_)
     for name, kind, unit, help_ in (
-        ("start_time_seconds", Kind.GAUGE, "seconds", "When the process started."),
+        ("start_time_seconds", Kind.GAUGE, "seconds", "Time at which the process started."),
         ("cpu_seconds_total", Kind.COUNTER, "seconds", "User and system CPU time spent."),
         ("resident_memory_bytes", Kind.GAUGE, "bytes", "Resident memory."),
         ("virtual_memory_bytes", Kind.GAUGE, "bytes", "Virtual memory."),
