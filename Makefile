@@ -48,12 +48,14 @@ static: $(INSTALLED) generated ## check format, lint, types, and that generated 
 .PHONY: generated
 generated: $(INSTALLED) protos-drift
 	@$(BIN)/python docs/make_metrics.py --check
+	@$(BIN)/python docs/make_verdicts.py --check
 	@$(BIN)/python docs/make_configuration.py --check
 	@$(BIN)/python -m grafana.make --check
 
 .PHONY: docs
 docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series, docs/configuration.md from the settings
 	@$(BIN)/python docs/make_metrics.py
+	@$(BIN)/python docs/make_verdicts.py
 	@$(BIN)/python docs/make_configuration.py
 
 .PHONY: screenshots

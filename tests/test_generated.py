@@ -6,7 +6,7 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from docs import make_configuration, make_metrics
+from docs import make_configuration, make_metrics, make_verdicts
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
 from tests.support.repository import ROOT
@@ -14,6 +14,10 @@ from tests.support.repository import ROOT
 
 def test_the_page_of_series_is_what_the_catalogue_says() -> None:
     assert make_metrics.PAGE.read_text(encoding="utf-8") == make_metrics.page(), "run: make docs"
+
+
+def test_the_tables_of_verdicts_are_what_the_verdict_table_says() -> None:
+    assert make_verdicts.PAGE.read_text(encoding="utf-8") == make_verdicts.page(), "run: make docs"
 
 
 def test_the_page_of_settings_is_what_the_settings_say() -> None:

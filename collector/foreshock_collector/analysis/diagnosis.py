@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.explosion import blown_rank, counted, explosion
-from foreshock_collector.analysis.failure import Failure
+from foreshock_collector.analysis.failure_facts import FailureFacts
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
@@ -33,13 +33,13 @@ def diagnose(
 ) -> Verdict:
     """Return the verdict on the last of `steps`, the first non-finite one; `healthy` if that is finite.
 
-    The arguments are the fields of Failure.
+    The arguments are the fields of FailureFacts.
     """
     last = steps[-1]
     if not last.nonfinite:
         verdict = make_verdict("healthy", attempt=last.attempt, step=last.step, evidence=())
         return replace(verdict, first_bad_step=-1)
-    failure = Failure(
+    failure = FailureFacts(
         steps=steps,
         events=events,
         buffer=buffer,
@@ -55,7 +55,7 @@ def diagnose(
     return next(verdict for verdict in verdicts if verdict is not None)
 
 
-def _one_rank_blew_up(failure: Failure) -> Verdict | None:
+def _one_rank_blew_up(failure: FailureFacts) -> Verdict | None:
     if not failure.signs or failure.rank is not None:
         return None
     rank = blown_rank(failure)
@@ -65,11 +65,11 @@ def _one_rank_blew_up(failure: Failure) -> Verdict | None:
     return _verdict(failure, "bad_rank", f"at step {step} only the local norm of rank {rank} blew up", rank=rank)
 
 
-def _gradients_exploded(failure: Failure) -> Verdict | None:
+def _gradients_exploded(failure: FailureFacts) -> Verdict | None:
     return explosion(failure) if failure.signs else None
 
 
-def _scaler_skipped_overflows(failure: Failure) -> Verdict | None:
+def _scaler_skipped_overflows(failure: FailureFacts) -> Verdict | None:
     """Apply to a log, which does not show the loss scale but only that a run survives its overflows."""
     if not failure.overflows or failure.bad.overflow:
         return None
@@ -79,43 +79,43 @@ def _scaler_skipped_overflows(failure: Failure) -> Verdict | None:
     return _verdict(failure, "amp_scale_collapse", line, variant="skipped")
 
 
-def _loss_scale_collapsed(failure: Failure) -> Verdict | None:
+def _loss_scale_collapsed(failure: FailureFacts) -> Verdict | None:
     # Detection does not report the overflows of a scaler that still finds its scale.
     return _verdict(failure, "amp_scale_collapse") if failure.bad.overflow else None
 
 
-def _never_finite(failure: Failure) -> Verdict | None:
+def _never_finite(failure: FailureFacts) -> Verdict | None:
     if failure.finite_before or failure.bad.step > 1:
         return None
     return _verdict(failure, "first_step_nonfinite", "no earlier step of this attempt was finite")
 
 
-def _records_too_sparse(failure: Failure) -> Verdict | None:
+def _records_too_sparse(failure: FailureFacts) -> Verdict | None:
     if failure.apart < failure.rules.sparse_steps:
         return None
     return _verdict(failure, "unknown", f"the previous record is {failure.apart:g} steps older")
 
 
-def _loss_diverged(failure: Failure) -> Verdict | None:
+def _loss_diverged(failure: FailureFacts) -> Verdict | None:
     # Without norms, a spike of the loss is the only sign of a climb that there can be.
     if not failure.diverging and (failure.has_norms or failure.loss_spike is None):
         return None
     return _verdict(failure, "nonfinite_divergence", _calm_before(failure), "the loss had been climbing")
 
 
-def _loss_not_finite(failure: Failure) -> Verdict | None:
+def _loss_not_finite(failure: FailureFacts) -> Verdict | None:
     if failure.loss_is_finite:
         return None
     variant = "" if failure.rank is None else "one rank"
     return _verdict(failure, "sudden_nonfinite", _calm_before(failure), variant=variant)
 
 
-def _gradient_not_finite(failure: Failure) -> Verdict:
+def _gradient_not_finite(failure: FailureFacts) -> Verdict:
     cause: Cause = "nonfinite_gradient" if failure.rank is None else "bad_rank"
     return _verdict(failure, cause, _calm_before(failure), "the loss was finite")
 
 
-_RULES: tuple[Callable[[Failure], Verdict | None], ...] = (
+_RULES: tuple[Callable[[FailureFacts], Verdict | None], ...] = (
     _one_rank_blew_up,
     _gradients_exploded,
     _scaler_skipped_overflows,
@@ -129,13 +129,15 @@ _RULES: tuple[Callable[[Failure], Verdict | None], ...] = (
 """In order. The last one always applies."""
 
 
-def _calm_before(failure: Failure) -> str:
+def _calm_before(failure: FailureFacts) -> str:
     if not failure.has_norms:
         return "no gradient norm was recorded"
     return f"no spike or build-up in the {failure.rules.lead_steps} steps before"
 
 
-def _verdict(failure: Failure, cause: Cause, *evidence: str, rank: int | None = None, variant: str = "") -> Verdict:
+def _verdict(
+    failure: FailureFacts, cause: Cause, *evidence: str, rank: int | None = None, variant: str = ""
+) -> Verdict:
     bad = failure.bad
     rank = failure.rank if rank is None else rank
     parameter, layer = failure.parameter_and_layer

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foreshock_collector.analysis.advice import USUAL_STEPS, against_explosion, likely_root
-from foreshock_collector.analysis.failure import Failure
+from foreshock_collector.analysis.failure_facts import FailureFacts
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.records.steps import Step
 
@@ -22,7 +22,7 @@ less. A climb of a single step needs more, because chance makes more of it."""
 _RISING_RATE = 1.01
 
 
-def blown_rank(failure: Failure) -> int | None:
+def blown_rank(failure: FailureFacts) -> int | None:
     """Return the rank whose own norm blew up at the onset while no other did: data and weights blow up on all."""
     (norms,) = failure.buffer.local_norms(np.array([failure.onset.sequence], np.int64))
     if len(norms) < 2 or np.isnan(norms).any():
@@ -32,7 +32,7 @@ def blown_rank(failure: Failure) -> int | None:
     return largest if norms[largest] > _BLOWN_RATIO * float(others.max()) else None
 
 
-def explosion(failure: Failure) -> Verdict:
+def explosion(failure: FailureFacts) -> Verdict:
     """Return the verdict on a failure with signs before it."""
     bad, onset, signs = failure.bad, failure.onset, failure.signs
     lead = bad.sequence - onset.sequence
@@ -87,7 +87,7 @@ def counted(count: int, what: str) -> str:
     return f"{count} {what}{'' if count == 1 else 's'}"
 
 
-def _usual_and_peak(failure: Failure) -> tuple[float, float]:
+def _usual_and_peak(failure: FailureFacts) -> tuple[float, float]:
     """Return the usual norm before the onset, and the largest finite one since."""
     onset = failure.onset
     finite = [step for step in failure.steps if math.isfinite(step.global_norm)]
@@ -97,7 +97,7 @@ def _usual_and_peak(failure: Failure) -> tuple[float, float]:
     return usual, max(climb, default=0.0)
 
 
-def _growing_layer(failure: Failure, window: Sequence[Step]) -> tuple[str, float]:
+def _growing_layer(failure: FailureFacts, window: Sequence[Step]) -> tuple[str, float]:
     """Return the layer whose norm grew most from before the onset to the last finite step, and how many times."""
     model, onset = failure.model, failure.onset
     known = [(s.sequence, norms) for s in window if (norms := failure.buffer.layer_norms(s.sequence)) is not None]
@@ -113,7 +113,7 @@ def _growing_layer(failure: Failure, window: Sequence[Step]) -> tuple[str, float
     return (model.layers[most], float(growth[most])) if growth[most] > 1 else ("", 0.0)
 
 
-def _leading_rank(failure: Failure, window: Sequence[Step]) -> tuple[int | None, float, bool]:
+def _leading_rank(failure: FailureFacts, window: Sequence[Step]) -> tuple[int | None, float, bool]:
     """Return the rank that led the climb, how many times the median of the others its norm was, and whether all ranks
     are known to have climbed alike.
 

@@ -6,77 +6,30 @@ the tables of the documentation are made from these entries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal, get_args
+
+from foreshock_collector.analysis.verdict_entry import Entry, Outcome, Wording
 
 Cause = Literal[
     "healthy",
     "exploding_gradients",
-    "first_step_nonfinite",
-    "sudden_nonfinite",
-    "nonfinite_gradient",
-    "nonfinite_divergence",
-    "bad_rank",
     "amp_overflow",
     "amp_scale_collapse",
-    "loss_divergence",
-    "vanishing_gradients",
+    "first_step_nonfinite",
+    "unknown",
+    "nonfinite_divergence",
+    "sudden_nonfinite",
+    "bad_rank",
+    "nonfinite_gradient",
     "duplicate_data",
-    "replica_drift",
     "outlier_rank",
+    "replica_drift",
+    "vanishing_gradients",
+    "loss_divergence",
     "stalled",
     "rank_lost",
     "crashed",
-    "unknown",
 ]
-Severity = Literal["critical", "warning"]
-Condition = Literal["failing", "building up", "stalled", "ranks missing", "running", "failed", "interrupted", "ended"]
-"""State of a run, as status and the page show it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What a verdict leads to."""
-
-    alert: str
-    """Alert that fires, and name of its runbook; empty if the verdict needs no action."""
-    severity: Severity | None
-    """Severity of the alert."""
-    condition: Condition
-    """Condition of a run while an incident with this verdict is open."""
-    finite: bool
-    """Whether all values stayed finite."""
-    names_last_step: bool = False
-    """Whether the step of the verdict is the last one that was made, instead of the first bad one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wording:
-    """What a verdict says, as templates such as `step {step}` that diagnosis fills in.
-
-    Available everywhere: `{step}`, `{rank}`, and `{where}`, which is " on rank 1" or empty if no single rank is named.
-    """
-
-    summary: str
-    advice: tuple[str, ...]
-    """What to try, the most promising first."""
-    alternatives: tuple[str, ...] = ()
-    """Other explanations of the same evidence."""
-    confidence: float
-    """From 0 to 1, by rule of thumb."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry(Wording):
-    """One verdict."""
-
-    title: str
-    outcome: Outcome
-    variants: Mapping[str, Wording] = field(default_factory=dict)
-    """Wordings for special cases of the same cause."""
-
-
 _WELL = Outcome(alert="", severity=None, condition="running", finite=True)
 _BENIGN = Outcome(alert="", severity=None, condition="running", finite=False)
 _EXPLODED = Outcome(alert="ForeshockExplodingGradients", severity="critical", condition="failing", finite=False)
@@ -118,6 +71,7 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "healthy": Entry(
         title="Healthy",
         outcome=_WELL,
+        observed="none of the below",
         summary="All values are finite up to step {step}.",
         advice=(),
         confidence=1.0,
@@ -125,6 +79,8 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "exploding_gradients": Entry(
         title="Exploding gradients",
         outcome=_EXPLODED,
+        observed="a build-up or spike in the previous 32 steps, or an earlier climb that never ended; in a run too "
+        "young for a history, a last norm at ten times the median of those before",
         summary=_EXPLODED_SUMMARY,
         advice=(),  # depends on the likely root: see advice.py
         alternatives=("one bad batch triggered it",),
@@ -138,9 +94,37 @@ VERDICT_TABLE: dict[Cause, Entry] = {
             )
         },
     ),
+    "amp_overflow": Entry(
+        title="Overflow in mixed precision",
+        outcome=_BENIGN,
+        observed="in a log: the loss stays finite although up to nine gradients in a row do not, so a GradScaler "
+        "skipped their steps",
+        summary="The gradient overflowed at step {step}, the step was skipped, and training continued: this is how a "
+        "GradScaler finds its scale.",
+        advice=("nothing, as long as it stays rare: a GradScaler halves its scale and continues",),
+        alternatives=("one bad batch, whose step was skipped",),
+        confidence=0.7,
+    ),
+    "amp_scale_collapse": Entry(
+        title="Loss scale collapsed",
+        outcome=_NONFINITE,
+        observed="the loss scale has halved ten times in a row, or is below 1; in a log: ten gradients in a row are "
+        "not finite, and the loss is",
+        summary="The gradient still overflows at step {step}, with the loss scale down to {loss_scale:g}.",
+        advice=_OVERFLOW_ADVICE,
+        confidence=0.8,
+        variants={
+            "skipped": Wording(
+                summary="From step {step} on the gradient keeps overflowing, and every step is skipped.",
+                advice=_OVERFLOW_ADVICE,
+                confidence=0.8,
+            )
+        },
+    ),
     "first_step_nonfinite": Entry(
         title="Not finite from the first step",
         outcome=_NONFINITE,
+        observed="no earlier step was finite, and this is the first or second",
         summary="Not finite from the very first step ({step}){where}: training itself did not cause it.",
         advice=(
             "check the first batch{where} for NaN and Inf: torch.isfinite(batch).all()",
@@ -151,9 +135,31 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         alternatives=("an initialization so large that the first forward pass overflows",),
         confidence=0.9,
     ),
+    "unknown": Entry(
+        title="Not finite, cause unknown",
+        outcome=_NONFINITE,
+        observed="the previous record is 50 or more steps older",
+        summary="Not finite at step {step}; the records are too sparse to show what came before.",
+        advice=("log the loss and the gradient norm at every step: a climb takes 3 to 8 of them", _CHECK_BATCH),
+        confidence=0.3,
+    ),
+    "nonfinite_divergence": Entry(
+        title="Loss diverged until not finite",
+        outcome=_NONFINITE,
+        observed="the loss had been climbing for a long time, or the norm was not recorded and the loss had spiked",
+        summary="The loss climbed until it was no longer finite at step {step}, without a gradient build-up.",
+        advice=(
+            _SMALLER_STEPS,
+            "look for what changed where the loss began to climb: data, loss weights, a schedule",
+            _EARLIER_CHECKPOINT,
+        ),
+        alternatives=("gradients exploded between two records",),
+        confidence=0.6,
+    ),
     "sudden_nonfinite": Entry(
         title="Suddenly not finite",
         outcome=_NONFINITE,
+        observed="the loss is not finite; names the rank if only one is affected",
         summary="The {what} suddenly became non-finite at step {step}, without an earlier sign.",
         advice=(_CHECK_BATCH, _UNSTABLE_OPERATION, _SKIP_STEP),
         alternatives=("overflow in half precision",),
@@ -172,33 +178,11 @@ VERDICT_TABLE: dict[Cause, Entry] = {
             )
         },
     ),
-    "nonfinite_gradient": Entry(
-        title="Gradient not finite",
-        outcome=_NONFINITE,
-        summary="The gradient became non-finite at step {step} although the loss was finite.",
-        advice=(
-            "find the operation: run the batch of that step under torch.autograd.set_detect_anomaly(True)",
-            "look for gradients undefined at the edge of a domain: sqrt or norm at 0, x**p at 0, torch.where over NaN",
-            "a gradient that is communicated in half precision overflows beyond 65504: use bfloat16 or float32",
-        ),
-        alternatives=("a fault in the all-reduce or in a compression hook",),
-        confidence=0.8,
-    ),
-    "nonfinite_divergence": Entry(
-        title="Loss diverged until not finite",
-        outcome=_NONFINITE,
-        summary="The loss climbed until it was no longer finite at step {step}, without a gradient build-up.",
-        advice=(
-            _SMALLER_STEPS,
-            "look for what changed where the loss began to climb: data, loss weights, a schedule",
-            _EARLIER_CHECKPOINT,
-        ),
-        alternatives=("gradients exploded between two records",),
-        confidence=0.6,
-    ),
     "bad_rank": Entry(
         title="One bad rank",
         outcome=_NONFINITE,
+        observed="the loss is finite, and one rank's own gradient is not; or, at the first sign of an explosion, "
+        "the norm of one rank is a thousand times every other's",
         summary="By step {step} the gradient of rank {rank} alone had gone wrong, although its loss had not.",
         advice=(
             "move rank {rank} to another machine, and check the device of the old one: memory errors, overheating",
@@ -208,56 +192,24 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         alternatives=("an operation that this rank's batch made unstable in the backward pass",),
         confidence=0.9,
     ),
-    "amp_overflow": Entry(
-        title="Overflow in mixed precision",
-        outcome=_BENIGN,
-        summary="The gradient overflowed at step {step}, the step was skipped, and training continued: this is how a "
-        "GradScaler finds its scale.",
-        advice=("nothing, as long as it stays rare: a GradScaler halves its scale and continues",),
-        alternatives=("one bad batch, whose step was skipped",),
-        confidence=0.7,
-    ),
-    "amp_scale_collapse": Entry(
-        title="Loss scale collapsed",
+    "nonfinite_gradient": Entry(
+        title="Gradient not finite",
         outcome=_NONFINITE,
-        summary="The gradient still overflows at step {step}, with the loss scale down to {loss_scale:g}.",
-        advice=_OVERFLOW_ADVICE,
-        confidence=0.8,
-        variants={
-            "skipped": Wording(
-                summary="From step {step} on the gradient keeps overflowing, and every step is skipped.",
-                advice=_OVERFLOW_ADVICE,
-                confidence=0.8,
-            )
-        },
-    ),
-    "loss_divergence": Entry(
-        title="Loss diverges",
-        outcome=_FAULT,
-        summary="The loss has climbed since step {step}, and no gradient build-up explains it.",
+        observed="the loss is finite, and the averaged gradient is not",
+        summary="The gradient became non-finite at step {step} although the loss was finite.",
         advice=(
-            _SMALLER_STEPS,
-            "look for what changed at that step: data, loss weights, regularization, a schedule",
-            _EARLIER_CHECKPOINT,
+            "find the operation: run the batch of that step under torch.autograd.set_detect_anomaly(True)",
+            "look for gradients undefined at the edge of a domain: sqrt or norm at 0, x**p at 0, torch.where over NaN",
+            "a gradient that is communicated in half precision overflows beyond 65504: use bfloat16 or float32",
         ),
-        alternatives=("data that became permanently harder",),
-        confidence=0.7,
-    ),
-    "vanishing_gradients": Entry(
-        title="Vanishing gradients",
-        outcome=_FAULT,
-        summary="Gradients have all but vanished since step {step}{in_layer}.",
-        advice=(
-            "ReLU, GELU or another activation that does not saturate, in place of sigmoid or tanh",
-            "normalization (LayerNorm, BatchNorm) or residual connections, so that early layers get a gradient",
-            "an initialization that fits the activation (Xavier, He)",
-        ),
-        alternatives=("layers that are meant to learn nothing",),
+        alternatives=("a fault in the all-reduce or in a compression hook",),
         confidence=0.8,
     ),
     "duplicate_data": Entry(
         title="Duplicate data",
         outcome=_FAULT,
+        observed="|mean gradient|² above 0.998 of the mean of |local gradient|², and local norms within 0.2 % of "
+        "each other, for 20 steps",
         summary="From step {step} on, all ranks compute the same gradient: they see the same data.",
         advice=(
             "give the DataLoader a DistributedSampler, or split the data by rank yourself",
@@ -267,20 +219,10 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         alternatives=("batches so large that ranks differ by less than rounding",),
         confidence=0.9,
     ),
-    "replica_drift": Entry(
-        title="Replicas drifted apart",
-        outcome=_FAULT,
-        summary="At step {step} the weights of the ranks differ: the ranks train different models{divergent}.",
-        advice=(
-            "stop, and go back to a checkpoint from before that step: what is saved now is the model of one rank",
-            "look for what one rank does to its weights alone: a step `if rank == 0`, a clip, a loaded checkpoint",
-            "if nothing does, suspect the memory of that rank's device and move the rank to another machine",
-        ),
-        confidence=0.95,
-    ),
     "outlier_rank": Entry(
         title="One rank unlike the others",
         outcome=_FAULT,
+        observed="one rank's local norm above ten times the median of the others', for 20 steps",
         summary="Since step {step} the gradient of rank {rank} has been out of proportion to those of the others.",
         advice=(
             "check the data of that rank: another scale, another file, labels that do not belong to it",
@@ -290,9 +232,50 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         alternatives=("data that are meant to be harder on that rank",),
         confidence=0.8,
     ),
+    "replica_drift": Entry(
+        title="Replicas drifted apart",
+        outcome=_FAULT,
+        observed="weight fingerprints that differ between ranks (computed every hundred steps)",
+        summary="At step {step} the weights of the ranks differ: the ranks train different models{divergent}.",
+        advice=(
+            "stop, and go back to a checkpoint from before that step: what is saved now is the model of one rank",
+            "look for what one rank does to its weights alone: a step `if rank == 0`, a clip, a loaded checkpoint",
+            "if nothing does, suspect the memory of that rank's device and move the rank to another machine",
+        ),
+        confidence=0.95,
+    ),
+    "vanishing_gradients": Entry(
+        title="Vanishing gradients",
+        outcome=_FAULT,
+        observed="a layer below 1e-5 of the largest layer's norm for 100 steps, or a norm at 1e-4 of its initial "
+        "value with at least half of the initial loss",
+        summary="Gradients have all but vanished since step {step}{in_layer}.",
+        advice=(
+            "ReLU, GELU or another activation that does not saturate, in place of sigmoid or tanh",
+            "normalization (LayerNorm, BatchNorm) or residual connections, so that early layers get a gradient",
+            "an initialization that fits the activation (Xavier, He)",
+        ),
+        alternatives=("layers that are meant to learn nothing",),
+        confidence=0.8,
+    ),
+    "loss_divergence": Entry(
+        title="Loss diverges",
+        outcome=_FAULT,
+        observed="a loss at twice its best for 100 steps and still rising, without a build-up",
+        summary="The loss has climbed since step {step}, and no gradient build-up explains it.",
+        advice=(
+            _SMALLER_STEPS,
+            "look for what changed at that step: data, loss weights, regularization, a schedule",
+            _EARLIER_CHECKPOINT,
+        ),
+        alternatives=("data that became permanently harder",),
+        confidence=0.7,
+    ),
     "stalled": Entry(
         title="Stalled",
         outcome=_STALLED,
+        observed="ranks report but make no step for 20 times the run's median step time, at least 2 and at most 30 "
+        "minutes; 10 minutes until the attempt has made ten steps",
         summary="No step {since}, for {seconds:.0f} s, although {alive} alive{suspects}.",
         advice=(
             "dump the stacks of all ranks (py-spy dump --pid): look at the one that is not in a collective",
@@ -305,6 +288,7 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "rank_lost": Entry(
         title="Rank lost",
         outcome=_DIED,
+        observed="a rank's process ended without reporting how, or the run has been silent for 15 minutes",
         summary="Rank {rank} was lost {when}: its process ended without reporting why.",
         advice=_KILLED_ADVICE,
         confidence=0.9,
@@ -324,6 +308,7 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "crashed": Entry(
         title="Crashed",
         outcome=_DIED,
+        observed="an exception, or a known signal or exit code, ended a rank, and no open failure explains it",
         summary=_DIED_SUMMARY,
         advice=_KILLED_ADVICE,
         confidence=0.95,
@@ -345,13 +330,6 @@ VERDICT_TABLE: dict[Cause, Entry] = {
                 confidence=0.95,
             ),
         },
-    ),
-    "unknown": Entry(
-        title="Not finite, cause unknown",
-        outcome=_NONFINITE,
-        summary="Not finite at step {step}; the records are too sparse to show what came before.",
-        advice=("log the loss and the gradient norm at every step: a climb takes 3 to 8 of them", _CHECK_BATCH),
-        confidence=0.3,
     ),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foreshock_collector.analysis.verdict_table import Condition
+from foreshock_collector.analysis.verdict_entry import Condition
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.incidents import DEATH
 from foreshock_collector.state.runs import Run

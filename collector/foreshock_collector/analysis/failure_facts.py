@@ -18,7 +18,7 @@ _VALUE_NAMES = {"nan": "NaN", "inf": "Inf"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Failure:
+class FailureFacts:
     """Collects the facts about one failure; what follows from them is computed once."""
 
     steps: Sequence[Step]
