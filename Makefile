@@ -53,7 +53,7 @@ generated: $(INSTALLED) protos-drift
 	@$(BIN)/python -m grafana.make --check
 
 .PHONY: docs
-docs: $(INSTALLED) ## write docs/metrics.md from the catalogue of series, docs/configuration.md from the settings
+docs: $(INSTALLED) ## write the generated pages and tables of docs/ from the catalogue, verdicts, alerts and settings
 	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python docs/make_verdicts.py
 	@$(BIN)/python docs/make_configuration.py
