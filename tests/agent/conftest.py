@@ -24,10 +24,12 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
-    """Run a script of scenarios/ under torchrun: job(script, *arguments, ranks=2, FORESHOCK_...="...")."""
+    """Run a script of scenarios/: job(script, *arguments, ranks=2, torchrun=False, FORESHOCK_...="...")."""
 
-    def run(script: str, *arguments: str, ranks: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run_job(tmp_path / "rings", script, *arguments, ranks=ranks, **environment)
+    def run(
+        script: str, *arguments: str, ranks: int = 2, torchrun: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        return run_job(tmp_path / "rings", script, *arguments, ranks=ranks, torchrun=torchrun, **environment)
 
     return run
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.forked_jobs import forking
 from tests.support.repository import ROOT
 
 SCRIPTS = ROOT / "tests/agent/scenarios"
@@ -19,25 +21,36 @@ ARITHMETIC = ["host", "device"]
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
+JOB_SECONDS = 150.0
+
+
 def run_job(
-    rings: Path, script: str, *arguments: str, ranks: int = 2, **environment: str
+    rings: Path, script: str, *arguments: str, ranks: int = 2, torchrun: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of `SCRIPTS` under torchrun, to its end. A job that hangs fails by its time limit."""
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-         str(SCRIPTS / script), *arguments],
-        capture_output=True, text=True, timeout=150, check=False,
-        env={
-            **os.environ,
-            "FORESHOCK_RING_DIR": str(rings),
-            # Nothing listens there: training must not mind.
-            "FORESHOCK_COLLECTOR": "127.0.0.1:9",
-            "FORESHOCK_STRICT": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            **environment,
-        },
-    )  # fmt: skip
+    """Run one of `SCRIPTS` on some ranks, to its end: forked, or under torchrun. One that hangs fails."""
+    environment = {
+        "FORESHOCK_RING_DIR": str(rings),
+        # Nothing listens there: training must not mind.
+        "FORESHOCK_COLLECTOR": "127.0.0.1:9",
+        "FORESHOCK_STRICT": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **environment,
+    }
+    if torchrun:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return subprocess.run(
+            [*command, str(SCRIPTS / script), *arguments],
+            capture_output=True, text=True, timeout=JOB_SECONDS, check=False, env={**os.environ, **environment},
+        )  # fmt: skip
+    output = Path(tempfile.mkdtemp(dir=rings.parent))
+    files = (output / "stdout", output / "stderr")
+    job = forking().start(SCRIPTS / script, *arguments, ranks=ranks, output=files, environment=environment)
+    try:
+        out, err = job.communicate(JOB_SECONDS)
+    finally:
+        job.kill()
+    return subprocess.CompletedProcess([script, *arguments], job.wait(), out, err)
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,11 @@ class Scenario:
 
 
 def run_scenarios(
-    folder: Path, script: str, names: Iterable[str], *, ranks: int = 2, **environment: str
+    folder: Path, script: str, names: Iterable[str], *, ranks: int = 2, torchrun: bool = False, **environment: str
 ) -> dict[str, Scenario]:
     """Run scenarios of a script (see training.py) one after another in one job."""
     names = list(names)
-    done = run_job(folder / "rings", script, str(folder), *names, ranks=ranks, **environment)
+    done = run_job(folder / "rings", script, str(folder), *names, ranks=ranks, torchrun=torchrun, **environment)
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {
