@@ -95,7 +95,7 @@ def test_each_of_these_records_is_missing_on_the_metrics_page(told: Collector, f
 
 
 def test_a_training_says_no_warning_even_where_warnings_are_errors(tmp_path: Path) -> None:
-    scenario = run_scenarios(tmp_path, SCRIPT, ["plain"], PYTHONWARNINGS="error")["plain"]
+    scenario = run_scenarios(tmp_path, SCRIPT, ["plain"], torchrun=True, PYTHONWARNINGS="error")["plain"]
     # Sums were taken, so their success was asked for.
     assert any(sequence > 0 for result in scenario.results for sequence in result)
     assert "warning" not in scenario.stderr.lower() and "deprecat" not in scenario.stderr.lower()
@@ -103,5 +103,5 @@ def test_a_training_says_no_warning_even_where_warnings_are_errors(tmp_path: Pat
 
 def test_a_training_that_ends_right_after_a_backward_pass_ends_well(job: Job) -> None:
     # A thread of gloo that lets go of a collective while the interpreter ends would abort the process.
-    done = job("ends_at_once.py")
+    done = job("ends_at_once.py", torchrun=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Scenarios of test_attach.py: how ranks attach together, or do not. Run by torchrun."""
+"""Scenarios of test_attach.py: how ranks attach together, or do not. Each rank runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios of test_changes.py: what scripts do with a watched model and optimizer after attach. Run by torchrun."""
+"""Scenarios of test_changes.py: what scripts do with a watched model and optimizer after attach. Each rank runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios of test_composition.py: what DDP scripts do, beside stock clipping of the same. Run by torchrun."""
+"""Scenarios of test_composition.py: what DDP scripts do, beside stock clipping of the same. Each rank runs it."""
 
 from __future__ import annotations
 

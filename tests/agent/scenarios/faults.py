@@ -1,4 +1,4 @@
-"""Scenarios of test_faults.py: the probe fails inside, on one rank and at one step. Run by torchrun."""
+"""Scenarios of test_faults.py: the probe fails inside, on one rank and at one step. Each rank runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios of test_gradients.py: what is measured and clipped, beside stock PyTorch. Run by torchrun."""
+"""Scenarios of test_gradients.py: what is measured and clipped, beside stock PyTorch. Each rank runs it."""
 
 from __future__ import annotations
 

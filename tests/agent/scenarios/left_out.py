@@ -1,4 +1,4 @@
-"""Scenarios of test_left_out.py: steps that a script observes or measures, and then leaves out. Run by torchrun."""
+"""Scenarios of test_left_out.py: steps that a script observes or measures, and then leaves out. Each rank runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios of test_nonfinite.py: gradients that hold NaN or Inf on one rank or two. Run by torchrun."""
+"""Scenarios of test_nonfinite.py: gradients that hold NaN or Inf on one rank or two. Each rank runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scenarios of test_policies.py: adaptive clipping, steps left out, shadows. Run by torchrun."""
+"""Scenarios of test_policies.py: adaptive clipping, steps left out, shadows. Each rank runs it."""
 
 from __future__ import annotations
 

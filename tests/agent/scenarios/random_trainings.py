@@ -1,4 +1,4 @@
-"""The scenario of test_property.py: random trainings beside a reference in float64. Run by torchrun."""
+"""The scenario of test_property.py: random trainings beside a reference in float64. Each rank runs it."""
 
 from __future__ import annotations
 

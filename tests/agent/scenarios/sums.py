@@ -1,4 +1,4 @@
-"""Ranks that sum without waiting, one that is late and one that is gone. Run by torchrun; see test_local.py."""
+"""Ranks that sum without waiting, one that is late and one that is gone. Each rank runs it; see test_local.py."""
 
 from __future__ import annotations
 
