@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import sqlite3
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,6 +177,26 @@ def test_a_run_that_could_not_be_read_before_is_set_aside_and_costs_no_other(
         runs = store.load(0.0)
     assert [run.name for run in runs] == ["guarded", "silent", "again"]
     assert runs.errors.nonzero() == {"load": 2}
+
+
+def test_an_upgrade_that_is_killed_leaves_the_database_as_it_was(path: Path) -> None:
+    before = contents(path)
+    killed = """
+import os, signal, sys
+from foreshock_collector.state import migrations, store
+
+def step(database):
+    migrations._json_to_messagepack(database)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+migrations._STEPS = (step,)
+store.Store(sys.argv[1])
+"""
+    done = subprocess.run([sys.executable, "-c", killed, str(path)], timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert contents(path) == before
+    with closing(Store(path)) as store:
+        assert store.runs() == RUNS
 
 
 @pytest.fixture
