@@ -49,11 +49,11 @@ DROP_REASONS = ("probe_error", "ring_overrun", "never_finished", "given_up")
 collector was away for too long); its step was launched and never finished; or its job ended while no collector took it,
 and its ring was removed."""
 
-RUN_STAGES = ("take", "judge", "store", "expose", "page")
+RUN_STAGES = ("ingest", "evaluate", "store", "expose", "page")
 """Where the collector may fail on a run: ingesting its records, evaluating its steps, storing the results, exporting
 /metrics, answering the page."""
 
-COLLECTOR_STAGES = ("take", "load", "commit", "page")
+COLLECTOR_STAGES = ("ingest", "load", "commit", "page")
 """Where the collector may fail on all runs: a Hello, loading the database, a commit, an answer about all runs."""
 
 REFUSAL_REASONS = (

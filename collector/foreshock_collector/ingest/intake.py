@@ -80,7 +80,7 @@ class Intake:
         except RefusedError:
             raise
         except Exception as error:
-            run.errors.add("take", error)
+            run.errors.add("ingest", error)
             if which == "steps":
                 run.accept_unprocessed(instance, message.steps)
                 self._commit([run])
@@ -97,7 +97,7 @@ class Intake:
         except ContradictionError as error:
             self._refuse_instance(hello, session, str(error), "contradiction")
         except Exception as error:
-            self._runs.errors.add("take", error)
+            self._runs.errors.add("ingest", error)
             self._refuse_instance(
                 hello, session, "the collector failed on its hello; see the collector's log", "collector_error"
             )
@@ -158,7 +158,7 @@ class Intake:
         """
         now = self._clock()
         for run in self._runs:
-            with run.errors.caught("judge"):
+            with run.errors.caught("evaluate"):
                 if not run.evicted or run.changed:
                     run.finalize_steps(now)
         if self._commit(self._runs):
@@ -173,7 +173,7 @@ class Intake:
         known = (self._runs.find(name) for name in waiting)
         hasty = {id(found[0]): found[0] for found in known if found is not None}
         for run in self._runs:
-            with run.errors.caught("judge"):
+            with run.errors.caught("evaluate"):
                 if id(run) in hasty or run.overdue(now):
                     hasty[id(run)] = run
                     run.finalize_steps(now)
@@ -214,7 +214,7 @@ class Intake:
         """
         now = self._clock()
         for run in self._runs:
-            with run.errors.caught("judge"):
+            with run.errors.caught("evaluate"):
                 run.check_silence(now, self._silent)
                 if not run.evicted and run.ended_for(now, self._silent) >= self._ended_seconds:
                     run.finalize_steps(now)

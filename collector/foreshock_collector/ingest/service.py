@@ -111,7 +111,7 @@ class Telemetry:
             end = "drained" if self._draining else "disconnected"
             raise
         except Exception as error:
-            self._errors.add("take", error)
+            self._errors.add("ingest", error)
             raise
         finally:
             self._streams.discard(stream)

@@ -128,7 +128,8 @@ def _run(old: dict[str, Any]) -> dict[str, Any]:
         "durations": {"bounds": _DURATION_BUCKETS, "counts": durations[0], "total": durations[1]},
         "recent_durations": totals.pop("recent"),
     }
-    return old | {"attempts": [_attempt(attempt) for attempt in old["attempts"]]}
+    errors = {{"take": "ingest", "judge": "evaluate"}.get(stage, stage): n for stage, n in old["errors"].items()}
+    return old | {"attempts": [_attempt(attempt) for attempt in old["attempts"]], "errors": errors}
 
 
 def _attempt(old: dict[str, Any]) -> dict[str, Any]:

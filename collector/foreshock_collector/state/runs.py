@@ -111,7 +111,7 @@ class Run:
         for piece in records.slices(buffer.capacity // 2):
             if (room := buffer.room(piece)) > buffer.finalized:
                 finalized = True
-                with self.errors.caught("judge"):
+                with self.errors.caught("evaluate"):
                     self.finalize_steps(now, attempt=attempt, at_least=room)
             self._missing["ring_overrun"] += int(piece.rows["sequence"][0]) - instance.position - 1
             self._missing["never_finished"] += int((~complete(piece.rows)).sum())
@@ -152,9 +152,9 @@ class Run:
             if not each.evicted:
                 steps = self._assemble(each, max(each.due(now), at_least if each is attempt else 0))
                 self._evaluate_steps(each, steps, now, newest=newest)
-            with self.errors.caught("judge"):
+            with self.errors.caught("evaluate"):
                 self._evaluator.check_departures(each, now)
-            with self.errors.caught("judge"):
+            with self.errors.caught("evaluate"):
                 if newest:
                     self._evaluator.check_stall(each, now, since=self.watched_since)
             for instance in each.instances.values():
@@ -192,7 +192,7 @@ class Run:
         position = -1
         while position < attempt.finalized:
             position = attempt.finalized
-            with self.errors.caught("judge"):
+            with self.errors.caught("evaluate"):
                 for step in attempt.assemble(upto):
                     steps.append(step)  # noqa: PERF402 - what came before an error is kept
         self.unsaved.steps += steps
@@ -205,8 +205,8 @@ class Run:
                 self.totals.add_step(step, now, newest=newest)
             self._evaluator.steps(attempt, steps, now)
         except Exception as error:
-            self.errors.add("judge", error)
-            with self.errors.caught("judge"):
+            self.errors.add("evaluate", error)
+            with self.errors.caught("evaluate"):
                 self.incidents.close_all(attempt, now, keep_open=_KEPT_OPEN)
             attempt.reset_detection(keep_open=_KEPT_OPEN)
 

@@ -156,7 +156,7 @@ class Store(History):
         run.incidents.restore(decode(incident, Incident) for (incident,) in reversed(incidents))
         waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
         for instance, batch in self._db.execute(waiting, (name,)).fetchall():
-            with run.errors.caught("take"):
+            with run.errors.caught("ingest"):
                 run.restore(instances[instance], pb.StepBatch.FromString(batch), now)
         for attempt in run.attempts:
             if not attempt.evicted:

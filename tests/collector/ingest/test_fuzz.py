@@ -45,5 +45,5 @@ def test_any_message_is_taken_or_refused(told: list[messages.Said]) -> None:
 def test_an_error_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The collector swallows what goes wrong in a run; here nothing is."""
     monkeypatch.setattr("foreshock_collector.state.evaluator.Evaluator.check_stall", lambda *_, **__: 1 / 0)
-    with unmuffled(), pytest.raises(AssertionError, match="judge"):
+    with unmuffled(), pytest.raises(AssertionError, match="evaluate"):
         messages.conversation([messages.Said(kind="hello", rank=0, changes=[])])

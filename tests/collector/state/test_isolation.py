@@ -1,4 +1,4 @@
-"""An error of the collector's own costs one run its judgement, and nobody anything else."""
+"""An error of the collector's own costs one run its evaluation, and nobody anything else."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_run_of_zero_losses_one_of_nan_and_a_healthy_one_do_each_other_nothing
     serving(test())
 
 
-def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
+def test_an_error_of_evaluation_costs_one_run_its_verdicts_and_no_record(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -124,25 +124,27 @@ def test_an_error_of_judging_costs_one_run_its_judgement_and_no_record(
             await broken.send(steps(4, [1.0, math.nan], run="broken", global_nan_parameters=[0, 1]))
             await broken.stored(5)
             found = await families(server)
-            assert errors(found, "broken") == {"judge": 1}
+            assert errors(found, "broken") == {"evaluate": 1}
             assert errors(found, "whole") == {}
             assert value(found, "foreshock_steps", run="broken") == 5
             _, of_it = await answer(server, "api/v1/runs/broken")
-            assert of_it["errors"] == {"judge": 1}
-            assert of_it["verdict"] == "sudden_nonfinite"  # judged again from the next step on
+            assert of_it["errors"] == {"evaluate": 1}
+            assert of_it["verdict"] == "sudden_nonfinite"  # evaluated again from the next step on
             _, history = await answer(server, "api/v1/runs/broken/steps")
             assert history["sequence"] == [1, 2, 3, 4, 5]
             await asyncio.to_thread(status, ["--url", server.url])
-            assert capsys.readouterr().out.endswith("broken: internal errors in the collector, see its log: judge 1\n")
+            assert capsys.readouterr().out.endswith(
+                "broken: internal errors in the collector, see its log: evaluate 1\n"
+            )
             await end(broken, whole)
         async with Server(config(tmp_path)) as server:
             found = await families(server)
-            assert errors(found, "broken") == {"judge": 1}
+            assert errors(found, "broken") == {"evaluate": 1}
             assert value(found, "foreshock_steps", run="broken") == 5
 
     serving(test())
     (told,) = [record for record in caplog.records if record.name == "foreshock_collector.state.errors"]
-    assert "run 'broken': judge failed" in told.getMessage()
+    assert "run 'broken': evaluate failed" in told.getMessage()
     assert told.exc_info
 
 
@@ -155,7 +157,7 @@ def test_an_error_that_comes_up_at_every_tick_is_logged_once(
     (run,) = runs
     for now in range(5):
         run.finalize_steps(float(now))
-    assert run.errors.nonzero() == {"judge": 5}
+    assert run.errors.nonzero() == {"evaluate": 5}
     assert len(caplog.records) == 1
 
 
@@ -170,7 +172,7 @@ def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch
     run.finalize_steps(0.0)
     store.commit(runs)
     assert store.steps("r", attempt=0, after=0, limit=10)["sequence"] == [1, 3, 4, 5]
-    assert (instance.stored, run.totals.counters["steps"], run.errors.nonzero()) == (5, 4, {"judge": 1})
+    assert (instance.stored, run.totals.counters["steps"], run.errors.nonzero()) == (5, 4, {"evaluate": 1})
 
 
 def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
@@ -184,7 +186,7 @@ def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
         async with Server(config(tmp_path)) as server:
             streams = await both(server)
             found = await families(server)
-            assert errors(found, "broken") == {"take": 1}
+            assert errors(found, "broken") == {"ingest": 1}
             assert value(found, "foreshock_steps", run="whole") == 3
             await end(*streams)
 
@@ -295,7 +297,7 @@ def test_a_full_disk_acknowledges_nothing_loses_nothing_and_passes(
             while await failures(server) < 2:
                 await asyncio.sleep(0.05)
             assert await ready(server) == 503
-            assert value(await families(server), "foreshock_steps") > 1  # it is judged all the same
+            assert value(await families(server), "foreshock_steps") > 1  # it is evaluated all the same
             database.execute("PRAGMA max_page_count=1000000")
             await stream.stored(2001)
             assert await ready(server) == 200
@@ -338,7 +340,7 @@ def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) ->
     assert not run.errors.nonzero()
 
 
-def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
+def test_an_attempt_whose_detection_restarts_has_no_open_incident() -> None:
     runs = Runs(lambda _: DEFAULT)
     instance = runs.register(hello().hello, 0.0)
     (run,) = runs
@@ -351,7 +353,7 @@ def test_an_attempt_that_is_judged_anew_has_no_open_incident() -> None:
     run.newest.detector = None  # type: ignore[assignment]
     run.ingest(instance, steps(5, [1.0]).steps, 1.0)
     run.finalize_steps(1.0)
-    assert run.errors.nonzero() == {"judge": 1}
+    assert run.errors.nonzero() == {"evaluate": 1}
     assert run.newest.incidents == {DEATH: 0}  # of ranks, not of steps
     assert run.incidents.newest is not None
     assert run.incidents.newest.closed_seconds == 1.0

@@ -113,6 +113,16 @@ def test_what_an_upgraded_run_was_about_to_find_it_still_finds(path: Path) -> No
     assert (waiting.newest.finalized, waiting.newest.buffer.highest) == (33, 35)
 
 
+def test_internal_errors_that_were_counted_before_an_upgrade_still_are(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(
+            """UPDATE runs SET snapshot=replace(snapshot, '"take": 0, "judge": 0', '"take": 2, "judge": 3')"""
+        )
+    with closing(Store(path)) as store:
+        for run in store.load(0.0):
+            assert run.errors.nonzero() == {"ingest": 2, "evaluate": 3}
+
+
 def test_an_upgraded_database_has_the_layout_of_a_new_one(path: Path, tmp_path: Path) -> None:
     def layout(path: Path) -> list[Any]:
         with closing(sqlite3.connect(path)) as database:
