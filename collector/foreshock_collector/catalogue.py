@@ -22,7 +22,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One family of series."""
+    """Defines one family of series."""
 
     name: str
     """As exported; a counter's ends in `_total`, an info's in `_info`."""

@@ -24,12 +24,12 @@ _MOST_ACK_SECONDS = 5.0
 
 
 class ConfigError(ValueError):
-    """A setting is wrong; the text names it and the way out."""
+    """A setting is invalid; the message names it and the remedy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the collector runs."""
+    """Holds the collector's settings."""
 
     host: str = setting("127.0.0.1", "Address to listen on, for gRPC and HTTP.")
     grpc_port: int = setting(DEFAULT_GRPC_PORT, "Port for recorders; 0 takes a free one.")
@@ -48,7 +48,7 @@ class Config:
         1.0, "Seconds for which scrapes share one rendering of /metrics; 0 renders each time."
     )
     allow_unauthenticated: bool = setting(
-        False, "Listen on other than loopback addresses, where anybody may read and write."
+        False, "Listen on other than loopback addresses, where anyone may read and write."
     )
     ready_file: str = setting("", "File to write the chosen ports to, as JSON, once they are listened on.")
     log_format: str = setting("text", "Form of the log on standard error: text, or json for one object a line.")
@@ -88,12 +88,12 @@ class Config:
                 raise ConfigError(f"runs.{pattern}: {error}") from error
         if not _is_loopback(self.host) and not self.allow_unauthenticated:
             raise ConfigError(
-                f"--host {self.host} lets anybody on the network in: add --allow-unauthenticated if that is meant"
+                f"--host {self.host} lets anyone on the network read and write; add --allow-unauthenticated to allow it"
             )
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError`: one line for a wrong flag, as for every other wrong setting."""
+    """Argument parser that raises `ConfigError`, so that a wrong flag gets one line like any other wrong setting."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of leaving."""

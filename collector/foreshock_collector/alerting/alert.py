@@ -23,7 +23,7 @@ WORST = {"worst_rank": largest(c.LOCAL_GRADIENT_NORM, "rank"), "layer": largest(
 
 @dataclass(frozen=True, kw_only=True)
 class Alert:
-    """One alert rule."""
+    """Defines one alert rule."""
 
     name: str
     """Also the name of its runbook in docs/runbooks."""

@@ -50,7 +50,7 @@ MONITOR = (
         wait="30s",
         summary="Prometheus cannot scrape any Foreshock collector, so no run is monitored.",
         description=(
-            "Training continues, but nobody is warned.",
+            "Training continues, but no one is warned.",
             "Each rank keeps its newest steps in memory and sends them once the collector is back.",
             "The runbook link points to that collector: if it does not open, start the collector first.",
         ),

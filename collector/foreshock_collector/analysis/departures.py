@@ -58,7 +58,7 @@ class Departure(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How an attempt ended."""
+    """The end of an attempt: its outcome and its cause."""
 
     first: Departure
     """The first departure that was not the consequence of another."""

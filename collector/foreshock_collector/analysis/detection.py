@@ -29,7 +29,7 @@ _SIGMA = 1.2533
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something worth knowing about one step."""
+    """An event in one step, such as a spike or the first non-finite value."""
 
     kind: EventKind
     attempt: int
@@ -63,7 +63,7 @@ class WithheldFailure:
 
 
 class Finding(NamedTuple):
-    """What a channel found in one of the values."""
+    """An event that a channel detected at one of the values."""
 
     place: int
     """Which of the values."""
@@ -96,15 +96,15 @@ class ChannelState:
     def scan(self, values: Sequence[float], rule: ChannelRules) -> list[Finding]:
         """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
 
-        Calm steps, nearly all of them, stay in this loop, which does for them what `_judge` does for every other.
+        Calm steps, nearly all of them, stay in this loop, which does for them what `_evaluate` does for every other.
         """
         found: list[Finding] = []
         log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
-        beta, rise, settled = 1 - rule.alpha, rule.high_rise, self._settled(rule)
+        beta, rise, steady_after = 1 - rule.alpha, rule.high_rise, self._steady_after(rule)
         mean, deviation, count = self.mean, self.deviation, self.count
         calm = self._calm
         for place, value in enumerate(values):
-            if calm and count >= settled and (plain or value > 0):
+            if calm and count >= steady_after and (plain or value > 0):
                 x = value if plain else log(value)
                 scale = abs(mean) if plain else 1.0
                 sigma = _SIGMA * deviation
@@ -118,7 +118,7 @@ class ChannelState:
                     count += 1
                     continue
             self.mean, self.deviation, self.count = mean, deviation, count
-            self._judge(place, value, rule, found)
+            self._evaluate(place, value, rule, found)
             mean, deviation, count = self.mean, self.deviation, self.count
             calm = self._calm
         self.mean, self.deviation, self.count = mean, deviation, count
@@ -147,11 +147,11 @@ class ChannelState:
         """Nothing is under way: a step that is not high leaves all but the history as it is."""
         return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
-    def _settled(self, rule: ChannelRules) -> int:
+    def _steady_after(self, rule: ChannelRules) -> int:
         """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
         return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
 
-    def _judge(self, place: int, value: float, rule: ChannelRules, found: list[Finding]) -> None:
+    def _evaluate(self, place: int, value: float, rule: ChannelRules, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
         x = math.log(value) if rule.logarithmic else bounded(value)
@@ -169,7 +169,7 @@ class ChannelState:
         spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
         if spike:
             found.append(Finding(place, "spike", z, expected))
-        score = self._add_up(z, _part(off, scale), rule, judged=ready and not self.accepting)
+        score = self._add_up(z, _part(off, scale), rule, use_deviation=ready and not self.accepting)
         if score is not None:
             if not self.in_build_up:
                 found.append(Finding(place, "build_up", score, expected))
@@ -183,12 +183,12 @@ class ChannelState:
         scale = 1.0 if rule.logarithmic else abs(self.mean)
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
-    def _add_up(self, z: float, off: float, rule: ChannelRules, *, judged: bool) -> float | None:
-        """The sum, where this step makes a build-up of it. off: how far above the usual. judged: deviations are."""
+    def _add_up(self, z: float, off: float, rule: ChannelRules, *, use_deviation: bool) -> float | None:
+        """The sum, where this step makes a build-up of it. off: how far above the usual."""
         steep, highest = off >= rule.steep_rise, off >= self.peak
         self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
         surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high) - rule.high_rise)
-        if judged:
+        if use_deviation:
             self.total = max(
                 0.0, self.total + (min(z, rule.cusum_cap) if off >= rule.high_rise else 0) - rule.cusum_slack
             )

@@ -28,31 +28,31 @@ _LOSS_ALPHA = 0.9
 
 
 class StepSignals(NamedTuple):
-    """What ranks and layers show of one step, beside its own numbers."""
+    """Signals from the ranks and layers of one step."""
 
     agreement: float
-    """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN: not known."""
+    """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN if unknown."""
     spread: float
-    """Largest less smallest local norm, as part of the largest; NaN: not known."""
+    """Difference of the largest and smallest local norm, over the largest; NaN if unknown."""
     weakest: int
-    """The layer with the smallest norm that is not zero (one without a gradient is frozen); -1: not known."""
+    """Layer with the smallest nonzero norm; -1 if unknown. A layer without a gradient is frozen."""
     weakness: float
-    """Its norm as part of the largest layer's."""
-    loudest: int = -1
-    """The rank with the largest local norm; -1: not known..."""
-    loudness: float = math.nan
-    """... and how many times the median of the others that is."""
-    unlike: tuple[int, ...] | None = None
-    """Ranks whose weights differ from those of most; None: not known, or not looked at on this step."""
+    """Norm of the weakest layer over the largest layer's."""
+    largest_rank: int = -1
+    """Rank with the largest local norm; -1 if unknown."""
+    largest_ratio: float = math.nan
+    """Largest local norm over the median of the others'."""
+    divergent_ranks: tuple[int, ...] | None = None
+    """Ranks whose weights differ from the majority's; None if unknown, or not compared on this step."""
 
 
 class FaultTransition(NamedTuple):
-    """A trouble has begun, or is over."""
+    """The beginning or the end of a lasting fault."""
 
     cause: Cause
     begins: bool
     sequence: int
-    """Of the first step that showed it."""
+    """Sequence number of the first step that showed the fault."""
     step: int
     evidence: tuple[str, ...] = ()
     layer: int = -1
@@ -61,7 +61,7 @@ class FaultTransition(NamedTuple):
 
 @dataclass
 class Streak:
-    """How long a trouble has been seen, or not."""
+    """Counts the consecutive steps that show a fault, or do not."""
 
     shown: int = 0
     missed: int = 0
@@ -95,7 +95,7 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
     norms = np.array([step.global_norm for step in steps])
     local = buffer.local_norms(sequences)
     layers = buffer.layer_norms_of(sequences)
-    unlike = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
+    divergent_ranks = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
     found = []
     with np.errstate(all="ignore"):
         mean_squares = np.square(local / norms[:, None]).mean(axis=1)
@@ -108,27 +108,27 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
         if finite[place] and np.isfinite(layers[place]).any():
             weakest = int(layers[place].argmin())
             weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
-        loudest, loudness = _loudest(local[place])
+        largest_rank, largest_ratio = _largest(local[place])
         found.append(
             StepSignals(
                 agreement=float(agreements[place]),
                 spread=float(spreads[place]),
                 weakest=weakest,
                 weakness=weakness,
-                loudest=loudest,
-                loudness=loudness,
-                unlike=unlike[place],
+                largest_rank=largest_rank,
+                largest_ratio=largest_ratio,
+                divergent_ranks=divergent_ranks[place],
             )
         )
     return found
 
 
-def _loudest(norms: NDArray[np.float64]) -> tuple[int, float]:
+def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
     if len(norms) < 2 or not np.isfinite(norms).all():
         return -1, math.nan
-    loudest = int(norms.argmax())
-    others = float(np.median(np.delete(norms, loudest)))
-    return (loudest, float(norms[loudest]) / others) if others > 0 else (-1, math.nan)
+    largest_rank = int(norms.argmax())
+    others = float(np.median(np.delete(norms, largest_rank)))
+    return (largest_rank, float(norms[largest_rank]) / others) if others > 0 else (-1, math.nan)
 
 
 def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
@@ -147,7 +147,7 @@ def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, .
 
 @dataclass
 class LossTrend:
-    """What the norm and the loss were at the start, and the best the loss has been."""
+    """Tracks the initial norm and loss of an attempt, and its best loss."""
 
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -216,38 +216,39 @@ class FaultDetector:
         )
 
     def _outlying(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if seen.loudest < 0:
+        if seen.largest_rank < 0:
             return None
-        shows = seen.loudness > rules.outlier
-        told = f"the local norm of rank {seen.loudest} is {seen.loudness:.3g} times the median of the others', steadily"
-        change = self._count("outlier_rank", shows, step, rules, lambda: (told,))
-        return None if change is None else change._replace(rank=seen.loudest)
+        shows = seen.largest_ratio > rules.outlier
+        times = f"{seen.largest_ratio:.3g} times the median of the others'"
+        evidence = f"the local norm of rank {seen.largest_rank} is {times}, steadily"
+        change = self._count("outlier_rank", shows, step, rules, lambda: (evidence,))
+        return None if change is None else change._replace(rank=seen.largest_rank)
 
     def _drifting(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if seen.unlike is None:
+        if seen.divergent_ranks is None:
             return None
-        told = "the weights of all ranks differ in their bits"
-        if len(seen.unlike) == 1:
-            told = f"the weights of rank {seen.unlike[0]} differ from the others' in their bits"
+        evidence = "the weights of all ranks differ in their bits"
+        if len(seen.divergent_ranks) == 1:
+            evidence = f"the weights of rank {seen.divergent_ranks[0]} differ from the others' in their bits"
         before = self.alike_step
-        if not seen.unlike:
+        if not seen.divergent_ranks:
             self.alike_step = step.step
         since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
-        rank = seen.unlike[0] if len(seen.unlike) == 1 else -1
-        shows = bool(seen.unlike)
-        change = self._count("replica_drift", shows, step, rules, lambda: (told, since), after=1, ends_after=1)
+        rank = seen.divergent_ranks[0] if len(seen.divergent_ranks) == 1 else -1
+        shows = bool(seen.divergent_ranks)
+        change = self._count("replica_drift", shows, step, rules, lambda: (evidence, since), after=1, ends_after=1)
         return None if change is None else change._replace(rank=rank)
 
     def _vanishing(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
         course = self.loss_trend
         if seen.weakest >= 0 and seen.weakness < rules.vanished:
-            told = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
+            evidence = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
             return self._count(
                 "vanishing_gradients",
                 True,
                 step,
                 rules,
-                lambda: (told,),
+                lambda: (evidence,),
                 after=rules.vanishing_steps,
                 layer=seen.weakest,
             )
@@ -278,10 +279,10 @@ class FaultDetector:
         if shows and streak.shown + 1 >= rules.divergence_steps and not streak.on:
             # High alone is a new level, such as harder data: wait until it has climbed further.
             shows = course.loss > streak.start + rules.divergence_rise * abs(streak.start)
-        told = (
+        evidence = (
             f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
         )
-        return self._count("loss_divergence", shows, step, rules, lambda: (told,), after=rules.divergence_steps)
+        return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
 
     def _count(
         self,

@@ -217,7 +217,7 @@ class FaultRules:
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """All rules of detection and diagnosis for one run."""
+    """Holds the rules of detection and diagnosis for one run."""
 
     gradient: ChannelRules = field(default_factory=ChannelRules)
     """The global gradient norm, before clipping: positive, and judged by its logarithm."""
@@ -234,7 +234,7 @@ class Rules:
     )
     interval_change: float = setting(
         3.0,
-        "Factor by which the distance of records must change to make another series, whose history starts anew.",
+        "Factor by which the distance of records must change to make another series, whose history starts over.",
         least=1,
         most=1e9,
     )

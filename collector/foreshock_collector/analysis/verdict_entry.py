@@ -13,7 +13,7 @@ Condition = Literal["failing", "building up", "stalled", "ranks missing", "runni
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a verdict leads to."""
+    """Consequences of a verdict: its alert, severity and the run's condition."""
 
     alert: str
     """Alert that fires, and name of its runbook; empty if the verdict needs no action."""
@@ -29,7 +29,7 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """What a verdict says, as templates such as `step {step}` that diagnosis fills in.
+    """Texts of a verdict, as templates such as `step {step}` that diagnosis fills in.
 
     Available everywhere: `{step}`, `{rank}`, and `{where}`, which is " on rank 1" or empty if no single rank is named.
     """
@@ -45,7 +45,7 @@ class Wording:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry(Wording):
-    """One verdict."""
+    """Defines one verdict."""
 
     title: str
     outcome: Outcome

@@ -29,7 +29,7 @@ _MOST_RANKS = 65_536
 
 
 class Intake:
-    """The one place where messages change state. `clock` gives Unix time."""
+    """Applies messages to the state; nothing else changes it. `clock` returns Unix time."""
 
     def __init__(
         self, runs: Runs, store: Store, clock: Callable[[], float], *, ended_seconds: float, silent: float

@@ -29,7 +29,7 @@ Outcome = Literal["", "ended", "interrupted", "failed"]
 
 @dataclass(kw_only=True, eq=False)
 class AttemptState:
-    """What is stored of an attempt, beside its steps and instances."""
+    """Stored state of an attempt, in addition to its steps and instances."""
 
     started_seconds: float
     """Unix time; never before an attempt that it follows, even where the clock of its machine is behind."""

@@ -13,7 +13,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 
 class Runs:
-    """All runs, found by name or by instance. rules_of: the rules of a run, by its name."""
+    """Finds every run by name or by instance. rules_of: returns the rules of a run by its name."""
 
     def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
         self.rules_of = rules_of

@@ -21,7 +21,7 @@ _CLOCK_SECONDS = 5.0
 
 @dataclass(kw_only=True, eq=False)
 class InstanceState:
-    """What is stored of an instance."""
+    """Stored state of an instance."""
 
     name: str
     attempt: int

@@ -13,7 +13,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 @dataclass(kw_only=True)
 class RunState:
-    """What is stored of a run, beside its steps, instances, events and incidents."""
+    """Stored state of a run, in addition to its steps, instances, events and incidents."""
 
     experiment: str
     attempts: list[AttemptState]
@@ -23,7 +23,7 @@ class RunState:
 
 @dataclass(kw_only=True)
 class Unsaved:
-    """What has come of a run since the last commit, beside its events and incidents."""
+    """Changes to a run since the last commit, in addition to its events and incidents."""
 
     attempts: list[Attempt] = field(default_factory=list)
     instances: dict[str, Instance] = field(default_factory=dict)

@@ -33,7 +33,7 @@ _KEPT_OPEN = (DEATH, SILENCE)
 
 
 class ContradictionError(ValueError):
-    """What an instance reports contradicts what is known of it."""
+    """An instance reports something that contradicts what is known about it."""
 
 
 class Run:

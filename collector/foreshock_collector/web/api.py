@@ -26,13 +26,13 @@ RUN = "{run:[^/]+}"
 """In a route: any name, percent-encoded. A bare {run} leaves out names with braces."""
 _MOST_STEPS = 10_000
 _MOST_RANK_COLUMNS = 64
-"""Local norms by rank and step are told of at most so many ranks."""
+"""Most ranks whose local norms by step are included in an answer."""
 _MOST_POINTS = 2000
 _NO_END = 2**53
 
 
 class Api:
-    """The handlers, and what they read."""
+    """Serves the JSON API."""
 
     def __init__(self, *, runs: Runs, store: Store, clock: Callable[[], float], silent: float) -> None:
         self._runs = runs
@@ -117,8 +117,8 @@ class Api:
         baseline = await self._baselines.replayed(
             run.name, attempt.number, max(columns["sequence"], default=0), run.rules
         )
-        told = {"attempt": attempt.number, "newest": attempt.finalized, "bin_width": bin_width}
-        return answer({**told, **columns, **baseline.at(columns["sequence"])})
+        view = {"attempt": attempt.number, "newest": attempt.finalized, "bin_width": bin_width}
+        return answer({**view, **columns, **baseline.at(columns["sequence"])})
 
     async def _heat(self, request: web.Request) -> web.Response:
         """Norms by rank or layer: the largest of each bin_width of steps. At rest, those around an incident."""

@@ -28,7 +28,7 @@ _HEADERS = {
 
 
 class Pages:
-    """All routes, and `/metrics` and health themselves. Read-only throughout."""
+    """Serves every route, and `/metrics` and health checks itself. Changes nothing."""
 
     def __init__(
         self,

@@ -65,12 +65,12 @@ def downsampled(
     starts, tops = np.arange(0, len(sequences), bin_width), np.arange(0, len(names), group)
     if table.size:
         blocks = np.fmax.reduceat(np.fmax.reduceat(table, starts, axis=0), tops, axis=1)
-        values = [[_told(value) for value in row] for row in blocks.T.tolist()]
+        values = [[_json_value(value) for value in row] for row in blocks.T.tolist()]
     rows = [_range(names[top : top + group]) for top in tops.tolist()]
     return {"sequence": sequences[starts].tolist(), "bin_width": bin_width, "rows": rows, "values": values}
 
 
-def _told(value: float) -> float | str | None:
+def _json_value(value: float) -> float | str | None:
     if math.isnan(value):
         return None
     return kind_of(value) or float(f"{value:.4g}")

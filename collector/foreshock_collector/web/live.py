@@ -22,7 +22,7 @@ _MOST_STREAMS = 256
 
 
 class Live:
-    """The streams of all viewers."""
+    """Streams news to every viewer."""
 
     def __init__(self, *, runs: Runs, clock: Callable[[], float], silent: float) -> None:
         self._runs = runs
@@ -48,23 +48,23 @@ class Live:
         await response.prepare(request)
         self._streams += 1
         try:
-            await self._tell(response, name)
+            await self._send_news(response, name)
         except ConnectionError:
             pass  # the viewer has left
         finally:
             self._streams -= 1
         return response
 
-    async def _tell(self, response: web.StreamResponse, name: str | None) -> None:
-        told: Any = None
+    async def _send_news(self, response: web.StreamResponse, name: str | None) -> None:
+        sent: Any = None
         quiet = 0.0
         while not self._ending.is_set():
             news = self._news(name)
-            if news != told or quiet >= _WORD_SECONDS:
-                kind = "news" if news != told else "word"
+            if news != sent or quiet >= _WORD_SECONDS:
+                kind = "news" if news != sent else "word"
                 data = json.dumps({"now_seconds": self._clock()})
                 await response.write(f"event: {kind}\ndata: {data}\n\n".encode())
-                told, quiet = news, 0.0
+                sent, quiet = news, 0.0
             quiet += _LOOK_SECONDS
             try:
                 await asyncio.wait_for(self._ending.wait(), _LOOK_SECONDS)
