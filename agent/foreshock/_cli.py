@@ -14,7 +14,7 @@ _PURPOSE = {
     "incidents": "show what went wrong, newest first",
     "diagnose": "diagnose a recorded training log",
     "report": "write a run or a recorded log as one self-contained page",
-    "recorder": "hand in records that jobs left on this machine while the collector was down",
+    "recorder": "deliver records that jobs left on this machine while the collector was down",
     "demo": "run a real training job that explodes, and see why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]

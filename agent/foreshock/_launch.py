@@ -82,7 +82,7 @@ class RecorderProcess:
         self._say_trouble(ring)
         if self._speaks and not ring.trouble and (left := ring.launched - ring.acknowledged):
             retry = "the recorder keeps trying, or" if has_recorder(self._folder) else "no recorder is running, so"
-            line = f"{left} records have not reached the collector yet; {retry} a later job's recorder hands them in"
+            line = f"{left} records have not reached the collector yet; {retry} a later job's recorder delivers them"
             say_once("collector", line)
         self._reap()
 

@@ -90,7 +90,7 @@ def test_a_recorder_goes_on_trying_only_where_there_is_one(
     process(ring).wait_for_farewell(ring)
     what = "the recorder keeps trying, or" if there else "no recorder is running, so"
     assert said(capsys) == [
-        f"1 records have not reached the collector yet; {what} a later job's recorder hands them in"
+        f"1 records have not reached the collector yet; {what} a later job's recorder delivers them"
     ]
     if held is not None:
         os.close(held)
