@@ -45,7 +45,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The first non-finite step of a failure, and what was known before it."""
+    """Describes the first non-finite step of a failure, and what was known before it."""
 
     sequence: int
     finite_before: bool
@@ -56,7 +56,7 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class WithheldFailure:
-    """A failure that is reported only if no step follows: the script skipped the step because it was not finite."""
+    """Holds a failure that is reported only if no step follows: the script skipped the step, which was not finite."""
 
     event: Event
     failure: Failure

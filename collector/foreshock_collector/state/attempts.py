@@ -52,7 +52,7 @@ class AttemptState:
 
 
 class Attempt(AttemptState):
-    """One launch of a run. What it adds to its state lives in memory only."""
+    """Follows one launch of a run. What it adds to its state lives in memory only."""
 
     def __init__(self, number: int, hello: pb.Hello, state: AttemptState | None = None) -> None:
         """hello: the first that came of the launch. state: as it was stored; None: the attempt begins."""

@@ -14,7 +14,7 @@ EVENTS_KEPT = 200
 
 @dataclass(frozen=True, kw_only=True)
 class DetectedEvent:
-    """An event that the detector found in a step."""
+    """Records an event that the detector found in a step."""
 
     event: Event
     seen_seconds: float
@@ -28,7 +28,7 @@ class DetectedEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class RankEvent:
-    """An event that a recorder reported of a rank."""
+    """Records an event that a recorder reported of a rank."""
 
     kind: str
     """Name of the protocol's kind, in lower case: "rank_lost", "probe_error"."""

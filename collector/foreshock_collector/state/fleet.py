@@ -16,6 +16,7 @@ class Runs:
     """Finds every run by name or by instance. rules_of: returns the rules of a run by its name."""
 
     def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
+        """rules_of: the rules of a run, by its name."""
         self.rules_of = rules_of
         self.errors = collector_errors()
         """Internal errors that no single run caused."""
@@ -36,7 +37,7 @@ class Runs:
         return self._instances.get(instance)
 
     def add(self, run: Run) -> None:
-        """A run from the store, with its instances."""
+        """Add a run from the store, with its instances."""
         self._runs[run.name] = run
         for attempt in run.attempts:
             self._launches[attempt.hello.run, attempt.launch] = run

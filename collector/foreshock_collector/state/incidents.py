@@ -24,7 +24,7 @@ SILENCE = "silence"
 
 @dataclass(frozen=True, kw_only=True)
 class Incident:
-    """One failure of a run: when it was seen, how long it lasted, and the verdict on it."""
+    """Describes one failure of a run: when it was seen, how long it lasted, and the verdict on it."""
 
     number: int
     """From 1, within the run."""

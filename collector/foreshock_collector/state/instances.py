@@ -73,7 +73,7 @@ class InstanceState:
 
 
 class Instance(InstanceState):
-    """One attach of one rank. What it adds to its state lives in memory only."""
+    """Follows one attach of one rank. What it adds to its state lives in memory only."""
 
     def __init__(self, state: InstanceState, *, gone: bool = False) -> None:
         """gone: it had left before its hello came, and its records are handed in afterwards."""

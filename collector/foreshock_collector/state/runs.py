@@ -37,7 +37,7 @@ class ContradictionError(ValueError):
 
 
 class Run:
-    """One run, over all its attempts."""
+    """Follows one run over all its attempts."""
 
     def __init__(self, experiment: str, name: str, rules: Rules = DEFAULT, totals: Totals | None = None) -> None:
         self.experiment = experiment

@@ -32,7 +32,7 @@ _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
 
 
 class Store(History):
-    """The database of one collector. Raises `StoreError`."""
+    """Stores the runs of one collector in a database. Raises `StoreError`."""
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
