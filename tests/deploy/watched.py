@@ -19,6 +19,7 @@ from foreshock_collector.ingest.session import Session
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
+from foreshock_collector.web.collector_series import CollectorSeries
 from foreshock_collector.web.exposition import RunSeries
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.deploy.firing import SCRAPE_SECONDS, fired_in, quiet
@@ -39,9 +40,12 @@ class Watched:
         self.now = (FIRST_SCRAPE - 1.0) * SCRAPE_SECONDS
         self.runs = Runs(lambda _: SOON)
         limits = {"ended_seconds": SILENT_SECONDS, "silent": SILENT_SECONDS}
-        self._intake = Intake(self.runs, Store(":memory:"), lambda: self.now, **limits)
+        store, clock = Store(":memory:"), lambda: self.now
+        self._intake = Intake(self.runs, store, clock, **limits)
         self._registry = CollectorRegistry()
-        self._registry.register(RunSeries(self.runs, lambda: self.now, **limits))
+        self._registry.register(RunSeries(self.runs, clock, **limits))
+        itself = CollectorSeries(self._intake.statistics, self.runs.errors, store.size_bytes, clock, version="0")
+        self._registry.register(itself)
         self._session = Session()
         self._scrapes: list[dict[str, float]] = []
         self._ranks, self._layers, self._launches = ranks, layers, 0
