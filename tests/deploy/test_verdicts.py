@@ -116,14 +116,6 @@ def outlying() -> Watched:
     return job
 
 
-def idling() -> Watched:
-    job = trained()
-    for rank in range(2):
-        job.tell(rank, [1.0] * 60, local_norm=[float(rank)] * 60)
-    job.wait(30.0)
-    return job
-
-
 def hanging() -> Watched:
     job = trained()
     job.compute(0, 61)
@@ -174,7 +166,6 @@ VERDICTS: dict[Cause, tuple[Scenario, set[str]]] = {
     "duplicate_data": (same_data, set()),
     "replica_drift": (drifting, set()),
     "outlier_rank": (outlying, set()),
-    "idle_rank": (idling, set()),
     "stalled": (hanging, set()),
     "rank_lost": (killed, set()),
     "crashed": (out_of_memory, set()),

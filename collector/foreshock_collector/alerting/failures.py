@@ -110,13 +110,6 @@ FAILURES = (
         ),
         labels=("worst_rank", "layer"),
     ),
-    _verdict_alert(
-        "ForeshockIdleRank",
-        keep_firing_for="5m",
-        summary="A rank contributes no gradient, so part of the job does no work.",
-        description=(f"Run {RUN} has an idle rank.", _incident_summary("ForeshockIdleRank")),
-        labels=(),
-    ),
     Alert(
         name="ForeshockStepsSkipped",
         severity="warning",

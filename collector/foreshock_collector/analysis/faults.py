@@ -197,7 +197,6 @@ class FaultDetector:
             self._drifting(step, seen, rules),
             self._vanishing(step, seen, rules),
             self._diverging(step, building_up, rules),
-            self._idle(step, seen, rules),
         )
         return [change for change in found if change is not None]
 
@@ -284,12 +283,6 @@ class FaultDetector:
             f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
         )
         return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
-
-    def _idle(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if math.isnan(seen.spread):
-            return None
-        line = "the smallest local norm is zero, and the largest is not"
-        return self._count("idle_rank", seen.spread == 1, step, rules, lambda: (line,))
 
     def _count(
         self,

@@ -26,7 +26,6 @@ Cause = Literal[
     "replica_drift",
     "vanishing_gradients",
     "loss_divergence",
-    "idle_rank",
     "stalled",
     "rank_lost",
     "crashed",
@@ -36,7 +35,6 @@ _BENIGN = Outcome(alert="", severity=None, condition="running", finite=False)
 _EXPLODED = Outcome(alert="ForeshockExplodingGradients", severity="critical", condition="failing", finite=False)
 _NONFINITE = Outcome(alert="ForeshockSuddenNonFinite", severity="critical", condition="failing", finite=False)
 _FAULT = Outcome(alert="ForeshockTrainingFault", severity="warning", condition="running", finite=True)
-_IDLE_RANK = Outcome(alert="ForeshockIdleRank", severity="warning", condition="running", finite=True)
 _STALLED = Outcome(
     alert="ForeshockRunStalled", severity="warning", condition="stalled", finite=True, names_last_step=True
 )
@@ -272,18 +270,6 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         ),
         alternatives=("data that became permanently harder",),
         confidence=0.7,
-    ),
-    "idle_rank": Entry(
-        title="A rank contributes no gradient",
-        outcome=_IDLE_RANK,
-        observed="a rank's local norm of exactly zero while others have a gradient, for 20 steps",
-        summary="Since step {step} at least one rank has contributed no gradient at all.",
-        advice=(
-            "check the loss of that rank: a detached tensor, torch.no_grad(), or a batch in which everything is masked",
-            "check the data of that rank: an exhausted or empty shard that is padded with zeros",
-        ),
-        alternatives=("a rank that is meant to contribute nothing, such as one that only joins the all-reduce",),
-        confidence=0.9,
     ),
     "stalled": Entry(
         title="Stalled",
