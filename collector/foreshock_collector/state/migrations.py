@@ -127,6 +127,7 @@ def _run(old: dict[str, Any]) -> dict[str, Any]:
         "norms": {"bounds": _NORM_BUCKETS, "counts": norms[0], "total": norms[1]},
         "durations": {"bounds": _DURATION_BUCKETS, "counts": durations[0], "total": durations[1]},
         "recent_durations": totals.pop("recent"),
+        "gauges": totals.pop("levels"),
     }
     errors = {{"take": "ingest", "judge": "evaluate"}.get(stage, stage): n for stage, n in old["errors"].items()}
     return old | {"attempts": [_attempt(attempt) for attempt in old["attempts"]], "errors": errors}
@@ -142,7 +143,8 @@ def _attempt(old: dict[str, Any]) -> dict[str, Any]:
     faults["loss_trend"] = {
         name: float(value) if isinstance(value, str) else value for name, value in faults.pop("course").items()
     }
-    return old | {"failure": old["failure"] or None, "departures_checked": old.pop("departures_judged")}
+    renamed = {"departures_checked": old.pop("departures_judged"), "finalized": old.pop("settled")}
+    return old | renamed | {"failure": old["failure"] or None}
 
 
 def _instance(name: str, attempt: int, values: list[Any]) -> dict[str, Any]:
