@@ -211,7 +211,7 @@ class FaultDetector:
             rules,
             lambda: (
                 f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
-                f"the local norms of all ranks lie within {max(seen.spread, 1e-7):.1g} of each other",
+                f"the local norms of all ranks are within {max(seen.spread, 1e-7):.1g} of each other",
             ),
         )
 
@@ -233,7 +233,7 @@ class FaultDetector:
         before = self.alike_step
         if not seen.divergent_ranks:
             self.alike_step = step.step
-        since = "they have differed since the first look" if before < 0 else f"at step {before} they were the same"
+        since = "they have always differed" if before < 0 else f"at step {before} they were the same"
         rank = seen.divergent_ranks[0] if len(seen.divergent_ranks) == 1 else -1
         shows = bool(seen.divergent_ranks)
         change = self._count("replica_drift", shows, step, rules, lambda: (evidence, since), after=1, ends_after=1)
@@ -261,7 +261,7 @@ class FaultDetector:
             shows,
             step,
             rules,
-            lambda: (f"of the start's: global norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
+            lambda: (f"relative to the start: norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
             after=rules.vanishing_steps,
         )
 
@@ -280,7 +280,7 @@ class FaultDetector:
             # High alone is a new level, such as harder data: wait until it has climbed further.
             shows = course.loss > streak.start + rules.divergence_rise * abs(streak.start)
         evidence = (
-            f"the loss has come from {course.best:.3g} at its best to {course.loss:.3g}, and the norm did not build up"
+            f"the loss rose from its best, {course.best:.3g}, to {course.loss:.3g} without a build-up of the norm"
         )
         return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
 

@@ -30,7 +30,7 @@ class Errors:
         if kind not in self._logged:
             self._logged.add(kind)
             facts = {"subject": subject, "stage": stage, "error": str(error)}
-            text = "%(subject)s: %(stage)s failed, all else goes on; further errors of this kind are only counted"
+            text = "%(subject)s: %(stage)s failed; the rest continues, and further errors of this kind are only counted"
             logger.error(text, facts, exc_info=error)
 
     @contextmanager

@@ -104,7 +104,7 @@ class Pages:
         except Exception as failure:
             run = self._runs.get(request.match_info.get("run", ""))
             (self._runs if run is None else run).errors.add("page", failure)
-            raise error(web.HTTPInternalServerError, "the collector failed on this; its log says more") from failure
+            raise error(web.HTTPInternalServerError, "the collector failed on this request; see its log") from failure
         return response
 
 

@@ -51,16 +51,16 @@ _PLOTLY = "package_data/plotly.min.js"
 _PLOTLY_VERSION = importlib.metadata.version("plotly")
 _INDEX = """Foreshock collector
 
-/                             what people look at, in a browser
-/metrics                      for Prometheus
+/                             web page
+/metrics                      series for Prometheus
 /api/v1/runs                  runs, as JSON
-/api/v1/runs/{run}            one of them: ranks, events, incidents
-/api/v1/runs/{run}/steps      its steps, a column each: ?attempt=&after=&limit=
-/api/v1/runs/{run}/series     the same for the eye, with the baseline: ?attempt=&first=&last=&points=
+/api/v1/runs/{run}            one run: ranks, events, incidents
+/api/v1/runs/{run}/steps      its steps by column: ?attempt=&after=&limit=
+/api/v1/runs/{run}/series     its steps downsampled for charts, with the baseline: ?attempt=&first=&last=&points=
 /api/v1/runs/{run}/heat/ranks, /heat/layers
 /api/v1/runs/{run}/incidents/{id}
-/api/v1/live                  a word whenever there is news, as server-sent events: ?run=
-/runbooks                     what to do about an alert
+/api/v1/live                  news as server-sent events: ?run=
+/runbooks                     runbooks of all alerts
 /-/healthy  /-/ready
 """
 
@@ -107,7 +107,7 @@ class Page:
         name = request.match_info["alert"]
         text = self._runbooks.get(name.removesuffix(".md"))
         if text is None:
-            message = f"There is no runbook {name[:80]!r}; /runbooks lists them."
+            message = f"No runbook {name[:80]!r}; /runbooks lists all of them."
             if not _wants_html(request):
                 raise web.HTTPNotFound(text=message + "\n")
             return _page("runbook.html", status=404, title="No such runbook", text=Markup("<p>{}</p>").format(message))

@@ -40,7 +40,7 @@ def test_gradients_that_vanish_are_told_of_with_their_parts() -> None:
     rows = [Row(step=i, loss=2.0, norm=1.0 if i < 50 else 1e-6, rate=0.1) for i in range(300)]
     verdict = replay(rows).verdict
     assert verdict.cause == "vanishing_gradients"
-    assert verdict.evidence == ("of the start's: global norm 1e-06, loss 1",)
+    assert verdict.evidence == ("relative to the start: norm 1e-06, loss 1",)
 
 
 def test_a_loss_that_grows_out_of_next_to_nothing_is_a_finite_rise() -> None:
