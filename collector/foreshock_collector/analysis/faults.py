@@ -240,7 +240,7 @@ class FaultDetector:
         return None if change is None else change._replace(rank=rank)
 
     def _vanishing(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        course = self.loss_trend
+        trend = self.loss_trend
         if seen.weakest >= 0 and seen.weakness < rules.vanished:
             evidence = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
             return self._count(
@@ -252,35 +252,35 @@ class FaultDetector:
                 after=rules.vanishing_steps,
                 layer=seen.weakest,
             )
-        if len(course.norms) < _FIRST_STEPS or len(course.losses) < _FIRST_STEPS:
+        if len(trend.norms) < _FIRST_STEPS or len(trend.losses) < _FIRST_STEPS:
             return None
-        start, loss = median(course.norms), median(course.losses)
-        shows = step.global_norm < rules.faded * start and course.loss > rules.unlearned * loss > 0
+        start, loss = median(trend.norms), median(trend.losses)
+        shows = step.global_norm < rules.faded * start and trend.loss > rules.unlearned * loss > 0
         return self._count(
             "vanishing_gradients",
             shows,
             step,
             rules,
-            lambda: (f"relative to the start: norm {step.global_norm / start:.1g}, loss {course.loss / loss:.2g}",),
+            lambda: (f"relative to the start: norm {step.global_norm / start:.1g}, loss {trend.loss / loss:.2g}",),
             after=rules.vanishing_steps,
         )
 
     def _diverging(self, step: Step, building_up: bool, rules: FaultRules) -> FaultTransition | None:
-        course = self.loss_trend
-        if step.loss is None or not math.isfinite(course.best):
+        trend = self.loss_trend
+        if step.loss is None or not math.isfinite(trend.best):
             return None
-        scale = max(abs(course.best), 0.1 * abs(median(course.losses)))
-        above = course.loss - course.best
+        scale = max(abs(trend.best), 0.1 * abs(median(trend.losses)))
+        above = trend.loss - trend.best
         streak = self.streaks.setdefault("loss_divergence", Streak())
         shows = above > rules.divergence * scale and not building_up
         if streak.shown == _FIRST_STEPS:
             # By now the running mean has arrived at a new level, if it is one.
-            streak.start = course.loss
+            streak.start = trend.loss
         if shows and streak.shown + 1 >= rules.divergence_steps and not streak.on:
             # High alone is a new level, such as harder data: wait until it has climbed further.
-            shows = course.loss > streak.start + rules.divergence_rise * abs(streak.start)
+            shows = trend.loss > streak.start + rules.divergence_rise * abs(streak.start)
         evidence = (
-            f"the loss rose from its best, {course.best:.3g}, to {course.loss:.3g} without a build-up of the norm"
+            f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
         )
         return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
 

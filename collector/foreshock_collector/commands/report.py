@@ -58,7 +58,7 @@ def from_log(path: Path, found: Replay) -> Report:
         verdicts=verdicts,
         heat={},
         details=[("rows", f"{len(found.log):,}, from a recorded log, which does not show ranks, layers or model")],
-        healthy=f"Nothing has happened: {len(found.log):,} rows, all finite.",
+        healthy=f"No incidents: {len(found.log):,} rows, all finite.",
     )
 
 
@@ -115,13 +115,13 @@ def _ranks(run: dict[str, Any]) -> str:
     reporting, expected = run["ranks_reporting"], run["world_size"]
     if run["state"] == "active":
         return f"{reporting} of {expected} reporting"
-    return f"{expected}" if reporting == expected else f"{expected}, {expected - reporting} of them ended abnormally"
+    return f"{expected}" if reporting == expected else f"{expected}, {expected - reporting} of them exited unexpectedly"
 
 
 def _healthy(counters: dict[str, Any]) -> str:
     nonfinite = [f"{kind} {count:,}" for kind, count in counters["nonfinite"].items() if count]
     values = f"not all finite ({', '.join(nonfinite)}), without harm" if nonfinite else "all finite"
-    return f"Nothing has happened: {counters['steps']:,} steps, {values}."
+    return f"No incidents: {counters['steps']:,} steps, {values}."
 
 
 def _utc(seconds: float) -> str:

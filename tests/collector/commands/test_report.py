@@ -37,7 +37,7 @@ def test_markdown_is_for_an_issue_tracker(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_healthy_log_says_that_nothing_has_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(csv(tmp_path, healthy())), "--markdown"]) == 0
-    assert "Nothing has happened: 120 rows, all finite." in capsys.readouterr().out
+    assert "No incidents: 120 rows, all finite." in capsys.readouterr().out
 
 
 def test_a_run_of_a_collector_becomes_a_page_and_its_name_stays_text(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_run_with_steps_that_were_left_out_is_not_said_to_be_all_finite(
             await stream.close()
 
     serving(test())
-    assert "Nothing has happened: 3 steps, not all finite (gradient inf 1), without harm." in capsys.readouterr().out
+    assert "No incidents: 3 steps, not all finite (gradient inf 1), without harm." in capsys.readouterr().out
 
 
 def test_what_is_neither_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
