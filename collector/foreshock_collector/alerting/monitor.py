@@ -23,7 +23,7 @@ def _loaded_with_errors(offset: str = "") -> str:
     return f"max by (instance) ({newest}) > 0"
 
 
-# A step that was launched and never finished is the run's trouble and not the monitor's: every crash leaves some.
+# A step that started and never finished is a failure of the run and not of the monitoring: every crash leaves some.
 _LOST = 'reason!="never_finished"'
 MONITOR = (
     Alert(

@@ -1,4 +1,4 @@
-"""What most likely made gradients explode, and what to try against it."""
+"""The likely root of exploding gradients, and what to try against it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from foreshock_collector.analysis.verdicts import Root
 from foreshock_collector.records.steps import ModelFacts, Step
 
 USUAL_STEPS = 50
-"""Steps before a climb that show what was usual."""
+"""Steps before a climb that show what is usual."""
 _EARLY_STEPS = 40
-"""A climb that begins so soon, with a steady learning rate, was there from the start."""
+"""A climb that begins within this many steps, at a steady learning rate, has been there from the start."""
 _LARGE_NORM, _LARGE_LOSS = 50.0, 30.0
-"""A first step beyond these comes of the weights that training began with: the norm of a sane start is about 1 to 10,
-and no cross entropy starts above 30."""
+"""A first step beyond these values points to the initial weights: the norm usually starts at about 1 to 10, and no
+cross entropy starts above 30."""
 _RISING = 1.2
-"""The learning rate before a climb over its least of the steps before."""
+"""A learning rate is rising if it is this many times its minimum over the steps before the climb."""
 _DEEP_LAYERS = 8
+"""A model with at least so many layers is deep."""
 _LEAST_OF_HEALTHY = 0.01
-"""Of the median norm of healthy steps: nobody trains well with a smaller max_norm."""
+"""Smallest sensible max_norm, as a fraction of the median norm of healthy steps."""
 _TINY_NORM = 1e-3
-"""A max_norm below is no advice to copy: the number says more of how the loss is scaled than of the training."""
-_PLAIN = ("RNN", "RNNCell")
-_RECURRENT = (*_PLAIN, "LSTM", "GRU", "LSTMCell", "GRUCell")
+"""A smaller max_norm is not worth recommending: it reflects how the loss is scaled, not the training."""
+_PLAIN_RECURRENT = ("RNN", "RNNCell")
+_RECURRENT = (*_PLAIN_RECURRENT, "LSTM", "GRU", "LSTMCell", "GRUCell")
 _NORMALIZATIONS = ("LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm", "InstanceNorm", "SyncBatchNorm")
 
 
 def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
-    """What most likely made the factors grow: the first of these that the records show."""
+    """Return the first root that the records point to."""
     before = [s.learning_rate for s in steps if 0 <= onset.sequence - s.sequence <= USUAL_STEPS]
     rates = [rate for rate in before if math.isfinite(rate)]
     if rates and rates[-1] > _RISING * min(rates):
@@ -41,7 +42,7 @@ def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
     first = steps[0]
     if early and not deep and (first.global_norm > _LARGE_NORM or (first.loss or 0.0) > _LARGE_LOSS):
         return "initialization"
-    if any(name in types for name in _PLAIN):
+    if any(name in types for name in _PLAIN_RECURRENT):
         return "recurrent"
     if deep:
         return "normalization"
@@ -53,7 +54,7 @@ def likely_root(steps: Sequence[Step], onset: Event, model: ModelFacts) -> Root:
 def against_explosion(
     steps: Sequence[Step], onset: Event, usual: float, layer: str, model: ModelFacts, root: Root
 ) -> tuple[str, ...]:
-    """What to try after an explosion: what its likely root asks for first. usual: the norm of before the onset."""
+    """Return what to try after an explosion, starting with its likely root. usual: the norm before the onset."""
     last = steps[-1]
     types = model.module_types
     rate = f" (it was {last.learning_rate:.3g})" if math.isfinite(last.learning_rate) else ""
@@ -62,7 +63,7 @@ def against_explosion(
     slower = f"a smaller learning rate{rate}, {'or a slower' if rising else 'with a'} warm-up"
     recurrent = (
         "LSTM or GRU in place of the plain RNN, and truncated backpropagation through time"
-        if any(name in types for name in _PLAIN)
+        if any(name in types for name in _PLAIN_RECURRENT)
         else "truncated backpropagation through time: detach the state more often"
     )
     normalized = any(name.startswith(_NORMALIZATIONS) for name in types)
@@ -78,25 +79,27 @@ def against_explosion(
         return (slower, clip, back)
     if root == "unknown":
         return (clip, slower, *structure, back)
-    of = f", first of {layer}" if layer else ""
-    cure = {
-        "initialization": f"a smaller initialization{of}: see how its weights are scaled",
+    where = f", of {layer} first" if layer else ""
+    remedy = {
+        "initialization": f"a smaller initialization{where}: check how its weights are scaled",
         "recurrent": recurrent,
         "normalization": normalization,
     }[root]
-    return (cure, clip, slower, *(line for line in structure if line != cure), back)
+    return (remedy, clip, slower, *(line for line in structure if line != remedy), back)
 
 
 def _clip_near(steps: Sequence[Step], onset: Event, usual: float) -> str:
-    """Where to clip: at the usual norm, and where that had faded to next to nothing, not far below the healthy ones."""
+    """Recommend a max_norm: the usual norm, but not far below that of healthy steps if it had faded to almost zero."""
     if any(step.clip_coefficient < 1 for step in steps):
-        return "clip lower: clipping was on and did not hold it"
+        return "clip lower: clipping was on and did not prevent it"
     norms = [step.global_norm for step in steps if step.sequence < onset.sequence]
     healthy = [norm for norm in norms if math.isfinite(norm) and norm > 0]
     least = _LEAST_OF_HEALTHY * median(healthy) if healthy else 0.0
     near = max(usual, least) if math.isfinite(usual) else least
     if near < _TINY_NORM:
         return (
-            f"clip near the usual norm (about {near:.1g})" if near > 0 else "clip by norm, near that of healthy steps"
+            f"clip near the usual norm (about {near:.1g})"
+            if near > 0
+            else "clip by norm, near the norm of healthy steps"
         )
     return f"clip by norm, near the usual one: foreshock.attach(model, optimizer, clip={float(f'{near:.1g}'):g})"

@@ -1,12 +1,13 @@
-"""Sees a foreshock coming: streaming rules over a run's steps. Pure: no clock, no I/O; a NaN never blinds them.
+"""Detects spikes and build-ups by streaming rules over a run's steps. Non-finite values never enter the history.
 
-The logarithm makes norms additive and their tails tame; an exponentially weighted mean and absolute deviation of it
-are the history, fed with clamped values, so that a spike does not hide the next. A lone spike is noted; only a climb,
-or spikes in quick succession, add up to a build-up: a one-sided CUSUM with capped steps, and a surge, some steps in a
-row that each stand far above the usual, which needs no deviation and so sees a run that explodes from its start.
+Norms are products, so the rules work on their logarithm. History is its exponentially weighted mean and absolute
+deviation; values are clamped before they enter it, so that one spike does not hide the next. A single spike is an event
+and no more. A build-up takes a climb or spikes in quick succession: either a one-sided CUSUM with capped steps crosses
+its limit, or there is a surge, several steps in a row far above the usual. A surge needs no deviation, and so detects a
+run that explodes from its start.
 
-One episode is one build-up. It lasts until the sum has stayed at zero for some steps in a row: a norm that goes on
-climbing for a hundred steps is one warning and not twelve. The constants are in rules.py.
+A build-up lasts until the sum has stayed at zero for some steps in a row, so that a norm that climbs for a hundred
+steps is one warning and not twelve. The constants are in rules.py.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Event:
     value: float | None = None
     """Norm or loss of the step."""
     usual: float | None = None
-    """What it would have been by history."""
+    """Norm or loss that history led to expect."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ class Failure:
     finite_before: bool
     """Whether the attempt had made a finite step before."""
     climbing: int
-    """Sequence number of the last step that belonged to a build-up before; 0: none did."""
+    """Sequence number of the last step before that belonged to a build-up; 0 if none did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,37 +67,38 @@ class Finding(NamedTuple):
     """An event that a channel detected at one of the values."""
 
     place: int
-    """Which of the values."""
+    """Index of the value."""
     kind: Literal["spike", "build_up"]
     score: float
     usual: float
-    """What history led one to expect."""
+    """Value that history led to expect."""
 
 
 @dataclass
 class ChannelState:
-    """State of the rule on one quantity: a few numbers, so it can be stored beside the steps."""
+    """Follows the history of one quantity in a few numbers, which are stored with the run."""
 
     mean: float = 0.0
     deviation: float = 0.0
     count: int = 0
     total: float = 0.0
-    """The sum of high steps..."""
+    """CUSUM of the high steps."""
     peak: float = 0.0
-    """... and how far the highest of them stood above the usual."""
+    """How far the highest step since the sum was zero stood above the usual."""
     in_build_up: bool = False
     quiet: int = 0
     spikes_in_a_row: int = 0
     accepting: int = 0
     high: list[float] = field(default_factory=list)
-    """How far the newest steps stood above the usual, while each in a row rose as a spike does."""
+    """How far the newest steps stood above the usual, as long as each of them rose like a spike."""
     first: list[float] = field(default_factory=list)
-    """The values before the rule is ready, in order: an explosion from the start must not become the usual."""
+    """Values before the rule is ready, in order: their median keeps an explosion from the start from being usual."""
 
     def scan(self, values: Sequence[float], rule: ChannelRules) -> list[Finding]:
-        """Take values in, in order. Those that are not finite, or not positive where that is asked, change nothing.
+        """Add values in order and return the findings. Values that are not finite change nothing, nor do those that are
+        not positive, if the rule is logarithmic.
 
-        Calm steps, nearly all of them, stay in this loop, which does for them what `_evaluate` does for every other.
+        Calm steps, nearly all of them, stay in this loop, which does the same as `_evaluate`, only faster.
         """
         found: list[Finding] = []
         log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
@@ -125,17 +127,17 @@ class ChannelState:
         return found
 
     def expect_change(self, rule: ChannelRules) -> None:
-        """What comes next was planned: follow it to its new level, and warn only of a surge."""
+        """Follow a planned change to its new level, and warn only of a surge."""
         self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
 
     def usual(self, rule: ChannelRules) -> float | None:
-        """The value that history leads one to expect; None without history."""
+        """Return the value that history leads to expect; None without history."""
         if not self.count:
             return None
         return _exp(self.mean) if rule.logarithmic else self.mean
 
     def band(self, rule: ChannelRules) -> tuple[float, float] | None:
-        """From where to where values are clamped before they become history; None while no step is judged yet."""
+        """Return the range to which values are clamped before they enter the history; None until the rule is ready."""
         if self.count < rule.ready_after:
             return None
         reach = rule.clamp * self._sigma(rule)
@@ -144,11 +146,11 @@ class ChannelState:
 
     @property
     def _calm(self) -> bool:
-        """Nothing is under way: a step that is not high leaves all but the history as it is."""
+        """Whether a step that is not high would change nothing but the history."""
         return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
 
     def _steady_after(self, rule: ChannelRules) -> int:
-        """Steps after which the mean forgets at its lasting pace, and deviations are judged."""
+        """Return the steps after which the mean has its final weights and deviations are used."""
         return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
 
     def _evaluate(self, place: int, value: float, rule: ChannelRules, found: list[Finding]) -> None:
@@ -184,7 +186,7 @@ class ChannelState:
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
     def _add_up(self, z: float, off: float, rule: ChannelRules, *, use_deviation: bool) -> float | None:
-        """The sum, where this step makes a build-up of it. off: how far above the usual."""
+        """Add a step to the sum; return the sum if it is a build-up now. off: how far the step is above the usual."""
         steep, highest = off >= rule.steep_rise, off >= self.peak
         self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
         surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high) - rule.high_rise)
@@ -212,7 +214,7 @@ class ChannelState:
 
 
 def _part(off: float, scale: float) -> float:
-    """off, as part of scale: finite, however small that is, and 0 where it is."""
+    """Return off / scale, bounded so that it stays finite however small the scale is; 0 if the scale is 0."""
     return off / scale if abs(off) < LARGEST * scale else math.copysign(LARGEST, off) if scale else 0.0
 
 
@@ -227,7 +229,7 @@ class Detector:
     gradient: ChannelState = field(default_factory=ChannelState)
     loss: ChannelState = field(default_factory=ChannelState)
     failing: bool = False
-    """From a non-finite step until enough finite ones in a row: one failure is one incident."""
+    """Whether a failure lasts: from a non-finite step until enough finite ones in a row."""
     finite_steps: int = 0
     """Finite steps in a row."""
     finite_ever: bool = False
@@ -235,11 +237,12 @@ class Detector:
     skips_in_a_row: int = 0
     """Updates in a row that were skipped."""
     withheld: WithheldFailure | None = None
-    """Of the first of the newest updates in a row that the script itself skipped because they were not finite."""
+    """Failure at the first of the newest consecutive steps that the script itself skipped because they were not
+    finite."""
     climbing: int = 0
-    """Sequence number of the last step that belonged to a build-up; 0: none did."""
+    """Sequence number of the last step that belonged to a build-up; 0 if none did."""
     rate: float | None = None
-    """Newest learning rate that is known."""
+    """Newest known learning rate."""
 
     def update(
         self,
@@ -255,11 +258,11 @@ class Detector:
         guarded: bool = False,
         rules: Rules = DEFAULT,
     ) -> list[Event]:
-        """Judge the next step, and return what it shows. Of a failure only the first step is an event.
+        """Evaluate the next step and return its events. Only the first step of a failure is one.
 
-        norm: NaN where it is not known. rate: the learning rate. nonfinite: how many of loss and gradient, NaN and Inf,
-        are bad. skipped: the optimizer's update was, by a GradScaler that looks for its scale, by `skip` or by the
-        script: a few of these in a row are no failure. guarded: by the script.
+        norm: NaN if unknown. rate: the learning rate. nonfinite: how many kinds of bad values it has, of NaN and Inf in
+        the loss and in the gradient. skipped: the update was skipped, by a GradScaler that looks for its scale, by
+        `skip` or by the script; a few of these in a row are no failure. guarded: the script skipped it.
         """
         events: list[Event] = []
 
@@ -295,22 +298,22 @@ class Detector:
         return events
 
     def failure_at(self, sequence: int) -> Failure:
-        """The failure that begins at this step, if one does. To be called before `update` with that step."""
+        """Return the failure that would begin at this step. Call it before `update` with that step."""
         return Failure(sequence=sequence, finite_before=self.finite_ever, climbing=self.climbing)
 
     def end(self) -> WithheldFailure | None:
-        """Return the failure that was withheld: no step follows."""
+        """Return the withheld failure, now that no step follows."""
         withheld, self.withheld = self.withheld, None
         if withheld is not None:
             self.failing, self.finite_steps = True, 0
         return withheld
 
     def reset(self) -> None:
-        """What comes next is another series: no step before says what is usual."""
+        """Drop the history: what follows is another series."""
         self.gradient, self.loss = ChannelState(), ChannelState()
 
     def _expect(self, rate: float, rules: Rules) -> None:
-        """A learning rate that jumps was changed on purpose, and the norm may follow it."""
+        """Accept a new level of the norm if the learning rate jumps, because that was done on purpose."""
         if not math.isfinite(rate) or rate <= 0:
             return
         if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(rules.planned_rate_change):

@@ -97,7 +97,7 @@ def _records_too_sparse(failure: FailureFacts) -> Verdict | None:
 
 
 def _loss_diverged(failure: FailureFacts) -> Verdict | None:
-    # Without norms, a spike of the loss is the only sign of a climb that there can be.
+    # Without norms, a spike of the loss is the only possible sign of a climb.
     if not failure.diverging and (failure.has_norms or failure.loss_spike is None):
         return None
     return _verdict(failure, "nonfinite_divergence", _calm_before(failure), "the loss had been climbing")

@@ -1,8 +1,8 @@
-"""Troubles that last though every number is finite: data that ranks share, replicas that differ, gradients that vanish,
-a loss that climbs. Pure: no clock, no I/O.
+"""Detects lasting faults at finite values: duplicate data, outlier ranks, drift, vanishing, divergence.
 
-Each begins when some steps in a row have shown it, and ends when some in a row have not: one that comes and goes is
-one. A step that cannot tell, because a rank has not reported or local norms are not measured, counts for neither.
+A fault begins once enough steps in a row have shown it, and ends once enough in a row have not, so that one that comes
+and goes is reported once. A step counts for neither if it cannot show the fault, because a rank has not reported or
+local norms are not measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
 
 _FIRST_STEPS = 25
-"""They show what the norm and the loss were at the start."""
+"""Steps from which the initial norm and loss are taken."""
 _LOSS_ALPHA = 0.9
 """Weight of the past in the running mean of the loss: a half-life of 7 steps."""
 
@@ -34,10 +34,10 @@ class StepSignals(NamedTuple):
     """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN if unknown."""
     spread: float
     """Difference of the largest and smallest local norm, over the largest; NaN if unknown."""
-    weakest: int
+    weakest_layer: int
     """Layer with the smallest nonzero norm; -1 if unknown. A layer without a gradient is frozen."""
-    weakness: float
-    """Norm of the weakest layer over the largest layer's."""
+    weakest_ratio: float
+    """Smallest nonzero norm of a layer over the largest."""
     largest_rank: int = -1
     """Rank with the largest local norm; -1 if unknown."""
     largest_ratio: float = math.nan
@@ -67,13 +67,13 @@ class Streak:
     missed: int = 0
     on: bool = False
     sequence: int = 0
-    """Of the first step of the streak that shows it."""
+    """Sequence number of the first step that shows the fault."""
     step: int = 0
     start: float = 0.0
     """The loss early in the streak, to compare with."""
 
     def count(self, shows: bool, step: Step, *, begins_after: int, ends_after: int) -> bool | None:
-        """True: it begins with this step; False: it is over; None: nothing new."""
+        """Count one step. Return True if the fault begins with it, False if it ends, None otherwise."""
         if shows:
             if not self.shown and not self.on:
                 self.sequence, self.step = step.sequence, step.step
@@ -90,7 +90,7 @@ class Streak:
 
 
 def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]:
-    """What the buffer shows of these steps, in order."""
+    """Return the signals of these steps, in order."""
     sequences = np.array([step.sequence for step in steps], np.int64)
     norms = np.array([step.global_norm for step in steps])
     local = buffer.local_norms(sequences)
@@ -104,17 +104,17 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
         finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
         layers = np.where(layers > 0, layers, math.inf)
     for place in range(len(steps)):
-        weakest, weakness = -1, math.nan
+        weakest_layer, weakest_ratio = -1, math.nan
         if finite[place] and np.isfinite(layers[place]).any():
-            weakest = int(layers[place].argmin())
-            weakness = float(layers[place, weakest] / layers[place][np.isfinite(layers[place])].max())
+            weakest_layer = int(layers[place].argmin())
+            weakest_ratio = float(layers[place, weakest_layer] / layers[place][np.isfinite(layers[place])].max())
         largest_rank, largest_ratio = _largest(local[place])
         found.append(
             StepSignals(
                 agreement=float(agreements[place]),
                 spread=float(spreads[place]),
-                weakest=weakest,
-                weakness=weakness,
+                weakest_layer=weakest_layer,
+                weakest_ratio=weakest_ratio,
                 largest_rank=largest_rank,
                 largest_ratio=largest_ratio,
                 divergent_ranks=divergent_ranks[place],
@@ -132,12 +132,12 @@ def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
 
 
 def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
-    """Ranks whose fingerprint is not that of most; of two that differ, both."""
+    """Return the ranks whose fingerprint is not that of the majority; if two ranks differ, both."""
     prints = rows["parameter_fingerprint"]
     if len(rows) < world or world < 2 or (prints < 0).any():
         return None
     if (rows["step"] != rows["step"][0]).any():
-        # A rank that observes more often than the others counts apart: these are weights of different steps.
+        # A rank that observes more often than the others numbers its steps differently: the weights are not comparable.
         return None
     values, counts = np.unique(prints, return_counts=True)
     most = counts == counts.max()
@@ -150,15 +150,16 @@ class LossTrend:
     """Tracks the initial norm and loss of an attempt, and its best loss."""
 
     norms: list[float] = field(default_factory=list)
+    """Global norms of the first steps."""
     losses: list[float] = field(default_factory=list)
-    """Of the first steps."""
+    """Losses of the first steps."""
     loss: float = math.nan
-    """Its running mean..."""
+    """Running mean of the loss."""
     best: float = math.inf
-    """... and the least that it has been."""
+    """Lowest value of the running mean so far."""
 
     def update(self, norm: float, loss: float | None) -> None:
-        """A finite step."""
+        """Add a finite step."""
         if len(self.norms) < _FIRST_STEPS and norm > 0:
             self.norms.append(norm)
         if loss is None or not math.isfinite(loss):
@@ -176,73 +177,75 @@ class FaultDetector:
 
     loss_trend: LossTrend = field(default_factory=LossTrend)
     alike_step: int = -1
-    """The last step at which all ranks had the same weights; -1: none was."""
+    """Last step at which all ranks had the same weights; -1 if there was none."""
     streaks: dict[Cause, Streak] = field(default_factory=dict)
 
     @property
     def diverging(self) -> bool:
-        """The loss has been climbing for long."""
+        """Whether the loss has been climbing for a long time."""
         return "loss_divergence" in self.streaks and self.streaks["loss_divergence"].on
 
     def update(
-        self, step: Step, seen: StepSignals, *, building_up: bool, rules: FaultRules = DEFAULT.faults
+        self, step: Step, signals: StepSignals, *, building_up: bool, rules: FaultRules = DEFAULT.faults
     ) -> list[FaultTransition]:
-        """One step, in order. building_up: the norm is climbing, which explains a climbing loss."""
+        """Evaluate the next step. building_up: the norm is climbing, which explains a climbing loss."""
         if step.nonfinite:
             return []
         self.loss_trend.update(step.global_norm, step.loss)
         found = (
-            self._duplicate(step, seen, rules),
-            self._outlying(step, seen, rules),
-            self._drifting(step, seen, rules),
-            self._vanishing(step, seen, rules),
+            self._duplicate(step, signals, rules),
+            self._outlying(step, signals, rules),
+            self._drifting(step, signals, rules),
+            self._vanishing(step, signals, rules),
             self._diverging(step, building_up, rules),
         )
-        return [change for change in found if change is not None]
+        return [transition for transition in found if transition is not None]
 
-    def _duplicate(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if math.isnan(seen.agreement) or math.isnan(seen.spread):
+    def _duplicate(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
+        if math.isnan(signals.agreement) or math.isnan(signals.spread):
             return None
-        shows = seen.agreement > rules.agreement and seen.spread < rules.spread
+        shows = signals.agreement > rules.agreement and signals.spread < rules.spread
         return self._count(
             "duplicate_data",
             shows,
             step,
             rules,
             lambda: (
-                f"|mean gradient|^2 is {seen.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
-                f"the local norms of all ranks are within {max(seen.spread, 1e-7):.1g} of each other",
+                f"|mean gradient|^2 is {signals.agreement:.4f} of the mean |local gradient|^2; 1 means the same batch",
+                f"the local norms of all ranks are within {max(signals.spread, 1e-7):.1g} of each other",
             ),
         )
 
-    def _outlying(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if seen.largest_rank < 0:
+    def _outlying(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
+        if signals.largest_rank < 0:
             return None
-        shows = seen.largest_ratio > rules.outlier
-        times = f"{seen.largest_ratio:.3g} times the median of the others'"
-        evidence = f"the local norm of rank {seen.largest_rank} is {times}, steadily"
-        change = self._count("outlier_rank", shows, step, rules, lambda: (evidence,))
-        return None if change is None else change._replace(rank=seen.largest_rank)
+        shows = signals.largest_ratio > rules.outlier
+        times = f"{signals.largest_ratio:.3g} times the median of the others'"
+        evidence = f"the local norm of rank {signals.largest_rank} is {times}, steadily"
+        transition = self._count("outlier_rank", shows, step, rules, lambda: (evidence,))
+        return None if transition is None else transition._replace(rank=signals.largest_rank)
 
-    def _drifting(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
-        if seen.divergent_ranks is None:
+    def _drifting(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
+        if signals.divergent_ranks is None:
             return None
         evidence = "the weights of all ranks differ in their bits"
-        if len(seen.divergent_ranks) == 1:
-            evidence = f"the weights of rank {seen.divergent_ranks[0]} differ from the others' in their bits"
+        if len(signals.divergent_ranks) == 1:
+            evidence = f"the weights of rank {signals.divergent_ranks[0]} differ from the others' in their bits"
         before = self.alike_step
-        if not seen.divergent_ranks:
+        if not signals.divergent_ranks:
             self.alike_step = step.step
         since = "they have always differed" if before < 0 else f"at step {before} they were the same"
-        rank = seen.divergent_ranks[0] if len(seen.divergent_ranks) == 1 else -1
-        shows = bool(seen.divergent_ranks)
-        change = self._count("replica_drift", shows, step, rules, lambda: (evidence, since), after=1, ends_after=1)
-        return None if change is None else change._replace(rank=rank)
+        rank = signals.divergent_ranks[0] if len(signals.divergent_ranks) == 1 else -1
+        shows = bool(signals.divergent_ranks)
+        transition = self._count("replica_drift", shows, step, rules, lambda: (evidence, since), after=1, ends_after=1)
+        return None if transition is None else transition._replace(rank=rank)
 
-    def _vanishing(self, step: Step, seen: StepSignals, rules: FaultRules) -> FaultTransition | None:
+    def _vanishing(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
         trend = self.loss_trend
-        if seen.weakest >= 0 and seen.weakness < rules.vanished:
-            evidence = f"its norm is {seen.weakness:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
+        if signals.weakest_layer >= 0 and signals.weakest_ratio < rules.vanished:
+            evidence = (
+                f"its norm is {signals.weakest_ratio:.1g} of the largest layer's, for {rules.vanishing_steps} steps"
+            )
             return self._count(
                 "vanishing_gradients",
                 True,
@@ -250,7 +253,7 @@ class FaultDetector:
                 rules,
                 lambda: (evidence,),
                 after=rules.vanishing_steps,
-                layer=seen.weakest,
+                layer=signals.weakest_layer,
             )
         if len(trend.norms) < _FIRST_STEPS or len(trend.losses) < _FIRST_STEPS:
             return None
@@ -274,14 +277,12 @@ class FaultDetector:
         streak = self.streaks.setdefault("loss_divergence", Streak())
         shows = above > rules.divergence * scale and not building_up
         if streak.shown == _FIRST_STEPS:
-            # By now the running mean has arrived at a new level, if it is one.
+            # By now the running mean has reached the new level, if there is one.
             streak.start = trend.loss
         if shows and streak.shown + 1 >= rules.divergence_steps and not streak.on:
-            # High alone is a new level, such as harder data: wait until it has climbed further.
+            # A loss that is only high may be at a new level, such as harder data: wait until it has climbed further.
             shows = trend.loss > streak.start + rules.divergence_rise * abs(streak.start)
-        evidence = (
-            f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
-        )
+        evidence = f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
         return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
 
     def _count(
@@ -296,7 +297,7 @@ class FaultDetector:
         ends_after: int = 0,
         layer: int = -1,
     ) -> FaultTransition | None:
-        """evidence: called where the trouble begins, and so only on a step that shows it."""
+        """Count one step for a fault. evidence: called only if the fault begins, on a step that shows it."""
         streak = self.streaks.setdefault(cause, Streak())
         after, ends_after = after or rules.begins_after, ends_after or rules.ends_after
         begins = streak.count(shows, step, begins_after=after, ends_after=ends_after)

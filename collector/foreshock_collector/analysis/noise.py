@@ -6,7 +6,7 @@ Amodei et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1,
 
     signal = (W g2 - l2) / (W - 1)        noise = (l2 - g2) / (1 - 1 / W)        scale = noise / signal
 
-Each is noisy itself, so both are averaged over steps before they are divided. Pure.
+Each is noisy itself, so both are averaged over steps before they are divided.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 ALPHA = 0.99
 """Weight of the past in both means: a half-life of 69 steps."""
 _LARGEST_NORM = 1e100
-"""What lies beyond says nothing of noise, and would stay in the means for ever."""
+"""Larger norms say nothing about noise, and would stay in the means forever."""
 
 
 @dataclass
@@ -27,12 +27,12 @@ class NoiseScale:
     signal: float = 0.0
     noise: float = 0.0
     weight: float = 0.0
-    """How much of the means is data, from 0 to 1: they begin at 0."""
+    """Share of the means that is data, from 0 to 1; the rest is their initial 0."""
     agreement: float = math.nan
-    """g2 / l2 of the newest step where it is known: from 1 / W (all noise) to 1 (the same data on every rank)."""
+    """g2 / l2 at the newest step where it is known, from 1 / W (all noise) to 1 (the same data on every rank)."""
 
     def update(self, agreement: float, global_norm: float, world_size: int) -> None:
-        """A finite step. agreement: g2 / l2; NaN where it is not known."""
+        """Add a finite step. agreement: g2 / l2; NaN if unknown."""
         if not 0 < agreement < math.inf or world_size < 2 or not 0 < global_norm < _LARGEST_NORM:
             return
         g2 = global_norm**2
@@ -46,7 +46,7 @@ class NoiseScale:
 
     @property
     def value(self) -> float | None:
-        """In batches of one rank; None before there is enough to tell, or where the signal drowns."""
+        """Noise scale in batches of one rank; None if there is not enough data yet, or no signal in the noise."""
         if self.weight < 0.2 or self.signal <= 0:
             return None
         scale = max(0.0, self.noise / self.signal)

@@ -15,11 +15,11 @@ from foreshock_collector.settings import range_of, setting
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelRules:
-    """Rules for judging one quantity, such as the gradient norm, against its own history."""
+    """Rules for evaluating one quantity, such as the gradient norm, against its own history."""
 
     logarithmic: bool = setting(
         True,
-        "Whether to judge the logarithm of a positive quantity, or the plain value relative to its mean.",
+        "Whether to evaluate the logarithm of a positive quantity, or the plain value relative to its mean.",
     )
     alpha: float = setting(
         0.97,
@@ -209,7 +209,7 @@ class FaultRules:
     )
     lost_seconds: float = setting(
         3.0,
-        "Seconds to wait after a rank died without a goodbye: another rank's error may be the cause.",
+        "Seconds to wait after a rank died without reporting why: another rank's error may be the cause.",
         least=0,
         most=1e6,
     )
@@ -220,7 +220,7 @@ class Rules:
     """Holds the rules of detection and diagnosis for one run."""
 
     gradient: ChannelRules = field(default_factory=ChannelRules)
-    """The global gradient norm, before clipping: positive, and judged by its logarithm."""
+    """The global gradient norm, before clipping: positive, and evaluated by its logarithm."""
     loss: ChannelRules = field(
         default_factory=lambda: ChannelRules(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
     )
@@ -264,7 +264,10 @@ class Rules:
     )
 
     def with_overrides(self, values: Mapping[str, Any]) -> Rules:
-        """Some of them changed, by name: {"recovered_after": 100, "gradient": {"spike_z": 8}}. Raises `ValueError`."""
+        """Return rules with some values replaced, such as {"recovered_after": 100, "gradient": {"spike_z": 8}}.
+
+        Raises `ValueError` if a name is unknown or a value out of range.
+        """
         changed: Rules = _changed(self, values, "")
         return changed
 

@@ -38,11 +38,11 @@ class Evaluator:
 
     def steps(self, attempt: Attempt, steps: Sequence[Step], now: float) -> None:
         """Evaluate new steps of an attempt, in order."""
-        for step, seen in zip(steps, signals_of(attempt.buffer, steps) if steps else (), strict=True):
+        for step, signals in zip(steps, signals_of(attempt.buffer, steps) if steps else (), strict=True):
             self._detect(attempt, step, now)
-            self._check_faults(attempt, step, seen, now)
+            self._check_faults(attempt, step, signals, now)
             if not step.nonfinite:
-                attempt.noise.update(seen.agreement, step.global_norm, attempt.world_size)
+                attempt.noise.update(signals.agreement, step.global_norm, attempt.world_size)
         withheld = attempt.detector.withheld
         if withheld is not None and attempt.ended_at(withheld.event.sequence):
             # Its script skipped steps because they were not finite, and then it ended.
@@ -81,9 +81,9 @@ class Evaluator:
             attempt.failure = failure
             self._open(attempt, FAILURE, self._diagnose(attempt, failure), event.sequence, now)
 
-    def _check_faults(self, attempt: Attempt, step: Step, seen: StepSignals, now: float) -> None:
+    def _check_faults(self, attempt: Attempt, step: Step, signals: StepSignals, now: float) -> None:
         building_up = attempt.detector.gradient.in_build_up
-        for change in attempt.faults.update(step, seen, building_up=building_up, rules=self._rules.faults):
+        for change in attempt.faults.update(step, signals, building_up=building_up, rules=self._rules.faults):
             if not change.begins:
                 self._incidents.close(attempt, change.cause, now)
             elif change.cause not in attempt.incidents:
