@@ -27,8 +27,8 @@ class Tape(Intake):
         self.messages: dict[str, list[pb.FromRecorder]] = defaultdict(list)
         self._runs_of: dict[str, str] = {}
 
-    def take(self, message: pb.FromRecorder, session: Session) -> None:
-        super().take(message, session)
+    def apply(self, message: pb.FromRecorder, session: Session) -> None:
+        super().apply(message, session)
         which = message.WhichOneof("message")
         if which == "hello":
             self._runs_of[message.hello.instance] = message.hello.run

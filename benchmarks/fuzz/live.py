@@ -49,7 +49,7 @@ class Live:
     def take(self, message: pb.FromRecorder) -> bool:
         """One message, in the bytes that it has on the wire; False: refused, and the stream is over."""
         try:
-            self.intake.take(pb.FromRecorder.FromString(message.SerializeToString()), self.session)
+            self.intake.apply(pb.FromRecorder.FromString(message.SerializeToString()), self.session)
         except RefusedError:
             self.session = Session()
             return False

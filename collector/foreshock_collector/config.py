@@ -20,16 +20,16 @@ from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"
 _MOST_ACK_SECONDS = 5.0
-"""Recorders report as often; a rank counts as living for twice as long (`Run.has_live_ranks`)."""
+"""Recorders report as often. A rank counts as live for twice as long (`Run.has_live_ranks`)."""
 
 
 class ConfigError(ValueError):
-    """A setting is invalid; the message names it and the remedy."""
+    """A setting is wrong. The text names the setting and says what is accepted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Holds the collector's settings."""
+    """Holds the settings of a collector."""
 
     host: str = setting("127.0.0.1", "Address to listen on, for gRPC and HTTP.")
     grpc_port: int = setting(DEFAULT_GRPC_PORT, "Port for recorders; 0 takes a free one.")
@@ -54,10 +54,10 @@ class Config:
     log_format: str = setting("text", "Form of the log on standard error: text, or json for one object a line.")
 
     runs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Rules of detection by run: a pattern of names ("llm-*"), and the rules that differ. In the file only."""
+    """Rules of detection by pattern of run names, such as "llm-*". Only the file can set them."""
 
     def rules_of(self, run: str) -> Rules:
-        """The rules of a run: the defaults, changed by every pattern that fits, in the order of the file."""
+        """Return the rules for a run: the defaults, overridden by every matching pattern in the order of the file."""
         rules = DEFAULT
         for pattern, overrides in self.runs.items():
             if fnmatchcase(run, pattern):
@@ -73,7 +73,7 @@ class Config:
                 raise ConfigError(f"{_flag(name)} must be a positive number of seconds, not {getattr(self, name):g}")
         if self.ack_seconds > _MOST_ACK_SECONDS:
             most = f"at most {_MOST_ACK_SECONDS:g}, not {self.ack_seconds:g}"
-            raise ConfigError(f"--ack-seconds must be {most}: a rank that reports less often looks as if it had gone")
+            raise ConfigError(f"--ack-seconds must be {most}: ranks that report less often look dead")
         if not 0 <= self.metrics_cache_seconds < 1e7:
             raise ConfigError(f"--metrics-cache-seconds must be 0 or more, not {self.metrics_cache_seconds:g}")
         for name in ("host", "database"):
@@ -88,29 +88,29 @@ class Config:
                 raise ConfigError(f"runs.{pattern}: {error}") from error
         if not _is_loopback(self.host) and not self.allow_unauthenticated:
             raise ConfigError(
-                f"--host {self.host} lets anyone on the network read and write; add --allow-unauthenticated to allow it"
+                f"--host {self.host} lets anyone on the network read and write: add --allow-unauthenticated to allow it"
             )
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that raises `ConfigError`, so that a wrong flag gets one line like any other wrong setting."""
+    """Parses arguments, and raises `ConfigError` for a wrong one instead of printing usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of leaving."""
+        """Raise instead of exiting."""
         raise ConfigError(f"{message}; see --help")
 
 
 def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Config:
-    """Raises `ConfigError`, also for an unknown flag."""
+    """Return the settings from arguments, environment and file. Raises `ConfigError`."""
     env = os.environ if environment is None else environment
     parser = Parser(
         prog="foreshock collector",
-        description="Take step records in, detect and diagnose, export Prometheus series.",
+        description="Receive step records, detect and diagnose failures, export Prometheus series.",
         usage="%(prog)s [OPTIONS]",
         epilog=f"Each setting may also be given as {_PREFIX}NAME in the environment, or in the file of --config.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="X", help="TOML file with these settings, named as the flags are")
+    parser.add_argument("--config", metavar="X", help="TOML file with these settings, named like the flags")
     for each in _flagged():
         doc = doc_of(each).rstrip(".").replace("%", "%%")
         if each.type == "bool":
@@ -128,9 +128,9 @@ def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None 
 
 
 def misspelt_variables(environment: Iterable[str]) -> list[str]:
-    """A line for each name in the environment that is nearly a setting's: it sets nothing.
+    """Return a warning for each variable whose name is nearly that of a setting.
 
-    Not for all others: Kubernetes makes names of a service called foreshock-collector.
+    Other unknown names are left alone: Kubernetes sets some for a service called foreshock-collector.
     """
     known = ["CONFIG", *(each.name.upper() for each in _flagged())]
     lines = []

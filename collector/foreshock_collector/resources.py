@@ -1,4 +1,4 @@
-"""Files that come with the collector: from a wheel they lie beside this module, in the source tree at its top."""
+"""Data files of the collector: beside this module in a wheel, at the top of a source tree."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _SOURCES = {"prometheus": "deploy/prometheus", "alertmanager": "deploy/alertmana
 
 
 def resource(name: str) -> Path:
-    """Folder of "prometheus", "alertmanager" or "runbooks"."""
+    """Return the folder of "prometheus", "alertmanager" or "runbooks"."""
     installed = _HERE / "data" / name
     return installed if installed.is_dir() else _HERE.parents[1] / _SOURCES[name]

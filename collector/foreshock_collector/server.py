@@ -1,4 +1,4 @@
-"""The collector put together: gRPC and HTTP on one loop, over one state and one database."""
+"""The collector process: gRPC and HTTP on one event loop, over one state and one database."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foreshock_collector.config import Config, ConfigError
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.state.store import Store
-from foreshock_collector.web.app import Pages
+from foreshock_collector.web.app import WebApplication
 from foreshock_collector.web.collector_series import CollectorSeries
 from foreshock_collector.web.exposition import RunSeries
 
@@ -31,14 +31,14 @@ VERSION = importlib.metadata.version("foreshock")
 logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 2.0
-_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
+_ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 _SERVICES = ("", "foreshock.v1.Telemetry")
 
 
 class Server:
-    """`async with Server(config) as server:` listens until the block ends, then drains. Needs a running loop only.
+    """Runs a collector: `async with Server(config) as server:` listens until the block ends, then drains.
 
-    Raises `ConfigError` or `StoreError` where it cannot start. `clock` gives Unix time.
+    Raises `ConfigError` or `StoreError` if it cannot start. `clock` returns Unix time.
     """
 
     def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
@@ -49,7 +49,7 @@ class Server:
         self.http_port = 0
         self.store: Store
         self.committer: asyncio.Task[None]
-        """Ends only with an error: then nothing is stored any more."""
+        """Ends only with an error; then nothing is stored any more."""
 
     async def __aenter__(self) -> Self:
         # Each part registers how it ends: in the reverse order, also when a later part cannot start.
@@ -64,7 +64,7 @@ class Server:
             registry.register(RunSeries(runs, clock, **limits))
             registry.register(CollectorSeries(intake.statistics, runs.errors, store.size_bytes, clock, version=VERSION))
             ProcessCollector(registry=registry)
-            pages = Pages(
+            application = WebApplication(
                 runs=runs,
                 store=store,
                 registry=registry,
@@ -74,17 +74,17 @@ class Server:
                 storing=lambda: intake.storing,
             )
             telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.public_url)
-            await self._open_http(stack, pages)
+            await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
             self.committer = asyncio.create_task(telemetry.committer())
-            stack.push_async_callback(_ended, self.committer)
-            pages.ready = True
-            stack.callback(pages.drain)
+            stack.push_async_callback(_cancel, self.committer)
+            application.ready = True
+            stack.callback(application.drain)
             self._stack = stack.pop_all()
         return self
 
-    async def _open_http(self, stack: AsyncExitStack, pages: Pages) -> None:
-        runner = web.AppRunner(pages.application(), access_log=None, shutdown_timeout=_DRAIN_SECONDS)
+    async def _open_http(self, stack: AsyncExitStack, application: WebApplication) -> None:
+        runner = web.AppRunner(application.as_aiohttp(), access_log=None, shutdown_timeout=_DRAIN_SECONDS)
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         try:
@@ -99,7 +99,7 @@ class Server:
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         try:
-            self.grpc_port = server.add_insecure_port(_joined(self._config.host, self._config.grpc_port))
+            self.grpc_port = server.add_insecure_port(_address(self._config.host, self._config.grpc_port))
         except RuntimeError as error:
             where = f"--grpc-port {self._config.grpc_port} on --host {self._config.host}"
             raise ConfigError(f"{where} cannot be listened on: is it in use?") from error
@@ -112,18 +112,20 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where people and Prometheus look."""
-        return f"http://{_joined(self._config.host, self.http_port)}"
+        """Address for people and Prometheus."""
+        return f"http://{_address(self._config.host, self.http_port)}"
 
     @property
     def public_url(self) -> str:
-        """The same as people elsewhere reach it, as far as it is known."""
-        return self._config.public_url.rstrip("/") or f"http://{_joined(_reachable(self._config.host), self.http_port)}"
+        """Address under which people on other machines reach it, as far as it is known."""
+        return (
+            self._config.public_url.rstrip("/") or f"http://{_address(_public_host(self._config.host), self.http_port)}"
+        )
 
     @property
     def address(self) -> str:
-        """Where recorders connect."""
-        return _joined(self._config.host, self.grpc_port)
+        """Address for recorders."""
+        return _address(self._config.host, self.grpc_port)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -147,7 +149,7 @@ async def serve(config: Config) -> None:
                 raise ConfigError(f"--ready-file {config.ready_file} cannot be written: {error.strerror}") from error
         facts = {
             "version": VERSION,
-            "recorders": _joined(_reachable(config.host), server.grpc_port),
+            "recorders": _address(_public_host(config.host), server.grpc_port),
             "page": server.public_url,
             "database": config.database,
         }
@@ -164,15 +166,15 @@ def _stop(stopping: asyncio.Future[str], signal_name: str) -> None:
         stopping.set_result(signal_name)
 
 
-async def _ended(task: asyncio.Task[None]) -> None:
+async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
 
 
-def _reachable(host: str) -> str:
-    """How others call this machine, where it listens on all its addresses: nobody can go to 0.0.0.0."""
-    return socket.gethostname() if host in _EVERYWHERE else host
+def _public_host(host: str) -> str:
+    """Return the name under which others reach this machine: nobody can connect to 0.0.0.0."""
+    return socket.gethostname() if host in _ANY_ADDRESS else host
 
 
-def _joined(host: str, port: int) -> str:
+def _address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

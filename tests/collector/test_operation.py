@@ -159,7 +159,7 @@ def test_a_run_that_expires_is_logged_once(tmp_path: Path, caplog: pytest.LogCap
     store = Store(tmp_path / "db")
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
     for message in (hello(), steps(1, [1.0]), goodbye(1)):
-        intake.take(message, session)
+        intake.apply(message, session)
     for _ in range(4):
         clock.now += 450
         intake.commit()

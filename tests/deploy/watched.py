@@ -146,7 +146,7 @@ class Watched:
         return f"r-{self._launches}-{rank}"
 
     def _take(self, message: pb.FromRecorder) -> None:
-        self._intake.take(message, self._session)
+        self._intake.apply(message, self._session)
         assert not self._session.refused
 
 

@@ -1,4 +1,4 @@
-"""`foreshock report`: one run or recorded log as a page of its own, or as Markdown for an issue tracker."""
+"""`foreshock report`: one run or recorded log as a self-contained page, or as Markdown for an issue tracker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BEFORE, _AFTER = 96, 16
 
 
 def main(arguments: list[str]) -> int:
-    """0: written; 2: no such run or file, or it cannot be read."""
+    """Write the report. Return 2 if the run or file does not exist or cannot be read."""
     parser = Parser(prog="foreshock report", description="A run or a recorded log as one self-contained page.")
     parser.add_argument("source", metavar="RUN|FILE", help="a file if there is one of this name, else a run")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it; default: standard output")
@@ -74,7 +74,7 @@ def from_run(url: str, name: str) -> Report:
         for by in ("ranks", "layers"):
             cells = ask(url, "runs", name, "heat", by, first=max(1, bad - _BEFORE), last=bad + _AFTER, columns=2000)
             if cells["values"]:
-                # Sequence numbers start at 1; the page speaks of the script's own steps.
+                # Sequence numbers start at 1; the report has the script's own step numbers.
                 shift = verdicts[-1]["first_bad_step"] - bad
                 steps = [sequence + shift for sequence in cells["sequence"]]
                 heat[by] = {"steps": steps, "rows": cells["rows"], "values": cells["values"]}

@@ -21,7 +21,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 logger = logging.getLogger(__name__)
 
 _NAME_LENGTH = 200
-"""Names become labels of series: longer ones are nobody's intention."""
+"""Names become labels of series, which should be short."""
 _PATH_LENGTH = 2000
 """Parameters and layers of deeply wrapped models have long paths."""
 _TEXT_LENGTH = 2000
@@ -29,7 +29,7 @@ _MOST_RANKS = 65_536
 
 
 class Intake:
-    """Applies messages to the state; nothing else changes it. `clock` returns Unix time."""
+    """Applies messages to the state, and commits it. `clock` returns Unix time."""
 
     def __init__(
         self, runs: Runs, store: Store, clock: Callable[[], float], *, ended_seconds: float, silent: float
@@ -47,13 +47,13 @@ class Intake:
 
     @property
     def errors(self) -> Errors:
-        """Errors of the collector itself that no single run has caused."""
+        """Internal errors that no single run has caused."""
         return self._runs.errors
 
-    def take(self, message: pb.FromRecorder, session: Session) -> None:
+    def apply(self, message: pb.FromRecorder, session: Session) -> None:
         """Apply one message of a stream. Raises `RefusedError` for one that no recorder sends.
 
-        A wrong hello costs its own instance alone.
+        A wrong hello affects its own instance alone.
         """
         which = message.WhichOneof("message")
         if which is None:
@@ -90,7 +90,7 @@ class Intake:
         _check_name("hello.instance", hello.instance)
         self.urgent.add(hello.instance)
         try:
-            hello = _checked(hello)
+            hello = _validated(hello)
             self._runs.register(hello, self._clock())
         except RefusedError as error:
             self._refuse_instance(hello, session, str(error), error.reason)
@@ -132,12 +132,12 @@ class Intake:
         except ColumnsError as error:
             raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
         if instance.nonfinite:
-            # It may be this rank's last word: let it know soon that it is safe.
+            # The rank may be about to exit, and waits for this acknowledgement.
             self.urgent.add(instance.name)
 
     def _event(self, run: Run, instance: Instance, event: pb.Event) -> None:
         if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:
-            return  # of a later version: nothing to refuse
+            return  # a newer recorder sent it: nothing to refuse
         event.detail = _printable(event.detail, _TEXT_LENGTH)
         run.record_event(instance, event, self._clock())
         self.urgent.add(instance.name)
@@ -152,9 +152,9 @@ class Intake:
         self.urgent.add(instance.name)
 
     def commit(self) -> None:
-        """Settle what is due in every run, and store all that has come since the last time.
+        """Finalize the steps that are due in every run, and store everything since the last commit.
 
-        Both in one go: nobody sees a counter that a crash could still set back.
+        Nothing runs in between, so that nobody sees a counter that a crash could still set back.
         """
         now = self._clock()
         for run in self._runs:
@@ -165,25 +165,28 @@ class Intake:
             self.urgent.clear()
 
     def commit_urgent(self) -> set[str]:
-        """The same for runs in which something cannot wait; the instances to acknowledge at once."""
+        """Commit the runs in which something cannot wait. Return the instances to acknowledge at once."""
         now = self._clock()
         if not self.storing:
             return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
         known = (self._runs.find(name) for name in waiting)
-        hasty = {id(found[0]): found[0] for found in known if found is not None}
+        urgent = {id(found[0]): found[0] for found in known if found is not None}
         for run in self._runs:
             with run.errors.caught("evaluate"):
-                if id(run) in hasty or run.overdue(now):
-                    hasty[id(run)] = run
+                if id(run) in urgent or run.overdue(now):
+                    urgent[id(run)] = run
                     run.finalize_steps(now)
-        if self._commit(hasty.values()):
+        if self._commit(urgent.values()):
             return waiting
         self.urgent |= waiting
         return set()
 
     def _commit(self, runs: Iterable[Run]) -> bool:
-        """Store what has changed. False: not now, and nothing is lost. The log has the first failure and the end."""
+        """Store the runs that have changed. Return False if that failed; then they stay changed, and nothing is lost.
+
+        The first failure is logged, and the first success after it: not every attempt in between.
+        """
         changed = [run for run in runs if run.changed]
         if not changed:
             return True
@@ -208,9 +211,9 @@ class Intake:
         return True
 
     def expire(self) -> None:
-        """Notice runs that nobody hears of any more, and let go of those that have ended long enough ago.
+        """Detect runs that have fallen silent, and evict those that ended long enough ago.
 
-        Their series and records go; the history stays.
+        An evicted run loses its series and records; its history stays in the database.
         """
         now = self._clock()
         for run in self._runs:
@@ -225,7 +228,7 @@ class Intake:
                         logger.info("run %(run)s expired: its series are gone, its history stays", facts)
 
     def positions(self, session: Session) -> list[pb.Ack.Position]:
-        """How far each instance of a stream is stored, or why it is not taken in."""
+        """Return how far each instance of a stream is stored, or why it is refused."""
         found = []
         for name in sorted(session.registered):
             known = self._runs.find(name)
@@ -246,9 +249,9 @@ def _check_version(hello: pb.Hello) -> None:
         )
 
 
-def _checked(hello: pb.Hello) -> pb.Hello:
-    """The same, with names that can be shown. Raises `RefusedError`."""
-    # By these things are found again: they are taken as they are, or not at all.
+def _validated(hello: pb.Hello) -> pb.Hello:
+    """Return the hello with printable names. Raises `RefusedError`."""
+    # These identify a run, so they are never changed: accepted as they are, or refused.
     for name in ("run", "experiment", "launch"):
         _check_name(f"hello.{name}", getattr(hello, name))
     if not math.isfinite(hello.started_seconds):
@@ -283,7 +286,7 @@ def _check_name(where: str, name: str) -> None:
         raise RefusedError(f"{where} holds characters that cannot be printed")
 
 
-def _printable(text: str, most: int) -> str:
-    """Fit for a label and a terminal: line breaks and the like as Python would write them, and not too long."""
+def _printable(text: str, limit: int) -> str:
+    """Return text that fits a label and a terminal: shortened, with control characters escaped."""
     shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return shown if len(shown) <= most else shown[: most - 3] + "..."
+    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

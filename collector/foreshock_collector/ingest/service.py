@@ -1,4 +1,4 @@
-"""The gRPC side: decode, call, encode."""
+"""The gRPC service: decodes messages, applies them, and encodes acknowledgements."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _TICK_SECONDS = 0.05
 _EXPIRY_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # The defaults turn away a quarter of 4,096 recorders that come back at once.
+    # The defaults reject a quarter of 4,096 recorders that reconnect at once.
     ("grpc.server.max_pending_requests", 16384),
     ("grpc.server.max_pending_requests_hard_limit", 32768),
     # With it, windows grow until a stalled handler has buffered 4 MiB a stream.
     ("grpc.http2.bdp_probe", 0),
-    # Two collectors on one port would split a run's ranks between them.
+    # Two collectors on one port would split the ranks of a run between them.
     ("grpc.so_reuseport", 0),
 )
 
@@ -55,7 +55,7 @@ class Telemetry:
         self._draining = False
 
     async def committer(self) -> None:
-        """Commit about once a second, at once on trouble, and let the streams acknowledge. Runs until cancelled."""
+        """Commit about once a second, urgent runs at once, and let streams acknowledge. Runs until canceled."""
         loop = asyncio.get_running_loop()
         committed = expired = loop.time()
         while True:
@@ -74,7 +74,7 @@ class Telemetry:
                     self._intake.expire()
 
     def drain(self) -> None:
-        """Commit, let every stream send its last acknowledgement, and end them."""
+        """Commit, let every stream send its last acknowledgement, and end it."""
         self._draining = True
         self._intake.commit()
         self._wake(self._streams)
@@ -133,7 +133,7 @@ class Telemetry:
                 except DecodeError:
                     text = "this is not a foreshock.v1.FromRecorder message"
                     raise RefusedError(text, reason="malformed") from None
-                self._intake.take(message, stream.session)
+                self._intake.apply(message, stream.session)
         finally:
             stream.wake.set()
 
@@ -151,7 +151,7 @@ class Telemetry:
 
 
 def make_server(telemetry: Telemetry) -> Any:
-    """A grpc.aio server that serves it. Messages are decoded here, so that a bad one gets a clear status."""
+    """Return a grpc.aio server for it. gRPC passes bytes, so that a malformed message gets a clear status."""
     server = grpc.aio.server(options=_OPTIONS)
     handler = grpc.stream_stream_rpc_method_handler(
         telemetry.stream, request_deserializer=None, response_serializer=pb.Ack.SerializeToString

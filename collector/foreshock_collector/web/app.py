@@ -1,4 +1,4 @@
-"""The HTTP side put together: metrics, health, and the parts for machines, for people, and for what is live."""
+"""The HTTP server: /metrics, health, the API, the stream of changes, and the page."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
-from foreshock_collector.web.api import Api, error
-from foreshock_collector.web.live import Live
+from foreshock_collector.web.api import Api, json_error
+from foreshock_collector.web.live import ChangeStreams
 from foreshock_collector.web.page import Page
 
 _HEADERS = {
@@ -24,11 +24,14 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-"""Of every answer, where it does not say otherwise itself."""
+"""Headers of every response, unless it sets them itself."""
 
 
-class Pages:
-    """Serves every route, and `/metrics` and health checks itself. Changes nothing."""
+class WebApplication:
+    """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
+
+    storing: returns whether commits succeed.
+    """
 
     def __init__(
         self,
@@ -41,30 +44,29 @@ class Pages:
         cache_seconds: float,
         storing: Callable[[], bool],
     ) -> None:
-        """storing: commits work."""
         self._runs = runs
         self._storing = storing
         self._registry = registry
         self._cache_seconds = cache_seconds
         self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
         self._api = Api(runs=runs, store=store, clock=clock, silent=silent)
-        self._live = Live(runs=runs, clock=clock, silent=silent)
+        self._live = ChangeStreams(runs=runs, clock=clock, silent=silent)
         self._page = Page(runs=runs)
         self.ready = False
-        """Records are taken in."""
+        """Whether records are accepted."""
 
     def drain(self) -> None:
-        """No more records are taken in: load balancers should look elsewhere."""
+        """Stop being ready, so that load balancers use another collector."""
         self.ready = False
 
-    def application(self) -> web.Application:
-        """Routes."""
-        application = web.Application(middlewares=[_headers, self._failures])
+    def as_aiohttp(self) -> web.Application:
+        """Return the application with all routes."""
+        application = web.Application(middlewares=[_headers, self._count_failures])
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),
                 web.get("/-/healthy", self._healthy),
-                web.get("/-/ready", self._is_ready),
+                web.get("/-/ready", self._ready),
                 *self._api.routes(),
                 *self._live.routes(),
                 *self._page.routes(),
@@ -87,16 +89,16 @@ class Pages:
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="healthy\n")
 
-    async def _is_ready(self, _: web.Request) -> web.Response:
+    async def _ready(self, _: web.Request) -> web.Response:
         if not self.ready:
             return web.Response(text="not ready\n", status=503)
         if not self._storing():
-            return web.Response(text="not ready: nothing can be stored, see the log\n", status=503)
+            return web.Response(text="not ready: cannot commit, see the log\n", status=503)
         return web.Response(text="ready\n")
 
     @web.middleware
-    async def _failures(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        """An answer that fails costs nothing else: it is counted where it belongs."""
+    async def _count_failures(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        """Count a handler that fails as an error of its run, or of the collector."""
         try:
             response: web.StreamResponse = await handler(request)
         except (web.HTTPException, ConnectionError):
@@ -104,7 +106,9 @@ class Pages:
         except Exception as failure:
             run = self._runs.get(request.match_info.get("run", ""))
             (self._runs if run is None else run).errors.add("page", failure)
-            raise error(web.HTTPInternalServerError, "the collector failed on this request; see its log") from failure
+            raise json_error(
+                web.HTTPInternalServerError, "the collector failed on this request; see its log"
+            ) from failure
         return response
 
 
@@ -112,8 +116,8 @@ class Pages:
 async def _headers(request: web.Request, handler: Any) -> web.StreamResponse:
     try:
         response: web.StreamResponse = await handler(request)
-    except web.HTTPException as answer:
-        answer.headers.update({name: value for name, value in _HEADERS.items() if name not in answer.headers})
+    except web.HTTPException as failure:
+        failure.headers.update({name: value for name, value in _HEADERS.items() if name not in failure.headers})
         raise
     if not response.prepared:
         response.headers.update({name: value for name, value in _HEADERS.items() if name not in response.headers})

@@ -55,6 +55,6 @@ class CollectorSeries(Collector):
         yield Sample(c.COLLECTOR_RECORDS, (), counted.records)
         for reason, count in counted.refused.items():
             yield Sample(c.COLLECTOR_REFUSED, (reason,), count)
-        yield Sample.of_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
+        yield Sample.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
         yield Sample(c.INGEST_LAG, (), counted.lag_seconds(self._clock()))
         yield Sample(c.DATABASE_SIZE, (), self._database_bytes())

@@ -13,7 +13,7 @@ from foreshock_collector.state.runs import Run
 from foreshock_collector.web.samples import Sample, families_of
 
 _SERIES = tuple(series for series in c.CATALOGUE if set(c.RUN) <= set(series.labels))
-_LEVELS = {
+_GAUGES = {
     "global_norm": c.GLOBAL_GRADIENT_NORM,
     "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
     "clip_coefficient": c.CLIP_COEFFICIENT,
@@ -49,7 +49,7 @@ class RunSeries(Collector):
     """Reads the runs at each scrape. `clock` gives Unix time.
 
     ended_seconds: how long the series of an ended run stay; when they go, Prometheus marks them stale and its alerts
-    resolve. silent: seconds without a word that end a run.
+    resolve. silent: seconds without a report that end a run.
     """
 
     def __init__(self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float) -> None:
@@ -59,7 +59,7 @@ class RunSeries(Collector):
         self._silent = silent
 
     def describe(self) -> list[Metric]:
-        """Nothing in advance: registration must not collect."""
+        """Return nothing: registration must not collect."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -68,17 +68,17 @@ class RunSeries(Collector):
 
     def _samples(self, now: float) -> Iterator[Sample]:
         for run in self._runs:
-            # All of a run's, or none: one that fails half-way costs the others nothing.
+            # All samples of a run or none: a run that fails half-way affects no other.
             with run.errors.caught("expose"):
                 if run.ended_for(now, self._silent) >= self._ended_seconds:
                     continue
-                yield from list(self._of(run, now))
+                yield from list(self._run_samples(run, now))
             for stage, count in run.errors.counts.items():
                 yield Sample(c.RUN_ERRORS, (run.experiment, run.name, stage), count)
 
-    def _of(self, run: Run, now: float) -> Iterator[Sample]:
+    def _run_samples(self, run: Run, now: float) -> Iterator[Sample]:
         labels, totals = (run.experiment, run.name), run.totals
-        for name, series in _LEVELS.items():
+        for name, series in _GAUGES.items():
             if name in totals.gauges:
                 yield Sample(series, labels, totals.gauges[name])
         for name, series in _TIMES.items():
@@ -97,8 +97,8 @@ class RunSeries(Collector):
             yield Sample(c.INCIDENTS, (*labels, verdict), count)
             yield Sample(c.OPEN_INCIDENTS, (*labels, verdict), open_[verdict])
             yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
-        yield Sample.of_histogram(c.GRADIENT_NORM, labels, totals.norms)
-        yield Sample.of_histogram(c.STEP_DURATION, labels, totals.durations)
+        yield Sample.from_histogram(c.GRADIENT_NORM, labels, totals.norms)
+        yield Sample.from_histogram(c.STEP_DURATION, labels, totals.durations)
         yield Sample(c.STALL_THRESHOLD, labels, run.stall_threshold())
         yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
         attempt = run.newest

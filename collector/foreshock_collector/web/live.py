@@ -1,4 +1,4 @@
-"""Server-sent events: a word to the page whenever there is something new. What is new it fetches from the API."""
+"""Server-sent events that tell the page when to fetch from the API again."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 
-_LOOK_SECONDS = 0.2
-"""How often a stream looks for news. Well under the second in which a person calls something immediate."""
-_WORD_SECONDS = 10.0
-"""A word at least so often: the page then knows that silence is not news."""
+_CHECK_SECONDS = 0.2
+"""How often a stream checks for changes: well under a second, which people perceive as immediate."""
+_HEARTBEAT_SECONDS = 10.0
+"""Longest pause between two events: without any, the page takes the stream for broken."""
 _MOST_STREAMS = 256
-"""More viewers than that poll."""
+"""Further viewers have to poll."""
 
 
-class Live:
-    """Streams news to every viewer."""
+class ChangeStreams:
+    """Serves a stream of events to each viewer."""
 
     def __init__(self, *, runs: Runs, clock: Callable[[], float], silent: float) -> None:
         self._runs = runs
@@ -32,7 +32,7 @@ class Live:
         self._ending = asyncio.Event()
 
     def routes(self) -> list[web.RouteDef]:
-        """/api/v1/live, of all runs or with ?run= of one."""
+        """Return the route: /api/v1/live for all runs, with ?run= for one."""
         return [web.get("/api/v1/live", self._stream)]
 
     async def end(self, _: web.Application) -> None:
@@ -48,42 +48,42 @@ class Live:
         await response.prepare(request)
         self._streams += 1
         try:
-            await self._send_news(response, name)
+            await self._send_changes(response, name)
         except ConnectionError:
             pass  # the viewer has left
         finally:
             self._streams -= 1
         return response
 
-    async def _send_news(self, response: web.StreamResponse, name: str | None) -> None:
+    async def _send_changes(self, response: web.StreamResponse, name: str | None) -> None:
         sent: Any = None
-        quiet = 0.0
+        idle = 0.0
         while not self._ending.is_set():
-            news = self._news(name)
-            if news != sent or quiet >= _WORD_SECONDS:
-                kind = "news" if news != sent else "word"
+            current = self._fingerprints(name)
+            if current != sent or idle >= _HEARTBEAT_SECONDS:
+                kind = "change" if current != sent else "heartbeat"
                 data = json.dumps({"now_seconds": self._clock()})
                 await response.write(f"event: {kind}\ndata: {data}\n\n".encode())
-                sent, quiet = news, 0.0
-            quiet += _LOOK_SECONDS
+                sent, idle = current, 0.0
+            idle += _CHECK_SECONDS
             try:
-                await asyncio.wait_for(self._ending.wait(), _LOOK_SECONDS)
+                await asyncio.wait_for(self._ending.wait(), _CHECK_SECONDS)
             except TimeoutError:
                 continue
 
-    def _news(self, name: str | None) -> Any:
+    def _fingerprints(self, name: str | None) -> Any:
         if name is None:
-            return [self._news_of(run) for run in self._runs]
+            return [self._fingerprint(run) for run in self._runs]
         run = self._runs.get(name)
-        return None if run is None else self._news_of(run)
+        return None if run is None else self._fingerprint(run)
 
-    def _news_of(self, run: Run) -> tuple[Any, ...]:
-        return run.errors.value("page", (run.name, "errors"), self._state, run)
+    def _fingerprint(self, run: Run) -> tuple[Any, ...]:
+        return run.errors.value("page", (run.name, "errors"), self._visible_state, run)
 
-    def _state(self, run: Run) -> tuple[Any, ...]:
-        """Differs as soon as the API would tell something else of this run than the time of its last word."""
+    def _visible_state(self, run: Run) -> tuple[Any, ...]:
+        """Return a value that differs whenever the API would answer differently, the time of the last report aside."""
         if run.evicted:
-            # At rest, or only greeted. Thousands of old runs must cost next to nothing.
+            # Thousands of ended runs must cost next to nothing.
             return run.name, len(run.attempts)
         attempt = run.newest
         incident, event = run.incidents.newest, run.events.newest

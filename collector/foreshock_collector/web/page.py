@@ -1,4 +1,4 @@
-"""What people see: the HTML pages that scripts fill from the API, the scripts themselves, and runbooks.
+"""The HTML pages that scripts fill from the API, the scripts themselves, and runbooks.
 
 Of a run only its name is put into HTML here, escaped; all else reaches the page as JSON, and from there as text.
 """
@@ -30,7 +30,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     auto_reload=False,
 )
-_KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_CONTENT_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -49,18 +49,18 @@ _POLICY = "; ".join(
 )
 _PLOTLY = "package_data/plotly.min.js"
 _PLOTLY_VERSION = importlib.metadata.version("plotly")
-_INDEX = """Foreshock collector
+_INDEX_TEXT = """Foreshock collector
 
-/                             web page
-/metrics                      series for Prometheus
-/api/v1/runs                  runs, as JSON
+/                             the page, for a browser
+/metrics                      for Prometheus
+/api/v1/runs                  all runs, as JSON
 /api/v1/runs/{run}            one run: ranks, events, incidents
-/api/v1/runs/{run}/steps      its steps by column: ?attempt=&after=&limit=
-/api/v1/runs/{run}/series     its steps downsampled for charts, with the baseline: ?attempt=&first=&last=&points=
+/api/v1/runs/{run}/steps      its steps, as columns: ?attempt=&after=&limit=
+/api/v1/runs/{run}/series     its steps downsampled for a chart, with the baseline: ?attempt=&first=&last=&points=
 /api/v1/runs/{run}/heat/ranks, /heat/layers
 /api/v1/runs/{run}/incidents/{id}
-/api/v1/live                  news as server-sent events: ?run=
-/runbooks                     runbooks of all alerts
+/api/v1/live                  an event for every change, as server-sent events: ?run=
+/runbooks                     what to do about an alert
 /-/healthy  /-/ready
 """
 
@@ -70,13 +70,13 @@ class Page:
 
     def __init__(self, *, runs: Runs) -> None:
         self._runs = runs
-        self._files = {path.name: path.read_bytes() for path in _STATIC.iterdir() if path.suffix in _KINDS}
+        self._files = {path.name: path.read_bytes() for path in _STATIC.iterdir() if path.suffix in _CONTENT_TYPES}
         self._runbooks = {path.stem: path.read_text("utf-8") for path in sorted(resource("runbooks").glob("*.md"))}
         self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
         self._plotly: bytes | None = None
 
     def routes(self) -> list[web.RouteDef]:
-        """Pages, their files, and runbooks in both forms."""
+        """Return the routes of pages, their files, and runbooks."""
         return [
             web.get("/", self._fleet),
             web.get(f"/run/{RUN}", self._run),
@@ -89,7 +89,7 @@ class Page:
 
     async def _fleet(self, request: web.Request) -> web.Response:
         if not _wants_html(request):
-            return web.Response(text=_INDEX)
+            return web.Response(text=_INDEX_TEXT)
         return _page("fleet.html", title="Runs")
 
     async def _run(self, request: web.Request) -> web.Response:
@@ -103,7 +103,7 @@ class Page:
         return _page("runbooks.html", title="Runbooks", names=list(self._runbooks))
 
     async def _runbook(self, request: web.Request) -> web.Response:
-        # Looked up among the names that there are: a path from outside opens no file.
+        # Looked up by name: a path from outside opens no file.
         name = request.match_info["alert"]
         text = self._runbooks.get(name.removesuffix(".md"))
         if text is None:
@@ -113,23 +113,23 @@ class Page:
             return _page("runbook.html", status=404, title="No such runbook", text=Markup("<p>{}</p>").format(message))
         if name.endswith(".md") or not _wants_html(request):
             return web.Response(text=text, content_type="text/markdown", headers={"Vary": "Accept"})
-        # Ours, and rendered without the HTML in it.
+        # Our own text, and the renderer escapes any HTML in it.
         return _page("runbook.html", title=name, text=Markup(self._markdown.render(text)))  # noqa: S704
 
     async def _file(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
         if name not in self._files:
             raise web.HTTPNotFound(text="no such file\n")
-        return _cached(request, self._files[name], _KINDS[Path(name).suffix])
+        return _with_etag(request, self._files[name], _CONTENT_TYPES[Path(name).suffix])
 
     async def _icon(self, request: web.Request) -> web.Response:
-        return _cached(request, self._files["icon.svg"], _KINDS[".svg"])
+        return _with_etag(request, self._files["icon.svg"], _CONTENT_TYPES[".svg"])
 
     async def _plotly_js(self, request: web.Request) -> web.Response:
         if self._plotly is None:
-            # Once, and beside the loop: 4.8 MB are long on a tunnel, 1.5 MB less so.
+            # Once, in a thread: over a slow tunnel, 1.5 MB load three times as fast as 4.8 MB.
             self._plotly = await asyncio.to_thread(lambda: gzip.compress(plotly_script().read_bytes(), 6))
-        # The page asks for it by version, so what a browser has it may keep; compiled, too, from the third visit on.
+        # The URL has the version, so browsers may keep the file, and its compiled form.
         headers = {"Cache-Control": "public, max-age=31536000, immutable", "Vary": "Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             headers["Content-Encoding"] = "gzip"
@@ -140,7 +140,7 @@ class Page:
 
 
 def plotly_script() -> Path:
-    """plotly.js, as the installed package `plotly` has it; the package itself is not imported."""
+    """Return the plotly.js of the installed package `plotly`, without importing that package."""
     spec = importlib.util.find_spec("plotly")
     places = spec.submodule_search_locations if spec is not None else None
     if not places or not (script := Path(places[0]) / _PLOTLY).is_file():
@@ -158,8 +158,8 @@ def _wants_html(request: web.Request) -> bool:
     return "text/html" in request.headers.get("Accept", "")
 
 
-def _cached(request: web.Request, body: bytes, kind: str) -> web.Response:
-    """Asked for again each time, sent only if it has changed: after an upgrade nobody runs old scripts."""
+def _with_etag(request: web.Request, body: bytes, kind: str) -> web.Response:
+    """Send a file only if it has changed. Browsers ask each time: after an upgrade nobody runs old scripts."""
     tag = hashlib.sha256(body).hexdigest()[:16]
     headers = {"ETag": f'"{tag}"', "Cache-Control": "no-cache"}
     if request.headers.get("If-None-Match") == headers["ETag"]:

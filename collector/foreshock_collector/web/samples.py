@@ -27,7 +27,7 @@ class Sample:
         self._buckets = buckets
 
     @classmethod
-    def of_histogram(cls, series: Series, labels: Labels, histogram: Histogram) -> Sample:
+    def from_histogram(cls, series: Series, labels: Labels, histogram: Histogram) -> Sample:
         """Make the cumulative counts that Prometheus expects."""
         bounds = (*map(repr, histogram.bounds), "+Inf")
         counts = accumulate(map(float, histogram.counts))

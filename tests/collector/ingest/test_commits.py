@@ -27,8 +27,8 @@ def test_records_that_wait_for_a_commit_are_the_ingest_lag_and_failed_commits_ar
     store = Store(tmp_path / "db")
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
     statistics = intake.statistics
-    intake.take(hello(), session)
-    intake.take(hello("other", launch="other"), session)
+    intake.apply(hello(), session)
+    intake.apply(hello("other", launch="other"), session)
     intake.commit()
     assert (statistics.lag_seconds(clock()), sum(statistics.commit_seconds.counts)) == (0.0, 1)
     intake.commit()
@@ -39,17 +39,17 @@ def test_records_that_wait_for_a_commit_are_the_ingest_lag_and_failed_commits_ar
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "commit", full)
-        intake.take(steps(1, [1.0]), session)
+        intake.apply(steps(1, [1.0]), session)
         clock.now += 5
-        intake.take(steps(1, [1.0], run="other"), session)
+        intake.apply(steps(1, [1.0], run="other"), session)
         for _ in range(7):
             clock.now += 1
             intake.commit()
         assert (statistics.lag_seconds(clock()), sum(statistics.commit_seconds.counts)) == (12.0, 8)
-    intake.take(pb.FromRecorder(steps=pb.StepBatch(instance="r-0")), session)
+    intake.apply(pb.FromRecorder(steps=pb.StepBatch(instance="r-0")), session)
     intake.commit()
     assert statistics.lag_seconds(clock()) == 0.0
-    intake.take(pb.FromRecorder(steps=pb.StepBatch(instance="r-0")), session)  # alive, without records
+    intake.apply(pb.FromRecorder(steps=pb.StepBatch(instance="r-0")), session)  # alive, without records
     clock.now += 30
     assert statistics.lag_seconds(clock()) == 0.0
     store.close()

@@ -92,10 +92,10 @@ def test_a_run_that_dies_before_its_first_step_is_told_of_and_its_incident_goes_
     died = pb.Goodbye(instance="r-0", reason=pb.Goodbye.EXCEPTION, detail="OutOfMemoryError: CUDA out of memory")
     store = Store(tmp_path / "died.db")
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
-    intake.take(hello(), session)
+    intake.apply(hello(), session)
     intake.commit()
     clock.now += 1
-    intake.take(pb.FromRecorder(goodbye=died), session)
+    intake.apply(pb.FromRecorder(goodbye=died), session)
     intake.commit()
     store.close()
     # The collector is away at just that moment.

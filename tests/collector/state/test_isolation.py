@@ -252,7 +252,9 @@ def test_a_run_that_cannot_be_shown_is_told_as_unknown(
     broken = failing(condition, for_run=lambda run, *_: run.name == "broken")
     monkeypatch.setattr("foreshock_collector.web.api.condition", broken)
     monkeypatch.setattr(
-        exposition.RunSeries, "_of", failing(exposition.RunSeries._of, for_run=lambda _, run, __: run.name == "broken")
+        exposition.RunSeries,
+        "_run_samples",
+        failing(exposition.RunSeries._run_samples, for_run=lambda _, run, __: run.name == "broken"),
     )
 
     async def test() -> None:

@@ -19,7 +19,7 @@ from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.records.window import Window
 from foreshock_collector.web.baseline import Baseline
-from foreshock_collector.web.heat import MOST_ROWS, around_incident, downsampled
+from foreshock_collector.web.heat import MOST_ROWS, downsample, incident_norms
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 from tests.support.streams import steps
@@ -72,7 +72,7 @@ def test_a_cell_of_a_heat_map_is_the_largest_of_its_block_and_never_hides_what_i
     table[:10] = math.nan
     table[500, 200] = 9.0
     table[700, 3] = math.inf
-    found = downsampled(np.arange(1, 1001), [str(i) for i in range(300)], table, columns=100)
+    found = downsample(np.arange(1, 1001), [str(i) for i in range(300)], table, columns=100)
     assert found["bin_width"] == 10
     assert found["sequence"][0] == 11
     assert len(found["rows"]) <= MOST_ROWS
@@ -93,13 +93,13 @@ def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
         buffer.write(rank, decode(batch, 2), now=0.0)
     window = Window.from_bytes(Window.of(buffer, 7, 9).as_bytes())
     asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
-    ranks = around_incident(window, ("a", "b"), "ranks", **asked)
+    ranks = incident_norms(window, ("a", "b"), "ranks", **asked)
     assert (ranks["sequence"], ranks["rows"]) == ([7, 8, 9], ["0", "1"])
     assert ranks["values"] == [[70.0, 80.0, 1.0], [71.0, 81.0, "inf"]]
-    layers = around_incident(window, ("a", "b"), "layers", **asked)
+    layers = incident_norms(window, ("a", "b"), "layers", **asked)
     assert (layers["rows"], layers["values"]) == (["a", "b"], [[1.0, 3.0, 5.0], [2.0, 4.0, "inf"]])
-    assert around_incident(window, ("a", "b"), "ranks", first=8, last=8, columns=10)["values"] == [[80.0], [81.0]]
-    assert around_incident(None, (), "ranks", **asked)["values"] == []
+    assert incident_norms(window, ("a", "b"), "ranks", first=8, last=8, columns=10)["values"] == [[80.0], [81.0]]
+    assert incident_norms(None, (), "ranks", **asked)["values"] == []
     assert [(row["sequence"], row["rank"]) for row in window.loudest()] == [(s, r) for s in (7, 8, 9) for r in (0, 1)]
 
 
@@ -193,15 +193,15 @@ def test_nothing_can_be_changed_through_the_page(url: str) -> None:
         assert refusal.value.code == 405
 
 
-def test_a_stream_says_that_there_is_news(url: str, job: Jobs) -> None:
+def test_a_stream_announces_a_change(url: str, job: Jobs) -> None:
     run = job("streamed")
     run.train(10)
     run.stored()
     with urllib.request.urlopen(f"{url}/api/v1/live?run=streamed", timeout=10) as stream:
         assert stream.headers.get_content_type() == "text/event-stream"
-        assert stream.readline() == b"event: news\n"
+        assert stream.readline() == b"event: change\n"
         run.train(1)
-        while stream.readline() != b"event: news\n":
+        while stream.readline() != b"event: change\n":
             pass
 
 

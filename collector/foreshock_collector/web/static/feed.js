@@ -1,4 +1,4 @@
-// Keeps the page up to date: a stream announces news and `refresh` fetches it. Without a stream, the page polls.
+// Keeps the page up to date: a stream announces changes and `refresh` fetches it. Without a stream, the page polls.
 
 import { el, put, span } from "./text.js";
 
@@ -54,8 +54,8 @@ export function follow(url, refresh) {
     // Browsers allow six connections per host, so background tabs close theirs.
     if (document.hidden || stream) return;
     stream = new EventSource(url);
-    // Refresh even without news: the page shows how long ago things happened.
-    for (const kind of ["news", "word"]) stream.addEventListener(kind, () => { reached = Date.now(); update(); });
+    // Refresh on a heartbeat as well: the page shows how long ago things happened.
+    for (const kind of ["change", "heartbeat"]) stream.addEventListener(kind, () => { reached = Date.now(); update(); });
   }
 
   function close() {
