@@ -60,7 +60,7 @@ REFUSAL_REASONS = (
     *("malformed", "schema_version", "invalid_value", "no_hello"),
     *("contradiction", "collector_error"),
 )
-"""Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it speaks another schema
+"""Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it uses another schema
 version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
 launch; or the collector failed on it."""
 

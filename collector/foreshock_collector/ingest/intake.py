@@ -188,11 +188,17 @@ class Intake:
         The first failure is logged, and the first success after it: not every attempt in between.
         """
         changed = [run for run in runs if run.changed]
-        if not changed:
-            return True
+        if changed and not self._store_changed(changed):
+            return False
+        waiting = self.statistics.waiting_since
+        for name in [name for name in waiting if (run := self._runs.get(name)) is None or not run.changed]:
+            del waiting[name]
+        return True
+
+    def _store_changed(self, runs: list[Run]) -> bool:
         began = time.perf_counter()
         try:
-            self._store.commit(changed)
+            self._store.commit(runs)
         except Exception as error:
             self._runs.errors.counts["commit"] += 1
             if self.storing:
@@ -205,9 +211,6 @@ class Intake:
         if not self.storing:
             logger.warning("commits succeed again")
         self.storing = True
-        waiting = self.statistics.waiting_since
-        for name in [name for name in waiting if (run := self._runs.get(name)) is None or not run.changed]:
-            del waiting[name]
         return True
 
     def expire(self) -> None:
@@ -243,8 +246,8 @@ class Intake:
 def _check_version(hello: pb.Hello) -> None:
     if hello.schema_version != SCHEMA_VERSION:
         raise RefusedError(
-            f"this recorder speaks schema version {hello.schema_version}, this collector knows version "
-            f"{SCHEMA_VERSION}: bring both to the same release of foreshock",
+            f"the recorder uses schema version {hello.schema_version}, the collector supports version "
+            f"{SCHEMA_VERSION}: install the same release of foreshock on both",
             reason="schema_version",
         )
 

@@ -1,6 +1,6 @@
 """The HTML pages that scripts fill from the API, the scripts themselves, and runbooks.
 
-Of a run only its name is put into HTML here, escaped; all else reaches the page as JSON, and from there as text.
+The HTML holds nothing of a run but its name, escaped; everything else reaches the page as JSON and is shown as text.
 """
 
 from __future__ import annotations
