@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from foreshock_collector.alerting.rule_file import Addresses, rule_file
+from foreshock_collector.alerting.addresses import Addresses
+from foreshock_collector.alerting.rule_file import rule_file
 from grafana.dashboards import DASHBOARDS
 from grafana.rules import alerting
 
@@ -40,14 +41,12 @@ def rules(addresses: Addresses) -> dict[Path, str]:
 
 def main(arguments: list[str]) -> int:
     """0: written, or up to date; 1: --check found a difference."""
-    default = Addresses()
     parser = argparse.ArgumentParser(prog="python -m grafana.make", description=__doc__)
     parser.add_argument("what", nargs="?", choices=["dashboards", "rules"], help="default: both")
     parser.add_argument("--check", action="store_true", help="only compare")
-    parser.add_argument("--collector-url", default=default.collector, metavar="URL", help="base of links to the page")
-    parser.add_argument("--grafana-url", default=default.grafana, metavar="URL", help="base of links to dashboards")
+    Addresses.add_options(parser)
     options = parser.parse_args(arguments)
-    addresses = Addresses(collector=options.collector_url.rstrip("/"), grafana=options.grafana_url.rstrip("/"))
+    addresses = Addresses.from_options(options)
     texts = {"dashboards": dashboards(), "rules": rules(addresses)}
     wanted = texts[options.what] if options.what else texts["dashboards"] | texts["rules"]
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text]

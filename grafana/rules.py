@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from foreshock_collector.alerting.addresses import Addresses
 from foreshock_collector.alerting.alert import RUN_LABEL, Alert
 from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.alerting.lookups import Lookup
-from foreshock_collector.alerting.rule_file import GROUP, Addresses
+from foreshock_collector.alerting.rule_file import GROUP
 from grafana.panels import Json
 
 DATASOURCE_UID = "foreshock-prometheus"

@@ -57,9 +57,8 @@ def files() -> frozenset[str]:
 @pytest.fixture(scope="module")
 def names() -> Names:
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    scripts = [
-        path for folder in ("benchmarks", "examples", "grafana", "docs") for path in (ROOT / folder).rglob("*.py")
-    ]
+    folders = ("benchmarks", "examples", "grafana", "docs", "collector/foreshock_collector/alerting")
+    scripts = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     samples = {f"{s.name}_{part}" for s in CATALOGUE if s.kind is Kind.HISTOGRAM for part in ("bucket", "sum", "count")}
     settings = {f"{COLLECTOR_PREFIX}{setting.name.upper()}" for setting in fields(Config) if setting.name != "runs"}
     return Names(

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,8 @@ import pytest
 import yaml
 
 from foreshock_collector.alerting import alerts
-from foreshock_collector.alerting.rule_file import Addresses, rule_file
+from foreshock_collector.alerting.addresses import Addresses
+from foreshock_collector.alerting.rule_file import rule_file
 from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.catalogue import (
     CATALOGUE,
@@ -216,10 +218,17 @@ def test_every_rule_reads_back_as_the_alert_that_it_was_written_from() -> None:
 
 
 def test_the_documented_command_points_every_link_to_other_addresses() -> None:
-    (line,) = re.findall(r'^ +make rules ARGS="(.*)"$', (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    """Both of them: in a checkout, and where only the wheel is installed."""
+    page = (ROOT / "docs/deploy.md").read_text().replace(" \\\n     ", "")
+    ((_, line), (module, same)) = re.findall(
+        r'^ +(make rules ARGS=|python -m [\w.]+) ?"?(--[^">]*)', page, re.MULTILINE
+    )
     options = shlex.split(line)
-    assert options[::2] == ["--collector-url", "--grafana-url"]
+    assert options == shlex.split(same) and options[::2] == ["--collector-url", "--grafana-url"]
     text = rule_file(Addresses(collector=options[1], grafana=options[3]))
+    command = [sys.executable, *module.split()[1:], *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == text
     expected = {
         alert["alert"]: {
             name: link.replace(COLLECTOR, "https://foreshock.example.org").replace(

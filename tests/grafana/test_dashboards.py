@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.alerting.rule_file import Addresses
+from foreshock_collector.alerting.addresses import Addresses
 from foreshock_collector.catalogue import CATALOGUE
 from grafana.make import HERE, dashboards, main, rules
 from grafana.rules import present

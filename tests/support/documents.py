@@ -151,7 +151,7 @@ def unknown_options(document: Document, names: Names) -> list[str]:
         commands = [name for name in _COMMAND.findall(code) if name in names.options]
         for command in commands or names.options:
             allowed |= names.options[command]
-        if re.search(r"\bmake |ARGS|examples/|benchmarks/", f"{document.path} {context}"):
+        if re.search(r"\bmake |ARGS|python -m|examples/|benchmarks/", f"{document.path} {context}"):
             allowed |= names.script_options
         for program, options in names.foreign_options.items():
             if re.search(rf"\b{program}\b", context):

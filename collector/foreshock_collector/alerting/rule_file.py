@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import textwrap
-from dataclasses import dataclass
 
+from foreshock_collector.alerting.addresses import Addresses
 from foreshock_collector.alerting.alert import RUN_LABEL, Alert
 from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.alerting.lookups import Lookup
-from foreshock_protos import DEFAULT_HTTP_PORT
 
 GROUP = "foreshock"
 _HEAD = f"""\
@@ -23,24 +22,6 @@ groups:
   - name: {GROUP}
     rules:
 """
-_PATH = 'urlquery | reReplaceAll "\\\\+" "%20"'
-"""Go template: quote a name for the path of a URL, where a space is %20. In a query string urlquery's + is right."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Addresses:
-    """Base URLs of the links in alerts, as people reach them; by default all on this machine."""
-
-    collector: str = f"http://127.0.0.1:{DEFAULT_HTTP_PORT}"
-    grafana: str = "http://127.0.0.1:3000"
-
-    def links(self, alert: Alert) -> dict[str, str]:
-        """Links of an alert, by the name of their annotation."""
-        links = {"runbook_url": f"{self.collector}/runbooks/{alert.name}"}
-        if alert.of_run:
-            links["page_url"] = f"{self.collector}/run/{{{{ $labels.run | {_PATH} }}}}"
-        variable = "?var-run={{ $labels.run | urlquery }}" if alert.of_run else ""
-        return links | {"dashboard_url": f"{self.grafana}/d/{alert.dashboard}{variable}"}
 
 
 def rule_file(addresses: Addresses) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 
 import aiohttp
 
-from foreshock_collector.alerting.rule_file import Addresses, rule_file
+from foreshock_collector.alerting.addresses import Addresses
+from foreshock_collector.alerting.rule_file import rule_file
 from foreshock_collector.commands.demo import DemoError
 from foreshock_collector.commands.demo.training import end
 from foreshock_collector.resources import resource
