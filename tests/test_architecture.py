@@ -28,7 +28,13 @@ PACKAGES = {
     "foreshock_protos": ROOT / "protos/foreshock_protos",
 }
 ARROWS = {
-    "foreshock": {"foreshock_recorder.ring"},
+    "foreshock": {
+        "foreshock_protos.columns",
+        "foreshock_recorder.layout",
+        "foreshock_recorder.paths",
+        "foreshock_recorder.process",
+        "foreshock_recorder.ring",
+    },
     "foreshock_recorder": {"foreshock_protos"},
     "foreshock_collector": {"foreshock_protos"},
     "foreshock_protos": set(),
@@ -128,9 +134,11 @@ def test_what_decides_knows_no_clock_database_or_socket(part: str) -> None:
             assert name.partition(".")[0] not in PURE, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
-def test_the_ring_needs_only_the_standard_library() -> None:
-    brought = top_level(loaded_by("foreshock_recorder.ring") - loaded_by("json"))
-    assert brought - sys.stdlib_module_names == {"foreshock_recorder"}
+def test_the_ring_needs_only_the_standard_library_and_the_table_of_columns() -> None:
+    loaded = loaded_by("foreshock_recorder.ring")
+    assert {module for module in loaded if module.startswith("foreshock_protos.")} == {"foreshock_protos.columns"}
+    brought = top_level(loaded - loaded_by("json"))
+    assert brought - sys.stdlib_module_names == {"foreshock_protos", "foreshock_recorder"}
 
 
 @pytest.mark.parametrize("package", ["foreshock_recorder", "foreshock_collector"])
@@ -149,8 +157,8 @@ def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
 
 def test_the_probe_brings_neither_grpc_nor_protobuf_into_the_training_process() -> None:
     loaded = loaded_by(*module_names("foreshock"))
-    assert not top_level(loaded) & {"grpc", "foreshock_protos", "foreshock_collector"}
-    assert not any(module.startswith("google.protobuf") for module in loaded)
+    assert not top_level(loaded) & {"grpc", "foreshock_collector"}
+    assert not any(module.startswith(("google.protobuf", "foreshock_protos.v1")) for module in loaded)
 
 
 def test_the_foreshock_command_does_not_wait_for_torch() -> None:

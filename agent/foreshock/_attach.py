@@ -20,20 +20,22 @@ from torch.nn.parallel import DistributedDataParallel
 from foreshock._agreement import Decision, Posting, agree
 from foreshock._buckets import hook_taken, watch_buckets
 from foreshock._clip import Clip
-from foreshock._console import say_once
 from foreshock._errors import AttachError, SettingsError
 from foreshock._handle import DisabledWatch, Watch
 from foreshock._identity import launch_name, local_rank, node_name, run_name
 from foreshock._kernel import clips_in_kernel, why_not_skipped
 from foreshock._launch import RecorderProcess, announce
 from foreshock._leaving import is_watched, make_room
+from foreshock._log import rank_zero_warn_once, set_rank
 from foreshock._records import Records
 from foreshock._settings import Settings, kill_switch, settings_from
 from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
 from foreshock._variables import unknown_variables
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
-from foreshock_recorder.ring import Farewell, Ring, ring_folder, ring_name
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.paths import ring_folder, ring_name
+from foreshock_recorder.ring import Ring
 
 
 def attach(
@@ -66,6 +68,7 @@ def attach(
     `AttachError` where ranks are missing or disagree; never raises into training after that.
     """
     ranks = _Ranks(model)
+    set_rank(ranks.rank)
     try:
         mine = None
         if not kill_switch():
@@ -82,8 +85,8 @@ def attach(
             plan = _checked_plan(ddp, optimizer)
             _check_skip(optimizer, settings)
             mine = _Mine(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
-            for line in unknown_variables(os.environ) if ranks.rank == 0 else ():
-                say_once(line, line)
+            for line in unknown_variables(os.environ):
+                rank_zero_warn_once(line, line)
     except SettingsError as error:
         # The others must not wait for this rank, nor hook up without it.
         ranks.leave(Posting(version=__version__, error=str(error)))
@@ -179,7 +182,7 @@ def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
 def _withdraw(ring: Ring | None) -> None:
     """Nobody watches. A recorder that has seen the ring already must not take its end for a death."""
     if ring is not None:
-        ring.farewell(Farewell.DETACHED)
+        ring.write_exit(ExitReason.DETACHED)
         with suppress(OSError):
             ring.path.unlink()
 
@@ -192,7 +195,7 @@ def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:
         "instance": f"{decision.launch}-{ranks.rank}-{secrets.token_hex(4)}",
         "experiment": mine.settings.experiment,
         "run": decision.run,
-        "launch": decision.launch,
+        "launch_id": decision.launch,
         "started_seconds": time.time(),
         "rank": ranks.rank,
         "local_rank": local_rank(ranks.rank),

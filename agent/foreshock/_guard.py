@@ -5,16 +5,16 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Protocol
 
-from foreshock._console import say_once
+from foreshock._log import warn_once
 
 
 class DropCounter(Protocol):
     """Where a dropped record is counted."""
 
-    def drop(self, reason: str) -> None:
+    def count_dropped(self, reason: str) -> None:
         """Count one."""
 
-    def note(self, detail: str) -> None:
+    def write_error(self, text: str) -> None:
         """Keep why."""
 
 
@@ -34,7 +34,7 @@ class Guard:
         if not isinstance(error, Exception) or self._strict:
             return False
         text = f"{type(error).__name__}: {error}"
-        self._counter.drop("probe_error")
-        self._counter.note(text)
-        say_once("probe_error", f"an internal error dropped a step record; training continues ({text})")
+        self._counter.count_dropped("probe_error")
+        self._counter.write_error(text)
+        warn_once("probe_error", f"an internal error dropped a step record; training continues ({text})")
         return True

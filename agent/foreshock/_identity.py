@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Mapping
 
-from foreshock_recorder.ring import process_start
+from foreshock_recorder.process import start_ticks
 
 
 def run_name(explicit: str, environment: Mapping[str, str]) -> str:
@@ -27,7 +27,7 @@ def run_name(explicit: str, environment: Mapping[str, str]) -> str:
         return elastic
     if elastic:
         launcher = os.getppid()
-        started = process_start(launcher)
+        started = start_ticks(launcher)
         return f"run-{uuid.uuid5(uuid.NAMESPACE_OID, f'{socket.gethostname()} {launcher} {started}').hex[:10]}"
     return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from foreshock._clip import Clip
-from foreshock._console import say_once
+from foreshock._log import rank_zero_warn_once
 from foreshock._numbers import Flag, Number, number, ratio
 from foreshock._policies import Ruling
 from foreshock._summary import trainable
@@ -92,7 +92,7 @@ class Kernel:
 
     def _leave_out(self, skip: Flag) -> None:
         if not clips_in_kernel(self._optimizer):
-            say_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
+            rank_zero_warn_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
             return
         self._guard_momentum()
         if skip is False:

@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from urllib.parse import unquote
 
-from foreshock._console import say, say_once
-from foreshock_recorder.ring import Ring, has_recorder
+from foreshock._log import info, info_once, warn_once
+from foreshock_recorder.paths import has_recorder
+from foreshock_recorder.ring import Ring
 
-FAREWELL_SECONDS = 2.0
+EXIT_SECONDS = 2.0
 """Longest wait of a leaving rank for the collector's last acknowledgement."""
 _CHECK_SECONDS = 5.0
 _STARTS = 3
@@ -41,7 +42,7 @@ class RecorderProcess:
             if has_recorder(self._folder):
                 return
             if self._starts == _STARTS:
-                say_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log()})")
+                warn_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log()})")
                 return
             self._starts += 1
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
@@ -56,7 +57,7 @@ class RecorderProcess:
                 env=environment,
             )
         except OSError as error:
-            say_once("recorder", f"the recorder cannot start; nothing reaches the collector ({error})")
+            warn_once("recorder", f"the recorder cannot start; nothing reaches the collector ({error})")
             return
         self._processes.append(process)
 
@@ -68,22 +69,22 @@ class RecorderProcess:
         self._reap()
         if now - ring.recorder_seen > 2 * _CHECK_SECONDS:
             self.ensure()
-        self._say_trouble(ring)
+        self._say_problem(ring)
         self._say_page(ring)
 
-    def wait_for_farewell(self, ring: Ring) -> None:
+    def wait_for_exit(self, ring: Ring) -> None:
         """Bounded wait until everything is stored: a pod dies with its first process, and takes the recorder along."""
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while time.monotonic() < deadline and not ring.trouble:
-            if ring.acknowledged >= ring.launched and ring.acknowledged_farewell:
+        deadline = time.monotonic() + EXIT_SECONDS
+        while time.monotonic() < deadline and not ring.problem:
+            if ring.acknowledged >= ring.begun and ring.exit_acknowledged:
                 break
             time.sleep(0.005)
         self._say_page(ring)
-        self._say_trouble(ring)
-        if self._speaks and not ring.trouble and (left := ring.launched - ring.acknowledged):
+        self._say_problem(ring)
+        if self._speaks and not ring.problem and (left := ring.begun - ring.acknowledged):
             retry = "the recorder keeps trying, or" if has_recorder(self._folder) else "no recorder is running, so"
             line = f"{left} records have not reached the collector yet; {retry} a later job's recorder delivers them"
-            say_once("collector", line)
+            warn_once("collector", line)
         self._reap()
 
     def _reap(self) -> None:
@@ -93,16 +94,16 @@ class RecorderProcess:
                 process.returncode = 0
         self._processes.clear()
 
-    def _say_trouble(self, ring: Ring) -> None:
-        if self._speaks and ring.trouble:
-            say_once("collector", f"the collector accepts no records; training continues ({ring.trouble})")
+    def _say_problem(self, ring: Ring) -> None:
+        if self._speaks and ring.problem:
+            warn_once("collector", f"the collector accepts no records; training continues ({ring.problem})")
 
     def _say_page(self, ring: Ring) -> None:
         page = ring.page
         if self._speaks and page:
             run = unquote(page.rpartition("/")[2])
             other = "" if run == self._run else f"; the name {self._run} is in use by another run"
-            say_once(f"page {page}", f"run {run}: {page}{other}")
+            info_once(f"page {page}", f"run {run}: {page}{other}")
 
     def _log(self) -> str:
         log = self._folder / "recorder.log"
@@ -112,4 +113,4 @@ class RecorderProcess:
 def announce(line: str, *, rank: int) -> None:
     """The one line at attach, from rank 0."""
     if rank == 0:
-        say(line)
+        info(line)

@@ -18,15 +18,16 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
-from foreshock._console import say_once
 from foreshock._launch import RecorderProcess
-from foreshock_recorder.ring import Farewell, Ring
+from foreshock._log import rank_zero_warn_once
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.ring import Ring
 
 
 class Ending(NamedTuple):
     """How a rank leaves, and what there is to say about it."""
 
-    reason: Farewell
+    reason: ExitReason
     detail: str = ""
 
 
@@ -97,22 +98,22 @@ class _Exits:
         error = _last_error()
         # At a prompt an error ends nothing.
         if error is None or error is self._before or hasattr(sys, "ps1"):
-            return Ending(Farewell.FINISHED)
+            return Ending(ExitReason.FINISHED)
         return ending_by(error)
 
 
 def ending_by(error: BaseException) -> Ending:
     """What an exception that nobody caught says."""
     if isinstance(error, KeyboardInterrupt):
-        return Ending(Farewell.INTERRUPTED, "KeyboardInterrupt")
+        return Ending(ExitReason.INTERRUPTED, "KeyboardInterrupt")
     if isinstance(error, SystemExit):
         handled = error.__context__
         if isinstance(handled, KeyboardInterrupt) or (isinstance(handled, Exception) and exit_code(error.code)):
             return ending_by(handled)
         return _ending_with(error.code)
     if isinstance(error, GeneratorExit):
-        return Ending(Farewell.DETACHED)
-    return Ending(Farewell.EXCEPTION, f"{type(error).__name__}: {error}")
+        return Ending(ExitReason.DETACHED)
+    return Ending(ExitReason.EXCEPTION, f"{type(error).__name__}: {error}")
 
 
 def exit_code(status: Any) -> int:
@@ -125,9 +126,9 @@ def exit_code(status: Any) -> int:
 def _ending_with(status: Any) -> Ending:
     code = exit_code(status)
     if not code:
-        return Ending(Farewell.FINISHED)
+        return Ending(ExitReason.FINISHED)
     text = "" if isinstance(status, int) else f": {status}"
-    return Ending(Farewell.EXCEPTION, f"exit code {code}{text}")
+    return Ending(ExitReason.EXCEPTION, f"exit code {code}{text}")
 
 
 def _last_error() -> BaseException | None:
@@ -219,13 +220,13 @@ def arrived(leaver: Leaver, ring: Path) -> None:
 
 def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) -> None:
     """The goodbye. wait: for its acknowledgement, two seconds at most."""
-    ring.farewell(*ending)
+    ring.write_exit(*ending)
     _stack.drop(stack_path(ring.path))
     if wait and not any(each.enabled and not each.retired for each in present()):
         _exits.let_go()
     if wait:
         recorder.ensure()
-        recorder.wait_for_farewell(ring)
+        recorder.wait_for_exit(ring)
     else:
         now = time.monotonic()
         # An older one is not waited for at the end, and its ring is memory and a descriptor that others need.
@@ -236,7 +237,7 @@ def went_on(leaver: Leaver) -> None:
     """It has made a step. Trainings of this process that make none between two of a later one have ended."""
     _exits.went_on()
     if leaver.retired:
-        say_once(
+        rank_zero_warn_once(
             "retired",
             "a training that counts as finished is still running, because it made no step while a later one in this "
             "process made two; it is clipped as before but no longer recorded; attach again to record it",
@@ -261,7 +262,7 @@ def make_room(*those: object) -> None:
     """These are attached to anew: a retired watch of one of them lets go of it."""
     for each in present():
         if each.retired and any(each.watches(which) for which in those):
-            each.leave(Ending(Farewell.FINISHED), wait=False)
+            each.leave(Ending(ExitReason.FINISHED), wait=False)
 
 
 def with_model(leaver: Leaver) -> Callable[[object], None]:

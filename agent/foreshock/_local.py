@@ -27,18 +27,10 @@ from foreshock._numbers import (
     where,
 )
 from foreshock._summary import ParameterPlan
+from foreshock_protos.columns import REDUCED_NAMES
 
-SUM_FIELDS = (
-    "reduced_square_sum",
-    "reduced_nan_ranks",
-    "reduced_inf_ranks",
-    "reduced_idle_ranks",
-    "reduced_loss_sum",
-    "reduced_loss_count",
-    "reduced_nan_losses",
-    "reduced_inf_losses",
-)
-"""What the all-reduce of a step carries: fixed, so O(1) in the world size. `StepBatch` says what each means."""
+SUM_FIELDS = REDUCED_NAMES[1:]
+"""What the all-reduce of a step carries, behind its sequence number: fixed, so O(1) in the world size."""
 
 
 class LocalNorms:

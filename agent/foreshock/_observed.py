@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from foreshock._console import say_once
+from foreshock._log import rank_zero_warn_once
 from foreshock._numbers import Number, number
 
 _STEPS = range(-(2**53), 2**53)
@@ -114,7 +114,9 @@ def _step(step: Any) -> int | None:
     except TypeError:
         whole = None
     if step is not None and (whole is None or whole not in _STEPS):
-        say_once("observe step", f"observe: step must be an integer, not {_shown(step)}; steps are counted instead")
+        rank_zero_warn_once(
+            "observe step", f"observe: step must be an integer, not {_shown(step)}; steps are counted instead"
+        )
         return None
     return whole
 
@@ -127,7 +129,9 @@ def _loss(loss: Any) -> Number | None:
             return number(loss.detach().mean(dtype=torch.float64) if loss.dim() else loss)
         return float(loss)
     except (TypeError, ValueError, OverflowError, RuntimeError):
-        say_once("observe loss", f"observe: loss must be a tensor or a number, not {_shown(loss)}; it is not recorded")
+        rank_zero_warn_once(
+            "observe loss", f"observe: loss must be a tensor or a number, not {_shown(loss)}; it is not recorded"
+        )
         return None
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from foreshock._norms import Norms
 from foreshock._numbers import Number
-from foreshock_recorder.ring import DEVICE_COLUMNS, Ring
+from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder.ring import Ring
 
 _LOSSES = ("reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses")
 _STAGES = 32
@@ -64,14 +65,14 @@ class Records:
         newest = self.ring.measured
         if not newest:
             return 0
-        row = struct.unpack_from(f"<{len(DEVICE_COLUMNS)}d", self.ring.memory, self.ring.measured_offset(newest))
-        return int(sum(row[DEVICE_COLUMNS.index(name)] for name in _LOSSES))
+        row = struct.unpack_from(f"<{len(MEASURED_NAMES)}d", self.ring.memory, self.ring.measured_offset(newest))
+        return int(sum(row[MEASURED_NAMES.index(name)] for name in _LOSSES))
 
-    def launch(self, *, step: int, learning_rate: float, flags: int = 0) -> None:
-        """A step begins: open its record. flags: as `Ring.launch` takes them."""
+    def begin_step(self, *, step: int, learning_rate: float, flags: int = 0) -> None:
+        """Open the record of a step that begins. flags: as `Ring.begin_step` takes them."""
         self._drain()
         if not self._closed:
-            self.ring.launch(
+            self.ring.begin_step(
                 self._sequence + 1,
                 step=step,
                 wall=time.time(),
@@ -87,18 +88,18 @@ class Records:
         if self._closed:
             return
         if isinstance(row, Tensor):
-            self._stage(row, lambda host: self.ring.measure(sequence, host.tolist()))
+            self._stage(row, lambda host: self.ring.write_measured(sequence, host.tolist()))
         else:
-            self.ring.measure(sequence, row)
+            self.ring.write_measured(sequence, row)
 
     def observed(self, sequence: int, *, step: int | None, loss: Number | None) -> None:
         """What the script told about a record's step."""
         if self._closed:
             return
         if isinstance(loss, Tensor):
-            self._stage(loss, lambda host: self.ring.observe(sequence, step=step, loss=float(host[0])))
+            self._stage(loss, lambda host: self.ring.write_observed(sequence, step=step, loss=float(host[0])))
         else:
-            self.ring.observe(sequence, step=step, loss=loss)
+            self.ring.write_observed(sequence, step=step, loss=loss)
 
     def flush(self) -> bool:
         """Bounded wait for everything under way, for the end of a run only. Whether all of it has arrived.
@@ -113,7 +114,7 @@ class Records:
         return not self._staged
 
     def close(self) -> None:
-        """Go on counting, and write no more: after the goodbye, which ends what the collector is told."""
+        """Go on counting, and write no more: after the exit, which ends what the collector is sent."""
         self._closed = True
 
     def _stage(self, value: Tensor, deliver: Callable[[Tensor], None]) -> None:
@@ -121,8 +122,8 @@ class Records:
             deliver(value.reshape(-1))
             return
         if not self._free:
-            self.ring.drop("probe_error")
-            self.ring.note(f"the device is more than {_STAGES} values behind")
+            self.ring.count_dropped("probe_error")
+            self.ring.write_error(f"the device is more than {_STAGES} values behind")
             return
         host = self._free.pop()
         host[: value.numel()].copy_(value, non_blocking=True)

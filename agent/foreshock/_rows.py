@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from foreshock._local import SUM_FIELDS, RankSums
+from foreshock._local import RankSums
 from foreshock._norms import Norms, NormSummary
 from foreshock._numbers import Number, constant, on_host, vector
-from foreshock._weights import WeightFacts
-from foreshock_recorder.ring import DEVICE_COLUMNS
+from foreshock_protos.columns import MEASURED_COLUMNS, REDUCED_COLUMNS, Part
 
-_OWN = DEVICE_COLUMNS[: -1 - len(SUM_FIELDS)]
-assert DEVICE_COLUMNS[len(_OWN) :] == ("reduced_sequence", *SUM_FIELDS)
+_OWN = tuple(column for column in MEASURED_COLUMNS if column.part is not Part.REDUCED)
+assert MEASURED_COLUMNS == _OWN + REDUCED_COLUMNS
 
 
 class Row:
@@ -22,11 +21,12 @@ class Row:
 
     def __init__(self, columns: int, layers: int, device: torch.device) -> None:
         self._device = device
-        self._zero, self._one, self._none = (constant(value, device) for value in (0.0, 1.0, -1.0))
-        self._no_sums = [self._zero] * (1 + len(SUM_FIELDS))
+        constants = {value: constant(value, device) for value in {column.missing for column in MEASURED_COLUMNS}}
+        self._missing = [(column.name, constants[column.missing]) for column in _OWN]
+        self._no_sums = [constants[column.missing] for column in REDUCED_COLUMNS]
         no_layers = torch.zeros(layers, dtype=torch.float64, device=device)
         self._no_layers: Norms = no_layers.tolist() if on_host(device) else no_layers
-        zero, none = self._zero, self._none
+        zero, none = constant(0.0, device), constant(-1.0, device)
         self.nothing = NormSummary(
             total=zero, nan_parameters=zero, inf_parameters=zero, first_nonfinite=none, layers=self._no_layers
         )
@@ -44,26 +44,23 @@ class Row:
         shadow: Number | None,
         local: NormSummary | None,
         sums: RankSums | None,
-        weights: WeightFacts,
+        weights: Mapping[str, Number],
     ) -> Norms:
         """The row, [columns]. summary: of the averaged gradient; local: of this rank's own; both unscaled.
 
         scale: of the loss. sums: over the ranks, which were seen with it. None: nothing to tell of.
         """
-        values = {
-            "loss_scale": self._one if scale is None else scale,
+        values: dict[str, Number | None] = {
+            **weights,
+            "loss_scale": scale,
             "global_norm": summary.total,
-            "clip_coefficient": self._one if coefficient is None else coefficient,
+            "clip_coefficient": coefficient,
             "global_nan_parameters": summary.nan_parameters,
             "global_inf_parameters": summary.inf_parameters,
             "first_nonfinite_global": summary.first_nonfinite,
-            "first_nonfinite_local": self._none,
+            "gradient_absolute_maximum": summary.largest,
             "skipped": found_inf,
             "shadow": shadow,
-            "parameter_fingerprint": self._none if weights.fingerprint is None else weights.fingerprint,
-            "parameter_norm": weights.norm,
-            "gradient_absolute_maximum": summary.largest,
-            "update_ratio": weights.update_ratio,
         }
         if local is not None:
             values["local_norm"] = local.total
@@ -74,7 +71,7 @@ class Row:
         if sums is not None:
             sums.scaled_by(scale)
             reduced = sums.collect()
-        own = [self._zero if (value := values.get(name)) is None else value for name in _OWN]
+        own = [missing if (value := values.get(name)) is None else value for name, missing in self._missing]
         return self._joined([*own, *reduced], summary.layers, self._no_layers if local is None else local.layers)
 
     def _joined(self, scalars: Sequence[Number], layers: Norms, local_layers: Norms) -> Norms:

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from foreshock import _leaving
 from foreshock._action import Action
 from foreshock._clip import Clip
-from foreshock._console import say_once
 from foreshock._guard import Guard
 from foreshock._handle import Watch
 from foreshock._hooks import BackwardEnd, StepHooks
 from foreshock._launch import RecorderProcess, announce
 from foreshock._leaving import Ending, ending_by
 from foreshock._local import LocalNorms, RankSums, settle
+from foreshock._log import rank_zero_info_once, rank_zero_warn_once
 from foreshock._measures import Measures
 from foreshock._norms import NormSummary
 from foreshock._numbers import Number, finite
@@ -29,8 +29,7 @@ from foreshock._records import Records
 from foreshock._rows import Row
 from foreshock._scaler import Scaler
 from foreshock._summary import ParameterPlan
-from foreshock._weights import WeightFacts
-from foreshock_recorder.ring import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, Farewell
+from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason
 
 _SETTLE_SECONDS = 0.5
 """For sums of a few numbers: only a rank that is gone takes longer."""
@@ -120,10 +119,10 @@ class ActiveWatch(Watch):
         return {} if self._action.shadow is None else self._action.shadow.counts()
 
     def detach(self) -> None:
-        self.leave(Ending(Farewell.DETACHED))
+        self.leave(Ending(ExitReason.DETACHED))
 
     def _leave_block(self, error: BaseException | None) -> None:
-        self.leave(Ending(Farewell.DETACHED) if error is None else ending_by(error))
+        self.leave(Ending(ExitReason.DETACHED) if error is None else ending_by(error))
 
     def watches(self, which: object) -> bool:
         """This is the optimizer of this watch, or its model."""
@@ -161,7 +160,7 @@ class ActiveWatch(Watch):
     def backward_computed(self) -> None:
         """This rank waits for the others from here on, if they have not computed theirs."""
         if self.enabled and self._averages():
-            self._records.ring.backward_passed()
+            self._records.ring.count_backward_pass()
 
     def backward_ended(self) -> None:
         """Remember what the gradients look like, so that a script's own clipping is noticed without a sync."""
@@ -201,7 +200,7 @@ class ActiveWatch(Watch):
         step = self._step if told is None or told.step is None else told.step
         with self._guard:
             rate = self._action.learning_rate()
-            self._records.launch(step=step, learning_rate=rate, flags=EDITED if edited else 0)
+            self._records.begin_step(step=step, learning_rate=rate, flags=EDITED if edited else 0)
             opened = True
         with self._guard:
             # Which the gradients still carry; the loss may have had one that they do not carry any more.
@@ -261,7 +260,7 @@ class ActiveWatch(Watch):
             self._records.flush()
         self._records.close()
         with self._guard:
-            _leaving.say(self._records.ring, self._recorder, Ending(Farewell.FINISHED), wait=False)
+            _leaving.say(self._records.ring, self._recorder, Ending(ExitReason.FINISHED), wait=False)
 
     def leave_at_exit(self) -> None:
         """The interpreter ends, by itself or by an exception that nobody caught."""
@@ -282,7 +281,7 @@ class ActiveWatch(Watch):
         self._leaves_out = True
         self._dropped += 1
         if self._dropped == _PASSES_WITHOUT_STEP:
-            say_once(
+            rank_zero_warn_once(
                 "no step",
                 f"gradients are computed, but the watched optimizer has not stepped for {self._dropped} backward "
                 "passes: nothing is clipped; attach to the optimizer that steps",
@@ -309,7 +308,7 @@ class ActiveWatch(Watch):
         """A record of it. summary: of the averaged gradient, scaled; None: not known. passed: backward was over."""
         step = self._step if told is None or told.step is None else told.step
         flags = NOT_STEPPED | (GRADIENT_UNKNOWN if summary is None else 0)
-        self._records.launch(step=step, learning_rate=self._action.learning_rate(), flags=flags)
+        self._records.begin_step(step=step, learning_rate=self._action.learning_rate(), flags=flags)
         scale = self._scaler.newest
         whole = self._row.nothing if summary is None else summary if scale is None else summary.unscaled(scale)
         row = self._row.filled(
@@ -320,7 +319,7 @@ class ActiveWatch(Watch):
             shadow=None,
             local=self._measures.own(whole, scale) if passed else None,
             sums=self.sums,
-            weights=WeightFacts(),
+            weights={},
         )
         self._records.measured(row)
         if told is not None:
@@ -346,7 +345,9 @@ class ActiveWatch(Watch):
         if measures is None:
             return
         count = len(measures.plan.parameters)
-        say_once(f"{count} parameters", f"the optimizer's parameters have changed: {count} are measured and clipped")
+        rank_zero_info_once(
+            f"{count} parameters", f"the optimizer's parameters have changed: {count} are measured and clipped"
+        )
         self._measures = measures
         self._action.kernel.clips(measures.plan.parameters)
         self._backward_end.watch(measures.plan.parameters)
@@ -387,9 +388,12 @@ class ActiveWatch(Watch):
             advice = (
                 "; Foreshock does not clip them again; remove that call to let Foreshock clip" if self._clip else ""
             )
-            say_once("edited", line + advice)
+            log_once = rank_zero_warn_once if self._clip else rank_zero_info_once
+            log_once("edited", line + advice)
         return edited
 
     def _check_hook_order(self) -> None:
         if self._clip is not None and not self._step_hooks.is_last():
-            say_once("hook order", "another step pre-hook was registered after attach; its changes are not clipped")
+            rank_zero_warn_once(
+                "hook order", "another step pre-hook was registered after attach; its changes are not clipped"
+            )

@@ -5,8 +5,6 @@ On the device and without a sync. One kernel per parameter, so not every step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -22,19 +20,6 @@ _SAMPLES = 4096
 """Elements of a parameter, evenly spread, by which its movement is measured: a copy of all would cost memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class WeightFacts:
-    """Of one step; None: not measured on this step."""
-
-    fingerprint: Number | None = None
-    """A whole number below 2^52: the same on two ranks if and, but for chance, only if all bits of all weights are."""
-    norm: Number | None = None
-    """L2 norm over all parameters."""
-    update_ratio: Number | None = None
-    """How far the step before moved them: norm of the movement over the norm, of a sample of at most 4096 elements of
-    each parameter."""
-
-
 def due(sequence: int) -> bool:
     """A step on which a closer look is taken. sequence: its number, from 1."""
     return (sequence - 1) % EVERY_STEPS == 0
@@ -47,15 +32,17 @@ class Weights:
         self._parameters = [p.detach() for p in parameters]
         self._before: list[Tensor] | None = None
 
-    def look(self, sequence: int) -> WeightFacts:
-        """Before the step that this record is of. sequence: its number, from 1."""
-        ratio = None if self._before is None else self._movement(self._before)
-        self._before = None
-        if not due(sequence):
-            return WeightFacts(update_ratio=ratio)
-        self._before = self._samples()
-        norm = overall(gradient_norms(self._parameters, self._parameters[0].device))
-        return WeightFacts(fingerprint=number(fingerprint(self._parameters)), norm=norm, update_ratio=ratio)
+    def look(self, sequence: int) -> dict[str, Number]:
+        """Columns of the record of the step that comes next, by name, as far as they are due. sequence: from 1."""
+        columns: dict[str, Number] = {}
+        if self._before is not None:
+            columns["update_ratio"] = self._movement(self._before)
+            self._before = None
+        if due(sequence):
+            self._before = self._samples()
+            columns["parameter_fingerprint"] = number(fingerprint(self._parameters))
+            columns["parameter_norm"] = overall(gradient_norms(self._parameters, self._parameters[0].device))
+        return columns
 
     def _samples(self) -> list[Tensor]:
         flat = (p.reshape(-1) for p in self._parameters)

@@ -17,26 +17,26 @@ from typing import NoReturn
 from foreshock_recorder.address import address_of
 from foreshock_recorder.folder import LOG_NAME, lock, release
 from foreshock_recorder.orphans import give_up
-from foreshock_recorder.ring import has_recorder, run_folder
+from foreshock_recorder.paths import has_recorder, run_folder
 
 logger = logging.getLogger("foreshock_recorder")
 
 _LOG_BYTES = 256 * 1024
 _EPILOG = """
-A rank starts the recorder it needs by itself, with --folder. By hand, as a side-car, give --run: it then waits for the
-first rank, and leaves after the last. It must share the ranks' ring folder and user; with their process ids as well (a
-pod's shareProcessNamespace), it can tell how a rank that was killed has ended.
+A rank starts its recorder by itself, with --folder. To run one as a side-car, give --run: it then waits for the first
+rank, and leaves after the last. It must share the ranks' ring folder and user; if it shares their process ids as well
+(a pod's shareProcessNamespace), it can report how a rank was killed.
 """
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
+        """Print one line, without the usage."""
         self.exit(2, f"{self.prog}: {message}; see --help\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until the last rank has gone. 0: done, or another recorder is there; 1: failed, see its log."""
+    """Run until the last rank has exited. Exit code 0: done, or another recorder serves it; 1: failed, see its log."""
     options = _options(arguments)
     side_car = options.run is not None
     folder: Path = run_folder(options.run, options.ring_dir) if side_car else options.folder
@@ -51,31 +51,31 @@ def main(arguments: list[str] | None = None) -> int:
     logger.info("for %s, to %s", folder, options.collector)
     base = folder.parent if side_car else folder.parent.parent
     try:
-        _keep_within_limits(base)
+        _limit_orphans(base)
         left = asyncio.run(_run(folder, held, options))
-        _keep_within_limits(base)
+        _limit_orphans(base)
     except Exception:
         logger.exception("the recorder failed")
         return 1
     if left:
-        logger.warning("%d records did not get to %s; a later recorder hands them in", left, options.collector)
+        logger.warning("%d records did not reach %s; a later recorder delivers them", left, options.collector)
     if side_car:
         release(folder, held)
     return 0
 
 
-def _keep_within_limits(base: Path) -> None:
+def _limit_orphans(base: Path) -> None:
     try:
         for line in give_up(base, now=time.time()):
             logger.info("%s", line)
     except Exception:
-        # Its own ranks come first.
-        logger.exception("what others have left cannot be kept within limits")
+        # The recorder's own ranks come first.
+        logger.exception("orphans cannot be kept within limits")
 
 
 async def _run(folder: Path, held: int, options: argparse.Namespace) -> int:
-    # What gRPC has to say comes as an error too, and is in our log. Read when it is loaded, which takes a while: not
-    # before we know that nobody else is there.
+    # What gRPC logs also comes as an error, and is in our log. gRPC reads this when it is loaded, which takes a while:
+    # not before we know that no other recorder is there.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from foreshock_recorder.recorder import Recorder
 
@@ -87,7 +87,7 @@ async def _run(folder: Path, held: int, options: argparse.Namespace) -> int:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="foreshock_recorder", description="Read the ranks' rings, tell a collector.", epilog=_EPILOG)
+    parser = _Parser(prog="foreshock_recorder", description="Deliver ranks' records to a collector.", epilog=_EPILOG)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--folder", type=Path, help="folder of a launch's rings")
     which.add_argument("--run", help="name of the run; its launches are found as the ranks find them")

@@ -1,4 +1,4 @@
-"""The folder of a launch's rings: the lock that lets one recorder stand in it, and what lies there."""
+"""The folder of a launch's rings: the lock that lets a single recorder serve it, and what the folder holds."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
 
+from foreshock_recorder.paths import LOCK_NAME, make_private
 from foreshock_recorder.reader import ReadOutcome, RingReader
-from foreshock_recorder.ring import LOCK_NAME, make_private
 
 LOG_NAME = "recorder.log"
 STACK_SUFFIX = ".stack"
-"""Of the file beside a ring in which a rank that is sent SIGTERM leaves its stack."""
+"""Suffix of the file beside a ring that a rank writes its stack to when it gets SIGTERM."""
 _LOCK_SECONDS = 1.0
 _RINGS = ("*.ring", "*.draft")
 _BESIDE = (f"*{STACK_SUFFIX}", f"{LOG_NAME}*", LOCK_NAME)
-"""The lock last: whoever still finds it waits until the folder is empty."""
+"""The lock comes last: whoever still finds it waits until the folder is empty."""
 
 
 def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
@@ -28,7 +28,7 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
     while True:
         make_private(folder)
         path = folder / LOCK_NAME
-        # A recorder that leaves takes the file along, and perhaps the folder: what was opened may be gone by now.
+        # A recorder that leaves removes the file, and perhaps the folder: what was opened may be gone by now.
         with suppress(FileNotFoundError):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             with suppress(BlockingIOError):
@@ -39,12 +39,12 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
             os.close(descriptor)
         if time.monotonic() >= deadline:
             return None
-        # Ranks that look whether a recorder is there hold it for a moment.
+        # Ranks that probe for a recorder hold it for a moment.
         time.sleep(0.05)
 
 
 def release(folder: Path, held: int) -> None:
-    """Give the lock back. Leave nothing behind, unless rings are left, or another rank has come meanwhile."""
+    """Release the lock. Remove the folder, unless rings are left, or another rank has come meanwhile."""
     try:
         if not any(path for pattern in _RINGS for path in folder.glob(pattern)):
             _remove(folder, _BESIDE)
@@ -53,7 +53,7 @@ def release(folder: Path, held: int) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove all of ours from a folder whose lock is held; then the folder and its run's, if they are empty."""
+    """Remove our files from a folder whose lock is held; then the folder and its run's, if they are empty."""
     _remove(folder, (*_RINGS, *_BESIDE))
 
 
@@ -68,45 +68,45 @@ def _remove(folder: Path, patterns: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What the readable rings of a folder hold."""
+    """Sums up the readable rings of a folder."""
 
     folder: Path
     run: str
     """Name of the run that the ranks asked for."""
     collector: str
-    """Address that the ranks were told; empty: this machine."""
+    """Address that the ranks were given; empty: this machine."""
     ranks: int
     alive: bool
-    """A rank still runs."""
-    unstored: int
+    """True while a rank runs."""
+    unacknowledged: int
     """Records that no collector has acknowledged."""
     newest: float
-    """Unix seconds: of the last record, or change."""
+    """Unix seconds of the last record, or of the last change to a file."""
     full_bytes: int
     """Size of the rings that have not been given up."""
 
 
 def paths_below(folder: Path, pattern: str) -> list[Path]:
-    """Those that match; a folder that is removed meanwhile is passed over, where `Path.glob` raises."""
+    """Return the paths that match. A folder that is removed meanwhile is passed over, where `Path.glob` raises."""
     return [folder / name for name in glob(pattern, root_dir=folder)]  # noqa: PTH207
 
 
 def contents(folder: Path) -> Contents | None:
-    """Look into a folder without its lock: it may be removed meanwhile. None: there is no ring that can be read."""
+    """Read a folder without its lock: it may be removed meanwhile. None: no ring in it can be read."""
     run = collector = ""
-    ranks = unstored = full_bytes = 0
+    ranks = unacknowledged = full_bytes = 0
     newest, alive = 0.0, False
     for path in paths_below(folder, "*.ring"):
         try:
             reader = RingReader(path)
         except (OSError, ValueError):
             continue
-        last = reader.read(reader.launched)
-        # By its descriptor: whoever has handed it in may just have removed the file.
-        newest = max(newest, reader.changed, 0.0 if isinstance(last, ReadOutcome) else last.wall_seconds)
+        last = reader.read(reader.begun)
+        # By its descriptor: a recorder that has delivered the ring may just have removed the file.
+        newest = max(newest, reader.modified, 0.0 if isinstance(last, ReadOutcome) else last.wall_seconds)
         run, collector = str(reader.identity.get("run", "")), str(reader.identity.get("collector", ""))
         alive |= reader.alive
-        unstored += max(0, reader.launched - reader.acknowledged)
+        unacknowledged += max(0, reader.begun - reader.acknowledged)
         full_bytes += 0 if reader.given_up else reader.layout.file_bytes
         ranks += 1
         reader.close()
@@ -118,7 +118,7 @@ def contents(folder: Path) -> Contents | None:
         collector=collector,
         ranks=ranks,
         alive=alive,
-        unstored=unstored,
+        unacknowledged=unacknowledged,
         newest=newest,
         full_bytes=full_bytes,
     )

@@ -1,4 +1,4 @@
-"""Rings whose ranks have gone before a collector took all they hold: kept for a later recorder, within limits."""
+"""Rings whose ranks have exited before a collector took all they hold: kept for a later recorder, within limits."""
 
 from __future__ import annotations
 
@@ -8,42 +8,46 @@ from contextlib import suppress
 from pathlib import Path
 
 from foreshock_recorder.folder import Contents, contents, lock, paths_below, release, remove
+from foreshock_recorder.paths import LOCK_NAME
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.ring import LOCK_NAME
 
 KEPT_SECONDS = 86400.0
 """Age of its newest record at which a launch's records are given up."""
 KEPT_BYTES = 512 * 2**20
-"""Rings that are kept for later, all together ..."""
+"""Size of all rings that are kept for a later recorder."""
 KEPT_SHARE = 1 / 4
-"""... and no more than this part of their file system."""
+"""The same as a part of their file system; the smaller limit holds."""
 COUNTED_SECONDS = 7 * 86400.0
-"""What was given up is a few kilobytes that count it; they wait so long for a collector that wants to know."""
+"""How long the headers of rings that were given up are kept: a few kilobytes that count what is lost, for a collector
+that comes back."""
 
 
 def launches(base: Path) -> set[Path]:
-    """Folders of this user's launches below a folder of rings."""
+    """Return the folders of this user's launches below a folder of rings."""
     found = {path.parent for pattern in ("*.ring", LOCK_NAME) for path in paths_below(base, f"*/*/{pattern}")}
     return {folder for folder in found if _is_ours(folder)}
 
 
 def orphans(folders: set[Path]) -> list[Contents]:
-    """Those none of whose ranks lives, oldest first. A recorder may still be there: whoever has the lock knows."""
+    """Return the folders in which no rank lives, oldest first.
+
+    A recorder may still serve them: whoever gets the lock knows.
+    """
     found = (contents(folder) for folder in folders)
     return sorted((each for each in found if each is not None and not each.alive), key=lambda each: each.newest)
 
 
 def give_up(base: Path, *, now: float) -> Iterator[str]:
-    """Keep orphans within the limits; what was done, in words. now: Unix seconds.
+    """Keep orphans within the limits; yield a line for each thing done. now: Unix seconds.
 
     Rings that are given up, the oldest first, are cut down to their headers and count what is lost, until a collector
-    has been told.
+    has stored that count.
     """
     folders = launches(base)
     left = orphans(folders)
-    size, most = sum(each.full_bytes for each in left), most_bytes(base)
+    size, limit = sum(each.full_bytes for each in left), max_bytes(base)
     for each in left:
-        if each.full_bytes and (size > most or now - each.newest > KEPT_SECONDS):
+        if each.full_bytes and (size > limit or now - each.newest > KEPT_SECONDS):
             size -= each.full_bytes
             lost = _locked(each.folder, _cut)
             if lost:
@@ -57,21 +61,21 @@ def give_up(base: Path, *, now: float) -> Iterator[str]:
                 yield f"removed {folder}"
 
 
-def most_bytes(base: Path) -> float:
-    """Bytes of rings that may wait below `base`."""
+def max_bytes(base: Path) -> float:
+    """Return how many bytes of rings may wait below `base`."""
     with suppress(OSError):
         system = os.statvfs(base)
         return min(KEPT_BYTES, KEPT_SHARE * system.f_blocks * system.f_frsize)
     return KEPT_BYTES
 
 
-def _locked(folder: Path, what: Callable[[Path], int]) -> int:
-    """Do it with the folder's lock; nothing where a recorder has it."""
+def _locked(folder: Path, action: Callable[[Path], int]) -> int:
+    """Run an action with the folder's lock held; do nothing where a recorder has it."""
     held = lock(folder, patience=0.0)
     if held is None:
         return 0
     try:
-        return what(folder)
+        return action(folder)
     finally:
         release(folder, held)
 
@@ -88,7 +92,7 @@ def _cut(folder: Path) -> int:
 
 
 def _is_ours(folder: Path) -> bool:
-    # A launch that ends may take its folder along at any moment.
+    # A launch that ends may remove its folder at any moment.
     with suppress(FileNotFoundError):
         return folder.lstat().st_uid == os.getuid()
     return False

@@ -1,4 +1,4 @@
-"""One rank as the recorder knows it: what its ring holds, what was said about it, and what to say next."""
+"""One rank as the recorder sees it: what its ring holds, what has been sent of it, and what to send next."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections import deque
 from pathlib import Path
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from foreshock_recorder.batches import Columns, global_norm, hello, troubled
-from foreshock_recorder.endings import Ending, farewell_of
+from foreshock_recorder.batches import BatchPacker, global_norm, hello, is_urgent
+from foreshock_recorder.endings import ProcessEnd, exit_of
+from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
-from foreshock_recorder.ring import Farewell
 
 OBSERVE_SECONDS = 0.5
-"""How long a measured record waits for the script to tell its loss."""
+"""How long a measured record waits for the script to observe its loss."""
 FIRST_OBSERVE_SECONDS = 5.0
-"""The same for a rank's first record: a resumed script may only then tell its step number."""
+"""The same for a rank's first record: a resumed script may only then pass its step number."""
 _UNDER_WAY = 48
 """A record this far behind the newest is on no device any more: the probe stages fewer."""
 _IN_FLIGHT = 4096
-"""Records sent and not yet acknowledged at most; the others stay in the ring. One that the ring had overwritten before
-it was sent is not in flight."""
-_LOOK_SECONDS = 0.25
+"""Records sent and not yet acknowledged at most; the others stay in the ring. A record that the ring had overwritten
+before it was sent is not in flight."""
+_POLL_SECONDS = 0.25
 _STATUS_SECONDS = 0.5
-"""From the end of a process' locks to its exit status, at most."""
+"""From the release of a process' locks to its exit status, at most."""
 
 
 class Rank:
-    """One rank's ring. Times are monotonic seconds. Raises `ValueError` for a file that is no ring of ours."""
+    """Follows one rank's ring. Times are monotonic seconds. Raises `ValueError` for a file that is no ring of ours."""
 
     def __init__(self, path: Path) -> None:
         self.reader = RingReader(path)
@@ -37,155 +37,158 @@ class Rank:
         except (KeyError, TypeError, ValueError) as error:
             self.reader.close()
             raise ValueError(f"{path} does not say whose it is: {error!r}") from error
-        said = self._hello.hello
-        self.instance = said.instance
-        self.run = said.run
-        """Name that it asked for."""
-        self.number = said.topology.rank
-        self.refused = ""
-        """Why this stream's collector takes nothing of it in."""
-        self._columns = Columns(
-            said.instance,
-            rank=said.topology.rank,
+        identity = self._hello.hello
+        self.instance = identity.instance
+        self.run = identity.run
+        """Name that the rank asked for."""
+        self.number = identity.topology.rank
+        self.refusal = ""
+        """Why the collector of this stream refuses the rank; empty if it does not."""
+        self._packer = BatchPacker(
+            identity.instance,
+            rank=identity.topology.rank,
             layers=self.reader.layout.layers,
-            local_norms="local_norms" in said.capabilities,
+            local_norms="local_norms" in identity.capabilities,
         )
         self.acknowledged = self.reader.acknowledged
-        self.closed = False
-        """The collector has stored all there is, the goodbye too."""
+        self.delivered = False
+        """True once the collector has stored every record, and the exit as well."""
         self._dead = False
         self._died = math.inf
-        self._ending: Ending | None = None
-        self._looked = -math.inf
+        self._process_end: ProcessEnd | None = None
+        self._polled = -math.inf
         self._events: dict[int, pb.Event] = {}
         self._errors = 0
         self._largest_norm = math.inf
-        self._in_trouble = False
+        self._was_urgent = False
         self._measured_since: tuple[int, float] = (0, 0.0)
-        self.rewind()
+        self.restart_stream()
 
     @property
-    def gone(self) -> bool:
-        """No further record will be written."""
-        return self.reader.farewell is not Farewell.NONE
+    def exited(self) -> bool:
+        """True if no further record will be written."""
+        return self.reader.exit_reason is not ExitReason.NONE
 
     @property
-    def unstored(self) -> int:
+    def unacknowledged(self) -> int:
         """Records that the collector does not have."""
-        return max(0, self.reader.launched - self.acknowledged)
+        return max(0, self.reader.begun - self.acknowledged)
 
     @property
-    def left_behind(self) -> Path:
-        """Where a rank that is sent SIGTERM leaves its stack; the file is empty before."""
+    def stack_path(self) -> Path:
+        """File that a rank writes its stack to when it gets SIGTERM; it is empty before."""
         return self.reader.path.with_suffix(".stack")
 
-    def watch(self) -> None:
-        """Find out how its process ends. Needs a running loop."""
-        self._ending = Ending(self.reader.pid, self.reader.process_start)
+    def watch_process(self) -> None:
+        """Find out how the rank's process ends. Needs a running loop."""
+        self._process_end = ProcessEnd(self.reader.pid, self.reader.process_start)
 
-    def look(self, now: float, *, all_asked: bool = False) -> None:
-        """Show the rank that somebody is there; notice its death. all_asked: the recorder was told to stop."""
-        if self.closed or self._dead or now - self._looked < _LOOK_SECONDS:
+    def poll(self, now: float, *, all_asked: bool = False) -> None:
+        """Show the rank that a recorder is there, or notice its death.
+
+        all_asked: the recorder itself was asked to stop.
+        """
+        if self.delivered or self._dead or now - self._polled < _POLL_SECONDS:
             return
-        self._looked = now
+        self._polled = now
         if self.reader.alive:
             self.reader.heartbeat(now)
             return
         self._died = min(self._died, now)
-        if self._ending is not None and self._ending.pending and now - self._died < _STATUS_SECONDS:
+        if self._process_end is not None and self._process_end.pending and now - self._died < _STATUS_SECONDS:
             return
         self._dead = True
         # Asked after its death, so this is final.
-        if self.reader.farewell is Farewell.NONE:
-            self.reader.say_farewell(*self._farewell(all_asked=all_asked))
-        if self.reader.farewell is Farewell.LOST:
-            self._happened(pb.Event.RANK_LOST, self.reader.farewell_detail)
+        if self.reader.exit_reason is ExitReason.NONE:
+            self.reader.write_exit(*self._exit(all_asked=all_asked))
+        if self.reader.exit_reason is ExitReason.LOST:
+            self._record_event(pb.Event.RANK_LOST, self.reader.exit_detail)
 
-    def _farewell(self, *, all_asked: bool) -> tuple[Farewell, str]:
-        stack = self.left_behind
-        return farewell_of(
-            None if self._ending is None else self._ending.status,
-            out_of_memory=self._ending is not None and self._ending.out_of_memory,
+    def _exit(self, *, all_asked: bool) -> tuple[ExitReason, str]:
+        stack = self.stack_path
+        return exit_of(
+            None if self._process_end is None else self._process_end.status,
+            out_of_memory=self._process_end is not None and self._process_end.out_of_memory,
             asked=stack.exists() and stack.stat().st_size > 0,
             all_asked=all_asked,
         )
 
     def close(self) -> None:
-        """Let go of the ring; its file stays."""
-        if self._ending is not None:
-            self._ending.close()
+        """Close the ring; its file stays."""
+        if self._process_end is not None:
+            self._process_end.close()
         self.reader.close()
 
-    def say_trouble(self, text: str) -> None:
-        """Tell the process, if there is one, why nothing gets to the collector; empty: it does."""
+    def report_problem(self, text: str) -> None:
+        """Write for the rank, while it lives, why nothing reaches the collector; empty: it does."""
         if not self._dead:
-            self.reader.trouble(text)
+            self.reader.write_problem(text)
 
-    def say_page(self, address: str) -> None:
-        """Tell the process where its run's page is."""
-        if not self._dead and self.reader.page_address != address:
-            self.reader.page(address)
+    def report_page(self, address: str) -> None:
+        """Write for the rank, while it lives, where its run's page is."""
+        if not self._dead and self.reader.page != address:
+            self.reader.write_page(address)
 
-    def refuse(self, trouble: str) -> None:
-        """Say nothing more on this stream: it is not wanted."""
-        self.refused = trouble
-        self.say_trouble(trouble)
+    def refuse(self, reason: str) -> None:
+        """Send nothing more of this rank on this stream: the collector refuses it."""
+        self.refusal = reason
+        self.report_problem(reason)
 
-    def rewind(self) -> None:
-        """A new stream begins: all is to be said again, from what the collector will answer to Hello."""
-        self.refused = ""
-        self._greeted = self._answered = self._said_goodbye = False
-        self._untold = set(self._events)
-        self._told_dropped: dict[str, int] = {}
+    def restart_stream(self) -> None:
+        """Prepare for a new stream: everything is sent again, from the position that the collector acknowledges."""
+        self.refusal = ""
+        self._hello_sent = self._hello_acknowledged = self._exit_sent = False
+        self._unsent_events = set(self._events)
+        self._sent_dropped: dict[str, int] = {}
         self._next = self.acknowledged + 1
         self._waiting: list[Record] = []
-        self._sent: deque[tuple[int, int]] = deque()  # last sequence number and rows of each batch under way
+        self._in_flight: deque[tuple[int, int]] = deque()  # last sequence number and rows of each batch
         self._urgent = False
         self._flushed = -math.inf
 
-    def stored(self, position: pb.Ack.Position) -> int:
-        """The collector tells how far it has this rank. How many records more than before."""
+    def acknowledge(self, position: pb.Ack.Position) -> int:
+        """Take in what the collector has stored of this rank. Return how many records more than before."""
         before = self.acknowledged
-        if not self._answered:
-            # It is the authority: with another database it asks for all that the ring still holds.
-            self._answered = True
+        if not self._hello_acknowledged:
+            # The collector is the authority: with another database it asks for all that the ring still holds.
+            self._hello_acknowledged = True
             self._next = position.sequence + 1
         self.acknowledged = position.sequence
-        while self._sent and self._sent[0][0] <= position.sequence:
-            self._sent.popleft()
-        self.closed = position.closed and self.gone and not self.unstored
-        self.reader.acknowledge(position.sequence, farewell=self.closed)
+        while self._in_flight and self._in_flight[0][0] <= position.sequence:
+            self._in_flight.popleft()
+        self.delivered = position.closed and self.exited and not self.unacknowledged
+        self.reader.acknowledge(position.sequence, exited=self.delivered)
         return max(0, self.acknowledged - before)
 
-    def messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
-        """What to say now. interval: seconds between batches without trouble; limit: records in a batch."""
-        if self.closed or self.refused:
+    def next_messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
+        """Return what to send now. interval: seconds between batches that are not urgent; limit: records in a batch."""
+        if self.delivered or self.refusal:
             return []
-        self._hello.hello.gone = self.gone
-        said = [] if self._greeted else [self._hello]
-        self._greeted = True
+        self._hello.hello.exited = self.exited
+        messages = [] if self._hello_sent else [self._hello]
+        self._hello_sent = True
         due = now - self._flushed >= interval
-        said += self._news(due=due)
-        if not self._answered:
-            return said
-        gone = self.gone
-        limit = min(limit, self._columns.most_rows)
-        self._collect(now, limit=limit, gone=gone)
+        messages += self._new_events(due=due)
+        if not self._hello_acknowledged:
+            return messages
+        exited = self.exited
+        limit = min(limit, self._packer.max_rows)
+        self._read_records(now, limit=limit, exited=exited)
         dropped = self.reader.dropped
-        enough = due or gone or self._urgent or len(self._waiting) >= limit
-        if (self._waiting and enough) or (due and not gone) or (gone and dropped != self._told_dropped):
-            said.append(self._flush(now, dropped, limit))
-        if gone and not self._waiting and self._next > self.reader.launched and not self._said_goodbye:
-            self._said_goodbye = True
-            said.append(self._goodbye())
-        return said
+        enough = due or exited or self._urgent or len(self._waiting) >= limit
+        if (self._waiting and enough) or (due and not exited) or (exited and dropped != self._sent_dropped):
+            messages.append(self._next_batch(now, dropped, limit))
+        if exited and not self._waiting and self._next > self.reader.begun and not self._exit_sent:
+            self._exit_sent = True
+            messages.append(self._exit_message())
+        return messages
 
-    def _collect(self, now: float, *, limit: int, gone: bool) -> None:
+    def _read_records(self, now: float, *, limit: int, exited: bool) -> None:
         """Read on from the ring, up to the first record that may still change."""
-        under_way = sum(rows for _, rows in self._sent)
-        while len(self._waiting) < limit and under_way + len(self._waiting) < _IN_FLIGHT:
+        in_flight = sum(rows for _, rows in self._in_flight)
+        while len(self._waiting) < limit and in_flight + len(self._waiting) < _IN_FLIGHT:
             # Asked before the record is read: what lies below is in it, or will never be.
-            measured, launched = self.reader.measured, self.reader.launched
+            measured, begun = self.reader.measured, self.reader.begun
             record = self.reader.read(self._next)
             if record is ReadOutcome.NOT_YET:
                 return
@@ -197,64 +200,65 @@ class Rank:
             if record.measured is not None and self._measured_since[0] != record.sequence:
                 self._measured_since = (record.sequence, now)
             waited = now - self._measured_since[1]
-            if not gone and not settled(record, launched=launched, measured=measured, waited=waited):
+            if not exited and not is_final(record, begun=begun, measured=measured, waited=waited):
                 return
             self._waiting.append(record)
             self._next += 1
-            trouble = troubled(record, self._largest_norm)
-            # Only its beginning hurries: a run that stays broken must not send each step by itself.
-            self._urgent |= trouble and not self._in_trouble
-            self._in_trouble = trouble
+            urgent = is_urgent(record, self._largest_norm)
+            # Only the first of several is sent at once: a run that stays broken must not send each step by itself.
+            self._urgent |= urgent and not self._was_urgent
+            self._was_urgent = urgent
 
-    def _flush(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
+    def _next_batch(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
         records, self._waiting = self._waiting[:limit], self._waiting[limit:]
         first = records[0].sequence if records else self._next
         if records:
-            self._sent.append((records[-1].sequence, len(records)))
-        message = self._columns.pack(first, records, dropped, backward_passes=self.reader.backward_passes)
+            self._in_flight.append((records[-1].sequence, len(records)))
+        message = self._packer.pack(first, records, dropped, backward_passes=self.reader.backward_passes)
         norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
         self._largest_norm = max(norms, default=self._largest_norm)
-        self._told_dropped = dropped
+        self._sent_dropped = dropped
         self._urgent = False
         self._flushed = now
         return message
 
-    def _news(self, *, due: bool) -> list[pb.FromRecorder]:
+    def _new_events(self, *, due: bool) -> list[pb.FromRecorder]:
         errors = self.reader.dropped.get("probe_error", 0)
         if errors > self._errors and (due or not self._errors):
             self._errors = errors
-            self._happened(pb.Event.PROBE_ERROR, self.reader.note)
-        news = [pb.FromRecorder(event=self._events[kind]) for kind in sorted(self._untold)]
-        self._untold.clear()
-        return news
+            self._record_event(pb.Event.PROBE_ERROR, self.reader.last_error)
+        messages = [pb.FromRecorder(event=self._events[kind]) for kind in sorted(self._unsent_events)]
+        self._unsent_events.clear()
+        return messages
 
-    def _happened(self, kind: pb.Event.Kind, detail: str) -> None:
-        newest = self.reader.read(self.reader.launched)
+    def _record_event(self, kind: pb.Event.Kind, detail: str) -> None:
+        newest = self.reader.read(self.reader.begun)
         step = newest.step if isinstance(newest, Record) else 0
         self._events[kind] = pb.Event(
             instance=self.instance, kind=kind, step=step, wall_seconds=time.time(), detail=detail
         )
-        self._untold.add(kind)
+        self._unsent_events.add(kind)
 
-    def _goodbye(self) -> pb.FromRecorder:
-        goodbye = pb.Goodbye(
-            instance=self.instance,
-            reason=pb.Goodbye.Reason.Name(self.reader.farewell),
-            detail=self.reader.farewell_detail,
-            last_sequence=self.reader.launched,
+    def _exit_message(self) -> pb.FromRecorder:
+        return pb.FromRecorder(
+            exit=pb.Exit(
+                instance=self.instance,
+                reason=pb.ExitReason.Name(self.reader.exit_reason),
+                detail=self.reader.exit_detail,
+                last_sequence=self.reader.begun,
+            )
         )
-        return pb.FromRecorder(goodbye=goodbye)
 
 
-def settled(record: Record, *, launched: int, measured: int, waited: float) -> bool:
-    """Nothing will be added to this record while its rank lives.
+def is_final(record: Record, *, begun: int, measured: int, waited: float) -> bool:
+    """Return whether nothing will be added to this record while its rank lives.
 
-    launched, measured: the newest such records of the ring, asked before the record was read. waited: seconds since it
-    was first seen measured.
+    begun, measured: the newest such records of the ring, asked before the record was read. waited: seconds since it was
+    first seen measured.
     """
     if record.measured is None:
         # Measured parts come in order: passed over, the probe has failed on it.
-        return measured > record.sequence or launched - record.sequence >= _UNDER_WAY
+        return measured > record.sequence or begun - record.sequence >= _UNDER_WAY
     # Its loss, staged on the device, comes before the next record is measured.
     patience = FIRST_OBSERVE_SECONDS if record.sequence == 1 else OBSERVE_SECONDS
     return record.observed or measured > record.sequence or waited >= patience

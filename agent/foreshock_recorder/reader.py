@@ -1,4 +1,4 @@
-"""The reading side of a rank's ring. Its layout is ring.py's."""
+"""The reading side of a rank's ring: the recorder's. Its layout is layout.py's."""
 
 from __future__ import annotations
 
@@ -14,41 +14,42 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from foreshock_recorder.ring import (
+from foreshock_recorder.layout import (
+    BEGUN,
+    BEGUN_PAYLOAD,
+    COLUMNS_CHECKSUM,
     DROP_REASONS,
+    ERROR_OFFSET,
+    EXIT_DETAIL_OFFSET,
     FACTS,
-    FAREWELL_OFFSET,
     HAS_LOSS,
     HAS_STEP,
     JSON_OFFSET,
-    LAUNCHED,
-    LAUNCHED_PAYLOAD,
     LAYOUT_VERSION,
     MAGIC,
-    NOTE_OFFSET,
     OBSERVED,
     OBSERVED_PAYLOAD,
     PAGE_OFFSET,
+    PROBLEM_OFFSET,
     TEXT_BYTES,
-    TROUBLE_OFFSET,
     WORD_ACKNOWLEDGED,
-    WORD_ACKNOWLEDGED_FAREWELL,
     WORD_BACKWARD_PASSES,
+    WORD_BEGUN,
     WORD_DROPPED,
-    WORD_FAREWELL,
+    WORD_EXIT_ACKNOWLEDGED,
+    WORD_EXIT_REASON,
     WORD_HEARTBEAT,
-    WORD_LAUNCHED,
-    Farewell,
+    ExitReason,
     Layout,
     Part,
-    Side,
+    RingFile,
 )
 
 _FILE_LOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, process
 
 
 class ReadOutcome(Enum):
-    """Why `RingReader.read` has no record to give."""
+    """Why `RingReader.read` has no record to return."""
 
     NOT_YET = "not yet"
     OVERRUN = "overrun"
@@ -67,53 +68,56 @@ class Record:
     """EDITED: the script changed the gradients between backward and step. NOT_STEPPED: its optimizer was not called.
     GRADIENT_UNKNOWN: the averaged gradient was not measured."""
     measured: memoryview[float] | None
-    """float64: DEVICE_COLUMNS, then global layer norms, then local ones. None: launched, never finished."""
+    """float64: MEASURED_NAMES, then global layer norms, then local ones. None: the step began and never finished."""
     observed: bool
-    """The observed part is written; without it, the script may still tell its step and loss."""
+    """True if the observed part is written; without it, the script may still pass its step and loss."""
     loss: float | None
 
 
-class RingReader(Side):
+class RingReader(RingFile):
     """The reading side. Raises `ValueError` for a file that is no ring of this layout."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        self._let_go = weakref.finalize(self, os.close, self._descriptor)
+        self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
         memory = mmap.mmap(self._descriptor, 0)
         if len(memory) < JSON_OFFSET:
             raise ValueError(f"{path} is no ring: it is shorter than a header")
-        facts = FACTS.unpack_from(memory, 0)
-        magic, version, slot_bytes, slots, layers, text = facts[:6]
-        if magic != MAGIC or version != LAYOUT_VERSION:
+        magic, version, columns, slot_bytes, slots, layers, text, pid, started = FACTS.unpack_from(memory, 0)
+        if (magic, version, columns) != (MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM):
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
         layout = Layout(layers, text, slots)
         self.given_up = len(memory) == layout.header_bytes
-        """Cut down to its header: only what it counts and how its rank ended is left."""
+        """True if it was cut down to its header: only its counts and its exit reason are left."""
         if slot_bytes != layout.slot_bytes or (len(memory) != layout.file_bytes and not self.given_up):
             raise ValueError(f"{path} is damaged: its size is not what its header says")
         super().__init__(path, memory, layout)
-        self.pid: int = facts[6]
-        self.process_start: int = facts[7]
+        self.pid: int = pid
+        self.process_start: int = started
+        """Clock ticks after boot at which that process started."""
         self.identity: dict[str, Any] = json.loads(memory[JSON_OFFSET : JSON_OFFSET + text])
 
     def read(self, sequence: int) -> Record | ReadOutcome:
-        """The record, as far as it is written. NOT_YET: not launched. OVERRUN: a newer one has taken its slot."""
-        if sequence > self.launched:
+        """Return the record, as far as it is written.
+
+        NOT_YET: its step has not begun. OVERRUN: a newer record has taken its slot.
+        """
+        if sequence > self.begun:
             return ReadOutcome.NOT_YET
         if self.given_up:
             return ReadOutcome.OVERRUN
-        launched = self._part(LAUNCHED, sequence)
+        begun = self._part(BEGUN, sequence)
         observed = self._part(OBSERVED, sequence)
         measured = self._part(self.layout.measured, sequence)
         # Asked last: a part that was overwritten just now must not look like one that was never written.
-        if launched is None or sequence < self.oldest:
+        if begun is None or sequence < self.oldest:
             return ReadOutcome.OVERRUN
-        step, wall, monotonic, learning_rate, flags = LAUNCHED_PAYLOAD.unpack(launched)
+        step, wall, monotonic, learning_rate, flags = BEGUN_PAYLOAD.unpack(begun)
         loss = None
         if observed is not None:
-            told_step, told_loss, told = OBSERVED_PAYLOAD.unpack(observed)
-            step = told_step if told & HAS_STEP else step
-            loss = told_loss if told & HAS_LOSS else None
+            observed_step, observed_loss, given = OBSERVED_PAYLOAD.unpack(observed)
+            step = observed_step if given & HAS_STEP else step
+            loss = observed_loss if given & HAS_LOSS else None
         return Record(
             sequence=sequence,
             step=step,
@@ -126,53 +130,51 @@ class RingReader(Side):
             loss=loss,
         )
 
-    def acknowledge(self, sequence: int, *, farewell: bool = False) -> None:
-        """Tell the rank, and a recorder that may follow, how far the collector has stored."""
+    def acknowledge(self, sequence: int, *, exited: bool = False) -> None:
+        """Write how far the collector has stored: for the rank, and for a recorder that may follow.
+
+        exited: it has stored the exit reason as well.
+        """
         self._words[WORD_ACKNOWLEDGED] = sequence
-        self._words[WORD_ACKNOWLEDGED_FAREWELL] = farewell
+        self._words[WORD_EXIT_ACKNOWLEDGED] = exited
 
-    def trouble(self, text: str) -> None:
-        """Tell the rank why the collector cannot be reached; empty: it can."""
-        self._write_text(TROUBLE_OFFSET, text)
+    def write_problem(self, text: str) -> None:
+        """Write why the collector cannot be reached; empty: it can."""
+        self._write_text(PROBLEM_OFFSET, text)
 
-    def page(self, address: str) -> None:
-        """Tell the rank where its run's page is. One that does not fit is left out: half of it leads nowhere."""
+    def write_page(self, address: str) -> None:
+        """Write where the run's page is. An address that does not fit is left out: half of it leads nowhere."""
         self._write_text(PAGE_OFFSET, address if len(address) < TEXT_BYTES else "")
 
-    @property
-    def page_address(self) -> str:
-        """What the rank was told of it."""
-        return self._read_text(PAGE_OFFSET)
-
     def heartbeat(self, monotonic: float) -> None:
-        """Tell the rank that a recorder is looking."""
+        """Show the rank that a recorder polls its ring."""
         self._words[WORD_HEARTBEAT] = struct.unpack("<Q", struct.pack("<d", monotonic))[0]
 
     @property
     def oldest(self) -> int:
         """The lowest sequence number that may still be readable."""
         kept = 0 if self.given_up else self.layout.slot_count
-        return max(1, self.launched - kept + 1)
+        return max(1, self.begun - kept + 1)
 
     @property
     def backward_passes(self) -> int:
-        """Backward passes that the rank has computed, counted before it waits for the others'."""
+        """Backward passes that the rank has computed, counted before it waits for the other ranks."""
         return self._words[WORD_BACKWARD_PASSES]
 
     @property
-    def farewell(self) -> Farewell:
-        """How the rank left, NONE while it has not said."""
-        return Farewell(self._words[WORD_FAREWELL])
+    def exit_reason(self) -> ExitReason:
+        """Why the rank left; NONE while it is attached."""
+        return ExitReason(self._words[WORD_EXIT_REASON])
 
     @property
-    def farewell_detail(self) -> str:
-        """What the rank said about it."""
-        return self._read_text(FAREWELL_OFFSET)
+    def exit_detail(self) -> str:
+        """Details of the exit, such as the exception or the signal."""
+        return self._read_text(EXIT_DETAIL_OFFSET)
 
     @property
-    def note(self) -> str:
+    def last_error(self) -> str:
         """The probe's last internal error."""
-        return self._read_text(NOTE_OFFSET)
+        return self._read_text(ERROR_OFFSET)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -182,39 +184,35 @@ class RingReader(Side):
 
     @property
     def alive(self) -> bool:
-        """The process that made the ring still runs: its lock on the file is there, in whatever container it lives."""
+        """True while the process that made the ring runs: it holds a lock on the file, in whatever container it is."""
         asked = _FILE_LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         found: int = _FILE_LOCK.unpack(fcntl.fcntl(self._descriptor, fcntl.F_OFD_GETLK, asked))[0]
         return found != fcntl.F_UNLCK
 
     @property
-    def changed(self) -> float:
+    def modified(self) -> float:
         """Unix seconds at which the file was made or cut, as far as its file system knows of writes to memory."""
         return os.fstat(self._descriptor).st_mtime
 
-    def say_farewell(self, reason: Farewell, detail: str) -> None:
-        """Say goodbye for a rank that could not: for this recorder, and for one that may follow."""
-        self._write_farewell(reason, detail)
-
     def give_up(self) -> int:
-        """Cut the ring of a dead rank down to its header, and let go of it. The records lost by it are counted there.
+        """Cut the ring of a dead rank down to its header and close it. Return how many records are lost by that.
 
-        How many those are.
+        The header counts them, until a collector has been told.
         """
-        lost = max(0, self.launched - self.acknowledged)
+        lost = max(0, self.begun - self.acknowledged)
         self._words[WORD_DROPPED + DROP_REASONS.index("given_up")] += lost
         # What is counted as given up must not look overwritten as well.
-        self._words[WORD_LAUNCHED] = self.acknowledged
+        self._words[WORD_BEGUN] = self.acknowledged
         os.ftruncate(self._descriptor, self.layout.header_bytes)
         self.close()
         return lost
 
     def close(self) -> None:
-        """Let go of the memory; the file stays."""
+        """Unmap the memory; the file stays."""
         self._words.release()
         self._bytes.release()
         self.memory.close()
-        self._let_go()
+        self._close_descriptor()
 
     def _part(self, part: Part, sequence: int) -> bytes | None:
         begin = self.layout.word(sequence) + part.begin

@@ -1,4 +1,4 @@
-"""One stream to the collector: all that the recorder knows of gRPC."""
+"""One stream to the collector: the recorder's use of gRPC."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
 
 ANSWER_SECONDS = 10.0
-"""A collector that has said nothing for so long after a message is taken for dead."""
+"""A collector that has not answered for so long after a message is taken for dead."""
 _REFUSALS = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -22,24 +22,26 @@ _REFUSALS = (
     grpc.StatusCode.UNIMPLEMENTED,
 )
 _LOST_STATUS = "Internal error from Core"
-"""What grpc.aio says where a write meets a stream that the other side is just ending: the true status is lost."""
+"""What grpc.aio reports where a write meets a stream that the other side is just ending: the true status is lost."""
 
 Send = Callable[[pb.FromRecorder], Awaitable[None]]
-"""Waits while the collector takes nothing in."""
+"""Sends one message. Waits while the collector takes nothing in."""
 
 
 class UnreachableError(Exception):
-    """The collector is not there, or not any more; the text says how that showed."""
+    """The collector is unreachable or disconnected; the message says why."""
 
 
 class RefusedError(Exception):
-    """The collector does not want this stream; the text is its own. Trying again soon changes nothing."""
+    """The collector refuses this stream, in the words of the message. Trying again soon changes nothing."""
 
 
-async def converse(address: str, talk: Callable[[Send], Awaitable[None]], hear: Callable[[pb.Ack], None]) -> None:
-    """Open a stream, let `talk` send and `hear` take answers, until the collector ends it in peace.
+async def run_stream(
+    address: str, send_messages: Callable[[Send], Awaitable[None]], on_ack: Callable[[pb.Ack], None]
+) -> None:
+    """Open a stream, let `send_messages` send and `on_ack` take answers, until the collector ends it in good order.
 
-    address: host:port. Raises `UnreachableError` or `RefusedError`, and what `talk` or `hear` raise.
+    address: host:port. Raises `UnreachableError` or `RefusedError`, and what the two callbacks raise.
     """
     loop = asyncio.get_running_loop()
     proxy = os.environ.get("FORESHOCK_HTTP_PROXY") == "1"
@@ -53,24 +55,24 @@ async def converse(address: str, talk: Callable[[Send], Awaitable[None]], hear: 
                 patience.reschedule(loop.time() + ANSWER_SECONDS)
             await call.write(message)
 
-        async def speak() -> None:
-            # Nobody takes it any more: who listens knows why.
+        async def write() -> None:
+            # Where the stream has ended, the reading side knows why.
             with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await talk(send)
+                await send_messages(send)
 
-        async def listen() -> None:
+        async def read() -> None:
             async for ack in call:
                 patience.reschedule(None)
-                hear(ack)
+                on_ack(ack)
 
         tasks: list[asyncio.Task[None]] = []
         try:
             async with asyncio.timeout(ANSWER_SECONDS) as patience:
-                speaking, listening = tasks = [asyncio.create_task(speak()), asyncio.create_task(listen())]
+                writing, reading = tasks = [asyncio.create_task(write()), asyncio.create_task(read())]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                if speaking.done():
-                    speaking.result()
-                await listening
+                if writing.done():
+                    writing.result()
+                await reading
         except TimeoutError:
             raise UnreachableError(f"no answer for {ANSWER_SECONDS:g} s") from None
         except grpc.aio.AioRpcError as error:

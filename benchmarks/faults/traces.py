@@ -89,9 +89,9 @@ def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
         if which == "steps" and len(message.steps.step):
             decoded = decode(message.steps, layers)
             found.append((ranks[message.steps.instance], decoded.rows, decoded.layer_norms))
-        elif which == "goodbye":
-            rank, goodbye = ranks[message.goodbye.instance], message.goodbye
-            ends.setdefault(rank, (rank, pb.Goodbye.Reason.Name(goodbye.reason), goodbye.detail))
+        elif which == "exit":
+            rank, goodbye = ranks[message.exit.instance], message.exit
+            ends.setdefault(rank, (rank, pb.ExitReason.Name(goodbye.reason), goodbye.detail))
         elif which == "event" and message.event.kind == pb.Event.RANK_LOST:
             rank = ranks[message.event.instance]
             ends.setdefault(rank, (rank, "LOST", ""))

@@ -14,8 +14,8 @@ from benchmarks.fuzz.live import Live
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import _as_json, _as_text, replay
-from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.columns import WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 NUMBERS = (
@@ -157,7 +157,7 @@ class _Recorder:
                 instance=self._name(rank),
                 experiment="e",
                 run="r",
-                launch=f"l{self._launch}",
+                launch_id=f"l{self._launch}",
                 started_seconds=self._collector.now,
                 topology=pb.Topology(rank=rank, world_size=self._history.ranks),
                 model=model,
@@ -180,7 +180,7 @@ class _Recorder:
         count = piece.count
         norms = piece.norm.values(count)
         batch = pb.StepBatch(instance=self._name(rank), first_sequence=first, step=range(count))
-        columns: dict[str, list[Any]] = {name: [0] * count for name in COLUMNS if name != "step"}
+        columns: dict[str, list[Any]] = {name: [0] * count for name in WIRE_NAMES if name != "step"}
         columns |= {
             "flags": [piece.flags ^ (pb.LOCAL_NORMS | (pb.LOSS_OBSERVED if piece.loss else 0))] * count,
             "loss": piece.loss.values(count) if piece.loss else [0.0] * count,
@@ -230,10 +230,10 @@ class _Recorder:
             kind = pb.Event.RANK_LOST if what == "lost" else pb.Event.PROBE_ERROR
             self._collector.take(pb.FromRecorder(event=pb.Event(instance=last, kind=kind, wall_seconds=math.nan)))
         else:
-            reason = pb.Goodbye.EXCEPTION if what == "exception" else pb.Goodbye.FINISHED
+            reason = pb.ExitReason.EXCEPTION if what == "exception" else pb.ExitReason.FINISHED
             for rank in range(self._history.ranks):
-                goodbye = pb.Goodbye(instance=self._name(rank), reason=reason, detail="E: x", last_sequence=self._sent)
-                self._collector.take(pb.FromRecorder(goodbye=goodbye))
+                goodbye = pb.Exit(instance=self._name(rank), reason=reason, detail="E: x", last_sequence=self._sent)
+                self._collector.take(pb.FromRecorder(exit=goodbye))
 
 
 def _single(value: float) -> float:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz.live import Live
 from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.columns import WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _DOUBLES = (0.0, -0.0, 1.0, -1.0, 5e-324, 1e-300, 1e150, 1e308, -1e308, 2.0**53, 0.5, math.nan, math.inf, -math.inf)
@@ -74,7 +74,7 @@ _change = st.builds(
 )
 _said = st.builds(
     Said,
-    kind=st.sampled_from(("hello", "steps", "steps", "steps", "event", "goodbye")),
+    kind=st.sampled_from(("hello", "steps", "steps", "steps", "event", "exit")),
     rank=st.integers(0, 1),
     changes=st.lists(_change, max_size=4),
 )
@@ -118,7 +118,7 @@ def _message(said: Said, number: int) -> pb.FromRecorder:
     elif said.kind == "event":
         message.event.CopyFrom(pb.Event(instance=name, kind=pb.Event.RANK_LOST, step=1, wall_seconds=1.0))
     else:
-        message.goodbye.CopyFrom(pb.Goodbye(instance=name, reason=pb.Goodbye.FINISHED, last_sequence=_ROWS))
+        message.exit.CopyFrom(pb.Exit(instance=name, reason=pb.ExitReason.FINISHED, last_sequence=_ROWS))
     for change in said.changes:
         _apply(getattr(message, said.kind), change)
     return message
@@ -130,7 +130,7 @@ def _hello(rank: int) -> pb.Hello:
         instance=str(rank),
         experiment="e",
         run="r",
-        launch="l",
+        launch_id="l",
         started_seconds=1.0,
         topology=pb.Topology(rank=rank, world_size=2, node="n"),
         model=pb.ModelSummary(
@@ -143,7 +143,7 @@ def _hello(rank: int) -> pb.Hello:
 
 def _batch(instance: str, first: int) -> pb.StepBatch:
     batch = pb.StepBatch(instance=instance, first_sequence=first, step=range(first, first + _ROWS))
-    for name in COLUMNS:
+    for name in WIRE_NAMES:
         if name != "step":
             getattr(batch, name)[:] = [pb.LOCAL_NORMS | pb.LOSS_OBSERVED if name == "flags" else 1] * _ROWS
     return batch

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_protos.columns import COLUMNS
 
 
 class Kind(StrEnum):
@@ -76,10 +77,14 @@ def _counter(name: str, help_: str, labels: tuple[str, ...] = RUN) -> Series:
     return Series(name=name, kind=Kind.COUNTER, labels=labels, unit="", help=help_)
 
 
-GLOBAL_GRADIENT_NORM = _gauge(
-    "foreshock_global_gradient_norm",
-    "L2 norm of the averaged gradient before clipping, at the newest finite step.",
-)
+COLUMN_GAUGES = {
+    column.name: _gauge(column.gauge.series, column.gauge.help, column.unit)
+    for column in COLUMNS
+    if column.gauge is not None
+}
+"""Series that export the newest finite value of a column, by the column's name. Those that are used by name have a
+constant below."""
+GLOBAL_GRADIENT_NORM = COLUMN_GAUGES["global_norm"]
 LOCAL_GRADIENT_NORM = _gauge(
     "foreshock_local_gradient_norm",
     "L2 norm of a rank's own gradient before the all-reduce, at its newest finite step.",
@@ -110,23 +115,14 @@ GRADIENT_NORM = Series(
     help="Finite global norms of every step, including steps between two scrapes.",
     buckets=_POWERS_OF_TEN,
 )
-GRADIENT_ABSOLUTE_MAXIMUM = _gauge(
-    "foreshock_gradient_absolute_maximum",
-    "Largest absolute element of the averaged gradient before clipping, measured every hundred steps.",
-)
-CLIP_COEFFICIENT = _gauge(
-    "foreshock_clip_coefficient", "Factor in (0, 1] applied to the averaged gradient at the newest step.", "ratio"
-)
-PARAMETER_NORM = _gauge("foreshock_parameter_norm", "L2 norm of the weights, measured every hundred steps.")
-UPDATE_RATIO = _gauge(
-    "foreshock_update_ratio",
-    "Norm of one step's update over the norm of the weights, measured every hundred steps on a sample of the weights.",
-    "ratio",
-)
-LOSS = _gauge("foreshock_loss", "Loss averaged over ranks, at the newest finite step.")
-LEARNING_RATE = _gauge("foreshock_learning_rate", "Learning rate of the first parameter group at the newest step.")
-LOSS_SCALE = _gauge("foreshock_loss_scale", "Scale of the GradScaler at the newest step; 1 without a scaler.")
-STEP = _gauge("foreshock_step", "The newest optimizer step.")
+GRADIENT_ABSOLUTE_MAXIMUM = COLUMN_GAUGES["gradient_absolute_maximum"]
+CLIP_COEFFICIENT = COLUMN_GAUGES["clip_coefficient"]
+PARAMETER_NORM = COLUMN_GAUGES["parameter_norm"]
+UPDATE_RATIO = COLUMN_GAUGES["update_ratio"]
+LOSS = COLUMN_GAUGES["loss"]
+LEARNING_RATE = COLUMN_GAUGES["learning_rate"]
+LOSS_SCALE = COLUMN_GAUGES["loss_scale"]
+STEP = COLUMN_GAUGES["step"]
 STEPS = _counter("foreshock_steps_total", "Optimizer steps received.")
 ABANDONED_STEPS = _counter(
     "foreshock_abandoned_steps_total",
@@ -290,5 +286,6 @@ PROCESS = tuple(
 )
 """What prometheus-client itself exports of the collector's process, on Linux."""
 
-CATALOGUE: tuple[Series, ...] = (*(value for value in list(globals().values()) if isinstance(value, Series)), *PROCESS)
+_NAMED = tuple(value for value in list(globals().values()) if isinstance(value, Series))
+CATALOGUE: tuple[Series, ...] = tuple(dict.fromkeys((*_NAMED, *COLUMN_GAUGES.values(), *PROCESS)))
 """All of them, in the order above."""

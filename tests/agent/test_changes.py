@@ -35,8 +35,8 @@ def test_after_a_change_clipping_is_that_of_stock_and_norms_are_its_norms(
     # The ranks' own are of the same parameters: their mean square is never below the square of the average.
     for norm, *local in zip(found[name].results[0]["global"], *(r["local"] for r in found[name].results), strict=True):
         assert sum(each**2 for each in local) / len(local) > 0.999 * norm**2
-    for lines in found[name].said:
-        assert any("the optimizer's parameters have changed" in line for line in lines) == (name in NEW_PARAMETERS)
+    changed = [any("the optimizer's parameters have changed" in line for line in lines) for lines in found[name].said]
+    assert changed == [name in NEW_PARAMETERS, False]
 
 
 @pytest.mark.parametrize("name", COPIES)
@@ -49,12 +49,11 @@ def test_a_copy_of_a_watched_model_trains_as_stock_and_writes_nothing(found: dic
 def test_a_step_that_is_no_whole_number_costs_one_line_and_no_record(found: dict[str, Scenario]) -> None:
     for result in found["odd_observations"].results:
         assert result == {"steps": list(range(STEPS)), "told": [True] * STEPS, "dropped": {}}
-    for lines in found["odd_observations"].said:
-        assert sum("observe: step must be an integer" in line for line in lines) == 1
+    assert found["odd_observations"].lines_with("observe: step must be an integer") == [1, 0]
 
 
 def test_nothing_of_ours_keeps_a_model_alive_and_its_end_is_the_end_of_the_run(found: dict[str, Scenario]) -> None:
-    assert found["nothing_keeps_a_model"].results == [{"alive": 0, "farewell": "FINISHED"}] * 2
+    assert found["nothing_keeps_a_model"].results == [{"alive": 0, "exit": "FINISHED"}] * 2
     assert found["only_the_model_goes"].results == [{"before": True, "after": False, "second": True}] * 2
 
 
@@ -65,7 +64,7 @@ def test_a_training_that_a_later_one_follows_has_ended_and_each_counts_its_own_s
     for result in found["a_sweep"].results:
         assert result == {
             "retired": [True, True, False],
-            "farewells": ["FINISHED", "FINISHED", "NONE"],
+            "exits": ["FINISHED", "FINISHED", "NONE"],
             "steps": [[0, 1, 2, 3]] * 3,
         }
     assert not any("counts as finished" in line for line in found["a_sweep"].said[0])
@@ -79,5 +78,4 @@ def test_a_training_that_goes_on_after_another_is_clipped_as_before_and_may_be_a
         assert result["apart"] < 1e-4
         assert (result["retired"], result["again"]) == ([True, False], [False, True])
         assert result["records"] == [3, 6], "after its goodbye a training is not recorded"
-    for lines in found["in_turn"].said:
-        assert sum("counts as finished" in line for line in lines) == 1
+    assert found["in_turn"].lines_with("counts as finished") == [1, 0]

@@ -57,8 +57,7 @@ def test_a_step_hook_registered_after_attach_has_the_last_word_and_is_told_of_on
     for result in found["later_step_hook"].results:
         assert result["apart"] < 1e-4
         assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
-    for lines in found["later_step_hook"].said:
-        assert sum("another step pre-hook was registered after attach" in line for line in lines) == 1
+    assert found["later_step_hook"].lines_with("another step pre-hook was registered after attach") == [1, 0]
 
 
 def test_one_of_several_optimizers_is_watched_and_a_second_one_refused(found: dict[str, Scenario]) -> None:

@@ -16,7 +16,7 @@ from tests.support.waiting import eventually
 
 SCRIPT = "faults.py"
 SITES = [
-    "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "launch", "norms", "summary", "clip",
+    "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "begin_step", "norms", "summary", "clip",
     "rule", "collect", "row", "observe", "hook_order",
 ]  # fmt: skip
 EVERYWHERE = ["everywhere_fused", "everywhere_unfused", "everywhere_adaptive"]
@@ -65,8 +65,8 @@ def test_an_error_inside_the_probe_on_one_rank_costs_a_record_and_nothing_else(
     assert good["steps"] == good["measured"] == STEPS
     # Its steps keep their numbers.
     without = [step for step in STEPS if step != FAILING]
-    assert bad["steps"] == (without if site == "launch" else STEPS)
-    assert bad["measured"] == (without if site in WITHOUT_ROW | {"launch"} else STEPS)
+    assert bad["steps"] == (without if site == "begin_step" else STEPS)
+    assert bad["measured"] == (without if site in WITHOUT_ROW | {"begin_step"} else STEPS)
     if site in {"bucket", "last_bucket"}:
         assert bad["local"][str(FAILING)] == 0.0, "a norm without one bucket would be a wrong norm"
     others = [norm for step, norm in bad["local"].items() if step != str(FAILING)]

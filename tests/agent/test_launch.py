@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foreshock import _console, _launch
+from foreshock import _launch, _log
 from foreshock._launch import RecorderProcess
 from foreshock_recorder.folder import lock
 from foreshock_recorder.reader import RingReader
@@ -22,8 +22,8 @@ LATER = 1e9
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_console, "_said", set())
-    monkeypatch.setattr(_launch, "FAREWELL_SECONDS", 0.05)
+    monkeypatch.setattr(_log, "_logged", set())
+    monkeypatch.setattr(_launch, "EXIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -37,8 +37,10 @@ def process(ring: Ring, *, python: str = "/bin/false", speaks: bool = True, run:
     return RecorderProcess(ring.path.parent, run=run, collector="monitor:4327", python=python, speaks=speaks)
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line.removeprefix("foreshock: ") for line in capsys.readouterr().err.splitlines()]
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = list(caplog.messages)
+    caplog.clear()
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -50,70 +52,68 @@ def said(capsys: pytest.CaptureFixture[str]) -> list[str]:
     ],
 )
 def test_rank_0_says_once_where_the_runs_page_is_and_what_the_run_is_called(
-    ring: Ring, capsys: pytest.CaptureFixture[str], address: str, line: str
+    ring: Ring, caplog: pytest.LogCaptureFixture, address: str, line: str
 ) -> None:
     one, reader = process(ring), RingReader(ring.path)
     held = lock(ring.path.parent)
     assert held is not None
     one.check(ring, LATER)
-    assert said(capsys) == []
-    reader.page(PAGE + address)
+    assert said(caplog) == []
+    reader.write_page(PAGE + address)
     for again in (1, 2):
         one.check(ring, LATER + 10 * again)
-    assert said(capsys) == [line]
+    assert said(caplog) == [line]
     os.close(held)
 
 
-def test_the_other_ranks_say_nothing_of_it(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_ranks_say_nothing_of_it(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     reader = RingReader(ring.path)
-    reader.page(PAGE + "night")
-    reader.trouble("monitor:4327: connection refused")
-    process(ring, speaks=False).wait_for_farewell(ring)
-    assert said(capsys) == []
+    reader.write_page(PAGE + "night")
+    reader.write_problem("monitor:4327: connection refused")
+    process(ring, speaks=False).wait_for_exit(ring)
+    assert said(caplog) == []
 
 
-def test_a_job_too_short_for_a_look_hears_of_its_page_at_its_end(
-    ring: Ring, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_job_too_short_for_a_look_hears_of_its_page_at_its_end(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     reader = RingReader(ring.path)
-    reader.page(PAGE + "night")
-    reader.acknowledge(1, farewell=True)
-    process(ring).wait_for_farewell(ring)
-    assert said(capsys) == [f"run night: {PAGE}night"]
+    reader.write_page(PAGE + "night")
+    reader.acknowledge(1, exited=True)
+    process(ring).wait_for_exit(ring)
+    assert said(caplog) == [f"run night: {PAGE}night"]
 
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_recorder_goes_on_trying_only_where_there_is_one(
-    ring: Ring, capsys: pytest.CaptureFixture[str], there: bool
+    ring: Ring, caplog: pytest.LogCaptureFixture, there: bool
 ) -> None:
     held = lock(ring.path.parent) if there else None
-    process(ring).wait_for_farewell(ring)
+    process(ring).wait_for_exit(ring)
     what = "the recorder keeps trying, or" if there else "no recorder is running, so"
-    assert said(capsys) == [
+    assert said(caplog) == [
         f"1 records have not reached the collector yet; {what} a later job's recorder delivers them"
     ]
     if held is not None:
         os.close(held)
 
 
-def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     reader = RingReader(ring.path)
-    reader.trouble("typo:4327: connection refused")
-    process(ring).wait_for_farewell(ring)
-    assert said(capsys) == ["the collector accepts no records; training continues (typo:4327: connection refused)"]
+    reader.write_problem("typo:4327: connection refused")
+    process(ring).wait_for_exit(ring)
+    assert said(caplog) == ["the collector accepts no records; training continues (typo:4327: connection refused)"]
 
 
-def test_a_recorder_that_cannot_be_started_is_told(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recorder_that_cannot_be_started_is_told(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     process(ring, python="/nowhere/python").ensure()
-    (line,) = said(capsys)
+    (line,) = said(caplog)
     assert line.startswith("the recorder cannot start; nothing reaches the collector (")
 
 
-def test_recorders_that_all_end_are_told(ring: Ring, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorders_that_all_end_are_told(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     one = process(ring)
     for again in range(1, 6):
         one.check(ring, LATER + 10 * again)
-    (line,) = said(capsys)
+    (line,) = said(caplog)
     assert line.startswith(
         "recorders keep exiting; nothing reaches the collector (try /bin/false -m foreshock_recorder"
     )

@@ -10,16 +10,15 @@ import sys
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from foreshock import _console, _leaving
+from foreshock import _leaving
 from foreshock._launch import RecorderProcess
 from foreshock._leaving import Ending
+from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.ring import Farewell
 from tests.support.repository import ROOT
 from tests.support.rings import make_ring
 from tests.support.torch_jobs import SCRIPTS
@@ -111,7 +110,7 @@ def endings(place: Place) -> dict[str, tuple[int, str, str, bool]]:
     for mode, code in json.loads(Path(place.folder, "codes.json").read_text()).items():
         ring = place.ring(mode)
         stack = ring.path.with_suffix(".stack").exists()
-        found[mode] = code, ring.farewell.name, ring.farewell_detail, stack
+        found[mode] = code, ring.exit_reason.name, ring.exit_detail, stack
     return found
 
 
@@ -126,14 +125,14 @@ def test_a_spawned_rank_says_which_exception_it_left_by(place: Place) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 1
     ring = place.ring("spawned_raises", 1)
-    assert (ring.farewell.name, ring.farewell_detail) == ("EXCEPTION", "ValueError: bad batch")
+    assert (ring.exit_reason.name, ring.exit_detail) == ("EXCEPTION", "ValueError: bad batch")
 
 
 def test_spawned_ranks_that_are_done_have_finished(place: Place) -> None:
     process = place.leave("spawned")
     process.communicate(timeout=120)
     assert process.returncode == 0
-    assert [place.ring("spawned", rank).farewell.name for rank in (0, 1)] == ["FINISHED", "FINISHED"]
+    assert [place.ring("spawned", rank).exit_reason.name for rank in (0, 1)] == ["FINISHED", "FINISHED"]
 
 
 def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
@@ -152,7 +151,7 @@ def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
     )
     output, _ = process.communicate("\n".join((*cells, "")), timeout=120)
     assert output.count("NameError") == output.count("Traceback") == 2
-    assert place.ring("prompt").farewell.name == "FINISHED"
+    assert place.ring("prompt").exit_reason.name == "FINISHED"
 
 
 def test_a_rank_in_a_collective_dies_at_once_of_sigterm_and_leaves_its_stack(place: Place) -> None:
@@ -168,7 +167,7 @@ def test_a_rank_in_a_collective_dies_at_once_of_sigterm_and_leaves_its_stack(pla
     assert place.ring("collective", 1).backward_passes == 3
     ranks[0].send_signal(signal.SIGTERM)
     assert ranks[0].wait(timeout=10) == -signal.SIGTERM
-    assert ring.farewell.name == "NONE"
+    assert ring.exit_reason.name == "NONE"
     stack = ring.path.with_suffix(".stack")
     assert "leaves.py" in stack.read_text() and stack.stat().st_mode & 0o777 == 0o600
     ranks[1].kill()
@@ -181,7 +180,7 @@ def test_a_scripts_own_handler_of_sigterm_works_as_without_foreshock(place: Plac
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 1
     ring = place.ring(mode)
-    assert (ring.farewell.name, ring.farewell_detail) == ("EXCEPTION", "exit code 1: asked to end")
+    assert (ring.exit_reason.name, ring.exit_detail) == ("EXCEPTION", "exit code 1: asked to end")
     stack = ring.path.with_suffix(".stack")
     assert not stack.exists()
 
@@ -192,7 +191,7 @@ def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
     ring = place.ring("worker")
     os.kill(int(place.await_file("pid").read_text()), signal.SIGTERM)
     assert process.wait(timeout=60) == 0
-    assert ring.farewell.name == "FINISHED"
+    assert ring.exit_reason.name == "FINISHED"
 
 
 def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
@@ -204,7 +203,7 @@ def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
     for number in range(3):
         ring = make_ring(tmp_path / "sweep" / str(number))
         recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", speaks=False)
-        _leaving.say(ring, recorder, Ending(Farewell.FINISHED), wait=False)
+        _leaving.say(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
         rings.append(weakref.ref(ring))
         del ring
     assert [ring() is None for ring in rings] == [True, True, False]
@@ -224,17 +223,3 @@ def test_an_error_of_before_is_not_kept_when_nobody_watches_any_more(monkeypatch
     old = weakref.ref(error)
     del error
     assert old() is None
-
-
-@pytest.mark.parametrize("broken", [None, "closed", "full"])
-def test_a_line_that_nobody_can_hear_costs_nothing(monkeypatch: pytest.MonkeyPatch, broken: str | None) -> None:
-    stream = None if broken is None else Path("/dev/full").open("w")  # noqa: SIM115 - closed below
-    if broken == "closed":
-        assert stream is not None
-        stream.close()
-    monkeypatch.setattr(sys, "stderr", stream)
-    _console.say("a line")
-    monkeypatch.undo()
-    if stream is not None:
-        with suppress(OSError):
-            stream.close()

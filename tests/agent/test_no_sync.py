@@ -19,12 +19,13 @@ from foreshock._clip import AdaptiveClip, Clip, NormClip, ValueClip
 from foreshock._edits import GradientEdits
 from foreshock._kernel import Kernel
 from foreshock._local import SUM_FIELDS, LocalNorms, RankSums
+from foreshock._numbers import constant
 from foreshock._policies import Policies
 from foreshock._rows import Row
 from foreshock._shadow import Shadow
 from foreshock._summary import ParameterPlan, plan_parameters
 from foreshock._weights import EVERY_STEPS, Weights, due
-from foreshock_recorder.ring import DEVICE_COLUMNS
+from foreshock_protos.columns import MEASURED_NAMES
 
 META = torch.device("meta")
 CLIPS = [None, NormClip(max_norm=1.0), ValueClip(clip_value=1.0), AdaptiveClip(max_norm=1.0)]
@@ -59,10 +60,10 @@ class Rank:
         for parameter in self.plan.parameters:
             parameter.grad = torch.empty_like(parameter)
         layers = len(self.plan.layers)
-        self.row = Row(len(DEVICE_COLUMNS) + 2 * layers, layers, META)
+        self.row = Row(len(MEASURED_NAMES) + 2 * layers, layers, META)
 
     def step(self, sequence: int) -> Tensor:
-        scale, parameters = self.row._one, self.plan.parameters
+        scale, parameters = constant(1.0, META), self.plan.parameters
         middle = len(parameters) // BUCKETS
         for number, part in enumerate((parameters[:middle], parameters[middle:])):
             self.local.measure(part, [p.grad for p in part if p.grad is not None], first=number == 0)
@@ -93,7 +94,7 @@ def steps(rank: Rank) -> Iterator[Counter[str]]:
     for sequence in (1, 2, 3, EVERY_STEPS + 1):
         with Kernels() as kernels:
             row = rank.step(sequence)
-        assert row.shape == (len(DEVICE_COLUMNS) + 2 * len(rank.plan.layers),)
+        assert row.shape == (len(MEASURED_NAMES) + 2 * len(rank.plan.layers),)
         yield kernels.counts
 
 
@@ -110,7 +111,7 @@ def test_what_a_rank_adds_to_the_sum_reads_nothing_back(told: bool) -> None:
     rank = Rank(2, None)
     rank.step(1)
     sums = object.__new__(RankSums)
-    sums._device, sums._zero, sums._one = META, rank.row._zero, rank.row._one
+    sums._device, sums._zero, sums._one = META, constant(0.0, META), constant(1.0, META)
     loss = torch.empty((), dtype=torch.float64, device=META) if told else None
     assert sums.contribution(rank.local.summary, loss).shape == (len(SUM_FIELDS),)
 

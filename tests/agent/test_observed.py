@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from foreshock import _console
+from foreshock import _log
 from foreshock._observed import Observations, Told, told_by_script
 
 
@@ -128,10 +128,10 @@ def test_a_step_may_be_any_whole_number(step: Any) -> None:
     ids=str,
 )
 def test_what_is_no_step_or_no_loss_costs_one_line_that_names_the_argument(
-    capsys: pytest.CaptureFixture[str], loss: Any, step: Any, line: str
+    caplog: pytest.LogCaptureFixture, loss: Any, step: Any, line: str
 ) -> None:
-    _console._said.clear()
+    _log._logged.clear()
     for _ in range(2):
         told = told_by_script(loss, step)
     assert told == (Told(None, 1.0) if loss == 1.0 else Told(7, None))
-    assert capsys.readouterr().err.count(f"foreshock: {line}") == 1
+    assert caplog.messages == [line]

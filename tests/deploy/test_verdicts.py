@@ -127,7 +127,7 @@ def hanging() -> Watched:
 def killed() -> Watched:
     job = trained()
     job.vanish(1)
-    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    job.leave(0, pb.ExitReason.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     job.wait(30.0)
     return job
 
@@ -135,7 +135,7 @@ def killed() -> Watched:
 def out_of_memory() -> Watched:
     job = trained()
     for rank in (0, 1):
-        job.leave(rank, pb.Goodbye.EXCEPTION, 'OutOfMemoryError: CUDA out of memory. Tried "2 GiB"\nSee docs')
+        job.leave(rank, pb.ExitReason.EXCEPTION, 'OutOfMemoryError: CUDA out of memory. Tried "2 GiB"\nSee docs')
     job.wait(30.0)
     return job
 
@@ -174,7 +174,7 @@ VERDICTS: dict[Cause, tuple[Scenario, set[str]]] = {
 """How to come by each, and what else is told of such a run: early signs, and the fault that led there."""
 
 
-def ended(reason: pb.Goodbye.Reason, detail: str = "") -> Watched:
+def ended(reason: pb.ExitReason, detail: str = "") -> Watched:
     job = trained()
     for rank in (0, 1):
         job.leave(rank, reason, detail)
@@ -187,7 +187,7 @@ def guarded() -> Watched:
     job = trained()
     for rank in (0, 1):
         job.tell(rank, [NAN], loss=[NAN])
-        job.leave(rank, pb.Goodbye.EXCEPTION, "exit code 1")
+        job.leave(rank, pb.ExitReason.EXCEPTION, "exit code 1")
     job.wait(180.0)
     return job
 
@@ -237,9 +237,9 @@ def unheard_for_good() -> Watched:
 
 
 OTHERS: dict[str, tuple[Scenario, set[str]]] = {
-    "finished": (lambda: ended(pb.Goodbye.FINISHED), set()),
-    "detached": (lambda: ended(pb.Goodbye.DETACHED), set()),
-    "interrupted": (lambda: ended(pb.Goodbye.INTERRUPTED, "SIGTERM"), set()),
+    "finished": (lambda: ended(pb.ExitReason.FINISHED), set()),
+    "detached": (lambda: ended(pb.ExitReason.DETACHED), set()),
+    "interrupted": (lambda: ended(pb.ExitReason.INTERRUPTED, "SIGTERM"), set()),
     "ends by its own guard": (guarded, {"ForeshockSuddenNonFinite"}),
     "crashed within a second": (crashed_within_a_second, {"ForeshockRunDied"}),
     "hung after a death": (hung_after_a_death, {"ForeshockRunDied"}),

@@ -68,7 +68,9 @@ class Watched:
         for rank in range(self._ranks):
             place = pb.Topology(world_size=self._ranks, rank=rank)
             instance, launch = self._name(rank), f"l{self._launches}"
-            self._take(hello(instance=instance, launch=launch, started_seconds=self.now, topology=place, model=model))
+            self._take(
+                hello(instance=instance, launch_id=launch, started_seconds=self.now, topology=place, model=model)
+            )
 
     def tell(self, rank: int, norms: list[float], *, layer_norms: list[float] | None = None, **columns: Any) -> None:
         """Steps of one rank, a tenth of a second each."""
@@ -95,12 +97,12 @@ class Watched:
         """Its recorder sees that its process is gone."""
         told = pb.Event(instance=self._name(rank), kind=pb.Event.RANK_LOST, wall_seconds=self.now)
         self._take(pb.FromRecorder(event=told))
-        self.leave(rank, pb.Goodbye.LOST)
+        self.leave(rank, pb.ExitReason.LOST)
 
-    def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
+    def leave(self, rank: int, reason: pb.ExitReason, detail: str = "") -> None:
         self._there.discard(rank)
-        goodbye = pb.Goodbye(instance=self._name(rank), reason=reason, detail=detail, last_sequence=self._sent[rank])
-        self._take(pb.FromRecorder(goodbye=goodbye))
+        goodbye = pb.Exit(instance=self._name(rank), reason=reason, detail=detail, last_sequence=self._sent[rank])
+        self._take(pb.FromRecorder(exit=goodbye))
 
     def silence(self) -> None:
         """Nothing more is heard of it."""

@@ -68,8 +68,8 @@ def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str
     recorder = only_recorder(rings)
     (ring,) = rings.rglob("*.ring")
     reader = RingReader(ring)
-    size, memory, launched = ring.stat().st_size, resident_kib(recorder), reader.launched
-    eventually(lambda: reader.launched > launched + 6000, "six thousand more steps")
+    size, memory, launched = ring.stat().st_size, resident_kib(recorder), reader.begun
+    eventually(lambda: reader.begun > launched + 6000, "six thousand more steps")
     reader.close()
     assert ring.stat().st_size == size <= 4 * 2**20
     assert resident_kib(recorder) - memory < SILENT_MEMORY_KIB

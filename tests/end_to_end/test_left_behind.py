@@ -33,7 +33,7 @@ def test_a_job_that_ended_without_its_collector_is_handed_in_by_the_next_jobs_re
     done = subprocess.run(
         [sys.executable, "-c", command, "recorder", "--dir", one], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout) == (0, f"run first: 60 records handed in, {collector.url}/run/first\n")
+    assert (done.returncode, done.stdout) == (0, f"run first: 60 records delivered, {collector.url}/run/first\n")
     assert left(collector, "first")["counters"]["steps"] == 30
     assert "second" not in collector.names()
     assert "rank 0 done" in said(job("third", collector.address, steps=5))

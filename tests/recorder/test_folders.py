@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from foreshock_recorder.folder import lock, release
-from foreshock_recorder.ring import LAYOUT_VERSION, LOCK_NAME, Farewell, has_recorder, ring_folder, run_folder
+from foreshock_recorder.layout import LAYOUT_VERSION, ExitReason
+from foreshock_recorder.paths import LOCK_NAME, has_recorder, ring_folder, run_folder
 from tests.support.fake_collector import FakeCollector
 from tests.support.rank_process import RankProcess, Start
 from tests.support.rings import FIRST, SECOND, log_of, make_ring, step
@@ -28,7 +29,7 @@ def test_a_ring_of_another_version_is_left_alone_and_logged(
     rank().do("steps", count=1)
     recorder()
     collector.wait_for(lambda: collector.position[FIRST] == 1)
-    assert len(re.findall(r"left alone: .*-rank-00001.ring is not a ring of layout", log_of(folder))) == 1
+    assert len(re.findall(r"ignored: .*-rank-00001.ring is not a ring of layout", log_of(folder))) == 1
     assert stranger.path.exists() and SECOND not in collector.told
 
 
@@ -43,7 +44,7 @@ def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
     ring = make_ring(folder)
     assert has_recorder(folder)
     step(ring, 1)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert process.wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == [1]
     assert not run.exists()

@@ -17,10 +17,12 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import hand_in, orphans, recorder
 from foreshock_recorder.folder import contents, lock
+from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.orphans import COUNTED_SECONDS, KEPT_SECONDS, give_up, launches
+from foreshock_recorder.paths import LOCK_NAME, has_recorder
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.recorder import Recorder
-from foreshock_recorder.ring import LOCK_NAME, Farewell, Ring, has_recorder
+from foreshock_recorder.ring import Ring
 from tests.support.fake_collector import FakeCollector
 from tests.support.listeners import StoringListener
 from tests.support.rank_process import RankProcess, Start
@@ -37,7 +39,7 @@ def rings(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(recorder, "_ADOPT_SECONDS", 0.1)
 
 
 def finishing(test: Coroutine[Any, Any, None]) -> None:
@@ -54,7 +56,7 @@ async def serve(folder: Path, address: str, *, until: Callable[[], bool], linger
     while not until():
         assert not running.done()
         await asyncio.sleep(0.01)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert await running == 0
 
 
@@ -62,13 +64,13 @@ def test_what_a_job_left_is_handed_in_by_the_recorder_of_a_later_one(
     rings: Path, collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess], folder: Path
 ) -> None:
     old = leave(rings / "night" / "old", 50, acknowledged=10, instance="old", collector=collector.address)
-    rank().do("farewell", reason="FINISHED")
+    rank().do("leave", reason="FINISHED")
     collector.position["old"] = 10
     assert recorder().wait(WAIT_SECONDS) == 0
     told = collector.told["old"]
     assert told.sequences() == list(range(11, 51))
-    assert told.hellos[0].gone and told.hellos[0].run == "night"
-    assert told.goodbyes[0].reason == pb.Goodbye.FINISHED
+    assert told.hellos[0].exited and told.hellos[0].run == "night"
+    assert told.exits[0].reason == pb.ExitReason.FINISHED
     assert not old.parent.parent.exists()
 
 
@@ -113,7 +115,7 @@ def test_a_job_started_again_is_not_served_by_the_recorder_of_its_last_launch(
     until(lambda: has_recorder(rings / "night" / "old"))
     finishing(serve(rings / "night" / "new", collector.address, until=lambda: "living" in collector.told))
     assert lingering.poll() is None
-    assert collector.told["living"].goodbyes
+    assert collector.told["living"].exits
 
 
 @pytest.mark.usefixtures("eager")
@@ -121,7 +123,7 @@ def test_what_nobody_takes_neither_keeps_a_recorder_nor_is_lost(rings: Path, col
     old = leave(rings / "night" / "old", 5, instance="old", collector=f"127.0.0.1:{free_port()}")
     finishing(serve(rings / "day" / "new", collector.address, until=lambda: "living" in collector.told, linger=0.5))
     found = contents(old.parent)
-    assert found is not None and found.unstored == 5
+    assert found is not None and found.unacknowledged == 5
     held = lock(old.parent, patience=0.0)
     assert held is not None
     os.close(held)
@@ -160,10 +162,10 @@ def test_trouble_with_what_others_left_costs_the_own_ranks_nothing(
             raise OSError("stale file handle")
         return []
 
-    monkeypatch.setattr(recorder, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(recorder, "_ADOPT_SECONDS", 0.1)
     monkeypatch.setattr(recorder, "orphans", broken)
     finishing(serve(rings / "day" / "new", collector.address, until=lambda: len(asked) > 3))
-    assert collector.told["living"].goodbyes
+    assert collector.told["living"].exits
 
 
 def test_what_another_user_left_is_left_to_that_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,14 +191,14 @@ def test_records_are_given_up_after_a_day_and_counted_once_by_the_collector(tmp_
     ring = Ring.__new__(Ring)
     ring.path = path
     listener = StoringListener(ring, runs)
-    listener.rank.rewind()
+    listener.rank.restart_stream()
     (message,) = listener.ask()
     instance = runs.register(message.hello, 0.0)
     instance.position = 10
-    listener.converse(rounds=5)
+    listener.run_stream(rounds=5)
     assert listener.run.totals.dropped["given_up"] == 40
     assert listener.run.totals.dropped["ring_overrun"] == 0
-    assert instance.closed == "FINISHED" and listener.rank.closed
+    assert instance.closed == "FINISHED" and listener.rank.delivered
 
 
 def test_the_oldest_are_given_up_where_they_take_too_much_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +214,7 @@ def test_the_oldest_are_given_up_where_they_take_too_much_room(tmp_path: Path, m
 def test_orphans_take_no_more_than_a_quarter_of_their_file_system(tmp_path: Path) -> None:
     system = os.statvfs(tmp_path)
     size = system.f_blocks * system.f_frsize
-    assert orphans.most_bytes(tmp_path) == min(512 * 2**20, size / 4)
+    assert orphans.max_bytes(tmp_path) == min(512 * 2**20, size / 4)
 
 
 def test_what_lives_is_never_given_up_whatever_its_size_and_age(
@@ -245,7 +247,7 @@ def test_a_ring_that_is_handed_in_while_another_recorder_looks_at_it_is_no_error
 
     monkeypatch.setattr("foreshock_recorder.folder.RingReader", opened)
     found = contents(path.parent)
-    assert found is not None and found.unstored == 5
+    assert found is not None and found.unacknowledged == 5
     path.parent.rmdir()
     assert contents(path.parent) is None and launches(tmp_path) == set()
 
@@ -292,13 +294,13 @@ def test_the_command_hands_in_all_below_a_folder_and_says_so_in_a_line_a_run(
     leave(rings / "day" / "one", 1200, instance="three", collector=collector.address)
     assert hand_in.main(["--dir", str(rings)]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "run day: 1,200 records handed in, http://monitor:9327/run/day-2",
-        "run night: 11 records handed in, http://monitor:9327/run/night",
+        "run day: 1,200 records delivered, http://monitor:9327/run/day-2",
+        "run night: 11 records delivered, http://monitor:9327/run/night",
     ]
     assert collector.told["three"].sequences() == list(range(1, 1201))
     assert not list(rings.rglob("*.ring"))
     assert hand_in.main(["--dir", str(rings)]) == 0
-    assert capsys.readouterr().out == f"there is nothing to hand in below {rings}\n"
+    assert capsys.readouterr().out == f"there is nothing to deliver below {rings}\n"
 
 
 def test_the_command_says_what_is_left_and_why(
@@ -315,12 +317,12 @@ def test_the_command_says_what_is_left_and_why(
     leave(rings / "d" / "refused", 3, instance="refused", collector=collector.address)
     assert hand_in.main(["--dir", str(rings)]) == 1
     a, b, c, d = capsys.readouterr().out.splitlines()
-    assert a == "run a: 0 of 0 records handed in; its ranks still run"
-    assert b.startswith(f"run b: 0 of 3 records handed in; 3 are left ({gone}: ")
-    assert c == "run c: 0 of 3 records handed in; a recorder is at work on it"
+    assert a == "run a: 0 of 0 records delivered; its ranks still run"
+    assert b.startswith(f"run b: 0 of 3 records delivered; 3 are left ({gone}: ")
+    assert c == "run c: 0 of 3 records delivered; a recorder is at work on it"
     assert (
         d
-        == f"run d: 0 of 3 records handed in; 3 are left ({collector.address}: refused: {collector.refused['refused']})"
+        == f"run d: 0 of 3 records delivered; 3 are left ({collector.address}: refused: {collector.refused['refused']})"
     )
     living.end()
     os.close(held)
@@ -335,7 +337,7 @@ def test_the_command_starts_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "recorder", "--dir", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"there is nothing to hand in below {tmp_path}\n"
+    assert done.stdout == f"there is nothing to deliver below {tmp_path}\n"
 
 
 @pytest.mark.parametrize(("arguments", "says"), [(["--collector", "monitor"], "'monitor' is not host:port")])

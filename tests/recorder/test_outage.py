@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from foreshock_collector.state.fleet import Runs
-from foreshock_recorder.ring import MAX_SLOTS, Farewell, Ring
+from foreshock_recorder.layout import MAX_SLOTS, ExitReason
+from foreshock_recorder.ring import Ring
 from tests.support.collector_process import Collector
 from tests.support.listeners import Listener, StoringListener
 from tests.support.rank_process import RankProcess, Start
@@ -24,14 +25,14 @@ def ring(tmp_path: Path) -> Ring:
 
 
 def write(ring: Ring, upto: int) -> None:
-    for sequence in range(ring.launched + 1, upto + 1):
+    for sequence in range(ring.begun + 1, upto + 1):
         step(ring, sequence)
 
 
 @pytest.mark.parametrize("new_recorder", [False, True])
 def test_what_a_ring_still_holds_arrives_and_what_it_overwrote_is_counted_once(ring: Ring, new_recorder: bool) -> None:
     write(ring, 100)
-    listener = StoringListener(ring, Runs()).converse()
+    listener = StoringListener(ring, Runs()).run_stream()
     # To let go of a ring's file in the process of its rank would be the rank's death.
     listeners = [listener]
     assert listener.counts() == (100, 0)
@@ -40,12 +41,12 @@ def test_what_a_ring_still_holds_arrives_and_what_it_overwrote_is_counted_once(r
         if new_recorder:
             listener = StoringListener(ring, listener.runs)
             listeners.append(listener)
-        listener.converse()
+        listener.run_stream()
         assert listener.counts() == (100 + outage * LONG, outage * (LONG - MAX_SLOTS))
-    ring.farewell(Farewell.FINISHED)
-    listener.converse()
+    ring.write_exit(ExitReason.FINISHED)
+    listener.run_stream()
     assert listener.counts() == (100 + 2 * LONG, 2 * (LONG - MAX_SLOTS))
-    assert listener.rank.closed and listener.instance.closed == "FINISHED"
+    assert listener.rank.delivered and listener.instance.closed == "FINISHED"
     assert listener.run.totals.counters["steps"] + listener.run.totals.dropped["ring_overrun"] == 100 + 2 * LONG
 
 
@@ -56,7 +57,7 @@ def test_records_under_way_when_the_ring_overwrote_them_do_not_hold_up_the_rest(
         pass
     # Sent, and never acknowledged: the collector has gone.
     write(ring, LONG)
-    listener.rank.rewind()
+    listener.rank.restart_stream()
     listener.greet(position=0)
     sent = [n for _ in range(20) for n in listener.sequences(after=1.0)]
     assert sent == list(range(LONG - MAX_SLOTS + 1, LONG + 1))
@@ -65,10 +66,10 @@ def test_records_under_way_when_the_ring_overwrote_them_do_not_hold_up_the_rest(
 def test_a_gap_at_the_very_end_is_closed_by_the_goodbye(ring: Ring) -> None:
     write(ring, 10)
     ring.memory[ring.measured_offset(10) - 8 * 10] ^= 1  # its first part is damaged: there is nothing to send
-    ring.farewell(Farewell.FINISHED)
-    listener = StoringListener(ring, Runs()).converse()
+    ring.write_exit(ExitReason.FINISHED)
+    listener = StoringListener(ring, Runs()).run_stream()
     assert listener.counts() == (10, 1)
-    assert listener.rank.closed
+    assert listener.rank.delivered
 
 
 @pytest.fixture

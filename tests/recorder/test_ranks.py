@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
+from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason
 from foreshock_recorder.ranks import Rank
-from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, Farewell, Ring
+from foreshock_recorder.ring import Ring
 from tests.support.listeners import Listener
-from tests.support.rings import identity, launch, make_ring, measure, step
+from tests.support.rings import begin, identity, make_ring, measure, step
 
 Said = Callable[..., list[pb.FromRecorder]]
 
@@ -31,7 +33,7 @@ def test_hello_says_who_it_is_and_nothing_follows_before_the_answer(ring: Ring) 
     listener = Listener(ring)
     (message,) = listener.ask()
     hello, told = message.hello, identity()
-    assert (hello.instance, hello.run, hello.launch) == (told["instance"], told["run"], told["launch"])
+    assert (hello.instance, hello.run, hello.launch_id) == (told["instance"], told["run"], told["launch_id"])
     assert (hello.topology.rank, hello.topology.world_size, hello.topology.node) == (0, 2, "node-7")
     assert list(hello.model.layers) == ["a", "b"] and dict(hello.model.module_types) == {"Linear": 2}
     assert (hello.optimizer.type, hello.optimizer.fused, hello.clip) == ("SGD", False, "norm 1.0")
@@ -44,7 +46,7 @@ def test_columns_carry_what_the_ring_holds(ring: Ring) -> None:
     (batch,) = Listener(ring).greet().batches()
     assert batch.first_sequence == 1 and list(batch.step) == [101, 102, 103]
     assert list(batch.learning_rate) == [0.5] * 3 and list(batch.loss) == [0.25] * 3
-    for i, name in enumerate(DEVICE_COLUMNS):
+    for i, name in enumerate(MEASURED_NAMES):
         if name not in ("skipped", "shadow") and "nan_" not in name and "inf_" not in name:
             assert list(getattr(batch, name)) == [pytest.approx(n + i / 100) for n in (1, 2, 3)], name
     assert list(batch.flags) == [pb.LOSS_OBSERVED | pb.LOCAL_NORMS] * 3
@@ -67,24 +69,24 @@ def test_without_local_norms_no_row_claims_them(tmp_path: Path) -> None:
 
 
 def test_flags_say_what_happened_to_a_step(ring: Ring) -> None:
-    ring.launch(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=EDITED)
+    ring.begin_step(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=EDITED)
     measure(ring, 1, skipped=1.0)
-    ring.observe(1, step=None, loss=None)
+    ring.write_observed(1, step=None, loss=None)
     (batch,) = Listener(ring).greet().batches()
     assert batch.flags[0] == pb.EDITED | pb.SKIPPED | pb.LOCAL_NORMS
 
 
 def test_a_step_whose_optimizer_was_never_called_says_so(ring: Ring) -> None:
-    ring.launch(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=NOT_STEPPED | GRADIENT_UNKNOWN)
+    ring.begin_step(1, step=1, wall=0, monotonic=0, learning_rate=0, flags=NOT_STEPPED | GRADIENT_UNKNOWN)
     measure(ring, 1)
-    ring.observe(1, step=None, loss=math.nan)
+    ring.write_observed(1, step=None, loss=math.nan)
     (batch,) = Listener(ring).greet().batches()
     assert batch.flags[0] == pb.NOT_STEPPED | pb.GRADIENT_UNKNOWN | pb.LOSS_OBSERVED | pb.LOCAL_NORMS
 
 
 def test_a_batch_tells_how_many_backward_passes_the_rank_has_computed(ring: Ring) -> None:
     for _ in range(3):
-        ring.backward_passed()
+        ring.count_backward_pass()
     step(ring, 1)
     (batch,) = Listener(ring).greet().batches()
     assert batch.backward_passes == 3
@@ -92,19 +94,19 @@ def test_a_batch_tells_how_many_backward_passes_the_rank_has_computed(ring: Ring
 
 def test_a_record_waits_half_a_second_for_its_loss(ring: Ring) -> None:
     step(ring, 1)
-    launch(ring, 2)
+    begin(ring, 2)
     measure(ring, 2)
     listener = Listener(ring).greet()
     assert listener.sequences(interval=0.0) == [1]
     assert listener.sequences(after=0.4, interval=0.0) == []
-    ring.observe(2, step=None, loss=4.0)
+    ring.write_observed(2, step=None, loss=4.0)
     (batch,) = listener.batches(interval=0.0)
     assert list(batch.loss) == [4.0]
 
 
 def test_a_script_that_tells_no_loss_is_not_waited_for_longer(ring: Ring) -> None:
     step(ring, 1)
-    launch(ring, 2)
+    begin(ring, 2)
     measure(ring, 2)
     listener = Listener(ring).greet()
     assert listener.sequences(interval=0.0) == [1]
@@ -113,19 +115,19 @@ def test_a_script_that_tells_no_loss_is_not_waited_for_longer(ring: Ring) -> Non
 
 
 def test_the_first_record_waits_for_the_step_number_of_a_resumed_script(ring: Ring) -> None:
-    launch(ring, 1)
+    begin(ring, 1)
     measure(ring, 1)
     listener = Listener(ring).greet()
     assert listener.sequences(interval=0.0) == []
     assert listener.sequences(after=4.9, interval=0.0) == []
-    ring.observe(1, step=70_000, loss=1.0)
+    ring.write_observed(1, step=70_000, loss=1.0)
     (batch,) = listener.batches(interval=0.0)
     assert list(batch.step) == [70_000]
 
 
 @pytest.mark.parametrize("after", [0.0, 5.0])
 def test_the_first_record_waits_no_longer_than_the_second_or_five_seconds(ring: Ring, after: float) -> None:
-    launch(ring, 1)
+    begin(ring, 1)
     measure(ring, 1)
     listener = Listener(ring).greet()
     assert listener.sequences(interval=0.0) == []
@@ -136,8 +138,8 @@ def test_the_first_record_waits_no_longer_than_the_second_or_five_seconds(ring: 
 
 def test_a_record_still_on_the_device_holds_up_the_ones_behind_it(ring: Ring) -> None:
     step(ring, 1)
-    launch(ring, 2)
-    launch(ring, 3)
+    begin(ring, 2)
+    begin(ring, 3)
     listener = Listener(ring).greet()
     assert listener.sequences() == [1]
     assert listener.sequences(after=3600) == []
@@ -149,8 +151,8 @@ def test_a_record_still_on_the_device_holds_up_the_ones_behind_it(ring: Ring) ->
 
 def test_a_record_that_the_probe_failed_on_is_incomplete_and_blocks_nothing(ring: Ring) -> None:
     step(ring, 1)
-    launch(ring, 2)
-    launch(ring, 3)
+    begin(ring, 2)
+    begin(ring, 3)
     step(ring, 4)
     (batch,) = Listener(ring).greet().batches()
     assert list(batch.step) == [101, 102, 103, 104]
@@ -160,20 +162,20 @@ def test_a_record_that_the_probe_failed_on_is_incomplete_and_blocks_nothing(ring
 
 def test_a_probe_that_fails_on_every_record_still_shows_its_steps(ring: Ring) -> None:
     for sequence in range(1, 60):
-        launch(ring, sequence)
+        begin(ring, sequence)
     assert Listener(ring).greet().sequences() == list(range(1, 12))
 
 
 def test_a_last_record_that_never_finished_is_told_once_the_rank_is_gone(ring: Ring) -> None:
     step(ring, 1)
-    launch(ring, 2)
+    begin(ring, 2)
     listener = Listener(ring).greet()
     assert listener.sequences() == [1]
-    ring.farewell(Farewell.EXCEPTION, "RuntimeError: boom")
+    ring.write_exit(ExitReason.EXCEPTION, "RuntimeError: boom")
     steps, goodbye = listener.ask()
     assert list(steps.steps.flags) == [pb.INCOMPLETE]
-    assert goodbye.goodbye.reason == pb.Goodbye.EXCEPTION
-    assert (goodbye.goodbye.detail, goodbye.goodbye.last_sequence) == ("RuntimeError: boom", 2)
+    assert goodbye.exit.reason == pb.ExitReason.EXCEPTION
+    assert (goodbye.exit.detail, goodbye.exit.last_sequence) == ("RuntimeError: boom", 2)
 
 
 def test_a_rank_without_steps_shows_that_it_is_alive(ring: Ring) -> None:
@@ -219,18 +221,18 @@ def test_a_goodbye_goes_at_once_and_only_once(ring: Ring) -> None:
     listener = Listener(ring).greet()
     listener.ask()
     step(ring, 1)
-    ring.farewell(Farewell.FINISHED)
-    assert kinds(listener.ask()) == ["steps", "goodbye"]
+    ring.write_exit(ExitReason.FINISHED)
+    assert kinds(listener.ask()) == ["steps", "exit"]
     assert listener.ask(after=10.0) == []
     listener.store(1, closed=True)
-    assert listener.rank.closed and ring.acknowledged == 1 and ring.acknowledged_farewell
+    assert listener.rank.delivered and ring.acknowledged == 1 and ring.exit_acknowledged
 
 
 def test_a_living_rank_cannot_be_closed(ring: Ring) -> None:
     listener = Listener(ring).greet()
     step(ring, 1)
     listener.store(1, closed=True)
-    assert not listener.rank.closed and not ring.acknowledged_farewell
+    assert not listener.rank.delivered and not ring.exit_acknowledged
 
 
 def test_after_a_new_stream_all_goes_again_from_what_is_stored(ring: Ring) -> None:
@@ -239,7 +241,7 @@ def test_after_a_new_stream_all_goes_again_from_what_is_stored(ring: Ring) -> No
         step(ring, sequence)
     assert listener.sequences() == list(range(1, 11))
     listener.store(4)
-    listener.rank.rewind()
+    listener.rank.restart_stream()
     assert kinds(listener.ask()) == ["hello"]
     listener.store(4)
     assert listener.sequences() == list(range(5, 11))
@@ -252,7 +254,7 @@ def test_another_database_gets_all_that_the_ring_still_holds(tmp_path: Path) -> 
         step(ring, sequence)
         listener.ask(after=1.0)
         listener.store(sequence)
-    listener.rank.rewind()
+    listener.rank.restart_stream()
     listener.greet(position=0)
     assert listener.sequences() == list(range(13, 21))
     assert ring.acknowledged == 0
@@ -265,7 +267,7 @@ def test_a_recorder_that_comes_later_goes_on_where_the_last_one_was(ring: Ring) 
     first.ask()
     first.store(3)
     second = Listener(ring)
-    assert second.rank.unstored == 2
+    assert second.rank.unacknowledged == 2
     assert second.greet(position=3).sequences() == [4, 5]
 
 
@@ -302,8 +304,8 @@ def test_no_more_is_under_way_than_is_bounded(tmp_path: Path) -> None:
 def test_a_batch_of_many_layers_is_small_enough_for_a_collector(tmp_path: Path) -> None:
     ring = Ring.create(tmp_path / "many.ring", identity(), layers=2000)
     for sequence in range(1, 65):
-        launch(ring, sequence)
-        ring.measure(sequence, [0.0] * ring.layout.columns)
+        begin(ring, sequence)
+        ring.write_measured(sequence, [0.0] * ring.layout.columns)
     listener = Listener(ring).greet()
     sizes = [m.ByteSize() for _ in range(3) for m in listener.ask(after=1.0) if m.HasField("steps")]
     assert max(sizes) < 2 * 2**20 and len(sizes) > 1
@@ -311,8 +313,8 @@ def test_a_batch_of_many_layers_is_small_enough_for_a_collector(tmp_path: Path) 
 
 def test_an_error_of_the_probe_is_an_event_with_its_text_and_is_counted(ring: Ring) -> None:
     step(ring, 1)
-    ring.drop("probe_error")
-    ring.note("KeyError: 'momentum'")
+    ring.count_dropped("probe_error")
+    ring.write_error("KeyError: 'momentum'")
     listener = Listener(ring)
     hello, event = listener.ask()
     assert hello.HasField("hello")
@@ -327,7 +329,7 @@ def test_errors_on_every_step_do_not_make_more_events_than_batches(ring: Ring) -
     listener = Listener(ring).greet()
     events = 0
     for _ in range(40):
-        ring.drop("probe_error")
+        ring.count_dropped("probe_error")
         events += kinds(listener.ask(after=0.05)).count("event")
     assert 2 <= events <= 3
 
@@ -335,10 +337,10 @@ def test_errors_on_every_step_do_not_make_more_events_than_batches(ring: Ring) -
 def test_drops_counted_at_the_very_end_still_go_out(ring: Ring) -> None:
     listener = Listener(ring).greet()
     listener.ask()
-    ring.drop("probe_error")
-    ring.farewell(Farewell.FINISHED)
+    ring.count_dropped("probe_error")
+    ring.write_exit(ExitReason.FINISHED)
     messages = listener.ask()
-    assert kinds(messages)[-2:] == ["steps", "goodbye"]
+    assert kinds(messages)[-2:] == ["steps", "exit"]
     assert dict(messages[-2].steps.dropped) == {"probe_error": 1}
 
 

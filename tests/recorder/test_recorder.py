@@ -13,8 +13,9 @@ import grpc
 import pytest
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.paths import LOCK_NAME
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.ring import LOCK_NAME, Farewell
 from tests.support.fake_collector import FakeCollector
 from tests.support.rank_process import RankProcess, Start
 from tests.support.rings import FIRST, SECOND, log_of, make_ring, step
@@ -31,15 +32,15 @@ def test_every_record_of_every_rank_arrives_in_order_and_nothing_stays_behind(
     for ring in rings:
         for sequence in range(1, 101):
             step(ring, sequence)
-        ring.farewell(Farewell.FINISHED, "done")
+        ring.write_exit(ExitReason.FINISHED, "done")
     assert process.wait(WAIT_SECONDS) == 0
     for instance in (FIRST, SECOND):
         told = collector.told[instance]
         assert told.sequences() == list(range(1, 101))
-        assert told.order[0] == "hello" and told.order[-1] == "goodbye"
-        assert (told.goodbyes[0].reason, told.goodbyes[0].detail) == (pb.Goodbye.FINISHED, "done")
-        assert told.goodbyes[0].last_sequence == 100
-    assert all(ring.acknowledged == 100 and ring.acknowledged_farewell for ring in rings)
+        assert told.order[0] == "hello" and told.order[-1] == "exit"
+        assert (told.exits[0].reason, told.exits[0].detail) == (pb.ExitReason.FINISHED, "done")
+        assert told.exits[0].last_sequence == 100
+    assert all(ring.acknowledged == 100 and ring.exit_acknowledged for ring in rings)
     assert not folder.exists()
 
 
@@ -118,16 +119,16 @@ def test_a_killed_rank_is_lost_its_last_steps_are_not(
     victim.do("steps", count=3)
     collector.wait_for(lambda: collector.position[FIRST] == 3)
     victim.do("steps", count=2)
-    victim.do("launch")
+    victim.do("begin")
     victim.kill()
     assert process.wait(WAIT_SECONDS) == 0
     told = collector.told[FIRST]
     assert told.sequences() == [1, 2, 3, 4, 5, 6]
     assert [bool(flags & pb.INCOMPLETE) for batch in told.batches for flags in batch.flags] == [False] * 5 + [True]
-    (event,), (goodbye,) = told.events, told.goodbyes
+    (event,), (goodbye,) = told.events, told.exits
     assert (event.kind, event.step) == (pb.Event.RANK_LOST, 106)
-    assert (goodbye.reason, goodbye.last_sequence) == (pb.Goodbye.LOST, 6)
-    assert told.order.index("event") < told.order.index("goodbye")
+    assert (goodbye.reason, goodbye.last_sequence) == (pb.ExitReason.LOST, 6)
+    assert told.order.index("event") < told.order.index("exit")
     assert not folder.exists()
 
 
@@ -139,7 +140,7 @@ def test_the_steps_of_a_rank_that_died_before_any_recorder_are_sent(
     victim.kill()
     assert recorder().wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == list(range(1, 41))
-    assert collector.told[FIRST].goodbyes[0].reason == pb.Goodbye.LOST
+    assert collector.told[FIRST].exits[0].reason == pb.ExitReason.LOST
 
 
 def test_what_was_overwritten_before_it_was_read_is_skipped(
@@ -148,7 +149,7 @@ def test_what_was_overwritten_before_it_was_read_is_skipped(
     ring = make_ring(folder, slots=8)
     for sequence in range(1, 101):
         step(ring, sequence)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert recorder().wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == list(range(93, 101))
 
@@ -170,7 +171,7 @@ def test_after_a_killed_recorder_the_next_one_goes_on_where_it_was_acknowledged(
     sent_before = len(collector.told[FIRST].sequences())
     collector.stores = 10**9
     second = recorder()
-    process.do("farewell", reason="DETACHED")
+    process.do("leave", reason="DETACHED")
     assert second.wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences()[sent_before:] == list(range(31, 101))
 
@@ -206,9 +207,9 @@ def test_a_stopped_recorder_sends_what_there_is_and_leaves_the_living_to_the_nex
     first.send_signal(signal.SIGTERM)
     assert first.wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == [1, 2, 3, 4, 5]
-    assert not collector.told[FIRST].events and not collector.told[FIRST].goodbyes
+    assert not collector.told[FIRST].events and not collector.told[FIRST].exits
     process.do("steps", count=5)
-    process.do("farewell", reason="FINISHED")
+    process.do("leave", reason="FINISHED")
     assert recorder().wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == list(range(1, 11))
 
@@ -224,12 +225,12 @@ def test_a_collector_that_comes_late_gets_everything_and_the_rank_is_told_meanwh
     for sequence in range(1, 51):
         step(ring, sequence)
     recorder()
-    until(lambda: ring.trouble != "")
-    assert ring.trouble.startswith(f"{collector.address}: ")
+    until(lambda: ring.problem != "")
+    assert ring.problem.startswith(f"{collector.address}: ")
     collector.start()
     collector.wait_for(lambda: collector.position[FIRST] == 50)
     assert collector.told[FIRST].sequences() == list(range(1, 51))
-    until(lambda: ring.trouble == "" and ring.acknowledged == 50)
+    until(lambda: ring.problem == "" and ring.acknowledged == 50)
 
 
 @pytest.mark.parametrize("forgets", [False, True])
@@ -248,7 +249,7 @@ def test_a_restarted_collector_gets_what_it_lacks(
     if forgets:
         collector.forget()
     collector.start()
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert process.wait(WAIT_SECONDS) == 0
     told = collector.told[FIRST]
     assert told.sequences()[len(before) :] == list(range(1, 101) if forgets else range(51, 101))
@@ -274,8 +275,8 @@ def test_a_refusal_is_told_in_the_collectors_own_words(folder: Path, collector: 
     ring = make_ring(folder)
     recorder()
     # Where our first word meets its refusal, gRPC may lose the text; the next stream brings it.
-    until(lambda: "refused" in ring.trouble)
-    assert ring.trouble == f"{collector.address}: refused: {collector.refusal[1]}"
+    until(lambda: "refused" in ring.problem)
+    assert ring.problem == f"{collector.address}: refused: {collector.refusal[1]}"
     assert collector.refusal[1] in log_of(folder)
 
 
@@ -286,9 +287,9 @@ def test_after_the_last_rank_it_leaves_in_time_and_keeps_what_nobody_took(
     ring = make_ring(folder)
     for sequence in range(1, 8):
         step(ring, sequence)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert recorder(linger=0.5).wait(WAIT_SECONDS) == 0
-    assert f"7 records did not get to {collector.address}; a later recorder hands them in" in log_of(folder)
+    assert f"7 records did not reach {collector.address}; a later recorder delivers them" in log_of(folder)
     collector.start()
     assert recorder().wait(WAIT_SECONDS) == 0
     assert collector.told[FIRST].sequences() == list(range(1, 8))
@@ -301,6 +302,6 @@ def test_a_collector_that_never_answers_does_not_keep_it(
     collector.answers = False
     ring = make_ring(folder)
     step(ring, 1)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert recorder(linger=0.5).wait(WAIT_SECONDS) == 0
-    assert "1 records did not get to" in log_of(folder)
+    assert "1 records did not reach" in log_of(folder)

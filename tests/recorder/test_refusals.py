@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from foreshock_recorder.ring import Farewell
+from foreshock_recorder.layout import ExitReason
 from tests.support.fake_collector import FakeCollector
 from tests.support.rank_process import Start
 from tests.support.rings import make_ring, step
@@ -23,8 +23,8 @@ def test_one_refused_rank_stops_no_other_and_is_asked_for_again_with_the_next_st
         for sequence in range(1, 6):
             step(ring, sequence)
     running = recorder()
-    until(lambda: rings[0].trouble == f"{collector.address}: refused: {WHY}" and rings[1].acknowledged == 5)
-    assert rings[1].trouble == "" and rings[1].page == "http://monitor:9327/run/crimson-otter"
+    until(lambda: rings[0].problem == f"{collector.address}: refused: {WHY}" and rings[1].acknowledged == 5)
+    assert rings[1].problem == "" and rings[1].page == "http://monitor:9327/run/crimson-otter"
     assert not collector.told[FIRST].batches and rings[0].page == ""
     step(rings[1], 6)
     collector.wait_for(lambda: collector.position[SECOND] == 6)
@@ -33,9 +33,9 @@ def test_one_refused_rank_stops_no_other_and_is_asked_for_again_with_the_next_st
     collector.refused.clear()
     collector.start()
     collector.wait_for(lambda: collector.position[FIRST] == 5)
-    until(lambda: rings[0].trouble == "")
+    until(lambda: rings[0].problem == "")
     for ring in rings:
-        ring.farewell(Farewell.FINISHED)
+        ring.write_exit(ExitReason.FINISHED)
     assert running.wait(WAIT_SECONDS) == 0
 
 
@@ -45,6 +45,6 @@ def test_the_ring_of_a_refused_rank_that_has_gone_is_kept(
     collector.refused[FIRST] = WHY
     ring = make_ring(folder)
     step(ring, 1)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     assert recorder(linger=0.5).wait(WAIT_SECONDS) == 0
     assert ring.path.exists() and WHY in (folder / "recorder.log").read_text()

@@ -12,45 +12,37 @@ from pathlib import Path
 
 import pytest
 
+from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason
+from foreshock_recorder.paths import ring_folder, ring_name, run_folder
+from foreshock_recorder.process import start_ticks
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
-from foreshock_recorder.ring import (
-    DEVICE_COLUMNS,
-    EDITED,
-    FACTS,
-    LAYOUT_VERSION,
-    MAX_RING_BYTES,
-    Farewell,
-    Ring,
-    process_start,
-    ring_folder,
-    ring_name,
-    run_folder,
-)
+from foreshock_recorder.ring import Ring
 from tests.support.repository import ROOT
-from tests.support.rings import LAYERS, identity, launch, make_ring, measure, step
+from tests.support.rings import LAYERS, begin, identity, make_ring, measure, step
 
 TORN_SECONDS = 2.0
 SCRIBBLER = """
 import sys
 from pathlib import Path
-from tests.support.rings import LAYERS, make_ring, launch
-from foreshock_recorder.ring import DEVICE_COLUMNS
+from tests.support.rings import LAYERS, begin, make_ring
+from foreshock_protos.columns import MEASURED_NAMES
 from array import array
 
 ring = make_ring(Path(sys.argv[1]), slots=4)
 memory = memoryview(ring.memory)
-width = len(DEVICE_COLUMNS) + 2 * LAYERS
+width = len(MEASURED_NAMES) + 2 * LAYERS
 sequence = 0
 while True:
     sequence += 1
-    ring.launch(sequence, step=sequence, wall=sequence, monotonic=sequence, learning_rate=sequence)
+    ring.begin_step(sequence, step=sequence, wall=sequence, monotonic=sequence, learning_rate=sequence)
     ring.open_measured(sequence)
     offset = ring.measured_offset(sequence)
     # Two halves, so that a reader comes in between.
     memory[offset : offset + 8 * width].cast("d")[: width // 2] = array("d", [sequence] * (width // 2))
     memory[offset : offset + 8 * width].cast("d")[width // 2 :] = array("d", [sequence] * (width - width // 2))
     ring.close_measured(sequence)
-    ring.observe(sequence, step=None, loss=sequence)
+    ring.write_observed(sequence, step=None, loss=sequence)
 """
 
 
@@ -71,17 +63,17 @@ def reader(ring: Ring) -> RingReader:
 
 
 def test_a_record_comes_back_as_it_was_written(ring: Ring, reader: RingReader) -> None:
-    ring.launch(1, step=7, wall=1.5, monotonic=2.5, learning_rate=0.1, flags=EDITED)
+    ring.begin_step(1, step=7, wall=1.5, monotonic=2.5, learning_rate=0.1, flags=EDITED)
     measure(ring, 1)
-    ring.observe(1, step=None, loss=0.75)
+    ring.write_observed(1, step=None, loss=0.75)
     found = record(reader, 1)
     assert (found.step, found.wall_seconds, found.monotonic_seconds) == (7, 1.5, 2.5)
     assert (found.learning_rate, found.flags, found.observed, found.loss) == (0.1, EDITED, True, 0.75)
     assert found.measured is not None
-    assert len(found.measured) == len(DEVICE_COLUMNS) + 2 * LAYERS
-    assert found.measured[DEVICE_COLUMNS.index("global_norm")] == pytest.approx(1.01)
+    assert len(found.measured) == len(MEASURED_NAMES) + 2 * LAYERS
+    assert found.measured[MEASURED_NAMES.index("global_norm")] == pytest.approx(1.01)
     assert list(found.measured[-2 * LAYERS :]) == [1.5, 2.5, 3.5, 4.5]
-    assert (reader.launched, reader.measured) == (1, 1)
+    assert (reader.begun, reader.measured) == (1, 1)
 
 
 def test_the_identity_comes_back_as_it_was_written(reader: RingReader) -> None:
@@ -91,7 +83,7 @@ def test_the_identity_comes_back_as_it_was_written(reader: RingReader) -> None:
 
 def test_a_step_told_later_is_the_records_step(ring: Ring, reader: RingReader) -> None:
     step(ring, 1)
-    ring.observe(1, step=50_000, loss=None)
+    ring.write_observed(1, step=50_000, loss=None)
     assert record(reader, 1).step == 50_000
     assert record(reader, 1).loss is None
 
@@ -102,14 +94,14 @@ def test_a_loss_that_is_no_number_is_still_a_loss(ring: Ring, reader: RingReader
     assert loss is not None and math.isnan(loss)
 
 
-def test_a_record_not_yet_launched_cannot_be_read(ring: Ring, reader: RingReader) -> None:
+def test_a_record_that_has_not_begun_cannot_be_read(ring: Ring, reader: RingReader) -> None:
     assert reader.read(1) is ReadOutcome.NOT_YET
     step(ring, 1)
     assert reader.read(2) is ReadOutcome.NOT_YET
 
 
-def test_a_launched_record_has_no_measures_yet(ring: Ring, reader: RingReader) -> None:
-    launch(ring, 1)
+def test_a_record_that_has_begun_has_no_measures_yet(ring: Ring, reader: RingReader) -> None:
+    begin(ring, 1)
     found = record(reader, 1)
     assert (found.measured, found.observed, found.loss) == (None, False, None)
 
@@ -117,7 +109,7 @@ def test_a_launched_record_has_no_measures_yet(ring: Ring, reader: RingReader) -
 def test_a_row_that_is_still_being_copied_is_not_read(ring: Ring, reader: RingReader) -> None:
     for sequence in range(1, 10):
         step(ring, sequence)
-    launch(ring, 10)
+    begin(ring, 10)
     ring.open_measured(10)
     assert record(reader, 10).measured is None
     assert reader.measured == 9
@@ -153,7 +145,7 @@ def test_no_torn_record_is_ever_accepted(tmp_path: Path) -> None:
         whole = partly = overrun = 0
         deadline = time.monotonic() + TORN_SECONDS
         while time.monotonic() < deadline:
-            sequence = reader.launched - whole % 4
+            sequence = reader.begun - whole % 4
             found = reader.read(max(1, sequence))
             if not isinstance(found, Record):
                 overrun += 1
@@ -174,33 +166,33 @@ def test_no_torn_record_is_ever_accepted(tmp_path: Path) -> None:
 
 
 def test_what_the_recorder_says_reaches_the_rank(ring: Ring, reader: RingReader) -> None:
-    assert (ring.acknowledged, ring.acknowledged_farewell, ring.recorder_seen, ring.trouble) == (0, False, 0.0, "")
-    reader.acknowledge(3, farewell=True)
+    assert (ring.acknowledged, ring.exit_acknowledged, ring.recorder_seen, ring.problem) == (0, False, 0.0, "")
+    reader.acknowledge(3, exited=True)
     reader.heartbeat(12.5)
-    reader.trouble("monitor:4327: connection refused")
-    assert (ring.acknowledged, ring.acknowledged_farewell, ring.recorder_seen) == (3, True, 12.5)
-    assert ring.trouble == "monitor:4327: connection refused"
-    reader.trouble("")
-    assert ring.trouble == ""
+    reader.write_problem("monitor:4327: connection refused")
+    assert (ring.acknowledged, ring.exit_acknowledged, ring.recorder_seen) == (3, True, 12.5)
+    assert ring.problem == "monitor:4327: connection refused"
+    reader.write_problem("")
+    assert ring.problem == ""
 
 
-def test_a_farewell_does_not_hide_the_last_error(ring: Ring, reader: RingReader) -> None:
-    ring.drop("probe_error")
-    ring.drop("probe_error")
-    ring.note("KeyError: 'momentum'")
-    ring.farewell(Farewell.EXCEPTION, "ValueError: no more data")
+def test_an_exit_does_not_hide_the_last_error(ring: Ring, reader: RingReader) -> None:
+    ring.count_dropped("probe_error")
+    ring.count_dropped("probe_error")
+    ring.write_error("KeyError: 'momentum'")
+    ring.write_exit(ExitReason.EXCEPTION, "ValueError: no more data")
     assert reader.dropped == {"probe_error": 2}
-    assert reader.note == "KeyError: 'momentum'"
-    assert (reader.farewell, reader.farewell_detail) == (Farewell.EXCEPTION, "ValueError: no more data")
+    assert reader.last_error == "KeyError: 'momentum'"
+    assert (reader.exit_reason, reader.exit_detail) == (ExitReason.EXCEPTION, "ValueError: no more data")
 
 
 def test_a_long_text_is_cut_and_touches_nothing_else(ring: Ring, reader: RingReader) -> None:
-    ring.farewell(Farewell.FINISHED, "left")
-    ring.note("ä" * 1000)
-    reader.trouble("\udc80" + "x" * 1000)
-    assert reader.note.startswith("ääää")
-    assert len(ring.trouble) == 255
-    assert reader.farewell_detail == "left"
+    ring.write_exit(ExitReason.FINISHED, "left")
+    ring.write_error("ä" * 1000)
+    reader.write_problem("\udc80" + "x" * 1000)
+    assert reader.last_error.startswith("ääää")
+    assert len(ring.problem) == 255
+    assert reader.exit_detail == "left"
     assert reader.identity == identity()
 
 
@@ -298,7 +290,7 @@ def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
         assert reader.alive
         child.kill()
         os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-        assert process_start(child.pid) is None and not reader.alive
+        assert start_ticks(child.pid) is None and not reader.alive
 
 
 def test_a_rank_is_dead_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
@@ -324,7 +316,7 @@ signal.pause()
             assert reader.alive
             parent.kill()
             parent.wait()
-            assert process_start(child) is not None and not reader.alive
+            assert start_ticks(child) is not None and not reader.alive
         finally:
             os.kill(child, signal.SIGKILL)
 
@@ -338,7 +330,7 @@ def test_a_rank_does_not_die_with_a_child_of_it(ring: Ring, reader: RingReader) 
 
 
 def test_a_rank_is_alive_whatever_its_number_is_in_another_namespace(ring: Ring, reader: RingReader) -> None:
-    FACTS.pack_into(ring.memory, 0, *FACTS.unpack_from(ring.memory)[:6], 2**31 - 1, 7)
+    FACTS.pack_into(ring.memory, 0, *FACTS.unpack_from(ring.memory)[:7], 2**31 - 1, 7)
     reader = RingReader(ring.path)
     assert reader.pid == 2**31 - 1 and reader.alive
 
@@ -346,12 +338,12 @@ def test_a_rank_is_alive_whatever_its_number_is_in_another_namespace(ring: Ring,
 def test_a_ring_that_is_given_up_is_a_few_kilobytes_that_count_what_was_lost(ring: Ring) -> None:
     for sequence in range(1, 21):
         step(ring, sequence)
-    ring.farewell(Farewell.EXCEPTION, "ValueError: no more data")
+    ring.write_exit(ExitReason.EXCEPTION, "ValueError: no more data")
     reader = RingReader(ring.path)
     reader.acknowledge(5)
     assert reader.give_up() == 15
     assert ring.path.stat().st_size == ring.layout.header_bytes
     left = RingReader(ring.path)
     assert left.given_up and left.dropped == {"given_up": 15} and left.identity == identity()
-    assert (left.launched, left.acknowledged, left.farewell) == (5, 5, Farewell.EXCEPTION)
+    assert (left.begun, left.acknowledged, left.exit_reason) == (5, 5, ExitReason.EXCEPTION)
     assert left.read(5) is ReadOutcome.OVERRUN and left.read(6) is ReadOutcome.NOT_YET

@@ -11,7 +11,7 @@ import pytest
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import stream
 from foreshock_recorder.delivery import pause_seconds
-from foreshock_recorder.stream import RefusedError, Send, UnreachableError, converse
+from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
 from tests.support.fake_collector import FakeCollector
 from tests.support.waiting import free_port
 
@@ -28,13 +28,13 @@ def test_a_silent_collector_is_given_up(collector: FakeCollector, monkeypatch: p
     monkeypatch.setattr(stream, "ANSWER_SECONDS", 0.2)
     collector.answers = False
     with pytest.raises(UnreachableError, match=r"no answer for 0\.2 s"):
-        asyncio.run(converse(collector.address, _say_hello, _ignore))
+        asyncio.run(run_stream(collector.address, _say_hello, _ignore))
 
 
 def test_a_machine_that_swallows_everything_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "ANSWER_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as hole, pytest.raises(UnreachableError, match="no answer"):
-        asyncio.run(converse(f"127.0.0.1:{hole.getsockname()[1]}", _say_hello, _ignore))
+        asyncio.run(run_stream(f"127.0.0.1:{hole.getsockname()[1]}", _say_hello, _ignore))
 
 
 def test_a_collector_that_takes_nothing_in_is_given_up_with_little_in_memory(
@@ -52,19 +52,19 @@ def test_a_collector_that_takes_nothing_in_is_given_up_with_little_in_memory(
     collector.answers = False
     collector.hold()
     with pytest.raises(UnreachableError, match="no answer"):
-        asyncio.run(converse(collector.address, flood, _ignore))
+        asyncio.run(run_stream(collector.address, flood, _ignore))
     assert sent < 64
 
 
 def test_nobody_there_is_said_soon() -> None:
     with pytest.raises(UnreachableError, match=r"refused|failed to connect"):
-        asyncio.run(converse(f"127.0.0.1:{free_port()}", _say_hello, _ignore))
+        asyncio.run(run_stream(f"127.0.0.1:{free_port()}", _say_hello, _ignore))
 
 
 def test_a_refusal_is_not_mistaken_for_a_failure(collector: FakeCollector) -> None:
     collector.refusal = (grpc.StatusCode.PERMISSION_DENIED, "this token is for another experiment")
     with pytest.raises(RefusedError, match="this token is for another experiment"):
-        asyncio.run(converse(collector.address, _say_hello, _ignore))
+        asyncio.run(run_stream(collector.address, _say_hello, _ignore))
 
 
 def test_an_error_of_our_own_is_not_hidden(collector: FakeCollector) -> None:
@@ -72,7 +72,7 @@ def test_an_error_of_our_own_is_not_hidden(collector: FakeCollector) -> None:
         raise KeyError("rank")
 
     with pytest.raises(KeyError):
-        asyncio.run(converse(collector.address, fail, _ignore))
+        asyncio.run(run_stream(collector.address, fail, _ignore))
 
 
 def test_the_first_retry_is_soon_the_later_ones_are_spread_and_a_refusal_waits() -> None:

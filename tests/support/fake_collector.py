@@ -23,7 +23,7 @@ class Told:
     hellos: list[pb.Hello] = field(default_factory=list)
     batches: list[pb.StepBatch] = field(default_factory=list)
     events: list[pb.Event] = field(default_factory=list)
-    goodbyes: list[pb.Goodbye] = field(default_factory=list)
+    exits: list[pb.Exit] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
 
     def sequences(self) -> list[int]:
@@ -118,13 +118,13 @@ class FakeCollector:
         told = self.told[inner.instance]
         told.order.append(which)
         kept: dict[str, list[Any]] = {
-            "hello": told.hellos, "steps": told.batches, "event": told.events, "goodbye": told.goodbyes
+            "hello": told.hellos, "steps": told.batches, "event": told.events, "exit": told.exits
         }  # fmt: skip
         kept[which].append(inner)
         if which == "steps" and inner.step:
             last = inner.first_sequence + len(inner.step) - 1
             self.position[inner.instance] = min(max(self.position[inner.instance], last), self.stores)
-        if which == "goodbye":
+        if which == "exit":
             self.closed.add(inner.instance)
         return str(inner.instance)
 

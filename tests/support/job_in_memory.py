@@ -35,7 +35,7 @@ class Job:
         model.parameter_layers.extend(range(self.layers))
         told = hello(
             instance=self.name(rank),
-            launch=f"l{self.launches}",
+            launch_id=f"l{self.launches}",
             topology=pb.Topology(world_size=len(self.sent), rank=rank),
             model=model,
             **({"started_seconds": self.now} | changes),
@@ -83,10 +83,10 @@ class Job:
         told = pb.Event(instance=self.name(rank), kind=kind, wall_seconds=self.now + seconds, detail=detail)
         self.run.record_event(home[1], told, self.now)
 
-    def leave(self, rank: int, reason: pb.Goodbye.Reason, detail: str = "") -> None:
+    def leave(self, rank: int, reason: pb.ExitReason, detail: str = "") -> None:
         home = self.runs.find(self.name(rank))
         assert home is not None
-        goodbye = pb.Goodbye(instance=self.name(rank), reason=reason, detail=detail, last_sequence=self.sent[rank])
+        goodbye = pb.Exit(instance=self.name(rank), reason=reason, detail=detail, last_sequence=self.sent[rank])
         self.run.close(home[1], goodbye, self.now)
 
     def start_again(self, **changes: Any) -> None:

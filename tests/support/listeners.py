@@ -23,12 +23,12 @@ class Listener:
         return self
 
     def store(self, position: int, *, closed: bool = False) -> None:
-        self.rank.stored(pb.Ack.Position(instance=self.rank.instance, sequence=position, closed=closed))
+        self.rank.acknowledge(pb.Ack.Position(instance=self.rank.instance, sequence=position, closed=closed))
 
     def ask(self, after: float = 0.0, *, interval: float = 1.0, limit: int = 512) -> list[pb.FromRecorder]:
         self.now += after
-        self.rank.look(self.now)
-        return self.rank.messages(self.now, interval=interval, limit=limit)
+        self.rank.poll(self.now)
+        return self.rank.next_messages(self.now, interval=interval, limit=limit)
 
     def batches(self, after: float = 0.0, *, interval: float = 1.0, limit: int = 512) -> list[pb.StepBatch]:
         return [m.steps for m in self.ask(after, interval=interval, limit=limit) if m.HasField("steps")]
@@ -47,9 +47,9 @@ class StoringListener(Listener):
         self.run: Run
         self.instance: Instance
 
-    def converse(self, rounds: int = 40) -> StoringListener:
+    def run_stream(self, rounds: int = 40) -> StoringListener:
         """Until nothing more is said."""
-        self.rank.rewind()
+        self.rank.restart_stream()
         for _ in range(rounds):
             for message in self.ask(after=1.0):
                 self._take(message)
@@ -63,8 +63,8 @@ class StoringListener(Listener):
             self.run = next(iter(self.runs))
         elif message.HasField("steps"):
             self.run.ingest(self.instance, message.steps, self.now)
-        elif message.HasField("goodbye"):
-            self.run.close(self.instance, message.goodbye, self.now)
+        elif message.HasField("exit"):
+            self.run.close(self.instance, message.exit, self.now)
 
     def counts(self) -> tuple[int, int]:
         """Highest record stored; records counted as overwritten."""

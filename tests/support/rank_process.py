@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from foreshock_recorder.ring import Farewell, ring_name
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.paths import ring_name
 from tests.support.repository import ROOT
-from tests.support.rings import launch, make_ring, step
+from tests.support.rings import begin, make_ring, step
 
 Start = Callable[..., "subprocess.Popen[str]"]
 """Starts a recorder."""
@@ -71,16 +72,16 @@ def main() -> None:
     for what, arguments in orders():
         if what == "steps":
             for _ in range(arguments["count"]):
-                step(ring, ring.launched + 1)
+                step(ring, ring.begun + 1)
         elif what == "bad":
-            step(ring, ring.launched + 1, global_norm=math.nan, global_nan_parameters=1.0)
-        elif what == "launch":
-            launch(ring, ring.launched + 1)
+            step(ring, ring.begun + 1, global_norm=math.nan, global_nan_parameters=1.0)
+        elif what == "begin":
+            begin(ring, ring.begun + 1)
         elif what == "fail":
-            ring.note(arguments["note"])
-            ring.drop("probe_error")
-        elif what == "farewell":
-            ring.farewell(Farewell[arguments["reason"]], arguments.get("detail", ""))
+            ring.write_error(arguments["note"])
+            ring.count_dropped("probe_error")
+        elif what == "leave":
+            ring.write_exit(ExitReason[arguments["reason"]], arguments.get("detail", ""))
         elif what == "exit":
             os._exit(arguments["code"])
         sys.stdout.write("done\n")

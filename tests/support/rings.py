@@ -6,8 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.paths import ring_name
 from foreshock_recorder.reader import RingReader
-from foreshock_recorder.ring import DEVICE_COLUMNS, Farewell, Ring, ring_name
+from foreshock_recorder.ring import Ring
 
 LAYERS = 2
 FIRST, SECOND = "first-0-abcd", "first-1-abcd"
@@ -21,7 +24,7 @@ def identity(rank: int = 0, **changes: Any) -> dict[str, Any]:
         "instance": f"first-{rank}-abcd",
         "experiment": "digits",
         "run": "crimson-otter",
-        "launch": "first",
+        "launch_id": "first",
         "started_seconds": 1.7e9,
         "rank": rank,
         "local_rank": rank,
@@ -52,7 +55,7 @@ def leave(folder: Path, count: int, *, acknowledged: int = 0, **changes: Any) ->
     ring = make_ring(folder, **({"run": folder.parent.name} | changes))
     for sequence in range(1, count + 1):
         step(ring, sequence)
-    ring.farewell(Farewell.FINISHED)
+    ring.write_exit(ExitReason.FINISHED)
     reader = RingReader(ring.path)
     reader.acknowledge(acknowledged)
     return ring.path
@@ -63,21 +66,21 @@ def log_of(folder: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def launch(ring: Ring, sequence: int) -> None:
-    ring.launch(sequence, step=100 + sequence, wall=1.7e9, monotonic=time.monotonic(), learning_rate=0.5)
+def begin(ring: Ring, sequence: int) -> None:
+    ring.begin_step(sequence, step=100 + sequence, wall=1.7e9, monotonic=time.monotonic(), learning_rate=0.5)
 
 
 def measure(ring: Ring, sequence: int, **columns: float) -> None:
     """A row whose values tell which record and column they belong to."""
-    values = {name: sequence + i / 100 for i, name in enumerate(DEVICE_COLUMNS)}
-    values |= dict.fromkeys((name for name in DEVICE_COLUMNS if "nan_" in name or "inf_" in name), 0.0)
+    values = {name: sequence + i / 100 for i, name in enumerate(MEASURED_NAMES)}
+    values |= dict.fromkeys((name for name in MEASURED_NAMES if "nan_" in name or "inf_" in name), 0.0)
     values |= {"skipped": 0.0, "shadow": 0.0} | columns
     row = [*values.values(), *(sequence + 0.5 + layer for layer in range(2 * LAYERS))]
-    ring.measure(sequence, row)
+    ring.write_measured(sequence, row)
 
 
 def step(ring: Ring, sequence: int, *, loss: float | None = 0.25, **columns: float) -> None:
     """A whole record."""
-    launch(ring, sequence)
+    begin(ring, sequence)
     measure(ring, sequence, **columns)
-    ring.observe(sequence, step=None, loss=loss)
+    ring.write_observed(sequence, step=None, loss=loss)

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 import numpy as np
 
-from foreshock_collector.records.buffer import COLUMNS
 from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.columns import WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1 import telemetry_pb2_grpc as rpc
 
@@ -51,7 +51,7 @@ class Job:
                 instance=f"{run}-{rank}",
                 run=run,
                 experiment=experiment,
-                launch=f"{run}-launch",
+                launch_id=f"{run}-launch",
                 started_seconds=self._began,
                 topology=pb.Topology(rank=rank, local_rank=rank % 8, world_size=ranks, node=f"node{rank // 8}"),
                 model=model,
@@ -85,7 +85,7 @@ class Job:
             if explode and rank == LOUD_RANK:
                 locals_ *= 7
             batch = pb.StepBatch(instance=f"{self.run}-{rank}", first_sequence=first)
-            columns: dict[str, Any] = dict.fromkeys(COLUMNS, np.zeros(count))
+            columns: dict[str, Any] = dict.fromkeys(WIRE_NAMES, np.zeros(count))
             columns |= {
                 "step": steps,
                 "wall_seconds": self._began + 0.3 * steps,
@@ -121,8 +121,8 @@ class Job:
     def finish(self) -> None:
         """All ranks say goodbye, and the stream ends."""
         for rank in range(self.ranks):
-            goodbye = pb.Goodbye(instance=f"{self.run}-{rank}", reason=pb.Goodbye.FINISHED, last_sequence=self.sent)
-            self._queue.put(pb.FromRecorder(goodbye=goodbye))
+            goodbye = pb.Exit(instance=f"{self.run}-{rank}", reason=pb.ExitReason.FINISHED, last_sequence=self.sent)
+            self._queue.put(pb.FromRecorder(exit=goodbye))
         self.close()
         for _ in self._acks:
             pass

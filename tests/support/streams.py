@@ -12,15 +12,15 @@ import grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 from foreshock_collector.config import Config
-from foreshock_collector.records.buffer import COLUMNS
 from foreshock_collector.server import Server
 from foreshock_protos import SCHEMA_VERSION
+from foreshock_protos.columns import WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 
 def hello(run: str = "r", **changes: Any) -> pb.FromRecorder:
     values: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "instance": f"{run}-0", "run": run}
-    values |= {"experiment": "e", "launch": "l", "topology": pb.Topology(world_size=1)}
+    values |= {"experiment": "e", "launch_id": "l", "topology": pb.Topology(world_size=1)}
     return pb.FromRecorder(hello=pb.Hello(**(values | changes)))
 
 
@@ -29,7 +29,7 @@ def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "",
     batch = pb.StepBatch(
         instance=instance or f"{run}-0", first_sequence=first, step=range(first - 1, first - 1 + count)
     )
-    for name in COLUMNS:
+    for name in WIRE_NAMES:
         getattr(batch, name)[:] = batch.step if name == "step" else [0] * count
     batch.global_norm[:] = norms
     batch.clip_coefficient[:] = [1.0] * count
@@ -40,7 +40,7 @@ def steps(first: int, norms: list[float], *, run: str = "r", instance: str = "",
 
 
 def goodbye(last: int) -> pb.FromRecorder:
-    return pb.FromRecorder(goodbye=pb.Goodbye(instance="r-0", reason=pb.Goodbye.FINISHED, last_sequence=last))
+    return pb.FromRecorder(exit=pb.Exit(instance="r-0", reason=pb.ExitReason.FINISHED, last_sequence=last))
 
 
 class Listening(Protocol):

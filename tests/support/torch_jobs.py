@@ -62,6 +62,10 @@ class Scenario:
     stderr: str
     """Of the whole job, launcher and C++ included."""
 
+    def lines_with(self, text: str) -> list[int]:
+        """How many lines of each rank hold a text."""
+        return [sum(text in line for line in lines) for lines in self.said]
+
 
 def run_scenarios(
     folder: Path, script: str, names: Iterable[str], *, ranks: int = 2, torchrun: bool = False, **environment: str

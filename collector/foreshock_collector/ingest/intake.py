@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.ingest.statistics import IngestStatistics
-from foreshock_collector.records.buffer import MOST_SEQUENCE, ColumnsError
+from foreshock_collector.records.buffer import MAX_SEQUENCE, ColumnsError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.instances import Instance
@@ -57,7 +57,7 @@ class Intake:
         """
         which = message.WhichOneof("message")
         if which is None:
-            raise RefusedError("the message is empty: it holds no hello, steps, event or goodbye", reason="malformed")
+            raise RefusedError("the message is empty: it holds no hello, steps, event or exit", reason="malformed")
         if which == "hello":
             self._hello(message.hello, session)
             return
@@ -76,7 +76,7 @@ class Intake:
             elif which == "event":
                 self._event(run, instance, message.event)
             else:
-                self._goodbye(run, instance, message.goodbye)
+                self._exit(run, instance, message.exit)
         except RefusedError:
             raise
         except Exception as error:
@@ -142,12 +142,12 @@ class Intake:
         run.record_event(instance, event, self._clock())
         self.urgent.add(instance.name)
 
-    def _goodbye(self, run: Run, instance: Instance, goodbye: pb.Goodbye) -> None:
+    def _exit(self, run: Run, instance: Instance, goodbye: pb.Exit) -> None:
         goodbye.detail = _printable(goodbye.detail, _TEXT_LENGTH)
-        if goodbye.last_sequence >= MOST_SEQUENCE:
-            raise RefusedError(f"goodbye.last_sequence {goodbye.last_sequence} is out of range")
-        if goodbye.reason not in pb.Goodbye.Reason.values():
-            raise RefusedError(f"goodbye.reason {goodbye.reason} is unknown")
+        if goodbye.last_sequence >= MAX_SEQUENCE:
+            raise RefusedError(f"exit.last_sequence {goodbye.last_sequence} is out of range")
+        if goodbye.reason not in pb.ExitReason.values():
+            raise RefusedError(f"exit.reason {goodbye.reason} is unknown")
         run.close(instance, goodbye, self._clock())
         self.urgent.add(instance.name)
 
@@ -255,7 +255,7 @@ def _check_version(hello: pb.Hello) -> None:
 def _validated(hello: pb.Hello) -> pb.Hello:
     """Return the hello with printable names. Raises `RefusedError`."""
     # These identify a run, so they are never changed: accepted as they are, or refused.
-    for name in ("run", "experiment", "launch"):
+    for name in ("run", "experiment", "launch_id"):
         _check_name(f"hello.{name}", getattr(hello, name))
     if not math.isfinite(hello.started_seconds):
         raise RefusedError("hello.started_seconds is not a time")

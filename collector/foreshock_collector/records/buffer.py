@@ -1,72 +1,76 @@
-"""The newest records of every rank of one attempt, steps down and ranks across, and how a row becomes a step.
+"""The buffer of the newest records of every rank of one attempt, and how it assembles steps from them.
 
-All of it is numpy: a batch goes in at once, and a step looks at all its ranks at once. Clocks come in as arguments.
+All of it is numpy: a batch goes in at once, and a step reads all its ranks at once. Times come in as arguments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
 from foreshock_collector.records.steps import LARGEST, Step, bounded
+from foreshock_protos.columns import NONFINITE_COUNTS, NONFINITE_VALUES, WIRE_COLUMNS, Column, Part
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 PATIENCE_SECONDS = 2.0
 """How long a step waits for ranks that have not reported it."""
 NONFINITE_PATIENCE_SECONDS = 0.3
-"""The same for a step that is not finite: nobody should wait to hear of it, yet the other ranks' evidence is worth a
+"""How long a non-finite step waits for them: it should be reported soon, yet the other ranks' evidence is worth a
 moment. Recorders send such a step at once."""
-_MOST_CELLS = 2**18
-"""Cells of a buffer, some 200 bytes each; a job of many ranks remembers fewer steps."""
-_LEAST_STEPS, _MOST_STEPS = 64, 2048
+_MAX_CELLS = 2**18
+"""Cells of a buffer, about 200 bytes each; a job of many ranks keeps fewer steps."""
+_MIN_STEPS, _MAX_STEPS = 64, 2048
 
-MOST_SEQUENCE = 2**53
-"""Records are numbered from 1, and a float can still hold each number."""
+MAX_SEQUENCE = 2**53
+"""Limit of sequence numbers, which start at 1: a float64 holds each of them exactly."""
 
-_INTEGERS = ("step", "flags", "first_nonfinite_global", "first_nonfinite_local")
-_NOT_COLUMNS = (
-    *("instance", "first_sequence", "dropped", "backward_passes"),
-    *("global_layer_norms", "local_layer_norms"),
-)
-COLUMNS = tuple(f.name for f in pb.StepBatch.DESCRIPTOR.fields if f.name not in _NOT_COLUMNS)
-_REDUCED = tuple(name for name in COLUMNS if name.startswith("reduced_"))
-_OWN = tuple(name for name in COLUMNS if name not in _REDUCED)
-RECORD = np.dtype([("sequence", "i8"), *((name, "i8" if name in _INTEGERS else "f8") for name in _OWN)])
-"""One rank's record of one step, named as in `StepBatch`. Sequence 0: none."""
-SUMS = np.dtype([(name, "i8" if name == "reduced_sequence" else "f8") for name in _REDUCED])
-"""What the ranks' all-reduce of one step brought: the same on every rank, whichever told it."""
+_REDUCED = tuple(column for column in WIRE_COLUMNS if column.part is Part.REDUCED)
+_OWN = tuple(column for column in WIRE_COLUMNS if column.part is not Part.REDUCED)
+_STEP_FIELDS = {field.name for field in fields(Step)}
+_MEASUREMENTS = tuple(column for column in _OWN if column.gauge is not None and column.name not in _STEP_FIELDS)
+"""Columns that the collector exports and does nothing else with."""
+
+
+def _dtype(columns: tuple[Column, ...]) -> list[tuple[str, str]]:
+    return [(column.name, "i8" if column.integer else "f8") for column in columns]
+
+
+RECORD = np.dtype([("sequence", "i8"), *_dtype(_OWN)])
+"""One rank's record of one step, by the names of the columns. Sequence 0 marks an empty cell."""
+SUMS = np.dtype(_dtype(_REDUCED))
+"""The result of one step's all-reduce: the same on every rank, so any rank's copy will do."""
 
 Rows = NDArray[np.void]
 
 
 class ColumnsError(ValueError):
-    """A batch contradicts itself; the text says how."""
+    """A batch contradicts itself; the message says how."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Records:
-    """A batch, decoded."""
+    """Holds a decoded batch."""
 
     rows: Rows
     sums: Rows
     layer_norms: NDArray[np.float32] | None
-    """Of the averaged gradient, [rows, layers]; one rank tells them."""
+    """Norms of the averaged gradient, [rows, layers]; one rank of the attempt sends them."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def above(self, position: int) -> Records:
-        """Without those up to this sequence number."""
+        """Return the records above this sequence number."""
         keep = self.rows["sequence"] > position
         norms = None if self.layer_norms is None else self.layer_norms[keep]
         return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms)
 
     def slices(self, length: int) -> Iterator[Records]:
-        """In pieces of at most this many rows, in order."""
+        """Yield pieces of at most this many rows, in order."""
         for start in range(0, len(self.rows), length):
             piece = slice(start, start + length)
             norms = None if self.layer_norms is None else self.layer_norms[piece]
@@ -74,87 +78,100 @@ class Records:
 
 
 def decode(batch: pb.StepBatch, layers: int) -> Records:
-    """Columns to rows. Raises `ColumnsError`."""
+    """Turn columns into rows. Raises `ColumnsError`."""
     count = len(batch.step)
-    for name in COLUMNS:
-        if len(getattr(batch, name)) != count:
-            raise ColumnsError(f"column {name} has {len(getattr(batch, name))} rows, column step has {count}")
+    for column in WIRE_COLUMNS:
+        rows_of = len(getattr(batch, column.name))
+        if rows_of != count and not (column.optional and rows_of == 0):
+            raise ColumnsError(f"column {column.name} has {rows_of} rows, column step has {count}")
     for name in ("global_layer_norms", "local_layer_norms"):
         if len(getattr(batch, name)) not in (0, count * layers):
             raise ColumnsError(f"{name} has {len(getattr(batch, name))} values, not {count} rows of {layers} layers")
-    if count and not 0 < batch.first_sequence < MOST_SEQUENCE - count:
+    if count and not 0 < batch.first_sequence < MAX_SEQUENCE - count:
         raise ColumnsError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
     rows = np.zeros(count, RECORD)
     rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
-    for name in _OWN:
-        if name in ("step", "flags"):
-            rows[name] = np.fromiter(getattr(batch, name), "i8", count)
-            continue
-        values = np.fromiter(getattr(batch, name), "f8", count)
-        # The first_nonfinite columns travel as float64, and not each of those is a whole number.
-        rows[name] = np.where(abs(values) < MOST_SEQUENCE, values, -1.0) if name in _INTEGERS else _bounded(values)
-    told = np.fromiter(batch.reduced_sequence, "f8", count)
-    known = (told >= 1) & (told < batch.first_sequence + count)
+    for column in _OWN:
+        rows[column.name] = _values(batch, column, count)
+    issuers = np.fromiter(batch.reduced_sequence, "f8", count)
+    known = (issuers >= 1) & (issuers < batch.first_sequence + count)
     sums = np.zeros(int(known.sum()), SUMS)
-    for name in _REDUCED if known.any() else ():
-        sums[name] = np.fromiter(getattr(batch, name), "f8", count)[known]
+    for column in _REDUCED if known.any() else ():
+        sums[column.name] = np.fromiter(getattr(batch, column.name), "f8", count)[known]
     norms = None
     if batch.global_layer_norms:
         norms = np.fromiter(batch.global_layer_norms, "f4", count * layers).reshape(count, layers)
     return Records(rows=rows, sums=sums, layer_norms=norms)
 
 
+def _values(batch: pb.StepBatch, column: Column, count: int) -> NDArray[np.int64] | NDArray[np.float64]:
+    sent = getattr(batch, column.name)
+    if len(sent) < count:
+        return np.full(count, column.missing)
+    if column.integer and column.part is Part.BEGUN:
+        return np.fromiter(sent, "i8", count)
+    values = np.fromiter(sent, "f8", count)
+    # What is measured travels as float64, and not each of those is a whole number.
+    return np.where(abs(values) < MAX_SEQUENCE, values, -1.0) if column.integer else _bounded(values)
+
+
 def _bounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """As `steps.bounded`."""
+    """Do to an array what `steps.bounded` does to a number."""
     kept = np.where(np.isinf(values), values, np.clip(values, -LARGEST, LARGEST))
     return np.where(abs(kept) < 1 / LARGEST, 0.0, kept)
 
 
 def nonfinite_mask(rows: Rows) -> NDArray[np.bool_]:
-    """Which records hold anything that is not finite."""
-    bad: NDArray[np.bool_] = ~np.isfinite(rows["global_norm"]) | locally_nonfinite(rows)
-    bad |= (rows["global_nan_parameters"] > 0) | (rows["global_inf_parameters"] > 0)
+    """Return which finished records hold a NaN or an Inf, by the columns' table."""
+    bad = np.zeros(rows.shape, np.bool_)
+    for name in NONFINITE_VALUES:
+        bad |= ~np.isfinite(rows[name]) & (observed(rows) if name == "loss" else True)
+    for name in NONFINITE_COUNTS:
+        bad |= rows[name] > 0
     bad &= complete(rows)
     return bad
 
 
 def locally_nonfinite(rows: Rows) -> NDArray[np.bool_]:
-    """Which records are not finite by themselves, before the all-reduce could have brought it from another rank."""
+    """Return which records are non-finite on their own rank, before an all-reduce could have spread it."""
     bad: NDArray[np.bool_] = (rows["local_nan_parameters"] > 0) | (rows["local_inf_parameters"] > 0)
     bad |= observed(rows) & ~np.isfinite(rows["loss"])
     return bad
 
 
 def complete(rows: Rows) -> NDArray[np.bool_]:
-    """Which records are of steps that finished."""
+    """Return which records are of steps that finished."""
     finished: NDArray[np.bool_] = rows["flags"] & pb.INCOMPLETE == 0
     return finished
 
 
 def locally_measured(rows: Rows) -> NDArray[np.bool_]:
-    """Which records hold norms of the rank's own gradient: not those that no backward pass came before."""
+    """Return which records hold norms of the rank's own gradient: a backward pass came before them."""
     known: NDArray[np.bool_] = (rows["flags"] & pb.LOCAL_NORMS != 0) & complete(rows)
     known &= (rows["flags"] & pb.GRADIENT_UNKNOWN == 0) | (rows["local_norm"] != 0)
     return known
 
 
 def observed(rows: Rows) -> NDArray[np.bool_]:
-    """Which records hold a loss."""
+    """Return which records hold a loss."""
     has_loss: NDArray[np.bool_] = rows["flags"] & pb.LOSS_OBSERVED != 0
     return has_loss
 
 
 class RecordBuffer:
-    """Records of one attempt that wait for other ranks, and the window of those that no longer do."""
+    """Ring buffer of one attempt's records, steps down and ranks across.
+
+    Records wait in it until every rank has reported their step; those of finalized steps stay as evidence.
+    """
 
     def __init__(self, *, world_size: int, layers: int, finalized: int = 0) -> None:
-        self.capacity = max(_LEAST_STEPS, min(_MOST_STEPS, _MOST_CELLS // world_size))
+        self.capacity = max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // world_size))
         self.finalized = finalized
-        """Sequence number up to which steps have been put together."""
+        """Sequence number up to which steps have been assembled."""
         self.highest = finalized
-        """The highest one of any rank."""
+        """The highest sequence number of any rank."""
         self.positions = np.zeros(world_size, "i8")
-        """Each rank's highest one."""
+        """The highest sequence number of each rank."""
         self.awaited = np.ones(world_size, np.bool_)
         """Ranks that may still report."""
         self._cells: Rows = np.zeros((self.capacity, world_size), RECORD)
@@ -163,15 +180,15 @@ class RecordBuffer:
         self._layer_sequences = np.zeros(self.capacity, "i8")
         self._deadlines = np.full(self.capacity, math.inf)
 
-    def room(self, records: Records) -> int:
-        """Steps up to this sequence number have to be finalized before these records may be written."""
+    def must_finalize(self, records: Records) -> int:
+        """Return the sequence number up to which steps must be finalized before these records are written."""
         return int(records.rows["sequence"][-1]) - self.capacity
 
     def write(self, rank: int, records: Records, now: float) -> None:
-        """Keep a rank's records: those of finalized steps are evidence, the others wait for their step."""
+        """Store a rank's records: those of finalized steps as evidence, the others until their step is due."""
         rows = records.rows
         last = int(rows["sequence"][-1])
-        assert self.room(records) <= self.finalized
+        assert self.must_finalize(records) <= self.finalized
         slots = rows["sequence"] % self.capacity
         # A very late record must not displace a newer one.
         fresh = rows["sequence"] >= self._cells["sequence"][slots, rank]
@@ -194,7 +211,7 @@ class RecordBuffer:
         self._deadlines[slots] = np.minimum(self._deadlines[slots], deadline)
 
     def due(self, now: float) -> int:
-        """Sequence number up to which steps may be put together: every rank has passed them, or they waited enough."""
+        """Return the sequence number up to which steps may be assembled: every rank has passed them, or time is up."""
         passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest
         due = max(self.finalized, min(passed, self.highest))
         waiting = np.arange(due + 1, self.highest + 1)
@@ -202,11 +219,11 @@ class RecordBuffer:
         return int(late[-1]) if late.size else due
 
     def overdue(self, now: float) -> bool:
-        """A step has waited long enough, though a rank is still missing."""
+        """Return whether a step has waited long enough, though a rank is still missing."""
         return self.finalized < self.highest and bool((self._deadlines <= now).any())
 
     def finalize(self, attempt: int, upto: int) -> Iterator[Step]:
-        """Put steps together, in order, up to a sequence number."""
+        """Assemble steps, in order, up to a sequence number."""
         first, last = self.finalized + 1, min(upto, self.highest)
         for sequence in range(first, last + 1):
             self.finalized = sequence
@@ -218,42 +235,42 @@ class RecordBuffer:
         self.highest = max(self.finalized, self.highest)
 
     def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
-        """Ranks and their finished records of one step, as far as they are here."""
+        """Return the ranks that have finished one step, and their records of it."""
         cells = self._cells[sequence % self.capacity]
         ranks = np.flatnonzero((cells["sequence"] == sequence) & complete(cells))
         return ranks, cells[ranks]
 
     def sums(self, sequence: int) -> Rows | None:
-        """The all-reduce of one step, if any rank told it."""
+        """Return the result of one step's all-reduce, if any rank has sent it."""
         sums = self._sums[sequence % self.capacity]
         return sums if sums["reduced_sequence"] == sequence else None
 
     def layer_norms(self, sequence: int) -> NDArray[np.float32] | None:
-        """Norms of the averaged gradient by layer, if a rank told them."""
+        """Return the norms of the averaged gradient by layer, if a rank has sent them."""
         slot = sequence % self.capacity
         return self._layer_norms[slot] if self._layer_sequences[slot] == sequence else None
 
     def local_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
-        """[steps, ranks]; NaN where there is no record, or none with local norms."""
+        """Return local norms, [steps, ranks]: NaN where no record holds one."""
         cells = self._cells[sequences % self.capacity]
         known = (cells["sequence"] == sequences[:, None]) & locally_measured(cells)
         norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
         return norms
 
     def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Local norms for the eye, [steps, ranks]: NaN where nothing is known, Inf where it is not finite."""
+        """Return local norms for display, [steps, ranks]: NaN where none is known, Inf where it is not finite."""
         slots = sequences % self.capacity
         # Field by field: whole records would be twenty times as much to copy.
         norms: NDArray[np.float64] = self._cells["local_norm"][slots]
         bad = (self._cells["local_nan_parameters"][slots] > 0) | (self._cells["local_inf_parameters"][slots] > 0)
         norms[bad | ~np.isfinite(norms)] = math.inf
         flags = self._cells["flags"][slots]
-        told = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
-        norms[~told | (self._cells["sequence"][slots] != sequences[:, None])] = math.nan
+        measured = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
+        norms[~measured | (self._cells["sequence"][slots] != sequences[:, None])] = math.nan
         return norms
 
     def layer_norms_of(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Norms of the averaged gradient for the eye, [steps, layers]: NaN and Inf as in `rank_norms`."""
+        """Return norms of the averaged gradient for display, [steps, layers]: NaN and Inf as in `rank_norms`."""
         slots = sequences % self.capacity
         norms = self._layer_norms[slots].astype(np.float64)
         norms[~np.isfinite(norms)] = math.inf
@@ -290,17 +307,15 @@ class RecordBuffer:
             stepped=not first["flags"] & pb.NOT_STEPPED,
             shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
             shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
-            gradient_absolute_maximum=_measured(first["gradient_absolute_maximum"]),
-            parameter_norm=_measured(first["parameter_norm"]),
-            update_ratio=_measured(first["update_ratio"]),
+            measurements=_measurements(first),
         )
-        # Some scripts drop gradients by design, as those that flow through a GAN's other model: there is nothing to it.
+        # Some scripts drop gradients by design, such as those that flow through a GAN's other model: not a step.
         return step if step.stepped or step.nonfinite or step.loss is not None else None
 
     def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:
-        """Mean over ranks, and whether any is NaN, any Inf.
+        """Return the mean over ranks, whether any loss is NaN, and whether any is Inf.
 
-        Where ranks are missing, the sums that travelled with the gradients know better.
+        Where ranks are missing, the sums of the all-reduce include their losses.
         """
         losses = rows["loss"][observed(rows)]
         nan, inf = bool(np.isnan(losses).any()), bool(np.isinf(losses).any())
@@ -325,8 +340,9 @@ class RecordBuffer:
         return seconds if 0 < seconds < math.inf else None
 
 
-def _measured(value: np.float64) -> float | None:
-    return float(value) if value else None
+def _measurements(row: np.void) -> dict[str, float]:
+    values = [(column, float(row[column.name])) for column in _MEASUREMENTS]
+    return {column.name: value for column, value in values if not column.optional or value != column.missing}
 
 
 def _any(rows: Rows, *names: str) -> bool:

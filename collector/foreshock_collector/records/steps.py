@@ -1,35 +1,36 @@
-"""What a step is, as detection and diagnosis see it, and what is known of the model that makes it."""
+"""A training step as detection and diagnosis see it, and the model that makes it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 LARGEST = 1e150
-"""Finite numbers are cut to this size where they come in, and those below its inverse become 0: differences, squares
-and ratios of what is left stay finite."""
+"""Finite numbers are cut to this size where they are decoded, and those below its inverse become 0: their differences,
+squares and ratios then stay finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One optimizer step of the run, or what was told or measured without one: its ranks put together."""
+    """Puts the ranks' records of one optimizer step together; `stepped` is False where no optimizer step followed."""
 
     attempt: int
     sequence: int
-    """Number of the step within its attempt, from 1: what orders steps. Ranks step together, so theirs agree."""
+    """Number of the step within its attempt, from 1. Steps are ordered by it; ranks step together, so theirs agree."""
     step: int
-    """What the script calls it. A label: a resumed script starts at 12,000, a careless one anew each epoch."""
+    """Number that the script gives it. Only a label: a resumed script may start at 12,000, another anew each epoch."""
     wall_seconds: float
     duration_seconds: float | None
-    """Since the step before, by the clock of one node; None where that is not known."""
+    """Time since the step before, by the clock of one node; None if unknown."""
     learning_rate: float
     loss: float | None
-    """Mean over ranks; None if the script tells no loss."""
+    """Mean over ranks; None if the script observes no loss."""
     loss_scale: float
     global_norm: float
-    """NaN: not finite, which `nan_gradient` says, or not measured."""
+    """NaN if it was not measured, or is not finite: then `nan_gradient` or `inf_gradient` is True."""
     clip_coefficient: float
     skipped: bool
     nan_loss: bool
@@ -37,22 +38,19 @@ class Step:
     nan_gradient: bool
     inf_gradient: bool
     ranks: int
-    """How many had reported it when it was put together."""
+    """Number of ranks that had reported the step when it was assembled."""
     stepped: bool = True
-    """False: the optimizer was never called. The script's own guard, or a GradScaler, has left the step out."""
+    """False if the optimizer was never called: the script's own guard, or a GradScaler, skipped the step."""
     shadow_clipped: bool = False
-    """In shadow mode: would have been clipped."""
+    """True if, in shadow mode, the gradient would have been clipped."""
     shadow_skipped: bool = False
-    """In shadow mode: would have been left out."""
-    gradient_absolute_maximum: float | None = None
-    """Largest element of the averaged gradient, unscaled. This and the next two: on one step in a hundred."""
-    parameter_norm: float | None = None
-    update_ratio: float | None = None
-    """How far the step before moved the weights, over their norm."""
+    """True if, in shadow mode, the step would have been skipped."""
+    measurements: Mapping[str, float] = field(default_factory=dict)
+    """Columns that are exported as they are, by name, as far as they were measured at this step."""
 
     @property
     def nonfinite(self) -> list[tuple[str, str]]:
-        """(source, kind) of all that is not finite."""
+        """(source, kind) of everything that is not finite."""
         found = (
             (self.nan_loss, ("loss", "nan")),
             (self.inf_loss, ("loss", "inf")),
@@ -63,13 +61,15 @@ class Step:
 
     @property
     def overflow(self) -> bool:
-        """The scale of a GradScaler drove a gradient beyond half precision: it leaves the step out, and halves."""
+        """True if a GradScaler's scale drove a gradient beyond half precision: it skips the step and halves it."""
         return self._scaled and (self.nan_gradient or self.inf_gradient) and not (self.nan_loss or self.inf_loss)
 
     @property
     def left_out(self) -> bool:
-        """So that it did no harm: by a GradScaler that looks for its scale, by `skip`, which has a budget, or by the
-        script itself. A NaN in the loss is no matter of scale.
+        """True if the step was skipped on purpose, so that a NaN did no harm to the weights.
+
+        A GradScaler skips steps while it searches for its scale, `skip` within its budget, a script by a guard of its
+        own. A NaN in the loss has nothing to do with the scale.
         """
         if not self.stepped:
             return not (self._scaled and self.nan_loss)
@@ -82,7 +82,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """The model summary of an attempt's first Hello."""
+    """Describes the model, as the first Hello of an attempt does."""
 
     type: str = ""
     module_types: dict[str, int] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class ModelFacts:
 
     @classmethod
     def from_summary(cls, model: pb.ModelSummary) -> ModelFacts:
-        """Decode."""
+        """Decode the message."""
         return cls(
             type=model.type,
             module_types=dict(model.module_types),
@@ -104,26 +104,26 @@ class ModelFacts:
         )
 
     def parameter(self, index: int) -> tuple[str, str]:
-        """Names of a parameter and of its layer; empty for an index that there is not."""
+        """Return the names of a parameter and of its layer; empty for an index out of range."""
         if not 0 <= index < len(self.parameters):
             return "", ""
         return self.parameters[index], self.layers[self.parameter_layers[index]]
 
 
 def bounded(value: float) -> float:
-    """The value, cut to what one can calculate with; NaN and Inf stay what they are."""
+    """Cut a value to the range that calculations stay finite in; NaN and Inf stay what they are."""
     if not math.isfinite(value):
         return value
     return max(-LARGEST, min(value, LARGEST)) if abs(value) >= 1 / LARGEST else 0.0
 
 
 def kind_of(value: float | None) -> str:
-    """What JSON and SQL have no number for: "nan" or "inf"; empty for all others."""
+    """Return "nan" or "inf", which JSON and SQL have no number for; empty for all other values."""
     if value is None or math.isfinite(value):
         return ""
     return "nan" if math.isnan(value) else "inf"
 
 
 def finite(value: float | None) -> float | None:
-    """The value, or None where it is not finite."""
+    """Return the value, or None if it is not finite."""
     return value if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""The records of all ranks and layers in the steps up to an incident: kept for good, so that it can be looked into."""
+"""The window of records before an incident, of all ranks and layers: kept for good as its evidence."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from foreshock_collector.records.buffer import RECORD, RecordBuffer, Rows
 
 _RANKED = np.dtype([("rank", "i8"), *((name, RECORD[name]) for name in RECORD.names or ())])
 _SHOWN_RANKS = 16
-"""Of each step, as JSON: those with the largest norms."""
+"""Ranks of each step in the API: those with the largest norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Steps in order."""
+    """Holds the records of consecutive steps."""
 
     records: Rows
-    """As on the buffer, and the rank; by step, then by rank."""
+    """Records with their rank; by step, then by rank."""
     sequences: NDArray[np.int64]
     layer_norms: NDArray[np.float32]
-    """Of the averaged gradient, [sequences, layers]; NaN where nobody told them."""
+    """Norms of the averaged gradient, [sequences, layers]; NaN where no rank has sent them."""
 
     @classmethod
     def of(cls, buffer: RecordBuffer, first: int, last: int) -> Window:
-        """What the buffer still has of these steps."""
+        """Return what the buffer still has of these steps."""
         found = []
         sequences = np.arange(max(1, first), last + 1)
         for sequence in sequences.tolist():
@@ -44,19 +44,19 @@ class Window:
         return cls(records=records, sequences=sequences, layer_norms=norms)
 
     def as_bytes(self) -> bytes:
-        """For the store."""
+        """Encode the window for the store."""
         file = io.BytesIO()
         np.savez_compressed(file, records=self.records, sequences=self.sequences, layer_norms=self.layer_norms)
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Window:
-        """What `as_bytes` made."""
+        """Decode a window from the store."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             return cls(records=arrays["records"], sequences=arrays["sequences"], layer_norms=arrays["layer_norms"])
 
-    def loudest(self) -> list[dict[str, Any]]:
-        """Records by name, for people: of each step, those of the ranks with the largest norms."""
+    def largest_records(self) -> list[dict[str, Any]]:
+        """Return the records of the ranks with the largest norms, step by step, as JSON objects."""
         shown = []
         for sequence in self.sequences.tolist():
             rows = self.records[self.records["sequence"] == sequence]

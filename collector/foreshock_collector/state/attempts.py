@@ -59,7 +59,7 @@ class Attempt(AttemptState):
         super().__init__(**vars(state or AttemptState(started_seconds=hello.started_seconds)))
         self.number = number
         self.hello = hello
-        self.launch = hello.launch
+        self.launch = hello.launch_id
         self.world_size = hello.topology.world_size
         self.model = ModelFacts.from_summary(hello.model)
         self.instances: dict[int, Instance] = {}

@@ -50,15 +50,15 @@ class Runs:
         if known is not None:
             run, instance = known
             first = run.attempts[instance.attempt].hello
-            if (first.run, first.launch, instance.rank) != (hello.run, hello.launch, hello.topology.rank):
+            if (first.run, first.launch_id, instance.rank) != (hello.run, hello.launch_id, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
             run.heartbeat(instance, now)
-            instance.gone |= hello.gone
+            instance.gone |= hello.exited
             return instance
         run = self._run_of(hello, now)
         instance = run.register(hello, now)
         self._runs[run.name] = run
-        self._launches[hello.run, hello.launch] = run
+        self._launches[hello.run, hello.launch_id] = run
         self._instances[instance.name] = (run, instance)
         return instance
 
@@ -68,7 +68,7 @@ class Runs:
         A launch is the next attempt of the run whose name it asks for. Where a living one has that name, or another
         experiment, it becomes a run of its own: name-2, name-3 and so on.
         """
-        run = self._launches.get((hello.run, hello.launch))
+        run = self._launches.get((hello.run, hello.launch_id))
         if run is not None:
             if run.experiment != hello.experiment:
                 raise ContradictionError(
@@ -85,6 +85,6 @@ class Runs:
             if number > 1 and run.attempts[0].hello.run != hello.run:
                 continue  # called so on purpose: it has nothing to do with this one
             # What a rank that has gone left behind does not run beside anything.
-            if hello.gone or not run.has_live_ranks(now):
+            if hello.exited or not run.has_live_ranks(now):
                 return run
         raise AssertionError

@@ -157,13 +157,13 @@ class Instance(InstanceState):
             seen_seconds=now,
         )
 
-    def close(self, goodbye: pb.Goodbye, now: float) -> int:
+    def close(self, goodbye: pb.Exit, now: float) -> int:
         """Note that the rank has left; how many records are missing up to its last one, and will not come."""
         if self.closed:
             return 0
         missing = max(0, goodbye.last_sequence - self.position)
         self.position += missing
-        self.leaving = pb.Goodbye.Reason.Name(goodbye.reason)
+        self.leaving = pb.ExitReason.Name(goodbye.reason)
         self.detail = goodbye.detail
         if self.leaving not in CLEAN_EXITS:
             self.left_seconds = self.left_seconds or now

@@ -168,7 +168,36 @@ def _incident(old: dict[str, Any]) -> dict[str, Any]:
     return {"number": old.pop("id"), **old, "verdict": verdict}
 
 
-_STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_json_to_messagepack,)
+# -- 4 to 5: what is measured on some steps in one column, had a column each ---------------------------------------
+
+_MEASUREMENTS = ("gradient_absolute_maximum", "parameter_norm", "update_ratio")
+_STEP_COLUMNS = (
+    *("run", "attempt", "sequence", "step", "wall_seconds", "duration_seconds", "learning_rate", "loss", "loss_scale"),
+    *("global_norm", "clip_coefficient", "skipped", "nan_loss", "inf_loss", "nan_gradient", "inf_gradient", "ranks"),
+    *("stepped", "shadow_clipped", "shadow_skipped"),
+)
+
+
+def _columns_to_measurements(database: sqlite3.Connection) -> None:
+    database.execute("ALTER TABLE steps RENAME TO old_steps")
+    columns = ", ".join(_STEP_COLUMNS)
+    definition = columns.replace("run", "run TEXT", 1)
+    database.execute(
+        f"CREATE TABLE steps ({definition}, measurements, PRIMARY KEY (run, attempt, sequence)) WITHOUT ROWID"
+    )
+    database.create_function("measurements", len(_MEASUREMENTS), _measurements, deterministic=True)
+    values = f"{columns}, measurements({', '.join(_MEASUREMENTS)})"
+    database.execute(f"INSERT INTO steps SELECT {values} FROM old_steps")  # noqa: S608
+    database.execute("DROP TABLE old_steps")
+
+
+def _measurements(*values: float | str | None) -> bytes | None:
+    # A NaN was a text: SQLite turns it into NULL.
+    known = {name: float(value) for name, value in zip(_MEASUREMENTS, values, strict=True) if value is not None}
+    return msgspec.msgpack.encode(known) if known else None
+
+
+_STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_json_to_messagepack, _columns_to_measurements)
 """Each leads from the schema of its place, counted from `OLDEST`, to the next."""
 OLDEST = 3
 SCHEMA = OLDEST + len(_STEPS)

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.catalogue import RUN_STAGES
-from foreshock_collector.records.buffer import MOST_SEQUENCE, complete, decode
+from foreshock_collector.records.buffer import MAX_SEQUENCE, complete, decode
 from foreshock_collector.records.steps import Step
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.errors import Errors
@@ -62,11 +62,11 @@ class Run:
 
     def register(self, hello: pb.Hello, now: float) -> Instance:
         """Add a new instance, and its attempt where it is the first. Raises `ContradictionError`."""
-        attempt = next((a for a in self.attempts if a.launch == hello.launch), None)
+        attempt = next((a for a in self.attempts if a.launch == hello.launch_id), None)
         place = hello.topology
         if attempt is None:
             attempt = Attempt(len(self.attempts), hello)
-            if self.attempts and not hello.gone:
+            if self.attempts and not hello.exited:
                 attempt.started_seconds = max(attempt.started_seconds, self.newest.started_seconds)
             self.attempts.append(attempt)
             self.watched_since = now
@@ -78,7 +78,7 @@ class Run:
         elif place.rank in attempt.instances:
             raise ContradictionError(f"rank {place.rank} of this launch is another instance already")
         instance = attempt.instances[place.rank] = Instance(
-            InstanceState.from_hello(hello, attempt.number, now), gone=hello.gone
+            InstanceState.from_hello(hello, attempt.number, now), gone=hello.exited
         )
         self.unsaved.instances[instance.name] = instance
         return instance
@@ -100,7 +100,7 @@ class Run:
         """
         records = decode(batch, instance.layers)
         self.heartbeat(instance, now)
-        instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MOST_SEQUENCE))
+        instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MAX_SEQUENCE))
         self._missing.update(instance.newly_dropped(batch))
         records = records.above(instance.position)
         if not len(records):
@@ -109,7 +109,7 @@ class Run:
         attempt, finalized = self.attempts[instance.attempt], False
         buffer = attempt.buffer
         for piece in records.slices(buffer.capacity // 2):
-            if (room := buffer.room(piece)) > buffer.finalized:
+            if (room := buffer.must_finalize(piece)) > buffer.finalized:
                 finalized = True
                 with self.errors.caught("evaluate"):
                     self.finalize_steps(now, attempt=attempt, at_least=room)
@@ -133,7 +133,7 @@ class Run:
         if (recorded := instance.record_event(event, now)) is not None:
             self.events.add(recorded)
 
-    def close(self, instance: Instance, goodbye: pb.Goodbye, now: float) -> None:
+    def close(self, instance: Instance, goodbye: pb.Exit, now: float) -> None:
         """Record that the instance has left: what is missing up to its last record will not come."""
         self.heartbeat(instance, now)
         self._missing["ring_overrun"] += instance.close(goodbye, now)
@@ -301,5 +301,5 @@ class Run:
         """Put stored records back: as evidence if their step is finalized, else among those that wait."""
         buffer = self.attempts[instance.attempt].buffer
         for piece in decode(batch, instance.layers).slices(buffer.capacity // 2):
-            if buffer.room(piece) <= buffer.finalized:
+            if buffer.must_finalize(piece) <= buffer.finalized:
                 buffer.write(instance.rank, piece, now)

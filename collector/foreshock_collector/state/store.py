@@ -186,7 +186,8 @@ class Store(History):
         query = f"SELECT {columns} FROM steps WHERE run=? AND attempt=? ORDER BY sequence DESC LIMIT ?"  # noqa: S608
         for values in reversed(self._db.execute(query, (run.name, attempt.number, WINDOW_STEPS)).fetchall()):
             known = dict(zip(STEP_COLUMNS, map(number_of, values), strict=True))
-            attempt.steps.append(Step(**known))
+            measurements = decode(known["measurements"], dict[str, float]) if known["measurements"] else {}
+            attempt.steps.append(Step(**known | {"measurements": measurements}))
 
     def size_bytes(self) -> int:
         """Return what the database and its write-ahead log take on disk; 0 in memory."""
@@ -222,5 +223,8 @@ def _lock(path: Path | str) -> Any:
 
 
 def _column(value: Any) -> Any:
+    if isinstance(value, dict):
+        # Most steps have no measurements beside their own columns.
+        return encode(value) if value else None
     # SQLite turns a NaN into NULL, and NULL means that there is no value.
     return kind_of(value) or value if isinstance(value, float) else value

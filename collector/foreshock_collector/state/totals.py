@@ -94,12 +94,10 @@ class Totals:
         self.last["step"] = now
         if newest:
             gauges = {
+                **step.measurements,
                 "step": float(step.step),
                 "global_norm": step.global_norm,
-                "gradient_absolute_maximum": step.gradient_absolute_maximum,
                 "clip_coefficient": step.clip_coefficient,
-                "parameter_norm": step.parameter_norm,
-                "update_ratio": step.update_ratio,
                 "learning_rate": step.learning_rate,
                 "loss_scale": step.loss_scale,
                 "loss": step.loss,

@@ -145,7 +145,7 @@ class Api:
             if str(incident.number) == request.match_info["id"]:
                 window = self._store.incident_window(run.name, incident.number)
                 return json_response(
-                    {**incident_answer(incident), "records": [] if window is None else window.loudest()}
+                    {**incident_answer(incident), "records": [] if window is None else window.largest_records()}
                 )
         raise json_error(web.HTTPNotFound, f"run {run.name!r} has no incident {request.match_info['id'][:80]!r}")
 

@@ -13,17 +13,6 @@ from foreshock_collector.state.runs import Run
 from foreshock_collector.web.samples import Sample, families_of
 
 _SERIES = tuple(series for series in c.CATALOGUE if set(c.RUN) <= set(series.labels))
-_GAUGES = {
-    "global_norm": c.GLOBAL_GRADIENT_NORM,
-    "gradient_absolute_maximum": c.GRADIENT_ABSOLUTE_MAXIMUM,
-    "clip_coefficient": c.CLIP_COEFFICIENT,
-    "parameter_norm": c.PARAMETER_NORM,
-    "update_ratio": c.UPDATE_RATIO,
-    "loss": c.LOSS,
-    "learning_rate": c.LEARNING_RATE,
-    "loss_scale": c.LOSS_SCALE,
-    "step": c.STEP,
-}
 _STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_spike": c.LAST_LOSS_SPIKE_STEP}
 _COUNTERS = {
     "steps": c.STEPS,
@@ -78,7 +67,7 @@ class RunSeries(Collector):
 
     def _run_samples(self, run: Run, now: float) -> Iterator[Sample]:
         labels, totals = (run.experiment, run.name), run.totals
-        for name, series in _GAUGES.items():
+        for name, series in c.COLUMN_GAUGES.items():
             if name in totals.gauges:
                 yield Sample(series, labels, totals.gauges[name])
         for name, series in _TIMES.items():

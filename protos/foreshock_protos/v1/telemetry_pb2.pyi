@@ -18,6 +18,15 @@ class RecordFlag(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SHADOW_SKIPPED: _ClassVar[RecordFlag]
     NOT_STEPPED: _ClassVar[RecordFlag]
     GRADIENT_UNKNOWN: _ClassVar[RecordFlag]
+
+class ExitReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    EXIT_REASON_UNSPECIFIED: _ClassVar[ExitReason]
+    FINISHED: _ClassVar[ExitReason]
+    DETACHED: _ClassVar[ExitReason]
+    EXCEPTION: _ClassVar[ExitReason]
+    LOST: _ClassVar[ExitReason]
+    INTERRUPTED: _ClassVar[ExitReason]
 RECORD_FLAG_NONE: RecordFlag
 LOSS_OBSERVED: RecordFlag
 INCOMPLETE: RecordFlag
@@ -28,21 +37,27 @@ SHADOW_CLIPPED: RecordFlag
 SHADOW_SKIPPED: RecordFlag
 NOT_STEPPED: RecordFlag
 GRADIENT_UNKNOWN: RecordFlag
+EXIT_REASON_UNSPECIFIED: ExitReason
+FINISHED: ExitReason
+DETACHED: ExitReason
+EXCEPTION: ExitReason
+LOST: ExitReason
+INTERRUPTED: ExitReason
 
 class FromRecorder(_message.Message):
-    __slots__ = ("hello", "steps", "event", "goodbye")
+    __slots__ = ("hello", "steps", "event", "exit")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
-    GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     steps: StepBatch
     event: Event
-    goodbye: Goodbye
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    exit: Exit
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("schema_version", "instance", "experiment", "run", "launch", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "gone")
+    __slots__ = ("schema_version", "instance", "experiment", "run", "launch_id", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "exited")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -54,7 +69,7 @@ class Hello(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
-    LAUNCH_FIELD_NUMBER: _ClassVar[int]
+    LAUNCH_ID_FIELD_NUMBER: _ClassVar[int]
     STARTED_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -63,12 +78,12 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    GONE_FIELD_NUMBER: _ClassVar[int]
+    EXITED_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     instance: str
     experiment: str
     run: str
-    launch: str
+    launch_id: str
     started_seconds: float
     topology: Topology
     model: ModelSummary
@@ -77,8 +92,8 @@ class Hello(_message.Message):
     capabilities: _containers.RepeatedScalarFieldContainer[str]
     versions: _containers.ScalarMap[str, str]
     pid: int
-    gone: bool
-    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ..., gone: bool = ...) -> None: ...
+    exited: bool
+    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch_id: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ..., exited: bool = ...) -> None: ...
 
 class Topology(_message.Message):
     __slots__ = ("rank", "local_rank", "world_size", "node")
@@ -124,7 +139,7 @@ class OptimizerSummary(_message.Message):
     def __init__(self, type: _Optional[str] = ..., fused: bool = ...) -> None: ...
 
 class StepBatch(_message.Message):
-    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "dropped", "backward_passes")
+    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "dropped", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "backward_passes")
     class DroppedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -161,11 +176,11 @@ class StepBatch(_message.Message):
     REDUCED_INF_LOSSES_FIELD_NUMBER: _ClassVar[int]
     GLOBAL_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
     LOCAL_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PARAMETER_NORM_FIELD_NUMBER: _ClassVar[int]
     UPDATE_RATIO_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ABSOLUTE_MAXIMUM_FIELD_NUMBER: _ClassVar[int]
-    DROPPED_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_PASSES_FIELD_NUMBER: _ClassVar[int]
     instance: str
     first_sequence: int
@@ -196,13 +211,13 @@ class StepBatch(_message.Message):
     reduced_inf_losses: _containers.RepeatedScalarFieldContainer[float]
     global_layer_norms: _containers.RepeatedScalarFieldContainer[float]
     local_layer_norms: _containers.RepeatedScalarFieldContainer[float]
+    dropped: _containers.ScalarMap[str, int]
     parameter_fingerprint: _containers.RepeatedScalarFieldContainer[float]
     parameter_norm: _containers.RepeatedScalarFieldContainer[float]
     update_ratio: _containers.RepeatedScalarFieldContainer[float]
     gradient_absolute_maximum: _containers.RepeatedScalarFieldContainer[float]
-    dropped: _containers.ScalarMap[str, int]
     backward_passes: int
-    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., backward_passes: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., backward_passes: _Optional[int] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("instance", "kind", "step", "wall_seconds", "detail")
@@ -226,31 +241,17 @@ class Event(_message.Message):
     detail: str
     def __init__(self, instance: _Optional[str] = ..., kind: _Optional[_Union[Event.Kind, str]] = ..., step: _Optional[int] = ..., wall_seconds: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
 
-class Goodbye(_message.Message):
+class Exit(_message.Message):
     __slots__ = ("instance", "reason", "detail", "last_sequence")
-    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-        __slots__ = ()
-        REASON_UNSPECIFIED: _ClassVar[Goodbye.Reason]
-        FINISHED: _ClassVar[Goodbye.Reason]
-        DETACHED: _ClassVar[Goodbye.Reason]
-        EXCEPTION: _ClassVar[Goodbye.Reason]
-        LOST: _ClassVar[Goodbye.Reason]
-        INTERRUPTED: _ClassVar[Goodbye.Reason]
-    REASON_UNSPECIFIED: Goodbye.Reason
-    FINISHED: Goodbye.Reason
-    DETACHED: Goodbye.Reason
-    EXCEPTION: Goodbye.Reason
-    LOST: Goodbye.Reason
-    INTERRUPTED: Goodbye.Reason
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     instance: str
-    reason: Goodbye.Reason
+    reason: ExitReason
     detail: str
     last_sequence: int
-    def __init__(self, instance: _Optional[str] = ..., reason: _Optional[_Union[Goodbye.Reason, str]] = ..., detail: _Optional[str] = ..., last_sequence: _Optional[int] = ...) -> None: ...
+    def __init__(self, instance: _Optional[str] = ..., reason: _Optional[_Union[ExitReason, str]] = ..., detail: _Optional[str] = ..., last_sequence: _Optional[int] = ...) -> None: ...
 
 class Ack(_message.Message):
     __slots__ = ("epoch", "positions", "flow", "page_url")

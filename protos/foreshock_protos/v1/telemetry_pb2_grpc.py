@@ -50,10 +50,10 @@ class TelemetryServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Stream(self, request_iterator, context):
-        """The first message about an instance is its Hello. One that is wrong or contradicts what is known refuses that
-        instance alone: see Ack.Position.refused. What no recorder sends ends the stream:
-        INVALID_ARGUMENT (cannot be decoded, contradictory columns, an instance without a Hello),
-        FAILED_PRECONDITION (schema_version unknown here), RESOURCE_EXHAUSTED (message too large).
+        """The first message about an instance is its Hello. A Hello that is wrong or contradicts what is known refuses that
+        instance alone: see Ack.Position.refused. A message that no recorder sends ends the stream:
+        INVALID_ARGUMENT (it cannot be decoded, its columns contradict each other, or its instance has sent no Hello),
+        FAILED_PRECONDITION (the schema_version is unknown to the collector), RESOURCE_EXHAUSTED (it is too large).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -17,7 +17,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock_recorder.ring import Farewell, Ring
+from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.ring import Ring
 from tests.agent.scenarios.training import (
     STEPS,
     environment,
@@ -156,17 +157,17 @@ def _no_room(rank: int) -> dict[str, Any]:
     rings = Path(os.environ["FORESHOCK_RING_DIR"])
     before = set(rings.rglob("*.ring"))
     said: list[str] = []
-    farewell = Ring.farewell
+    write_exit = Ring.write_exit
 
-    def heard(ring: Ring, reason: Farewell, detail: str = "") -> None:
+    def heard(ring: Ring, reason: ExitReason, detail: str = "") -> None:
         # Before its file goes: a recorder may have found it.
         said.append(reason.name * ring.path.exists())
-        farewell(ring, reason, detail)
+        write_exit(ring, reason, detail)
 
-    Ring.farewell = heard  # type: ignore[method-assign, assignment]
+    Ring.write_exit = heard  # type: ignore[method-assign, assignment]
     with environment(RING_DIR=__file__ if dist.get_rank() == rank else str(rings)):
         found = outcome(on=set())
-    Ring.farewell = farewell  # type: ignore[method-assign]
+    Ring.write_exit = write_exit  # type: ignore[method-assign]
     found["said"] = said
     found["rings"] = len(set(rings.rglob("*.ring")) - before)
     return found

@@ -281,7 +281,7 @@ def nothing_keeps_a_model() -> dict[str, Any]:
         # Where a model goes is chance: garbage may be collected anywhere.
         del model, optimizer, watch
         gc.collect()
-    return {"alive": sum(reference() is not None for reference in alive), "farewell": _farewell(ring)}
+    return {"alive": sum(reference() is not None for reference in alive), "exit": _exit_reason(ring)}
 
 
 def only_the_model_goes() -> dict[str, Any]:
@@ -301,14 +301,14 @@ def only_the_model_goes() -> dict[str, Any]:
     return found
 
 
-def _farewell(ring: Any) -> str:
+def _exit_reason(ring: Any) -> str:
     import tempfile
     from pathlib import Path
 
     with tempfile.NamedTemporaryFile(suffix=".ring") as file:
         file.write(ring.memory[:])
         file.flush()
-        return RingReader(Path(file.name)).farewell.name
+        return RingReader(Path(file.name)).exit_reason.name
 
 
 def a_sweep() -> dict[str, Any]:
@@ -326,7 +326,7 @@ def a_sweep() -> dict[str, Any]:
         numbers.append([record["step"] for record in told(watch)["records"]])
         kept.append((model, optimizer, watch))
     found = {"retired": [active(watch).retired for _, _, watch in kept], "steps": numbers}
-    found["farewells"] = [_farewell(active(watch)._records.ring) for _, _, watch in kept]
+    found["exits"] = [_exit_reason(active(watch)._records.ring) for _, _, watch in kept]
     kept[-1][2].detach()
     return found
 
@@ -356,7 +356,7 @@ def in_turn() -> dict[str, Any]:
     ours, watches = trained(pairs, watched=True)
     first, second = map(active, watches)
     found = {"apart": apart(stock, ours), "retired": [first.retired, second.retired]}
-    found["records"] = [watch._records.ring.launched for watch in (first, second)]
+    found["records"] = [watch._records.ring.begun for watch in (first, second)]
     # What is attached to anew is watched by one.
     again = foreshock.attach(*pairs[0], clip=MAX_NORM)
     found["again"] = [first.enabled, again.enabled]

@@ -45,7 +45,7 @@ SITES: dict[str, tuple[Any, str]] = {
     "contribution": (RankSums, "contribution"),
     "end_of_backward": (GradientEdits, "backward_ended"),
     "edits": (GradientEdits, "before_step"),
-    "launch": (Records, "launch"),
+    "begin_step": (Records, "begin_step"),
     "norms": (_averaged, "gradient_norms"),
     "summary": (AveragedGradient, "measure"),
     "clip": (Kernel, "follow"),

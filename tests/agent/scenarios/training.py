@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _console, _numbers
+from foreshock import _log, _numbers
 from foreshock._watch import ActiveWatch
+from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
 from foreshock_recorder.reader import Record, RingReader
-from foreshock_recorder.ring import DEVICE_COLUMNS, EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
 
 STEPS = 6
 WIDTH = 12
@@ -120,12 +121,12 @@ def told_in(path: Path) -> dict[str, Any]:
     """The same of a ring's file."""
     reader = RingReader(path)
     records: list[dict[str, Any]] = []
-    for sequence in range(1, reader.launched + 1):
+    for sequence in range(1, reader.begun + 1):
         record = reader.read(sequence)
         assert isinstance(record, Record)
         measured = None
         if record.measured is not None:
-            measured = dict(zip(DEVICE_COLUMNS, record.measured, strict=False))
+            measured = dict(zip(MEASURED_NAMES, record.measured, strict=False))
         records.append(
             {
                 "step": record.step,
@@ -141,9 +142,9 @@ def told_in(path: Path) -> dict[str, Any]:
     found = {
         "records": records,
         "dropped": reader.dropped,
-        "note": reader.note,
-        "farewell": reader.farewell.name,
-        "detail": reader.farewell_detail,
+        "note": reader.last_error,
+        "exit": reader.exit_reason.name,
+        "detail": reader.exit_detail,
         "passes": reader.backward_passes,
     }
     reader.close()
@@ -196,7 +197,7 @@ def main(scenarios: dict[str, Callable[[], Any]]) -> None:
     found: dict[str, Any] = {}
     for name in names:
         # Each says its lines anew.
-        _console._said.clear()
+        _log._logged.clear()
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             result = scenarios[name]()

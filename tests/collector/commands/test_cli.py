@@ -142,8 +142,8 @@ def test_a_run_that_failed_and_left_is_failed_in_status_as_on_the_page(
     async def test() -> None:
         async with Server(config(tmp_path)) as server:
             stream = Stream(server)
-            goodbye = pb.Goodbye(instance="r-0", reason=pb.Goodbye.EXCEPTION, last_sequence=2, detail="RuntimeError: x")
-            await stream.send(hello(), steps(1, [1.0, NAN]), pb.FromRecorder(goodbye=goodbye))
+            goodbye = pb.Exit(instance="r-0", reason=pb.ExitReason.EXCEPTION, last_sequence=2, detail="RuntimeError: x")
+            await stream.send(hello(), steps(1, [1.0, NAN]), pb.FromRecorder(exit=goodbye))
             while not (await stream.call.read()).positions[0].closed:
                 pass
             assert await asyncio.to_thread(status, ["--url", server.url, "r"]) == 1

@@ -28,7 +28,7 @@ def test_records_that_wait_for_a_commit_are_the_ingest_lag_and_failed_commits_ar
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
     statistics = intake.statistics
     intake.apply(hello(), session)
-    intake.apply(hello("other", launch="other"), session)
+    intake.apply(hello("other", launch_id="other"), session)
     intake.commit()
     assert (statistics.lag_seconds(clock()), sum(statistics.commit_seconds.counts)) == (0.0, 1)
     intake.commit()

@@ -22,9 +22,9 @@ from tests.support.streams import Stream, config, families, hello, serving, step
         ([hello("x", schema_version=99)], grpc.StatusCode.FAILED_PRECONDITION, "schema version 99"),
         ([hello("x", instance="")], grpc.StatusCode.INVALID_ARGUMENT, "hello.instance"),
         (
-            [hello("x"), pb.FromRecorder(goodbye=pb.Goodbye(instance="x-0", last_sequence=2**64 - 1))],
+            [hello("x"), pb.FromRecorder(exit=pb.Exit(instance="x-0", last_sequence=2**64 - 1))],
             grpc.StatusCode.INVALID_ARGUMENT,
-            "goodbye.last_sequence",
+            "exit.last_sequence",
         ),
         ([steps(1, [1.0], run="x")], grpc.StatusCode.INVALID_ARGUMENT, "has not said hello"),
         ([hello("x"), steps(1, [1.0], run="x", loss=[1.0, 2.0])], grpc.StatusCode.INVALID_ARGUMENT, "column loss"),
@@ -55,7 +55,7 @@ def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
     ("changes", "says"),
     [
         ({"run": ""}, "hello.run"),
-        ({"launch": "l" * 500}, "hello.launch"),
+        ({"launch_id": "l" * 500}, "hello.launch_id"),
         ({"started_seconds": math.nan}, "hello.started_seconds"),
         ({"topology": pb.Topology(rank=2, world_size=2)}, "rank 2 of world_size 2"),
         ({"topology": pb.Topology(rank=0, world_size=1)}, "rank 0 of this launch is another instance already"),

@@ -45,14 +45,14 @@ def test_what_was_not_measured_is_neither_a_norm_nor_one_that_is_not_finite() ->
     assert all(instance.local_norm for instance in job.run.newest.instances.values())
 
 
-@pytest.mark.parametrize("reason", [pb.Goodbye.EXCEPTION, pb.Goodbye.FINISHED, pb.Goodbye.DETACHED])
-def test_a_run_that_ends_at_its_own_nan_guard_has_an_incident_at_that_step(reason: pb.Goodbye.Reason) -> None:
+@pytest.mark.parametrize("reason", [pb.ExitReason.EXCEPTION, pb.ExitReason.FINISHED, pb.ExitReason.DETACHED])
+def test_a_run_that_ends_at_its_own_nan_guard_has_an_incident_at_that_step(reason: pb.ExitReason) -> None:
     job = Job()
     job.train(60)
     leave_out(job, 2.0, NAN)
     assert job.causes() == []
     for rank in range(2):
-        job.leave(rank, reason, "exit code 1" if reason == pb.Goodbye.EXCEPTION else "")
+        job.leave(rank, reason, "exit code 1" if reason == pb.ExitReason.EXCEPTION else "")
     job.settle(1.0)
     (incident,) = job.run.incidents.kept
     verdict = incident.verdict
@@ -64,17 +64,17 @@ def test_a_step_left_out_is_no_failure_where_a_user_interrupts_the_run_or_where_
     job.train(60)
     leave_out(job, 2.0, NAN)
     for rank in range(2):
-        job.leave(rank, pb.Goodbye.INTERRUPTED, "KeyboardInterrupt")
+        job.leave(rank, pb.ExitReason.INTERRUPTED, "KeyboardInterrupt")
     job.settle(5.0)
     assert job.causes() == []
     job = Job()
     job.train(60)
-    job.leave(1, pb.Goodbye.DETACHED)
+    job.leave(1, pb.ExitReason.DETACHED)
     job.settle(1.0)
     job.tell(0, [0.0], loss=[NAN], flags=[TOLD_ONLY], local_norm=[0.0])
     job.settle(5.0)
     assert job.causes() == []
-    job.leave(0, pb.Goodbye.EXCEPTION, "exit code 1")
+    job.leave(0, pb.ExitReason.EXCEPTION, "exit code 1")
     job.settle(5.0)
     assert job.causes() == ["sudden_nonfinite"]
 
@@ -88,7 +88,7 @@ def test_a_guard_that_ends_an_explosion_tells_it_with_its_lead() -> None:
         job.settle(1.0)
     leave_out(job, NAN, NAN)
     for rank in range(2):
-        job.leave(rank, pb.Goodbye.EXCEPTION, "exit code 1")
+        job.leave(rank, pb.ExitReason.EXCEPTION, "exit code 1")
     job.settle(1.0)
     verdict = job.run.incidents.kept[-1].verdict
     assert (verdict.cause, verdict.first_bad_step) == ("exploding_gradients", 65)
@@ -119,8 +119,8 @@ def test_a_nan_in_the_loss_that_only_a_scaler_left_out_is_a_failure_and_an_overf
     assert job.causes() == ["sudden_nonfinite"]
 
 
-@pytest.mark.parametrize("reason", [pb.Goodbye.FINISHED, pb.Goodbye.DETACHED, pb.Goodbye.INTERRUPTED])
-def test_a_run_whose_last_step_a_scaler_left_out_has_ended_well(reason: pb.Goodbye.Reason) -> None:
+@pytest.mark.parametrize("reason", [pb.ExitReason.FINISHED, pb.ExitReason.DETACHED, pb.ExitReason.INTERRUPTED])
+def test_a_run_whose_last_step_a_scaler_left_out_has_ended_well(reason: pb.ExitReason) -> None:
     job = Job()
     job.train(60)
     for rank in range(2):

@@ -15,7 +15,7 @@ def test_a_rank_that_was_killed_is_named_first_of_those_that_followed_it() -> No
     job.train(30)
     for rank, after in ((0, 0.6), (1, 0.7), (2, 0.0), (3, 0.8)):
         job.event(rank, pb.Event.RANK_LOST, after)
-        job.leave(rank, pb.Goodbye.LOST)
+        job.leave(rank, pb.ExitReason.LOST)
     job.settle(1.0)
     assert job.causes() == []
     job.settle(5.0)
@@ -29,7 +29,7 @@ def test_a_rank_that_was_killed_is_named_first_of_those_that_followed_it() -> No
 def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> None:
     job = Job(ranks=2)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    job.leave(0, pb.ExitReason.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     job.event(1, pb.Event.RANK_LOST)
     job.settle(10.0)
     (incident,) = job.run.incidents.kept
@@ -39,8 +39,8 @@ def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> 
 def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_not() -> None:
     job = Job(ranks=3)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer")
-    job.leave(2, pb.Goodbye.EXCEPTION, "RuntimeError: no such file")
+    job.leave(0, pb.ExitReason.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    job.leave(2, pb.ExitReason.EXCEPTION, "RuntimeError: no such file")
     job.event(1, pb.Event.RANK_LOST)
     job.settle(2.0)
     assert job.causes() == []
@@ -60,7 +60,7 @@ def test_an_exception_of_all_ranks_is_one_incident_that_says_of_how_many() -> No
     job = Job(ranks=4)
     job.train(30)
     for rank in (2, 0, 1, 3):
-        job.leave(rank, pb.Goodbye.EXCEPTION, f"OutOfMemoryError: CUDA out of memory. GPU {rank} has 79.1 GiB")
+        job.leave(rank, pb.ExitReason.EXCEPTION, f"OutOfMemoryError: CUDA out of memory. GPU {rank} has 79.1 GiB")
         job.now += 0.1
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
@@ -75,8 +75,8 @@ def test_a_signal_that_is_known_makes_a_crash_and_one_that_is_not_a_lost_rank() 
         job = Job(ranks=2)
         job.train(30)
         job.event(1, pb.Event.RANK_LOST)
-        job.leave(1, pb.Goodbye.LOST, detail)
-        job.leave(0, pb.Goodbye.INTERRUPTED, "SIGTERM")
+        job.leave(1, pb.ExitReason.LOST, detail)
+        job.leave(0, pb.ExitReason.INTERRUPTED, "SIGTERM")
         job.settle(5.0)
         (incident,) = job.run.incidents.kept
         assert (incident.verdict.cause, incident.verdict.rank) == (cause, 1)
@@ -87,13 +87,13 @@ def test_a_signal_that_is_known_makes_a_crash_and_one_that_is_not_a_lost_rank() 
 @pytest.mark.parametrize(
     ("reason", "detail", "word"),
     [
-        (pb.Goodbye.FINISHED, "", "ended"),
-        (pb.Goodbye.DETACHED, "", "ended"),
-        (pb.Goodbye.INTERRUPTED, "KeyboardInterrupt", "interrupted"),
+        (pb.ExitReason.FINISHED, "", "ended"),
+        (pb.ExitReason.DETACHED, "", "ended"),
+        (pb.ExitReason.INTERRUPTED, "KeyboardInterrupt", "interrupted"),
     ],
 )
 def test_a_run_that_ends_well_or_at_its_users_word_is_no_incident(
-    reason: pb.Goodbye.Reason, detail: str, word: str
+    reason: pb.ExitReason, detail: str, word: str
 ) -> None:
     job = Job(ranks=2)
     job.train(30)
@@ -108,9 +108,9 @@ def test_a_run_that_ends_well_or_at_its_users_word_is_no_incident(
 def test_a_process_that_ends_with_success_and_without_a_word_has_ended_well() -> None:
     job = Job(ranks=2)
     job.train(30)
-    job.leave(0, pb.Goodbye.FINISHED)
+    job.leave(0, pb.ExitReason.FINISHED)
     job.event(1, pb.Event.RANK_LOST)
-    job.leave(1, pb.Goodbye.LOST, "exit code 0")
+    job.leave(1, pb.ExitReason.LOST, "exit code 0")
     job.settle(10.0)
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "ended")
 
@@ -118,18 +118,18 @@ def test_a_process_that_ends_with_success_and_without_a_word_has_ended_well() ->
 def test_what_breaks_because_its_user_interrupts_it_or_kills_what_hangs_on_is_no_crash() -> None:
     job = Job(ranks=4)
     job.train(30)
-    job.leave(0, pb.Goodbye.INTERRUPTED, "KeyboardInterrupt")
-    job.leave(1, pb.Goodbye.EXCEPTION, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Interrupt.")
-    job.leave(2, pb.Goodbye.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    job.leave(0, pb.ExitReason.INTERRUPTED, "KeyboardInterrupt")
+    job.leave(1, pb.ExitReason.EXCEPTION, "RuntimeError: DataLoader worker (pid 7) is killed by signal: Interrupt.")
+    job.leave(2, pb.ExitReason.EXCEPTION, "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     job.settle(30.0)
     job.event(3, pb.Event.RANK_LOST)
-    job.leave(3, pb.Goodbye.LOST, "killed by SIGKILL")
+    job.leave(3, pb.ExitReason.LOST, "killed by SIGKILL")
     job.settle(10.0)
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "interrupted")
 
 
 def test_an_attempt_that_fails_already_is_told_how_it_ended_and_nothing_is_opened() -> None:
-    for reason, detail in ((pb.Goodbye.EXCEPTION, "exit code 1"), (pb.Goodbye.LOST, "killed by SIGKILL")):
+    for reason, detail in ((pb.ExitReason.EXCEPTION, "exit code 1"), (pb.ExitReason.LOST, "killed by SIGKILL")):
         job = Job(ranks=2)
         job.train(30)
         for rank in (0, 1):
@@ -147,13 +147,13 @@ def test_an_attempt_that_fails_already_is_told_how_it_ended_and_nothing_is_opene
 def test_what_is_told_late_of_a_death_changes_the_verdict_and_not_the_number_of_incidents() -> None:
     job = Job(ranks=2)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
+    job.leave(0, pb.ExitReason.EXCEPTION, "RuntimeError: Connection reset by peer")
     for _ in range(5):
         job.heartbeat()
         job.settle(1.0)
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.confidence) == ("crashed", 0.5)
-    job.leave(1, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.leave(1, pb.ExitReason.EXCEPTION, "ValueError: no such file")
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.rank) == ("crashed", 1)
@@ -162,7 +162,7 @@ def test_what_is_told_late_of_a_death_changes_the_verdict_and_not_the_number_of_
 def test_a_death_is_over_once_a_later_attempt_makes_steps() -> None:
     job = Job(ranks=1)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.leave(0, pb.ExitReason.EXCEPTION, "ValueError: no such file")
     job.settle(5.0)
     job.settle(100.0)
     assert job.causes(only_open=True) == ["crashed"]
@@ -178,7 +178,7 @@ def test_a_death_is_over_once_a_later_attempt_makes_steps() -> None:
 def test_a_restart_on_a_machine_whose_clock_is_behind_is_the_newest_attempt_all_the_same() -> None:
     job = Job(ranks=1)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.leave(0, pb.ExitReason.EXCEPTION, "ValueError: no such file")
     job.settle(5.0)
     job.start_again(started_seconds=900.0)
     job.train(1)
@@ -193,10 +193,10 @@ def test_a_restart_on_a_machine_whose_clock_is_behind_is_the_newest_attempt_all_
 def test_a_restart_that_makes_steps_before_the_death_is_judged_leaves_it_closed() -> None:
     job = Job(ranks=1)
     job.train(30)
-    job.leave(0, pb.Goodbye.EXCEPTION, "ValueError: no such file")
+    job.leave(0, pb.ExitReason.EXCEPTION, "ValueError: no such file")
     job.start_again()
     job.train(1)
-    job.leave(0, pb.Goodbye.FINISHED)
+    job.leave(0, pb.ExitReason.FINISHED)
     job.settle(5.0)
     assert (job.causes(), job.causes(only_open=True)) == (["crashed"], [])
 
@@ -205,10 +205,10 @@ def test_a_death_that_is_handed_in_after_the_next_start_needs_nobody() -> None:
     job = Job(ranks=2)
     job.settle(1.0)
     # What the collector was away for, from a recorder that found it at the new job's start.
-    job.start_again(gone=True, started_seconds=500.0)
+    job.start_again(exited=True, started_seconds=500.0)
     for rank in (0, 1):
         job.tell(rank, [1.0] * 5)
-        job.leave(rank, pb.Goodbye.LOST, "killed by SIGKILL")
+        job.leave(rank, pb.ExitReason.LOST, "killed by SIGKILL")
     for _ in range(5):
         job.heartbeat()
         job.settle(1.0)
@@ -246,7 +246,7 @@ def test_a_death_is_judged_by_what_the_recorder_said_at_once_where_the_goodbye_t
     job.event(0, pb.Event.RANK_LOST, detail=detail)
     for _ in range(5):
         job.settle(1.0)
-    job.leave(0, pb.Goodbye.LOST, detail)
+    job.leave(0, pb.ExitReason.LOST, detail)
     job.settle(1.0)
     assert job.causes() == causes
 
@@ -256,7 +256,7 @@ def test_a_collector_that_starts_does_not_take_a_run_that_fell_silent_for_one_th
     job = Job(ranks=2)
     job.train(30)
     if left:
-        job.leave(0, pb.Goodbye.FINISHED)
+        job.leave(0, pb.ExitReason.FINISHED)
     job.settle(901.0)
     job.run.check_silence(job.now, 900.0)
     word = condition(job.run, job.now, 900.0)
@@ -275,7 +275,7 @@ def test_a_collector_that_starts_does_not_take_a_run_that_fell_silent_for_one_th
 def test_a_rank_whose_last_word_is_lost_has_ended_with_the_others() -> None:
     job = Job(ranks=2)
     job.train(30)
-    job.leave(0, pb.Goodbye.FINISHED)
+    job.leave(0, pb.ExitReason.FINISHED)
     job.settle(901.0)
     job.run.check_silence(job.now, 900.0)
     assert (job.causes(), condition(job.run, job.now, 900.0)) == ([], "ended")
@@ -285,7 +285,7 @@ def test_the_rank_of_a_machine_that_vanished_is_named_by_the_peers_that_lost_it(
     job = Job(ranks=2)
     job.train(30)
     job.now += 5.0
-    job.leave(0, pb.Goodbye.EXCEPTION, "RuntimeError: Connection reset by peer")
+    job.leave(0, pb.ExitReason.EXCEPTION, "RuntimeError: Connection reset by peer")
     job.settle(5.0)
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.rank) == ("rank_lost", 1)

@@ -78,7 +78,7 @@ def test_an_ended_run_that_comes_back_goes_on_counting_where_it_was(tmp_path: Pa
         async with Server(settings, clock) as server:
             assert (await families(server))["foreshock_steps"].samples == []
             again = Stream(server)
-            await again.send(hello(instance="r-1", launch="second"), steps(1, [1.0] * 3, instance="r-1"))
+            await again.send(hello(instance="r-1", launch_id="second"), steps(1, [1.0] * 3, instance="r-1"))
             await again.stored(3)
             assert value(await families(server), "foreshock_steps", run="r") == 8
             assert value(await families(server), "foreshock_run_active", run="r") == 1
@@ -89,13 +89,13 @@ def test_an_ended_run_that_comes_back_goes_on_counting_where_it_was(tmp_path: Pa
 
 def test_a_run_that_dies_before_its_first_step_is_told_of_and_its_incident_goes_with_its_series(tmp_path: Path) -> None:
     clock, session = Clock(), Session()
-    died = pb.Goodbye(instance="r-0", reason=pb.Goodbye.EXCEPTION, detail="OutOfMemoryError: CUDA out of memory")
+    died = pb.Exit(instance="r-0", reason=pb.ExitReason.EXCEPTION, detail="OutOfMemoryError: CUDA out of memory")
     store = Store(tmp_path / "died.db")
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
     intake.apply(hello(), session)
     intake.commit()
     clock.now += 1
-    intake.apply(pb.FromRecorder(goodbye=died), session)
+    intake.apply(pb.FromRecorder(exit=died), session)
     intake.commit()
     store.close()
     # The collector is away at just that moment.

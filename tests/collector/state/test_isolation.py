@@ -57,7 +57,7 @@ async def both(server: Server, *, first: int = 1) -> tuple[Stream, Stream]:
     """Two runs, three steps each, stored."""
     broken, whole = Stream(server), Stream(server)
     for stream, run in ((broken, "broken"), (whole, "whole")):
-        await stream.send(hello(run, launch=run), steps(first, [1.0, 2.0, 3.0], run=run))
+        await stream.send(hello(run, launch_id=run), steps(first, [1.0, 2.0, 3.0], run=run))
     await broken.stored(first + 2)
     await whole.stored(first + 2)
     return broken, whole
@@ -84,7 +84,7 @@ def test_a_run_of_zero_losses_one_of_nan_and_a_healthy_one_do_each_other_nothing
             for first in range(1, 81, 20):
                 for run, loss in losses.items():
                     if first == 1:
-                        await streams[run].send(hello(run, launch=run, model=model))
+                        await streams[run].send(hello(run, launch_id=run, model=model))
                         await families(server)
                     told = [loss if run != "nan" or first > 60 else 2.0] * 20
                     rows = steps(first, [1.0] * 20, run=run, loss=told, flags=[pb.LOSS_OBSERVED] * 20)
@@ -211,7 +211,7 @@ def test_a_state_that_cannot_be_stored_keeps_no_record_from_being_stored(
         monkeypatch.undo()
         async with Server(config(tmp_path)) as server:
             again = Stream(server)
-            await again.send(hello("broken", launch="broken"), steps(3, [3.0, 4.0], run="broken"))
+            await again.send(hello("broken", launch_id="broken"), steps(3, [3.0, 4.0], run="broken"))
             await again.stored(4)
             _, history = await answer(server, "api/v1/runs/broken/steps")
             assert history["sequence"] == [1, 2, 3, 4]
@@ -349,7 +349,7 @@ def test_an_attempt_whose_detection_restarts_has_no_open_incident() -> None:
     bad: dict[str, Any] = {"flags": [pb.LOSS_OBSERVED] * 4, "loss": [2.0, 2.0, math.nan, math.nan]}
     run.ingest(instance, steps(1, [1.0, 1.0, math.nan, math.nan], **bad).steps, 0.0)
     run.finalize_steps(0.0)
-    run.close(instance, pb.Goodbye(instance="r-0", reason=pb.Goodbye.LOST, detail="SIGKILL", last_sequence=4), 0.5)
+    run.close(instance, pb.Exit(instance="r-0", reason=pb.ExitReason.LOST, detail="SIGKILL", last_sequence=4), 0.5)
     assert run.newest.incidents.keys() == {FAILURE}
     run.newest.incidents[DEATH] = 0
     run.newest.detector = None  # type: ignore[assignment]

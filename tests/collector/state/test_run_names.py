@@ -29,7 +29,7 @@ class Names:
         """Name of the run, number of the attempt."""
         self.now += after
         place = pb.Topology(rank=rank, world_size=2)
-        said: dict[str, Any] = {"run": "night", "instance": f"{launch}-{rank}", "launch": launch, "topology": place}
+        said: dict[str, Any] = {"run": "night", "instance": f"{launch}-{rank}", "launch_id": launch, "topology": place}
         self.runs.register(hello(**(said | {"started_seconds": self.now} | changes)).hello, self.now)
         run, instance = self.find(f"{launch}-{rank}")
         return run, instance.attempt
@@ -39,10 +39,10 @@ class Names:
         assert found is not None
         return found[0].name, found[1]
 
-    def leave(self, instance: str, reason: pb.Goodbye.Reason) -> None:
+    def leave(self, instance: str, reason: pb.ExitReason) -> None:
         found = self.runs.find(instance)
         assert found is not None
-        found[0].close(found[1], pb.Goodbye(instance=instance, reason=reason), self.now)
+        found[0].close(found[1], pb.Exit(instance=instance, reason=reason), self.now)
 
 
 def test_a_second_living_launch_of_a_name_becomes_a_run_of_its_own_with_all_its_ranks() -> None:
@@ -56,8 +56,10 @@ def test_a_second_living_launch_of_a_name_becomes_a_run_of_its_own_with_all_its_
     assert names.register("b", after=100.0) == ("night-2", 0)
 
 
-@pytest.mark.parametrize("reason", [pb.Goodbye.FINISHED, pb.Goodbye.EXCEPTION, pb.Goodbye.LOST, pb.Goodbye.INTERRUPTED])
-def test_a_restart_is_the_next_attempt_however_the_last_one_ended(reason: pb.Goodbye.Reason) -> None:
+@pytest.mark.parametrize(
+    "reason", [pb.ExitReason.FINISHED, pb.ExitReason.EXCEPTION, pb.ExitReason.LOST, pb.ExitReason.INTERRUPTED]
+)
+def test_a_restart_is_the_next_attempt_however_the_last_one_ended(reason: pb.ExitReason) -> None:
     names = Names()
     names.register("a")
     names.leave("a-0", reason)
@@ -68,7 +70,7 @@ def test_a_launch_of_which_one_rank_still_reports_is_alive() -> None:
     names = Names()
     names.register("a")
     names.register("a", rank=1)
-    names.leave("a-0", pb.Goodbye.LOST)
+    names.leave("a-0", pb.ExitReason.LOST)
     assert names.register("b", after=0.5) == ("night-2", 0)
 
 
@@ -90,19 +92,19 @@ def test_a_launch_known_to_be_lost_gives_its_name_back_at_once() -> None:
 def test_what_is_handed_in_afterwards_belongs_to_the_run_of_its_name_and_takes_it_from_nobody() -> None:
     names = Names()
     assert names.register("new") == ("night", 0)
-    assert names.register("old", gone=True) == ("night", 1)
-    assert names.register("older", gone=True) == ("night", 2)
-    names.leave("new-0", pb.Goodbye.FINISHED)
+    assert names.register("old", exited=True) == ("night", 1)
+    assert names.register("older", exited=True) == ("night", 2)
+    names.leave("new-0", pb.ExitReason.FINISHED)
     assert names.register("next") == ("night", 3)
 
 
 def test_a_run_that_was_called_name_2_on_purpose_is_left_alone() -> None:
     names = Names()
     assert names.register("a", run="night-2") == ("night-2", 0)
-    names.leave("a-0", pb.Goodbye.FINISHED)
+    names.leave("a-0", pb.ExitReason.FINISHED)
     assert names.register("b") == ("night", 0)
     assert names.register("c", after=1.0) == ("night-3", 0)
-    names.leave("c-0", pb.Goodbye.EXCEPTION)
+    names.leave("c-0", pb.ExitReason.EXCEPTION)
     assert names.register("d", after=1.0) == ("night-3", 1)
     # A job of that name may also be resumed by it.
     assert names.register("e", run="night-3", after=60.0) == ("night-3", 2)
@@ -112,7 +114,7 @@ def test_a_rank_that_has_gone_while_the_collector_was_away_does_not_keep_its_nam
     names = Names()
     names.register("a")
     # Its recorder is back, and the goodbye comes behind all that the ring holds.
-    names.register("a", gone=True, after=60.0)
+    names.register("a", exited=True, after=60.0)
     assert names.register("b", after=0.5) == ("night", 1)
 
 
@@ -145,14 +147,14 @@ def test_after_a_restart_a_launch_finds_its_run_again_and_is_told_its_name(tmp_p
             for launch, name in (("a", "r"), ("b", "r-2")):
                 stream = Stream(server)
                 streams.append(stream)
-                await stream.send(hello(launch=launch, instance=launch), steps(1, [1.0] * 3, instance=launch))
+                await stream.send(hello(launch_id=launch, instance=launch), steps(1, [1.0] * 3, instance=launch))
                 assert (await stream.call.read()).positions[0].run == name
                 await stream.stored(3)
             for stream in streams:
                 await stream.close()
         async with Server(config(tmp_path)) as server:
             stream = Stream(server)
-            await stream.send(hello(launch="b", instance="b"), steps(4, [1.0] * 3, instance="b"))
+            await stream.send(hello(launch_id="b", instance="b"), steps(4, [1.0] * 3, instance="b"))
             assert (await stream.call.read()).positions[0].run == "r-2"
             await stream.stored(6)
             await stream.close()

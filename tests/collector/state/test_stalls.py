@@ -52,7 +52,7 @@ def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left
     job = Job(ranks=3)
     job.train(30)
     if left:
-        job.leave(2, pb.Goodbye.FINISHED)
+        job.leave(2, pb.ExitReason.FINISHED)
     for _ in range(7):
         job.now += 20.0
         for rank in (0, 1):

@@ -100,7 +100,9 @@ def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
     assert (layers["rows"], layers["values"]) == (["a", "b"], [[1.0, 3.0, 5.0], [2.0, 4.0, "inf"]])
     assert incident_norms(window, ("a", "b"), "ranks", first=8, last=8, columns=10)["values"] == [[80.0], [81.0]]
     assert incident_norms(None, (), "ranks", **asked)["values"] == []
-    assert [(row["sequence"], row["rank"]) for row in window.loudest()] == [(s, r) for s in (7, 8, 9) for r in (0, 1)]
+    assert [(row["sequence"], row["rank"]) for row in window.largest_records()] == [
+        (s, r) for s in (7, 8, 9) for r in (0, 1)
+    ]
 
 
 def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:

@@ -1,0 +1,140 @@
+"""The layout of a ring's file, and what its writer and its reader share.
+
+A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three parts, each written
+at its own time and each between two copies of the record's sequence number:
+
+    begun      step, wall time, monotonic time, learning rate, flags     before the optimizer's step, on the host
+    measured   MEASURED_NAMES, global layer norms, local layer norms     when the device has finished them
+    observed   step, loss, which of the two are set                      when the script has called `observe`
+
+The opening number is written first and the closing one last, so a reader that finds both equal, and the checksum
+right, has the whole part. (A single closing number let 1 % of reads through torn; the checksum is for processors that
+reorder stores, and costs about a microsecond per kilobyte.) Measured parts are written in the order of their records,
+so one that is missing below the newest will never come.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from enum import IntEnum
+from pathlib import Path
+from typing import NamedTuple
+
+from foreshock_protos.columns import MEASURED_NAMES
+
+MAGIC = b"FORESHK1"
+LAYOUT_VERSION = 6
+COLUMNS_CHECKSUM = zlib.crc32(",".join(MEASURED_NAMES).encode())
+"""Probe and recorder may come from different environments: they must agree on the measured columns as well."""
+MAX_RING_BYTES = 4 * 2**20
+"""A container often has 64 MB of shared memory for eight ranks."""
+MIN_SLOTS, MAX_SLOTS = 64, 4096
+
+DROP_REASONS = ("probe_error", "ring_overrun", "given_up")
+"""Why a record may be missing: the probe failed on that step; the ring was overwritten before it was read; or no
+collector took it for so long that the ring was removed."""
+
+
+class ExitReason(IntEnum):
+    """Why a rank left, numbered as the contract's `ExitReason`. NONE while it is attached."""
+
+    NONE = 0
+    FINISHED = 1
+    DETACHED = 2
+    EXCEPTION = 3
+    LOST = 4
+    INTERRUPTED = 5
+
+
+EDITED, NOT_STEPPED, GRADIENT_UNKNOWN = 4, 128, 256
+"""Flags of a begun part, numbered as the contract's `RecordFlag`."""
+
+# Header: fixed facts, then words that change while the ring is in use, then text and JSON.
+FACTS = struct.Struct("<8sIIIIIIIQ")
+"""Magic, version, checksum of the columns, slot bytes, slot count, layers, JSON bytes, process id, its start."""
+WORD_BEGUN, WORD_MEASURED, WORD_ACKNOWLEDGED, WORD_EXIT_ACKNOWLEDGED = 8, 9, 10, 11
+WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_DROPPED = 12, 13, 14, 16
+TEXT_BYTES = 256
+ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
+JSON_OFFSET = 1280
+_PAGE_BYTES = 4096
+
+
+class Part(NamedTuple):
+    """Where a part lies in its slot, in words of eight bytes: begin marker, payload, checksum, end marker."""
+
+    begin: int
+    words: int
+    """Length of the payload."""
+
+
+BEGUN = Part(0, 5)
+OBSERVED = Part(8, 3)
+MEASURED_BEGIN = 14
+BEGUN_PAYLOAD = struct.Struct("<qdddQ")
+OBSERVED_PAYLOAD = struct.Struct("<qdQ")
+HAS_STEP, HAS_LOSS = 1, 2
+
+
+class Layout:
+    """Offsets and sizes of a ring, given the number of layers."""
+
+    def __init__(self, layers: int, identity_bytes: int, slot_count: int | None = None) -> None:
+        self.layers = layers
+        self.header_bytes = -(-(JSON_OFFSET + identity_bytes) // _PAGE_BYTES) * _PAGE_BYTES
+        self.columns = len(MEASURED_NAMES) + 2 * layers
+        self.measured = Part(MEASURED_BEGIN, self.columns)
+        self.slot_bytes = 8 * (MEASURED_BEGIN + self.columns + 3)
+        fitting = MAX_RING_BYTES // self.slot_bytes
+        self.slot_count = slot_count or max(MIN_SLOTS, min(MAX_SLOTS, fitting))
+        self.file_bytes = self.header_bytes + self.slot_count * self.slot_bytes
+
+    def word(self, sequence: int) -> int:
+        """Index of the first word of a record's slot."""
+        return (self.header_bytes + (sequence % self.slot_count) * self.slot_bytes) // 8
+
+
+class RingFile:
+    """The mapped file: what writer and reader both read of it."""
+
+    def __init__(self, path: Path, memory: mmap.mmap, layout: Layout) -> None:
+        self.path = path
+        self.layout = layout
+        self.memory = memory
+        self._bytes = memoryview(memory)
+        self._words = self._bytes.cast("Q")
+
+    @property
+    def begun(self) -> int:
+        """Sequence number of the newest record; 0 before the first."""
+        return self._words[WORD_BEGUN]
+
+    @property
+    def measured(self) -> int:
+        """Sequence number of the newest record whose measured part is whole; 0 before the first."""
+        return self._words[WORD_MEASURED]
+
+    @property
+    def acknowledged(self) -> int:
+        """The highest sequence number that a collector has stored."""
+        return self._words[WORD_ACKNOWLEDGED]
+
+    @property
+    def page(self) -> str:
+        """Address of the run's page at the collector; empty before the collector has answered."""
+        return self._read_text(PAGE_OFFSET)
+
+    def write_exit(self, reason: ExitReason, detail: str = "") -> None:
+        """Record how the rank left. The recorder sends what is left of its records, then removes the ring."""
+        self._write_text(EXIT_DETAIL_OFFSET, detail)
+        # Last: a reader that finds the reason finds the detail as well.
+        self._words[WORD_EXIT_REASON] = reason
+
+    def _write_text(self, offset: int, text: str) -> None:
+        data = text.encode(errors="replace")[: TEXT_BYTES - 1]
+        self.memory[offset : offset + len(data) + 1] = data + b"\0"
+
+    def _read_text(self, offset: int) -> str:
+        return self.memory[offset : offset + TEXT_BYTES].split(b"\0", 1)[0].decode(errors="replace")
