@@ -41,7 +41,7 @@ class JsonFormatter(TextFormatter):
             "message": record.getMessage(),
         }
         if isinstance(record.args, Mapping):
-            line = dict(record.args) | line
+            line |= {key: value for key, value in record.args.items() if key not in line}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)

@@ -118,7 +118,7 @@ class Intake:
             "reason": reason,
             "why": why,
         }
-        logger.warning("refused rank %(rank)d of run %(run)s on node %(node)s, %(peer)s: %(why)s", facts)
+        logger.warning("refused rank %(rank)d of run %(run)r on node %(node)r, %(peer)s: %(why)s", facts)
 
     def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
         now = self._clock()

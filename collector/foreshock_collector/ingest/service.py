@@ -118,7 +118,7 @@ class Telemetry:
             self._statistics.streams -= 1
             if end != "refused":
                 facts = {"peer": session.peer, "reason": end, "instances": len(session.registered)}
-                logger.info("stream of %(peer)s with %(instances)d ranks ended: %(reason)s", facts)
+                logger.info("stream of %(peer)s ended: %(reason)s (ranks: %(instances)d)", facts)
             reader.cancel()
             await asyncio.wait((reader,))
 
