@@ -88,9 +88,9 @@ def _end(trace: Trace, run: Run, ranks: dict[int, Any], now: float) -> float:
         if reason == "LOST":
             event = pb.Event(instance=instance.name, kind=pb.Event.RANK_LOST, wall_seconds=now + 0.01 * order)
             run.record_event(instance, event, now)
-        goodbye = pb.Exit(instance=instance.name, reason=reason, detail=detail)
-        goodbye.last_sequence = instance.position
-        run.close(instance, goodbye, now)
+        exit_message = pb.Exit(instance=instance.name, reason=reason, detail=detail)
+        exit_message.last_sequence = instance.position
+        run.close(instance, exit_message, now)
     for _ in range(10):
         now += 1.0
         run.finalize_steps(now)

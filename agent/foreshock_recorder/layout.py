@@ -63,7 +63,7 @@ _PAGE_BYTES = 4096
 
 
 class Part(NamedTuple):
-    """Where a part lies in its slot, in words of eight bytes: begin marker, payload, checksum, end marker."""
+    """Position of a part within its slot, in words of eight bytes: begin marker, payload, checksum, end marker."""
 
     begin: int
     words: int

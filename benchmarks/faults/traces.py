@@ -41,7 +41,7 @@ class Trace:
     layer_norms: NDArray[np.float32]
     """[steps, layers] of the averaged gradient; NaN where they were not kept."""
     ends: tuple[tuple[int, str, str], ...]
-    """Rank, reason and detail of each goodbye, in the order they came; reason LOST also where only the event came."""
+    """Rank, reason and detail of each exit, in the order they came; reason LOST also where only the event came."""
 
     def hellos(self) -> Iterator[pb.Hello]:
         """One per rank."""
@@ -90,8 +90,8 @@ def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
             decoded = decode(message.steps, layers)
             found.append((ranks[message.steps.instance], decoded.rows, decoded.layer_norms))
         elif which == "exit":
-            rank, goodbye = ranks[message.exit.instance], message.exit
-            ends.setdefault(rank, (rank, pb.ExitReason.Name(goodbye.reason), goodbye.detail))
+            rank, exit_message = ranks[message.exit.instance], message.exit
+            ends.setdefault(rank, (rank, pb.ExitReason.Name(exit_message.reason), exit_message.detail))
         elif which == "event" and message.event.kind == pb.Event.RANK_LOST:
             rank = ranks[message.event.instance]
             ends.setdefault(rank, (rank, "LOST", ""))

@@ -102,7 +102,7 @@ _steps = st.builds(
     clock=st.sampled_from((0.1, 0.1, 1e-9, 1e9, 0.0, -1.0, 1e308, math.nan, math.inf)),
     late=st.sampled_from((0,) * 12 + (1, 30, 3000, 2**40)),
 )
-_happening = st.sampled_from(("restart", "again", "goodbye", "exception", "lost", "launch", "silence", "error", "look"))
+_happening = st.sampled_from(("restart", "again", "exit", "exception", "lost", "launch", "silence", "error", "look"))
 histories = st.builds(
     History,
     ranks=st.sampled_from((1, 2, 3)),
@@ -232,8 +232,10 @@ class _Recorder:
         else:
             reason = pb.ExitReason.EXCEPTION if what == "exception" else pb.ExitReason.FINISHED
             for rank in range(self._history.ranks):
-                goodbye = pb.Exit(instance=self._name(rank), reason=reason, detail="E: x", last_sequence=self._sent)
-                self._collector.take(pb.FromRecorder(exit=goodbye))
+                exit_message = pb.Exit(
+                    instance=self._name(rank), reason=reason, detail="E: x", last_sequence=self._sent
+                )
+                self._collector.take(pb.FromRecorder(exit=exit_message))
 
 
 def _single(value: float) -> float:

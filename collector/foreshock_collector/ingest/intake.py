@@ -142,13 +142,13 @@ class Intake:
         run.record_event(instance, event, self._clock())
         self.urgent.add(instance.name)
 
-    def _exit(self, run: Run, instance: Instance, goodbye: pb.Exit) -> None:
-        goodbye.detail = _printable(goodbye.detail, _TEXT_LENGTH)
-        if goodbye.last_sequence >= MAX_SEQUENCE:
-            raise RefusedError(f"exit.last_sequence {goodbye.last_sequence} is out of range")
-        if goodbye.reason not in pb.ExitReason.values():
-            raise RefusedError(f"exit.reason {goodbye.reason} is unknown")
-        run.close(instance, goodbye, self._clock())
+    def _exit(self, run: Run, instance: Instance, exit_message: pb.Exit) -> None:
+        exit_message.detail = _printable(exit_message.detail, _TEXT_LENGTH)
+        if exit_message.last_sequence >= MAX_SEQUENCE:
+            raise RefusedError(f"exit.last_sequence {exit_message.last_sequence} is out of range")
+        if exit_message.reason not in pb.ExitReason.values():
+            raise RefusedError(f"exit.reason {exit_message.reason} is unknown")
+        run.close(instance, exit_message, self._clock())
         self.urgent.add(instance.name)
 
     def commit(self) -> None:

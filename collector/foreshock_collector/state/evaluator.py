@@ -151,7 +151,7 @@ class Evaluator:
         silent = [(i.rank, i.last_step) for i in attempt.instances.values() if not i.ended]
         done = [i.last_step or 0 for i in attempt.instances.values() if i.ended in CLEAN_EXITS]
         if done and all((step or 0) >= max(done) for _, step in silent):
-            # Others have reported that the training is over; the goodbyes of these were lost.
+            # Others have reported that the training is over; the Exit messages of these ranks were lost.
             attempt.outcome = "ended"
         elif not attempt.outcome and not attempt.incidents.keys() & {DEATH, FAILURE}:
             verdict = verdict_on_silence(attempt.number, silent, attempt.world_size, seconds=seconds)

@@ -14,7 +14,7 @@ from foreshock_collector.state.events import RankEvent
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 CLEAN_EXITS = ("FINISHED", "DETACHED")
-"""Goodbyes that nobody needs to worry about."""
+"""Exit reasons that need no attention."""
 _CLOCK_SECONDS = 5.0
 """Clocks that differ by more do not show which of two ranks left first."""
 
@@ -34,9 +34,9 @@ class InstanceState:
     position: int = 0
     """Sequence number of the newest record that was ingested."""
     closed: str = ""
-    """The reason of its goodbye; empty while it runs."""
+    """The reason of its exit; empty while it runs."""
     detail: str = ""
-    """The text of its goodbye, or of its loss."""
+    """The text of its exit, or of its loss."""
     last_report: float = 0.0
     """Unix time at which it last reported."""
     last_step: int | None = None
@@ -82,20 +82,20 @@ class Instance(InstanceState):
         self.stored = 0
         """Sequence number of the newest record that is committed, and may be acknowledged."""
         self.closed_stored = False
-        """Whether its goodbye is committed."""
+        """Whether its exit is committed."""
         self.leaving = ""
-        """The reason of a goodbye whose last steps are not all finalized yet."""
+        """The reason of an exit whose last steps are not all finalized yet."""
         self.nonfinite = False
         """Whether something that is not finite has come since this was last reset."""
 
     @property
     def status(self) -> str:
-        """Its state, for people: "running", or its goodbye: "finished", "detached", "exception", "lost"."""
+        """Its state, for people: "running", or its exit: "finished", "detached", "exception", "lost"."""
         return self.closed.lower() or "running"
 
     @property
     def ended(self) -> str:
-        """The reason of its goodbye, also before its last steps are finalized."""
+        """The reason of its exit, also before its last steps are finalized."""
         return self.closed or self.leaving
 
     @property
@@ -143,7 +143,7 @@ class Instance(InstanceState):
             return None
         self.reported_events.append(kind)
         if event.kind == pb.Event.RANK_LOST:
-            # Its goodbye repeats this, but only behind its last records.
+            # Its exit repeats this, but only behind its last records.
             self.detail = self.detail or event.detail
             # The recorder's clock shows which rank was first, unless it is wrong.
             self.left_seconds = event.wall_seconds if abs(event.wall_seconds - now) < _CLOCK_SECONDS else now
@@ -157,14 +157,14 @@ class Instance(InstanceState):
             seen_seconds=now,
         )
 
-    def close(self, goodbye: pb.Exit, now: float) -> int:
+    def close(self, exit_message: pb.Exit, now: float) -> int:
         """Note that the rank has left; how many records are missing up to its last one, and will not come."""
         if self.closed:
             return 0
-        missing = max(0, goodbye.last_sequence - self.position)
+        missing = max(0, exit_message.last_sequence - self.position)
         self.position += missing
-        self.leaving = pb.ExitReason.Name(goodbye.reason)
-        self.detail = goodbye.detail
+        self.leaving = pb.ExitReason.Name(exit_message.reason)
+        self.detail = exit_message.detail
         if self.leaving not in CLEAN_EXITS:
             self.left_seconds = self.left_seconds or now
         return missing

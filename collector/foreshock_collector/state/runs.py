@@ -133,10 +133,10 @@ class Run:
         if (recorded := instance.record_event(event, now)) is not None:
             self.events.add(recorded)
 
-    def close(self, instance: Instance, goodbye: pb.Exit, now: float) -> None:
+    def close(self, instance: Instance, exit_message: pb.Exit, now: float) -> None:
         """Record that the instance has left: what is missing up to its last record will not come."""
         self.heartbeat(instance, now)
-        self._missing["ring_overrun"] += instance.close(goodbye, now)
+        self._missing["ring_overrun"] += instance.close(exit_message, now)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class Run:
         )
 
     def ended_for(self, now: float, silent_seconds: float) -> float:
-        """Seconds since it ended, by a goodbye or by silence; 0 while it is active."""
+        """Seconds since it ended, by an exit or by silence; 0 while it is active."""
         if self.active(now, silent_seconds):
             return 0.0
         if self.newest.over:

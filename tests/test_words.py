@@ -1,0 +1,117 @@
+"""Code and prose use the field's words: the old ones are gone, and docstrings of classes are sentences."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.documents import Document, repository_documents
+from tests.support.repository import ROOT
+
+CODE = ("collector/foreshock_collector", "agent/foreshock_recorder", "grafana")
+TEXT = (*CODE, "agent/foreshock")
+STATIC = "collector/foreshock_collector/web/static"
+OLD_NAMES = {
+    *("anew", "board", "bucketwatcher", "courses", "farewell", "goodbye", "greet", "greeted", "hear", "heard", "judge"),
+    *(
+        "judged",
+        "judging",
+        "kernels",
+        "lookout",
+        "loudest",
+        "resting",
+        "ruling",
+        "settle",
+        "settled",
+        "shipped",
+    ),
+    *("standstill", "story", "stretch", "tell", "telling", "thinned", "told", "unlike"),
+}
+"""Words that no identifier contains."""
+OLD_TEXT = re.compile(
+    r"\b(?:all alike|and acts not|anew|anybody|as announced|asking every|at hand|by and by|goes together with|heard"
+    r"|hears|is written for|looked at now and then|needs nobody|no word from|nobody|not told|not any more"
+    r"|old since|reading the runs|ruin the weights|those that|told|training goes on|(?-i:What runs)|without a word)\b",
+    re.IGNORECASE,
+)
+"""Words and phrases that no user reads."""
+FRAGMENT = re.compile(r"(?:Of|Those|All|What|The one|The same|How|Where|Whether|Its|That|As)\b")
+"""Beginnings of docstrings that are no sentence about the class."""
+
+
+def modules(folders: Iterable[str]) -> Iterator[tuple[str, ast.Module]]:
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text("utf-8"))
+
+
+def identifiers(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        for field in ("name", "id", "attr", "arg"):
+            if isinstance(name := getattr(node, field, None), str):
+                yield getattr(node, "lineno", 0), name
+
+
+def old_names(tree: ast.AST) -> list[str]:
+    """Return the identifiers that contain an old word, with their lines."""
+    return [
+        f"{line}: {name}"
+        for line, name in identifiers(tree)
+        if OLD_NAMES & {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
+    ]
+
+
+def old_texts(tree: ast.AST) -> list[str]:
+    """Return the strings that users may read and that contain an old phrase, with their lines; docstrings excluded."""
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        f"{node.lineno}: {found[0]}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+        if " " in node.value and (found := OLD_TEXT.search(node.value))
+    ]
+
+
+def fragments(tree: ast.AST) -> list[str]:
+    """Return the classes whose docstring is no sentence about the class."""
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    return [f"{node.lineno}: {node.name}" for node in classes if FRAGMENT.match(ast.get_docstring(node) or "")]
+
+
+def test_no_identifier_has_an_old_name() -> None:
+    assert {path: found for path, tree in modules(CODE) if (found := old_names(tree))} == {}
+
+
+def test_no_message_has_an_old_phrase() -> None:
+    assert {path: found for path, tree in modules(TEXT) if (found := old_texts(tree))} == {}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / STATIC).glob("*.[hj]*")), ids=lambda path: path.name)
+def test_the_page_has_no_old_phrase(path: Path) -> None:
+    assert OLD_TEXT.findall(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize("document", repository_documents(), ids=lambda document: document.path)
+def test_no_document_has_an_old_phrase(document: Document) -> None:
+    assert OLD_TEXT.findall(document.text) == []
+
+
+def test_every_docstring_of_a_class_is_a_sentence() -> None:
+    assert {path: found for path, tree in modules(CODE) if (found := fragments(tree))} == {}
+
+
+def test_what_is_wrong_is_found() -> None:
+    tree = ast.parse('''
+class Lookout:
+    """Of one rank."""
+    def tell(self, last_heard: int) -> str:
+        """Nobody is told."""
+        return "nobody is told"
+''')
+    assert old_names(tree) == ["2: Lookout", "4: tell", "4: last_heard"]
+    assert old_texts(tree) == ["6: nobody"]
+    assert fragments(tree) == ["2: Lookout"]
