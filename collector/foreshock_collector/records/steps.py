@@ -65,7 +65,7 @@ class Step:
         return self._scaled and (self.nan_gradient or self.inf_gradient) and not (self.nan_loss or self.inf_loss)
 
     @property
-    def left_out(self) -> bool:
+    def update_skipped(self) -> bool:
         """True if the step was skipped on purpose, so that a NaN did no harm to the weights.
 
         A GradScaler skips steps while it searches for its scale, `skip` within its budget, a script by a guard of its

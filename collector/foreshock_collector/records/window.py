@@ -28,7 +28,7 @@ class Window:
     """Norms of the averaged gradient, [sequences, layers]; NaN where no rank has sent them."""
 
     @classmethod
-    def of(cls, buffer: RecordBuffer, first: int, last: int) -> Window:
+    def from_buffer(cls, buffer: RecordBuffer, first: int, last: int) -> Window:
         """Return what the buffer still has of these steps."""
         found = []
         sequences = np.arange(max(1, first), last + 1)

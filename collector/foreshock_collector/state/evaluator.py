@@ -62,7 +62,7 @@ class Evaluator:
             loss=step.loss,
             rate=step.learning_rate,
             nonfinite=len(step.nonfinite),
-            skipped=step.left_out,
+            skipped=step.update_skipped,
             # A scaler's overflow is no failure, also where it is the last step of all.
             guarded=not step.stepped and not step.overflow,
             rules=self._rules,
@@ -189,4 +189,6 @@ class Evaluator:
             self._add_window(attempt, number, sequence)
 
     def _add_window(self, attempt: Attempt, number: int, sequence: int) -> None:
-        self._incidents.add_window(number, Window.of(attempt.buffer, sequence - self._rules.lead_steps, sequence))
+        self._incidents.add_window(
+            number, Window.from_buffer(attempt.buffer, sequence - self._rules.lead_steps, sequence)
+        )

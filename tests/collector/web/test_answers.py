@@ -91,7 +91,7 @@ def test_of_a_run_at_rest_the_records_before_an_incident_are_shown() -> None:
         batch = steps(7, [1.0, 2.0, 3.0], **norms).steps
         batch.global_layer_norms.extend([1.0, 2.0, 3.0, 4.0, 5.0, math.nan])
         buffer.write(rank, decode(batch, 2), now=0.0)
-    window = Window.from_bytes(Window.of(buffer, 7, 9).as_bytes())
+    window = Window.from_bytes(Window.from_buffer(buffer, 7, 9).as_bytes())
     asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
     ranks = incident_norms(window, ("a", "b"), "ranks", **asked)
     assert (ranks["sequence"], ranks["rows"]) == ([7, 8, 9], ["0", "1"])
