@@ -110,11 +110,16 @@ def is_nonfinite(record: Record) -> bool:
     row = record.measured
     if row is None:
         return False
-    return (
-        (record.loss is not None and not math.isfinite(record.loss))
-        or any(not math.isfinite(row[i]) for i in _VALUES)
-        or any(row[i] > 0 for i in _COUNTS)
-    )
+    if record.loss is not None and not math.isfinite(record.loss):
+        return True
+    # Loops, since this runs for each record: `any` over a generator takes a third longer.
+    for i in _VALUES:
+        if not math.isfinite(row[i]):
+            return True
+    for i in _COUNTS:  # noqa: SIM110
+        if row[i] > 0:
+            return True
+    return False
 
 
 def is_urgent(record: Record, largest_norm: float) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from foreshock_collector.catalogue import COLUMN_GAUGES
 from tests.support.collector_process import Collector, left
 from tests.support.launched_jobs import Job, said
 from tests.support.waiting import eventually
@@ -45,6 +46,15 @@ def test_a_healthy_run_is_left_alone_and_counted_to_the_last_step_and_leaves_not
     steps = collector.get("/api/v1/runs/fine/steps")
     assert steps["step"] == list(range(500))
     eventually(lambda: not list((tmp_path / "rings").iterdir()), "a recorder that takes all it made along")
+
+
+def test_every_column_that_has_a_gauge_is_measured_by_the_probe_and_seen_on_metrics(
+    collector: Collector, job: Job
+) -> None:
+    said(job("gauges", collector.address, steps=3))
+    left(collector, "gauges")
+    exported = {line.partition("{")[0] for line in collector.metrics().splitlines() if 'run="gauges"' in line}
+    assert {series.name for series in COLUMN_GAUGES.values()} <= exported
 
 
 def test_a_resumed_run_shows_its_own_steps_and_a_requeue_is_a_new_attempt(collector: Collector, job: Job) -> None:

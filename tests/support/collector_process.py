@@ -43,6 +43,11 @@ class Collector:
         with urllib.request.urlopen(self.url + path, timeout=10) as response:
             return json.load(response)
 
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as response:
+            text: str = response.read().decode()
+        return text
+
     def run(self, name: str) -> dict[str, Any]:
         answer: dict[str, Any] = self.get(f"/api/v1/runs/{name}")
         return answer
