@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foreshock._norms import gradient_maxima, gradient_norms, largest_of, overall
+from foreshock._norms import gradient_norms, overall
 from foreshock._numbers import Number, number
 
 EVERY_STEPS = 100
@@ -41,8 +41,6 @@ class Weights:
         if due(sequence):
             self._before = self._samples()
             columns["parameter_fingerprint"] = number(fingerprint(self._parameters))
-            maxima = gradient_maxima(self._parameters, self._parameters[0].device)
-            columns["parameter_absolute_maximum"] = largest_of(maxima)
             columns["parameter_norm"] = overall(gradient_norms(self._parameters, self._parameters[0].device))
         return columns
 

@@ -146,14 +146,6 @@ COLUMNS: tuple[Column, ...] = (
             "the weights.",
         ),
     ),
-    Column(
-        name="parameter_absolute_maximum",
-        optional=True,
-        gauge=Gauge(
-            series="foreshock_parameter_absolute_maximum",
-            help="Largest absolute element of the weights, measured every hundred steps.",
-        ),
-    ),
     Column(name="reduced_sequence", part=Part.REDUCED, integer=True),
     Column(name="reduced_square_sum", part=Part.REDUCED),
     Column(name="reduced_nan_ranks", part=Part.REDUCED),
