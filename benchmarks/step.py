@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> None:
     steps = {name: variant_step(name, options.parameters[0], options.clipping[0]) for name in order}
     seconds: list[dict[str, float]] = []
     for _ in range(WARM_UP_ROUNDS + options.rounds):
-        # Each variant follows each other one as often: none always runs on the caches of the same neighbour.
+        # Each variant follows each other one as often: none always runs on the caches of the same neighbor.
         random.shuffle(order)
         took = {}
         for name in order:

@@ -116,13 +116,13 @@ def _annotations() -> list[Json]:
             "name": name,
             "datasource": DATASOURCE,
             "enable": True,
-            "iconColor": colour,
+            "iconColor": color,
             # The time stands in the value: Grafana places the mark there and not at the scrape.
             "target": {"refId": "Anno", "expr": f"{series}{{{LABELS}}} * 1000 > 0", "interval": "10s"},
             "useValueForTime": True,
             "titleFormat": f"{name}: {{{{run}}}}",
         }
-        for name, series, colour in marks
+        for name, series, color in marks
     ]
 
 
@@ -198,7 +198,7 @@ def _target(query: Query, letter: str, kind: Kind) -> Json:
 
 def _defaults(panel: Panel) -> Json:
     steps: list[Json] = [{"color": "green", "value": None}]
-    steps += [{"color": colour, "value": value} for value, colour in panel.thresholds]
+    steps += [{"color": color, "value": value} for value, color in panel.thresholds]
     result: Json = {"unit": panel.unit, "thresholds": {"mode": "absolute", "steps": steps}}
     if panel.kind == "timeseries":
         scale = {"type": "log", "log": 10} if panel.logarithmic else {"type": "linear"}
@@ -207,7 +207,7 @@ def _defaults(panel: Panel) -> Json:
     else:
         result["color"] = {"mode": "thresholds"}
     if panel.mappings:
-        options = {value: {"text": text, "color": colour} for value, (text, colour) in panel.mappings.items()}
+        options = {value: {"text": text, "color": color} for value, (text, color) in panel.mappings.items()}
         result["mappings"] = [{"type": "value", "options": options}]
     if panel.links:
         result["links"] = [{"title": title, "url": url, "targetBlank": True} for title, url in panel.links]

@@ -52,7 +52,7 @@ def stat(
         unit=unit,
         width=6,
         height=4,
-        thresholds=tuple((value, colour) for value, colour in limits if value is not None),
+        thresholds=tuple((value, color) for value, color in limits if value is not None),
         mappings=states or {},
     )
 

@@ -39,6 +39,10 @@ OLD_TEXT = re.compile(
     re.IGNORECASE,
 )
 """Words and phrases that no user reads."""
+BRITISH = re.compile(
+    r"\b(?:behaviour|colour|favour|grey|initialis|learnt|misspelt|neighbour|normalis|optimis|recognis|serialis|towards)\w*",
+    re.IGNORECASE,
+)
 FRAGMENT = re.compile(r"(?:Of|Those|All|What|The one|The same|How|Where|Whether|Its|That|As)\b")
 """Beginnings of docstrings that are no sentence about the class."""
 
@@ -98,6 +102,17 @@ def test_the_page_has_no_old_phrase(path: Path) -> None:
 @pytest.mark.parametrize("document", repository_documents(), ids=lambda document: document.path)
 def test_no_document_has_an_old_phrase(document: Document) -> None:
     assert OLD_TEXT.findall(document.text) == []
+
+
+def test_spelling_is_american() -> None:
+    folders = ("agent", "collector", "deploy", "docs", "examples", "grafana", "protos")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.*")] + list(ROOT.glob("*.md"))
+    texts = {
+        path: path.read_text("utf-8") for path in files if path.suffix in (".css", ".html", ".js", ".md", ".py", ".yml")
+    }
+    assert len(texts) > 150
+    assert {str(path): found for path, text in texts.items() if (found := BRITISH.findall(text))} == {}
+    assert BRITISH.findall("the colour of a misspelt label") == ["colour", "misspelt"]
 
 
 def test_every_docstring_of_a_class_is_a_sentence() -> None:

@@ -14,7 +14,7 @@ class GradientEdits:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, views: bool = False) -> None:
-        """views: gradients are views of DDP's buckets, so that each changes the version of its neighbours too."""
+        """views: gradients are views of DDP's buckets, so that each changes the version of its neighbors too."""
         self._views = views
         self._ends = (parameters[0], parameters[-1])
         self._versions: tuple[int, ...] | None = None

@@ -80,11 +80,11 @@ class History:
         lasting = spikes >= ACCEPT_AFTER
         accepting = where(lasting, float(ACCEPT_STEPS), accepting)
         quick = accepting > 0
-        learnt = where(ready & (accepting <= 0), at_most(at_least(off, -reach), reach), off)
+        learned = where(ready & (accepting <= 0), at_most(at_least(off, -reach), reach), off)
         pace = where(quick, 1 - ACCEPT_ALPHA, at_least(1 / (count + 1), 1 - ALPHA))
         new = (
-            where(first, x, mean + pace * learnt),
-            where(first, FIRST_DEVIATION, deviation + pace * (absolute(learnt) - deviation)),
+            where(first, x, mean + pace * learned),
+            where(first, FIRST_DEVIATION, deviation + pace * (absolute(learned) - deviation)),
             count + 1,
             where(lasting, 0.0, spikes),
             where(first, accepting, at_least(accepting - 1, 0.0)),

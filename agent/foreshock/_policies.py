@@ -53,7 +53,7 @@ class Policies:
         if self._clip is not None:
             divisor = self._clip.divisor(norm, None if standing is None else standing.ceiling)
         skip = self._skip(norm, standing, left_out)
-        # Last, so that a step that has to be ruled anew after an error is learnt once.
+        # Last, so that a step that has to be ruled anew after an error is learned once.
         if self._history is not None and standing is not None:
             self._history.state = standing.after
         return Ruling(divisor=divisor, skip=skip)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from foreshock._norms import Places
 
 MAX_LAYERS = 256
-"""Layer norms travel every step; a model of more module groups has neighbours merged."""
+"""Layer norms travel every step; a model of more module groups has neighbors merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _nearest(name: str, layers: Sequence[str]) -> int:
 def group_layers(names: Sequence[str], limit: int = MAX_LAYERS) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Group parameter names by module, then by ever shorter paths until `limit` groups are enough.
 
-    Deterministic, and in order of first appearance. If even the first parts of the names are too many, neighbours
+    Deterministic, and in order of first appearance. If even the first parts of the names are too many, neighbors
     are merged in equal runs and named after their first.
     """
     paths = [name.split(".")[:-1] or [name] for name in names]

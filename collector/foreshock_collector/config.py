@@ -127,7 +127,7 @@ def config_from(arguments: Sequence[str], environment: Mapping[str, str] | None 
     return Config(**values)
 
 
-def misspelt_variables(environment: Iterable[str]) -> list[str]:
+def misspelled_variables(environment: Iterable[str]) -> list[str]:
     """Return a warning for each variable whose name is nearly that of a setting.
 
     Other unknown names are left alone: Kubernetes sets some for a service called foreshock-collector.

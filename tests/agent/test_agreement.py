@@ -154,7 +154,7 @@ def test_once_a_rank_has_given_up_the_ones_that_come_later_give_up_too(monkeypat
 
 def test_a_rank_of_another_version_is_told_so_whatever_it_posts() -> None:
     ranks = Ranks()
-    ranks.store.set("1/rank/1", json.dumps(asdict(replace(GOOD, version="9.9")) | {"colour": "red"}))
+    ranks.store.set("1/rank/1", json.dumps(asdict(replace(GOOD, version="9.9")) | {"color": "red"}))
     ranks.agree(0, GOOD, size=2)
     assert "version differs: 1.0 on rank 0, 9.9 on rank 1" in str(ranks.heard[0])
 

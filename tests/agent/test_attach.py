@@ -17,7 +17,7 @@ NAMES = [
     "bad_collector_on_rank_1", "bad_collector_variable",
     "disabled_on_rank_1", "disabled_on_rank_0", "disabled_with_wrong_arguments",
     "no_room_for_a_ring_on_rank_0", "no_room_for_a_ring_on_rank_1", "own_hook", "builtin_hook", "the_stores_timeout",
-    "misspelt_variable",
+    "misspelled_variable",
     "resumed_and_told_before_the_step", "resumed_and_told_after_the_step", "resumed_and_told_once",
 ]  # fmt: skip
 
@@ -33,9 +33,9 @@ def nobody_watches(results: list[dict[str, Any]]) -> None:
         assert result["hooks"] == 0 and True not in result["enabled"] and result["as stock"]
 
 
-def test_a_misspelt_variable_is_told_once_and_everybody_watches(found: dict[str, Scenario]) -> None:
+def test_a_misspelled_variable_is_told_once_and_everybody_watches(found: dict[str, Scenario]) -> None:
     line = "FORESHOCK_COLECTOR is not a Foreshock variable and is ignored; did you mean FORESHOCK_COLLECTOR?"
-    scenario = found["misspelt_variable"]
+    scenario = found["misspelled_variable"]
     assert scenario.results == [[True, True]] * 2
     assert [lines.count(f"foreshock: {line}") for lines in scenario.said] == [1, 0]
 

@@ -83,7 +83,7 @@ def test_each_call_that_a_step_makes_inside_the_probe_may_fail_on_one_rank(
     # After each, ours was where stock clipping is, as were both ranks, and one record was counted as dropped.
     assert good["wrong"] == bad["wrong"] == []
     assert bad["never"] == [] and sum(bad["runs"].values()) > 120
-    for mine, theirs in zip(*bad["learnt"], strict=True) if bad["learnt"][0] else []:
+    for mine, theirs in zip(*bad["learned"], strict=True) if bad["learned"][0] else []:
         assert mine == pytest.approx(theirs, rel=1e-6)
 
 

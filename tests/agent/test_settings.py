@@ -75,7 +75,7 @@ WRONG: list[tuple[str, Any]] = [
     ("clip", "adaptive -1"),
     ("clip", "none 1"),
     ("skip", "some"),
-    ("shadow", "grey"),
+    ("shadow", "gray"),
     ("collector", "monitor"),
     ("collector", "monitor:"),
     ("collector", ":4327"),

@@ -27,7 +27,7 @@ def test_too_many_layers_are_grouped_by_shorter_paths() -> None:
     assert group_layers(names, limit=3) == (("blocks",), (0,) * 8)
 
 
-def test_neighbours_are_merged_where_paths_cannot_be_shorter() -> None:
+def test_neighbors_are_merged_where_paths_cannot_be_shorter() -> None:
     assert group_layers([f"p{i}" for i in range(7)], limit=3) == (("p0", "p3", "p6"), (0, 0, 0, 1, 1, 1, 2))
 
 

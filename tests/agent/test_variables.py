@@ -1,4 +1,4 @@
-"""Variables in the environment: one table, and a word about a name that is misspelt."""
+"""Variables in the environment: one table, and a word about a name that is misspelled."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = {variable.name for variable in VARIABLES}
 
 
 @pytest.mark.parametrize(
-    ("misspelt", "meant"),
+    ("misspelled", "meant"),
     [
         ("FORESHOCK_COLECTOR", "FORESHOCK_COLLECTOR"),
         ("FORESHOCK_RUN_NAME", "FORESHOCK_RUN"),
@@ -23,9 +23,9 @@ NAMES = {variable.name for variable in VARIABLES}
         ("FORESHOCK_LOCAL_NORM", "FORESHOCK_LOCAL_NORMS"),
     ],
 )
-def test_a_misspelt_variable_is_told_with_the_nearest_name(misspelt: str, meant: str) -> None:
-    (line,) = unknown_variables({misspelt: "x", "PATH": "y", meant: "z"})
-    assert line == f"{misspelt} is not a Foreshock variable and is ignored; did you mean {meant}?"
+def test_a_misspelled_variable_is_told_with_the_nearest_name(misspelled: str, meant: str) -> None:
+    (line,) = unknown_variables({misspelled: "x", "PATH": "y", meant: "z"})
+    assert line == f"{misspelled} is not a Foreshock variable and is ignored; did you mean {meant}?"
 
 
 def test_a_name_that_is_near_none_is_told_alone_and_known_ones_are_not() -> None:

@@ -122,7 +122,7 @@ def test_every_alert_has_a_scenario_that_fires_it_and_one_that_does_not() -> Non
 
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.name)
 def test_every_single_expectation_fails_once_it_is_turned_round(file: Path, tmp_path: Path) -> None:
-    """Shows that no expectation holds by accident of a misspelt name or of a scenario that ends too early."""
+    """Shows that no expectation holds by accident of a misspelled name or of a scenario that ends too early."""
     suite = yaml.safe_load(file.read_text())
     suite["rule_files"] = [str(RULES)]
     turned = 0

@@ -81,7 +81,7 @@ def test_a_recorder_without_ranks_does_not_stay(folder: Path, recorder: Start) -
         (["--folder", "x", "--collector", "monitor"], "'monitor' is not host:port"),
         (["--folder", "x", "--linger", "-1"], "'-1' is not a number of seconds"),
         (["--folder", "x", "--linger", "soon"], "soon"),
-        (["--folder", "x", "--colour"], "unrecognized arguments: --colour"),
+        (["--folder", "x", "--color"], "unrecognized arguments: --color"),
     ],
 )
 def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], says: str, tmp_path: Path) -> None:

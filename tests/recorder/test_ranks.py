@@ -345,7 +345,7 @@ def test_drops_counted_at_the_very_end_still_go_out(ring: Ring) -> None:
 
 
 def test_an_identity_that_is_none_is_refused(tmp_path: Path) -> None:
-    for name, said in {"empty": {}, "wrong": identity(node=7), "odd": identity(model={"colour": 1})}.items():
+    for name, said in {"empty": {}, "wrong": identity(node=7), "odd": identity(model={"color": 1})}.items():
         ring = Ring.create(tmp_path / f"{name}.ring", said, layers=0)
         with pytest.raises(ValueError, match="does not say whose it is"):
             Rank(ring.path)

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 
-from foreshock_collector.config import ConfigError, config_from, misspelt_variables
+from foreshock_collector.config import ConfigError, config_from, misspelled_variables
 from foreshock_collector.log_format import configure_logging
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def collector(arguments: list[str]) -> int:
         sys.stderr.write(f"foreshock collector: {error}\n")
         return 2
     configure_logging(config.log_format)
-    for line in misspelt_variables(os.environ):
+    for line in misspelled_variables(os.environ):
         logger.warning("%(warning)s", {"warning": line})
     try:
         asyncio.run(serve(config))

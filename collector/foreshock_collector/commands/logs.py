@@ -118,13 +118,13 @@ def _trainer_state(path: Path, history: object) -> Iterator[Row]:
     if not isinstance(history, list):
         raise LogError(f"{path}: log_history is not a list")
     entries = [entry for entry in history if isinstance(entry, dict) and ("loss" in entry or "grad_norm" in entry)]
-    learnt = False
+    learned = False
     for number, entry in enumerate(entries):
         row = _row(f"{path}, entry {number}", entry, number)
         # Its default filter (logging_nan_inf_filter) drops NaN steps from the mean; if all steps were NaN, 0.0 remains.
         # No cross entropy falls to exactly 0.0 in one step.
-        silenced = row.loss == 0.0 and learnt and not (row.norm is not None and 0 < row.norm < math.inf)
-        learnt = learnt or (row.loss is not None and row.loss > 0)
+        silenced = row.loss == 0.0 and learned and not (row.norm is not None and 0 < row.norm < math.inf)
+        learned = learned or (row.loss is not None and row.loss > 0)
         yield Row(step=row.step, loss=math.nan if silenced else row.loss, norm=row.norm, rate=row.rate)
 
 

@@ -56,7 +56,7 @@ class Run:
         self.departures_pending = True
         """Whether ranks may have left that are not explained yet: that comes later, without another record of them."""
         self._missing: Counter[str] = Counter()
-        """Dropped records that were learnt of since the last commit."""
+        """Dropped records that were learned of since the last commit."""
 
     # -- in ------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ def bad_collector_variable() -> dict[str, Any]:
         return outcome(on=set())
 
 
-def misspelt_variable() -> list[bool]:
+def misspelled_variable() -> list[bool]:
     enabled = []
     with environment(COLECTOR="monitor:4327"):
         for _ in range(2):

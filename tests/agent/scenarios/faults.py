@@ -236,10 +236,10 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
         return fired
 
     late = [site for site in of_rank_1(list(sites)) if not fails(site, pair)]
-    # What ranks have learnt is what they decide by.
-    learnt: list[Any] = [None, None]
+    # What ranks have learned is what they decide by.
+    learned: list[Any] = [None, None]
     history = pair.watch._action.policies._history
-    dist.all_gather_object(learnt, None if history is None else history.state)
+    dist.all_gather_object(learned, None if history is None else history.state)
     pair.watch.detach()
     runs, never = {run: len(sites) - len(late)}, []
     # The beginning is the same for all of them.
@@ -249,7 +249,7 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
         pair = Beside(fused=fused, clip=clip, name=f"{run}_late")
         never += [] if fails(site, pair) else [site]
         pair.watch.detach()
-    return {"runs": runs, "never": never, "wrong": wrong, "learnt": learnt}
+    return {"runs": runs, "never": never, "wrong": wrong, "learned": learned}
 
 
 def of_rank_1(sites: list[Site]) -> list[Site]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from foreshock_collector.commands.cli import diagnose, report
-from foreshock_collector.config import misspelt_variables
+from foreshock_collector.config import misspelled_variables
 from tests.support.commands import FORESHOCK
 
 
@@ -113,7 +113,9 @@ def test_an_error_of_its_own_is_no_trouble_of_the_training(
 
 def test_a_variable_that_is_nearly_a_setting_is_told_with_it_and_others_are_not() -> None:
     names = ["HTP_PORT", "DATABSE", "HOST", "CONFIG", "SERVICE_HOST", "SERVICE_PORT", "PORT_9327_TCP"]
-    told = misspelt_variables([*(f"FORESHOCK_COLLECTOR_{name}" for name in names), "FORESHOCK_COLLECTOR", "HTTP_PORTS"])
+    told = misspelled_variables(
+        [*(f"FORESHOCK_COLLECTOR_{name}" for name in names), "FORESHOCK_COLLECTOR", "HTTP_PORTS"]
+    )
     assert told == [
         f"FORESHOCK_COLLECTOR_{wrong} is not a setting and is ignored; did you mean FORESHOCK_COLLECTOR_{right}?"
         for wrong, right in (("DATABSE", "DATABASE"), ("HTP_PORT", "HTTP_PORT"))
