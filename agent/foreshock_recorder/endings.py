@@ -101,7 +101,7 @@ def _signal_name(number: int) -> str:
 def _reaped_status(descriptor: int) -> int | None:
     """Return the wait status of a process whose parent has waited for it.
 
-    Linux 6.15 keeps it for whoever had opened the process before.
+    Linux 6.15 keeps it for processes that had opened this one before.
     """
     info = bytearray(_INFO.pack(_INFO_EXIT, *[0] * 13))
     try:

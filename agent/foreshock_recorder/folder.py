@@ -19,7 +19,7 @@ STACK_SUFFIX = ".stack"
 _LOCK_SECONDS = 1.0
 _RINGS = ("*.ring", "*.draft")
 _BESIDE = (f"*{STACK_SUFFIX}", f"{LOG_NAME}*", LOCK_NAME)
-"""The lock comes last: whoever still finds it waits until the folder is empty."""
+"""Removed in this order. The lock comes last: a recorder that still finds it waits until the folder is empty."""
 
 
 def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:

@@ -31,7 +31,7 @@ def launches(base: Path) -> set[Path]:
 def orphans(folders: set[Path]) -> list[Contents]:
     """Return the folders in which no rank lives, oldest first.
 
-    A recorder may still serve them: whoever gets the lock knows.
+    A recorder may still serve them: only the lock shows that.
     """
     found = (contents(folder) for folder in folders)
     return sorted((each for each in found if each is not None and not each.alive), key=lambda each: each.newest)

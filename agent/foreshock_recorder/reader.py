@@ -197,7 +197,7 @@ class RingReader(RingFile):
     def give_up(self) -> int:
         """Cut the ring of a dead rank down to its header and close it. Return how many records are lost by that.
 
-        The header counts them, until a collector has been told.
+        The header counts them, until a collector has stored that count.
         """
         lost = max(0, self.begun - self.acknowledged)
         self._words[WORD_DROPPED + DROP_REASONS.index("given_up")] += lost

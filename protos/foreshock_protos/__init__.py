@@ -4,7 +4,7 @@ SCHEMA_VERSION = 1
 """`Hello.schema_version` of the messages in `foreshock_protos.v1.telemetry_pb2`."""
 
 DEFAULT_GRPC_PORT = 4327
-"""Where a collector takes telemetry in, unless told otherwise."""
+"""Default port on which a collector takes records in."""
 
 DEFAULT_HTTP_PORT = 9327
-"""Where a collector serves `/metrics`, the API and the page, unless told otherwise."""
+"""Default port on which a collector serves `/metrics`, the API and the page."""
