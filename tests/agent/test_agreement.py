@@ -164,7 +164,7 @@ def test_a_store_that_is_gone_is_an_attach_error() -> None:
         def add(self, *_: object) -> int:
             raise RuntimeError("Connection reset by peer")
 
-    with pytest.raises(AttachError, match=r"store is gone.*Connection reset"):
+    with pytest.raises(AttachError, match=r"store is unreachable: a rank exited.*Connection reset"):
         agree(Gone(), rank=0, world_size=2, posting=GOOD, run="r", launch="l", timeout=1.0)
 
 
