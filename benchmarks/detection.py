@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -171,7 +171,9 @@ def megatron(norms: Sequence[float], bad: Sequence[bool]) -> list[int]:
     return [step for step in range(100, len(norms)) if math.isfinite(norms[step]) and norms[step] >= 10 * largest]
 
 
-BASELINES: dict[str, Callable[[Sequence[float], Sequence[bool]], list[int]]] = {
+Rule = Callable[[Sequence[float], Sequence[bool]], list[int]]
+"""Steps at which it alarms, from norms and which steps are bad."""
+BASELINES: dict[str, Rule] = {
     "10x running median": ten_times_median,
     "ZClip z > 2.5": zclip,
     "OLMo-core 6 sigma / 128": olmo,
@@ -187,8 +189,9 @@ def episodes(alarms: Sequence[int]) -> list[int]:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def measure(part: str) -> dict[str, Any]:
-    """All figures of a part."""
+def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str, Any]:
+    """All figures of a part. baselines: other rules, by name; default: all."""
+    baselines = BASELINES if baselines is None else baselines
     traces = all_traces(part)  # type: ignore[arg-type]
     steps: Counter[str] = Counter()
     alarms: dict[str, Counter[str]] = defaultdict(Counter)
@@ -205,7 +208,7 @@ def measure(part: str) -> dict[str, Any]:
         norms, bad = norms_of(trace)
         steps[case.kind] += len(norms)
         said = told(trace)
-        found = {"Foreshock": said.build_ups} | {name: rule(norms, bad) for name, rule in BASELINES.items()}
+        found = {"Foreshock": said.build_ups} | {name: rule(norms, bad) for name, rule in baselines.items()}
         if case.kind == "failing" and builds_up(norms, bad):
             climbing += 1
             end = bad.index(True)
@@ -243,14 +246,13 @@ def measure(part: str) -> dict[str, Any]:
                 "alarms_per_10000_recovering_steps": 1e4 * alarms[name]["recovering"] / max(1, steps["recovering"]),
                 "missed": missed[name],
             }
-            for name in ("Foreshock", *BASELINES)
+            for name in ("Foreshock", *baselines)
         },
         "verdicts": {"right": right, "of": sum(confusion.values()), "share": right / max(1, sum(confusion.values()))},
         "roots": {"right": roots[True], "of": judged_roots, "share": roots[True] / max(1, judged_roots)},
         "confusion": [[is_so, said_so, count] for (is_so, said_so), count in sorted(confusion.items())],
         "wrong": wrong,
         "wrong_in_logs": log_wrong,
-        "channel_steps_per_second": speed(),
     }
 
 
@@ -324,7 +326,7 @@ def main() -> int:
     parser.add_argument("--part", choices=("tune", "test"), default="test")
     parser.add_argument("--json", action="store_true", help="one object")
     options = parser.parse_args()
-    found = measure(options.part)
+    found = measure(options.part) | {"channel_steps_per_second": speed()}
     print(json.dumps(found) if options.json else show(found))
     return 0
 

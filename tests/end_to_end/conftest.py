@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.support.collector_process import Collector
-from tests.support.launched_jobs import TRAINING, Job, recorders
+from tests.support.forked_jobs import forking
+from tests.support.launched_jobs import TRAINING, Job, Launched, recorders
 from tests.support.waiting import eventually
 
 
@@ -38,11 +40,11 @@ def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> Iterator[Job]:
-    """Start train.py under torchrun: job(run, collector address, ranks=2, environment={}, **options).
+    """Start train.py on some ranks: job(run, collector address, ranks=2, environment={}, **options).
 
-    torchrun: its options; under: a command to run it under.
+    torchrun: launched by it, with these options, and not forked; under: a command to run torchrun under.
     """
-    started: list[subprocess.Popen[str]] = []
+    started: list[Launched] = []
 
     def start(
         run: str,
@@ -50,34 +52,39 @@ def job(tmp_path: Path) -> Iterator[Job]:
         *,
         ranks: int = 2,
         environment: dict[str, str] | None = None,
-        torchrun: tuple[str, ...] = ("--standalone",),
+        torchrun: tuple[str, ...] = (),
         under: tuple[str, ...] = (),
         **options: Any,
-    ) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [*under, sys.executable, "-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(ranks),
-             str(TRAINING)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-            env={
-                **os.environ,
-                "FORESHOCK_RING_DIR": str(tmp_path / "rings"),
-                "FORESHOCK_COLLECTOR": address,
-                "FORESHOCK_RUN": run,
-                "FORESHOCK_STRICT": "1",
-                "OMP_NUM_THREADS": "1",
-                "TRAIN": json.dumps(options),
-                **(environment or {}),
-            },
-        )  # fmt: skip
-        started.append(process)
-        return process
+    ) -> Launched:
+        settings = {
+            "FORESHOCK_RING_DIR": str(tmp_path / "rings"),
+            "FORESHOCK_COLLECTOR": address,
+            "FORESHOCK_RUN": run,
+            "FORESHOCK_STRICT": "1",
+            "OMP_NUM_THREADS": "1",
+            "TRAIN": json.dumps(options),
+            **(environment or {}),
+        }
+        if torchrun:
+            launcher = [sys.executable, "-m", "torch.distributed.run", *torchrun, "--nproc-per-node", str(ranks)]
+            process = subprocess.Popen(
+                [*under, *launcher, str(TRAINING)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                env={**os.environ, **settings},
+            )  # fmt: skip
+            started.append(process)
+        else:
+            text = tmp_path / f"{uuid.uuid4()}.txt"
+            started.append(forking().start(TRAINING, ranks=ranks, output=(text, text), environment=settings))
+        return started[-1]
 
     yield start
     for process in started:
-        # Ranks have sessions of their own: only torchrun can end them.
+        # Ranks have sessions of their own: only their launcher can end them.
         process.terminate()
-        assert process.stdout is not None
-        process.stdout.close()
+        if isinstance(process, subprocess.Popen):
+            assert process.stdout is not None
+            process.stdout.close()
         process.wait(timeout=60)
     for pid in recorders(tmp_path):
         # Without an answer it would go on trying for half a minute.

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.alerted_collector import Watch
 from tests.support.collector_process import left
-from tests.support.launched_jobs import Job, recorders, said
+from tests.support.launched_jobs import STANDALONE, Job, recorders, said
 from tests.support.waiting import eventually
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 20.00 GiB"
@@ -49,7 +49,7 @@ def descendants(pid: int) -> list[int]:
 def test_a_job_that_dies_pages_once_and_names_whom(
     watch: Watch, job: Job, run: str, options: dict[str, Any], named: tuple[str, ...], steps: int
 ) -> None:
-    said(job(run, watch.collector.address, steps=60, pace=0.02, **options))
+    said(job(run, watch.collector.address, torchrun=STANDALONE, steps=60, pace=0.02, **options))
     description = the_page(watch, run, steps)
     assert all(name.lower() in description.lower() for name in named), description
     (incident,) = watch.collector.run(run)["incidents"]
@@ -57,7 +57,7 @@ def test_a_job_that_dies_pages_once_and_names_whom(
 
 
 def test_a_job_whose_processes_are_all_killed_at_once_pages_once(watch: Watch, job: Job, tmp_path: Path) -> None:
-    process = job("tree", watch.collector.address, steps=10**6, pace=0.02)
+    process = job("tree", watch.collector.address, torchrun=STANDALONE, steps=10**6, pace=0.02)
     running(watch, "tree")
     for pid in set(descendants(process.pid)) - set(recorders(tmp_path)):
         os.kill(pid, signal.SIGKILL)
@@ -77,7 +77,7 @@ def test_a_job_that_ends_well_pages_nobody(watch: Watch, job: Job, run: str, opt
 def test_a_job_that_its_user_or_scheduler_stops_pages_nobody(
     watch: Watch, job: Job, run: str, number: signal.Signals
 ) -> None:
-    process = job(run, watch.collector.address, steps=10**6, pace=0.02)
+    process = job(run, watch.collector.address, torchrun=STANDALONE, steps=10**6, pace=0.02)
     running(watch, run)
     process.send_signal(number)
     said(process)

@@ -16,7 +16,7 @@ import torch
 
 from foreshock_recorder.reader import RingReader
 from tests.support.collector_process import Collector, left
-from tests.support.launched_jobs import TRAINING, Job, recorders, said
+from tests.support.launched_jobs import STANDALONE, TRAINING, Job, recorders, said
 from tests.support.waiting import eventually
 
 SILENT_MEMORY_KIB = 2 * 1024
@@ -94,6 +94,7 @@ def test_when_a_pod_dies_with_its_job_the_nan_step_has_arrived(collector: Collec
     own = () if os.getuid() == 0 else ("--user", "--map-root-user")
     process = job(
         *("pod", collector.address),
+        torchrun=STANDALONE,
         under=("unshare", *own, "--pid", "--fork", "--kill-child", "--mount-proc"),
         steps=200,
         nan_at=60,

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.support.collector_process import Collector, left
-from tests.support.launched_jobs import Job, recorders, said
+from tests.support.launched_jobs import STANDALONE, Job, recorders, said
 from tests.support.waiting import eventually
 
 
@@ -43,7 +43,7 @@ def test_a_job_that_ended_without_its_collector_is_handed_in_by_the_next_jobs_re
 
 
 def test_a_rank_that_torchrun_finds_killed_is_lost_by_name_of_the_signal(collector: Collector, job: Job) -> None:
-    process = job("shot", collector.address, steps=10**6, pace=0.01)
+    process = job("shot", collector.address, torchrun=STANDALONE, steps=10**6, pace=0.01)
     eventually(lambda: "shot" in collector.names() and collector.run("shot")["counters"]["steps"] > 20, "some steps")
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     said(process)

@@ -20,7 +20,7 @@ def test_two_trainings_of_one_name_at_once_are_two_runs_and_a_restart_is_an_atte
     night = collector.run("night")
     assert night["condition"] == "running" and night["incidents"] == [] and night["attempt"] == 0
     first.terminate()
-    first.wait()
+    first.wait(timeout=60)
     third = job("night", collector.address, ranks=1, steps=20)
     assert f"run night: {collector.url}/run/night" in said(third)
     assert collector.run("night")["attempt"] == 1

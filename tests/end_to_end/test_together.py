@@ -14,10 +14,11 @@ from tests.support.streamed_job import Job as ToldJob
 from tests.support.waiting import eventually
 
 STARTS, SCRAPES = 20, 1000
+PAUSE_SECONDS = 0.01
 
 
 class Scraping(threading.Thread):
-    """Scrapes /metrics without a pause; what the answers were."""
+    """Scrapes /metrics again and again; what the answers were."""
 
     def __init__(self, url: str) -> None:
         super().__init__()
@@ -26,7 +27,7 @@ class Scraping(threading.Thread):
         self.answers: Counter[int] = Counter()
 
     def run(self) -> None:
-        while not self._over.is_set():
+        while not self._over.wait(PAUSE_SECONDS):
             try:
                 with urlopen(f"{self._url}/metrics", timeout=60) as response:
                     response.read()

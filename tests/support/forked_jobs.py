@@ -41,6 +41,13 @@ class ForkedJob:
         if code:
             self.send_signal(signal.SIGTERM)
 
+    @property
+    def pid(self) -> int:
+        """Of rank 0."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: bool(self.pids), WAIT_SECONDS)
+        return self.pids[0]
+
     def poll(self) -> int | None:
         with self._changed:
             return self._returncode()
@@ -63,6 +70,7 @@ class ForkedJob:
     def send_signal(self, number: int) -> None:
         """To each rank that is not over, and to all that it has forked."""
         with self._changed:
+            assert self._changed.wait_for(lambda: bool(self.pids), WAIT_SECONDS)
             left = [pid for pid in self.pids if pid not in self._codes]
         for pid in left:
             with suppress(ProcessLookupError):

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.support.repository import ROOT
 
 TRAINING = ROOT / "tests/end_to_end/train.py"
-Job = Callable[..., "subprocess.Popen[str]"]
+STANDALONE = ("--standalone",)
 
 
-def said(process: Any) -> str:
+class Launched(Protocol):
+    """Ranks under torchrun, or forked."""
+
+    @property
+    def pid(self) -> int:
+        """Of torchrun, or of rank 0."""
+
+    def communicate(self, *, timeout: float) -> tuple[str, Any]: ...
+    def wait(self, timeout: float) -> int: ...
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def send_signal(self, number: int) -> None: ...
+
+
+Job = Callable[..., Launched]
+
+
+def said(process: Launched) -> str:
+    """What launcher and ranks have written in the end."""
     text, _ = process.communicate(timeout=120)
-    return str(text)
+    return text
 
 
 def recorders(folder: Path) -> list[int]:
