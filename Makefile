@@ -13,6 +13,9 @@ GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
 GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
+# Tests wait for processes about half of the time: one worker more than there are cores keeps the cores busy.
+WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 # $(call apt-install,what for,packages)
 define apt-install
@@ -33,8 +36,12 @@ demo: $(INSTALLED) ## train a small model until it explodes, and show why; sets 
 	@$(BIN)/foreshock demo $(ARGS)
 
 .PHONY: test
-test: $(INSTALLED) prometheus chromium $(GRAFANA_SCHEMA) ## run the tests; sets everything up; ARGS="-k name" goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) system-deps $(GRAFANA_SCHEMA) ## run the tests; sets everything up; ARGS="-k name" goes to pytest
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+.PHONY: test-unit
+test-unit: $(INSTALLED) ## run the tests that start no process: under a minute
+	@$(BIN)/python -m pytest $(PARALLEL) -m unit $(ARGS)
 
 .PHONY: check
 check: static test ## everything that a change must pass: static, then test
@@ -107,6 +114,9 @@ release-check: $(INSTALLED) generated wheel-check ## check that version, changel
 	@$(BIN)/python .ci/release_check.py
 
 # Prerequisites of the targets above, not listed by `make help`.
+
+.PHONY: system-deps
+system-deps: prometheus chromium ## install the Debian packages that the tests need, as root or with sudo
 
 .PHONY: prometheus
 prometheus:

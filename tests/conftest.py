@@ -1,13 +1,62 @@
-"""What all tests need of the process that they run in."""
+"""For every test: limits by the machine, the order of a parallel run, and which may start processes."""
 
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 
 from tests.support.forked_jobs import forking
+from tests.support.waiting import PATIENCE
 
 # A suite that a script has started in the background ignores Ctrl-C, and so would every process of a test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn"}
+"""Audit events of a process that starts another."""
+_unit_test = ""
+"""The test that runs and may start none."""
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    if _unit_test and event in STARTS:
+        raise RuntimeError(f"{_unit_test} starts a process: mark it with pytest.mark.integration")
+
+
+sys.addaudithook(_refuse)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("timeout") is None:
+        config.option.timeout = float(config.getini("timeout")) * PATIENCE
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests go first, and fill the gaps last: so workers end together. A file is one worker's, for its fixtures'
+    sake, except end to end, where each test takes seconds by itself."""
+    for item in items:
+        if item.path.parent.name == "end_to_end":
+            item.add_marker(pytest.mark.integration)
+        else:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        if not item.get_closest_marker("integration"):
+            item.add_marker(pytest.mark.unit)
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    global _unit_test
+    _unit_test = "" if item.get_closest_marker("integration") else item.nodeid
+    try:
+        return (yield)
+    finally:
+        _unit_test = ""
 
 
 def pytest_sessionfinish() -> None:

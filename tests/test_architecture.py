@@ -134,6 +134,7 @@ def test_what_decides_knows_no_clock_database_or_socket(part: str) -> None:
             assert name.partition(".")[0] not in PURE, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
+@pytest.mark.integration
 def test_the_ring_needs_only_the_standard_library_and_the_table_of_columns() -> None:
     loaded = loaded_by("foreshock_recorder.ring")
     assert {module for module in loaded if module.startswith("foreshock_protos.")} == {"foreshock_protos.columns"}
@@ -141,11 +142,13 @@ def test_the_ring_needs_only_the_standard_library_and_the_table_of_columns() -> 
     assert brought - sys.stdlib_module_names == {"foreshock_protos", "foreshock_recorder"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("package", ["foreshock_recorder", "foreshock_collector"])
 def test_recorder_and_collector_run_without_torch(package: str) -> None:
     assert not top_level(loaded_by(*module_names(package))) & {"torch", "foreshock"}
 
 
+@pytest.mark.integration
 def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
     assert not top_level(loaded_by(*module_names("foreshock_recorder"))) & {
         "aiohttp",
@@ -155,17 +158,20 @@ def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
     }
 
 
+@pytest.mark.integration
 def test_the_probe_brings_neither_grpc_nor_protobuf_into_the_training_process() -> None:
     loaded = loaded_by(*module_names("foreshock"))
     assert not top_level(loaded) & {"grpc", "foreshock_collector"}
     assert not any(module.startswith(("google.protobuf", "foreshock_protos.v1")) for module in loaded)
 
 
+@pytest.mark.integration
 def test_the_foreshock_command_does_not_wait_for_torch() -> None:
     """It starts in milliseconds, and works on a machine that has only the collector."""
     assert "torch" not in loaded_by("foreshock._cli")
 
 
+@pytest.mark.integration
 def test_importing_the_probe_starts_no_thread_process_or_socket() -> None:
     before, after = in_a_fresh_process(
         """

@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.torch_jobs import Job, Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = "attach.py"
 NAMES = [
     "another_clip_on_rank_1", "no_local_norms_on_rank_1",

@@ -9,6 +9,8 @@ import pytest
 from tests.agent.scenarios.training import STEPS
 from tests.support.torch_jobs import Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = "changes.py"
 CHANGES = [
     "unfused_checkpoint", "fused_checkpoint", "joins_fused", "joins_unfused", "leaves", "freezes_and_unfreezes",

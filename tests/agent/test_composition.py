@@ -9,6 +9,8 @@ import pytest
 from tests.support.repository import ROOT
 from tests.support.torch_jobs import Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 LIKE_STOCK = [
     "uneven_inputs", "static_graph", "compiled", "compiled_step", "ignored_fused", "ignored_unfused",
     "frozen_and_shared",

@@ -14,6 +14,8 @@ from tests.support.collector_process import Collector
 from tests.support.torch_jobs import Job, Scenario, run_scenarios
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = "faults.py"
 SITES = [
     "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "begin_step", "norms", "summary", "clip",

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
     "scaler_not_enabled",

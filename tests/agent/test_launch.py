@@ -103,12 +103,14 @@ def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, capl
     assert said(caplog) == ["the collector accepts no records; training continues (typo:4327: connection refused)"]
 
 
+@pytest.mark.integration
 def test_a_recorder_that_cannot_be_started_is_told(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     process(ring, python="/nowhere/python").ensure()
     (line,) = said(caplog)
     assert line.startswith("the recorder cannot start; nothing reaches the collector (")
 
 
+@pytest.mark.integration
 def test_recorders_that_all_end_are_told(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:
     one = process(ring)
     for again in range(1, 6):

@@ -23,6 +23,8 @@ from tests.support.repository import ROOT
 from tests.support.rings import make_ring
 from tests.support.torch_jobs import SCRIPTS
 
+pytestmark = pytest.mark.integration
+
 ENDINGS = {
     "ends": ("FINISHED", ""),
     "exit_0": ("FINISHED", ""),

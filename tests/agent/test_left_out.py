@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 SCRIPT = "left_out.py"
 NAMES = [
     "continues_before_backward", "continues_and_only_rank_0_observes", "continues_before_step",

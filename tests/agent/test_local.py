@@ -76,6 +76,7 @@ def test_a_collective_has_succeeded_only_if_it_is_done_and_did_not_fail() -> Non
     assert [_succeeded(future) for future in futures] == [False, False, True]
 
 
+@pytest.mark.integration
 def test_sums_wait_for_nobody_and_a_failed_one_is_never_taken(job: Job) -> None:
     done = job("sums.py")
     assert done.returncode == 0, done.stderr

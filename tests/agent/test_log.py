@@ -11,6 +11,8 @@ import pytest
 
 from foreshock import _log
 
+pytestmark = pytest.mark.integration
+
 SPEAK = """
 from foreshock import _log
 _log.info("run night: http://monitor:9327/run/night")

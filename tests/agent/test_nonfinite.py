@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 NAMES = ["nan_on_rank_1", "inf_on_rank_0", "nan_and_inf", "inf_of_both_signs", "nan_at_the_first_step"]
 NOBODY = -1.0
 BAD = 2

@@ -10,6 +10,8 @@ import pytest
 from foreshock._policies import TRIP_LAG
 from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
+pytestmark = pytest.mark.integration
+
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
     "early_and_high", "budget_spent", "nan_for_good", "skip_and_clip", "own_clip_and_skip", "scaled_and_skipped",

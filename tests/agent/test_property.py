@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.torch_jobs import run_scenarios
+
+pytestmark = pytest.mark.integration
 
 
 def test_random_trainings_are_measured_and_clipped_as_a_reference_in_float64_says(tmp_path: Path) -> None:

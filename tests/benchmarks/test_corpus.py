@@ -101,6 +101,7 @@ def test_a_trace_is_the_same_after_it_was_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.layer_norms, trace.layer_norms)
 
 
+@pytest.mark.integration
 def test_a_case_that_is_recorded_again_is_the_same_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the real probe, recorder and wire; the second time, its ranks have attached unequally often before.
 

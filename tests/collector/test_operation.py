@@ -181,6 +181,7 @@ def collector(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+@pytest.mark.integration
 def test_start_and_stop_are_a_line_each_in_either_form(tmp_path: Path) -> None:
     done = collector(tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
@@ -196,6 +197,7 @@ def test_start_and_stop_are_a_line_each_in_either_form(tmp_path: Path) -> None:
     assert stopped["signal"] == "SIGTERM"
 
 
+@pytest.mark.integration
 def test_a_collector_that_cannot_start_says_so_in_the_form_that_was_asked_for(tmp_path: Path) -> None:
     (tmp_path / "db").write_bytes(b"not a database, but long enough to be looked at as if it were one" * 20)
     done = collector(tmp_path, "--log-format", "json")

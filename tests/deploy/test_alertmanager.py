@@ -22,6 +22,8 @@ from tests.support.alerting import (
     with_receiver,
 )
 
+pytestmark = pytest.mark.integration
+
 EXPLODED = [
     ("ForeshockExplodingGradients", "exploded"),
     ("ForeshockGradientSpike", "exploded"),

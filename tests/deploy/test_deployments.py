@@ -98,6 +98,7 @@ def test_the_image_alone_lets_nobody_in() -> None:
     assert config_from([], environment_of_the_image()).host == "127.0.0.1"
 
 
+@pytest.mark.integration
 def test_prometheus_of_the_containers_is_the_shipped_one_but_for_addresses(tmp_path: Path) -> None:
     shipped = PROMETHEUS_CONFIG.read_text().replace(f"127.0.0.1:{DEFAULT_HTTP_PORT}", f"collector:{DEFAULT_HTTP_PORT}")
     shipped = shipped.replace("127.0.0.1:9093", "alertmanager:9093")
@@ -109,6 +110,7 @@ def test_prometheus_of_the_containers_is_the_shipped_one_but_for_addresses(tmp_p
     assert "rules found" in said("promtool", "check", "config", tmp_path / ours.name)
 
 
+@pytest.mark.integration
 @needs("systemd-analyze")
 def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit = tmp_path / UNIT.name

@@ -17,6 +17,8 @@ from tests.support.alerting import Start, Webhook, faster, start_alertmanager, w
 from tests.support.browser import collector
 from tests.support.streamed_job import Job
 
+pytestmark = pytest.mark.integration
+
 NAME = "night run/7 {<50%+>}"
 """Each of its marks means something else to a URL or to HTML."""
 

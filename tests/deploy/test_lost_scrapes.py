@@ -13,6 +13,8 @@ import yaml
 from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet
 from tests.support.alerting import SEVERITY
 
+pytestmark = pytest.mark.integration
+
 SUITES = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
 LOST = (1, 3, 4)
 """Scrapes that fail after the one that a scenario is looked at: one alone, then two in a row."""

@@ -12,6 +12,8 @@ import pytest
 
 from tests.support.alerting import Start, Webhook, faster, http_server, name_and_run, start_alertmanager, with_receiver
 
+pytestmark = pytest.mark.integration
+
 
 class Collector:
     """Serves the expositions that the test sets: the next one at each scrape, the last one for good."""

@@ -97,12 +97,14 @@ def test_the_alerts_are_these() -> None:
     }
 
 
+@pytest.mark.integration
 def test_promtool_accepts_the_rules_and_the_configuration_that_loads_them() -> None:
     done = promtool("check", "config", PROMETHEUS_CONFIG)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(ALERTS)} rules found" in done.stdout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.name)
 def test_every_alert_does_what_its_scenarios_say(file: Path) -> None:
     done = promtool("test", "rules", file)
@@ -120,6 +122,7 @@ def test_every_alert_has_a_scenario_that_fires_it_and_one_that_does_not() -> Non
     assert quiet == set(NAMES)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("file", SCENARIOS, ids=lambda file: file.name)
 def test_every_single_expectation_fails_once_it_is_turned_round(file: Path, tmp_path: Path) -> None:
     """Shows that no expectation holds by accident of a misspelled name or of a scenario that ends too early."""
@@ -217,6 +220,7 @@ def test_every_rule_reads_back_as_the_alert_that_it_was_written_from() -> None:
         assert {name: text for name, text in rule["annotations"].items() if name != "description"} == texts
 
 
+@pytest.mark.integration
 def test_the_documented_command_points_every_link_to_other_addresses() -> None:
     """Both of them: in a checkout, and where only the wheel is installed."""
     page = (ROOT / "docs/deploy.md").read_text().replace(" \\\n     ", "")

@@ -15,6 +15,8 @@ from foreshock_collector.web.answers import verdict_answer
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.deploy.watched import MEASURED, SILENT_SECONDS, Watched, alerts_of
 
+pytestmark = pytest.mark.integration
+
 NAN, INF = math.nan, math.inf
 Scenario = Callable[[], Watched]
 

@@ -22,6 +22,8 @@ from tests.support.collector_process import Collector
 from tests.support.streams import Stream, hello, steps
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.integration
+
 WORLD = 2
 LAYERS = ("embedding", "head")
 LOOKED_AT = ("gradient_absolute_maximum", "parameter_norm", "update_ratio")

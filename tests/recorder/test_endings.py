@@ -66,6 +66,7 @@ ENDS = [
 ]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("number", "reason", "detail"), ENDS)
 def test_a_ranks_end_is_told_with_its_signal_or_exit_code(
     collector: FakeCollector, recorder: Start, rank: Ranks, number: int | None, reason: int, detail: str
@@ -87,6 +88,7 @@ def test_a_rank_is_not_missed_for_longer_than_a_second() -> None:
     assert POLL_SECONDS + _POLL_SECONDS + _STATUS_SECONDS < 1.0
 
 
+@pytest.mark.integration
 def test_a_rank_whose_parent_was_faster_is_lost_and_nothing_is_made_up(tmp_path: Path, rank: Ranks) -> None:
     victim = rank()
     victim.kill()
@@ -96,6 +98,7 @@ def test_a_rank_whose_parent_was_faster_is_lost_and_nothing_is_made_up(tmp_path:
     one.close()
 
 
+@pytest.mark.integration
 def test_a_parent_that_has_waited_for_its_child_leaves_its_status_to_newer_kernels() -> None:
     def ends(parent_first: bool) -> int | None:
         async def watched() -> int | None:
@@ -117,6 +120,7 @@ def test_a_parent_that_has_waited_for_its_child_leaves_its_status_to_newer_kerne
     assert reaped == signal.SIGKILL or (reaped is None and kernel < (6, 15))
 
 
+@pytest.mark.integration
 def test_how_a_rank_ended_is_known_to_the_next_recorder_too(
     collector: FakeCollector, recorder: Start, rank: Ranks
 ) -> None:
@@ -140,6 +144,7 @@ def problem(rank: RankProcess) -> str:
     return reader._read_text(512)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("stack", "reason"), [(b"", ExitReason.LOST), (b"Current thread\n", ExitReason.INTERRUPTED)])
 def test_a_stack_that_was_left_behind_says_that_sigterm_had_come(
     rank: Ranks, stack: bytes, reason: ExitReason, collector: FakeCollector, recorder: Start
@@ -153,6 +158,7 @@ def test_a_stack_that_was_left_behind_says_that_sigterm_had_come(
     assert not left.exists() and not left.parent.exists()
 
 
+@pytest.mark.integration
 def test_ranks_that_die_with_a_recorder_that_is_told_to_stop_were_interrupted(
     collector: FakeCollector, recorder: Start, rank: Ranks
 ) -> None:
@@ -182,6 +188,7 @@ def test_a_kill_for_lack_of_memory_is_seen_in_either_version_of_control_groups(
     assert endings._oom_kills([account, tmp_path / "absent"]) == 2
 
 
+@pytest.mark.integration
 def test_a_rank_in_a_container_of_its_own_is_not_lost_while_it_lives(
     collector: FakeCollector, recorder: Start, rank: Ranks
 ) -> None:

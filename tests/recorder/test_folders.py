@@ -21,6 +21,7 @@ from tests.support.rings import FIRST, SECOND, log_of, make_ring, step
 from tests.support.waiting import WAIT_SECONDS, until
 
 
+@pytest.mark.integration
 def test_a_ring_of_another_version_is_left_alone_and_logged(
     folder: Path, collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess]
 ) -> None:
@@ -33,6 +34,7 @@ def test_a_ring_of_another_version_is_left_alone_and_logged(
     assert stranger.path.exists() and SECOND not in collector.told
 
 
+@pytest.mark.integration
 def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
     tmp_path: Path, collector: FakeCollector, recorder: Start
 ) -> None:
@@ -50,6 +52,7 @@ def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
     assert not run.exists()
 
 
+@pytest.mark.integration
 def test_a_side_car_without_any_rank_leaves_when_told(folder: Path, recorder: Start) -> None:
     run = folder.parent
     process = recorder("--run", run.name, "--ring-dir", str(run.parent))
@@ -66,11 +69,13 @@ def handles_signals(pid: int) -> bool:
     return bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
+@pytest.mark.integration
 def test_a_recorder_without_ranks_does_not_stay(folder: Path, recorder: Start) -> None:
     assert recorder().wait(WAIT_SECONDS) == 0
     assert not folder.exists()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -122,6 +127,7 @@ def test_a_folder_that_is_released_is_left_to_a_rank_that_has_just_come(folder: 
     assert not folder.exists()
 
 
+@pytest.mark.integration
 def test_a_recorder_leaves_a_launch_to_a_side_car(folder: Path, recorder: Start) -> None:
     held = lock(folder.parent)
     assert held is not None

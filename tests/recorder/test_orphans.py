@@ -60,6 +60,7 @@ async def serve(folder: Path, address: str, *, until: Callable[[], bool], linger
     assert await running == 0
 
 
+@pytest.mark.integration
 def test_what_a_job_left_is_handed_in_by_the_recorder_of_a_later_one(
     rings: Path, collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess], folder: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_a_job_that_starts_again_with_a_corrected_address_hands_in_what_the_wron
     assert collector.told["old"].sequences() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("eager")
 def test_a_job_started_again_is_not_served_by_the_recorder_of_its_last_launch(
     rings: Path, collector: FakeCollector, recorder: Start
@@ -129,6 +131,7 @@ def test_what_nobody_takes_neither_keeps_a_recorder_nor_is_lost(rings: Path, col
     os.close(held)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("eager")
 def test_what_has_a_recorder_or_a_living_rank_is_nobody_elses(rings: Path, collector: FakeCollector) -> None:
     held_folder, living = rings / "night" / "held", rings / "night" / "living"
@@ -217,6 +220,7 @@ def test_orphans_take_no_more_than_a_quarter_of_their_file_system(tmp_path: Path
     assert orphans.max_bytes(tmp_path) == min(512 * 2**20, size / 4)
 
 
+@pytest.mark.integration
 def test_what_lives_is_never_given_up_whatever_its_size_and_age(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,6 +307,7 @@ def test_the_command_hands_in_all_below_a_folder_and_says_so_in_a_line_a_run(
     assert capsys.readouterr().out == f"there is nothing to deliver below {rings}\n"
 
 
+@pytest.mark.integration
 def test_the_command_says_what_is_left_and_why(
     rings: Path, collector: FakeCollector, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +336,7 @@ def test_the_command_says_what_is_left_and_why(
     assert collector.told["away"].sequences() == [1, 2, 3]
 
 
+@pytest.mark.integration
 def test_the_command_starts_without_torch(tmp_path: Path) -> None:
     code = "import sys; from foreshock._cli import main; main(); sys.exit('torch' in sys.modules)"
     done = subprocess.run(

@@ -80,6 +80,7 @@ def monitor(tmp_path: Path) -> Iterator[Collector]:
         assert started.stop() == 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("new_recorder", [False, True])
 def test_a_run_is_running_again_after_20_000_steps_without_its_collector(
     monitor: Collector, recorder: Start, rank: Callable[..., RankProcess], folder: Path, new_recorder: bool

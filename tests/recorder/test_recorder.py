@@ -21,6 +21,8 @@ from tests.support.rank_process import RankProcess, Start
 from tests.support.rings import FIRST, SECOND, log_of, make_ring, step
 from tests.support.waiting import WAIT_SECONDS, until
 
+pytestmark = pytest.mark.integration
+
 # -- a run in peace ----------------------------------------------------------------------------------------------------
 
 

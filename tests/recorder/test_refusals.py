@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from foreshock_recorder.layout import ExitReason
 from tests.support.fake_collector import FakeCollector
 from tests.support.rank_process import Start
 from tests.support.rings import make_ring, step
 from tests.support.waiting import WAIT_SECONDS, until
+
+pytestmark = pytest.mark.integration
 
 FIRST, SECOND = "first-0-abcd", "first-1-abcd"
 WHY = "world_size 3: this launch has reported 2 ranks before"

@@ -135,6 +135,7 @@ def test_a_flipped_bit_is_noticed(ring: Ring, reader: RingReader) -> None:
     assert record(reader, 1).measured is None
 
 
+@pytest.mark.integration
 def test_no_torn_record_is_ever_accepted(tmp_path: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", SCRIBBLER, str(tmp_path / "run")], cwd=ROOT)
     try:
@@ -276,6 +277,7 @@ def test_the_environment_says_where_rings_lie(monkeypatch: pytest.MonkeyPatch) -
     assert run_folder("night").parent.name == f"foreshock-{os.getuid()}"
 
 
+@pytest.mark.integration
 def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from tests.support.rings import make_ring;"
     code += "ring = make_ring(Path(sys.argv[1]));"
@@ -293,6 +295,7 @@ def test_a_rank_is_alive_until_it_dies_even_unburied(tmp_path: Path) -> None:
         assert start_ticks(child.pid) is None and not reader.alive
 
 
+@pytest.mark.integration
 def test_a_rank_is_dead_though_a_child_of_it_lives_on(tmp_path: Path) -> None:
     code = """
 import os, signal, sys
@@ -321,6 +324,7 @@ signal.pause()
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.integration
 def test_a_rank_does_not_die_with_a_child_of_it(ring: Ring, reader: RingReader) -> None:
     child = os.fork()
     if child == 0:

@@ -16,6 +16,7 @@ from foreshock_collector.server import Server
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.columns import WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
+from tests.support.waiting import WAIT_SECONDS
 
 
 def hello(run: str = "r", **changes: Any) -> pb.FromRecorder:
@@ -83,7 +84,7 @@ class Stream:
 
 
 def serving(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, WAIT_SECONDS))
 
 
 def config(tmp_path: Path, **changes: Any) -> Config:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tests.support.forked_jobs import forking
 from tests.support.repository import ROOT
+from tests.support.waiting import PATIENCE
 
 SCRIPTS = ROOT / "tests/agent/scenarios"
 ARITHMETIC = ["host", "device"]
@@ -21,7 +22,7 @@ ARITHMETIC = ["host", "device"]
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-JOB_SECONDS = 150.0
+JOB_SECONDS = 150.0 * PATIENCE
 
 
 def run_job(

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
-WAIT_SECONDS = 60.0
-DEADLINE = 90.0
+
+def _patience() -> float:
+    """How many times as long as on a quiet machine of our own things may take here: by a sum, timed, and by how many
+    tests share a core. TEST_PATIENCE sets it."""
+    if text := os.environ.get("TEST_PATIENCE"):
+        return float(text)
+    began = time.perf_counter()
+    sum(number * number for number in range(500_000))
+    slowness = (time.perf_counter() - began) / QUIET_SECONDS
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    return max(1.0, slowness) * max(1.0, workers / len(os.sched_getaffinity(0)))
+
+
+QUIET_SECONDS = 0.03
+"""For that sum."""
+PATIENCE = _patience()
+WAIT_SECONDS = 60.0 * PATIENCE
+"""For anything that a test waits for: long enough for the slowest, since only a test that hangs gets so far."""
 
 
 def eventually(ask: Callable[[], Any], wanted: str) -> Any:
     """Ask until the answer is true; what it was."""
-    deadline = time.monotonic() + DEADLINE
+    deadline = time.monotonic() + WAIT_SECONDS
     while not (answer := ask()):
         assert time.monotonic() < deadline, f"never came: {wanted}"
         time.sleep(0.05)

@@ -180,6 +180,7 @@ def on_a_terminal(arguments: list[str], *, columns: int) -> list[str]:
     return re.sub(r"\x1b\[[0-9;]*m", "", text.decode()).splitlines()
 
 
+@pytest.mark.integration
 def test_long_names_fold_on_a_terminal_and_stay_whole_in_a_pipe(tmp_path: Path) -> None:
     async def test() -> None:
         async with Server(config(tmp_path)) as server:

@@ -12,6 +12,7 @@ from foreshock_collector.config import misspelled_variables
 from tests.support.commands import FORESHOCK
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -32,6 +33,7 @@ def test_a_wrong_call_gets_one_line_and_exit_code_2(arguments: list[str], says: 
     assert says in result.stderr
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -53,6 +55,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str)
     assert says in result.stderr
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("setting", "value", "says"),
     [

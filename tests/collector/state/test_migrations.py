@@ -189,6 +189,7 @@ def test_a_run_that_could_not_be_read_before_is_set_aside_and_costs_no_other(
     assert runs.errors.nonzero() == {"load": 2}
 
 
+@pytest.mark.integration
 def test_an_upgrade_that_is_killed_leaves_the_database_as_it_was(path: Path) -> None:
     before = contents(path)
     killed = """

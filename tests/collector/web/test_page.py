@@ -16,6 +16,8 @@ from selenium.webdriver.common.keys import Keys
 from tests.support.browser import Browser, collector
 from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 
+pytestmark = pytest.mark.integration
+
 Jobs = Callable[..., Job]
 
 
