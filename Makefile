@@ -15,7 +15,7 @@ PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_proto
 GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 # Tests wait for processes about half of the time: one worker more than there are cores keeps the cores busy.
 WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # $(call apt-install,what for,packages)
 define apt-install

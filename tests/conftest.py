@@ -37,16 +37,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests go first, and fill the gaps last: so workers end together. A file is one worker's, for its fixtures'
-    sake, except end to end, where each test takes seconds by itself."""
+    """Long tests go first and short ones fill the gaps, so that workers end together."""
     for item in items:
         if item.path.parent.name == "end_to_end":
             item.add_marker(pytest.mark.integration)
-        else:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         if not item.get_closest_marker("integration"):
             item.add_marker(pytest.mark.unit)
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file is one worker's, for its fixtures' sake; each test of end_to_end goes where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc, unused-ignore]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return nodeid if "end_to_end/" in file else file
+
+    return Scheduling(config, log)
 
 
 @pytest.hookimpl(wrapper=True)
