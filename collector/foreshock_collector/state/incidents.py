@@ -90,9 +90,10 @@ class Incidents:
         return incident.number
 
     def add_window(self, number: int, window: Window) -> None:
-        """Have the records before an incident stored with it."""
-        self.unsaved[number] = next(incident for incident in self.kept if incident.number == number)
-        self.unsaved_windows[number] = window
+        """Have the records before an incident stored with it, unless it is too old to be kept in memory."""
+        incident = self._numbered(number)
+        if incident is not None:
+            self.unsaved[number], self.unsaved_windows[number] = incident, window
 
     def extend(self, attempt: Attempt, key: str, step: int, now: float) -> None:
         """Count one more bad step."""
@@ -134,6 +135,9 @@ class Incidents:
 
     def _find(self, attempt: Attempt, key: str) -> Incident | None:
         number = attempt.incidents.get(key)
+        return None if number is None else self._numbered(number)
+
+    def _numbered(self, number: int) -> Incident | None:
         return next((incident for incident in self.kept if incident.number == number), None)
 
     def _put(self, incident: Incident) -> None:

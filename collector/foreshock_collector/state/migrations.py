@@ -6,15 +6,12 @@ A step knows the layouts that it leads from and to by itself, and nothing of tod
 from __future__ import annotations
 
 import json
-import logging
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-
-logger = logging.getLogger(__name__)
 
 
 class MigrationError(ValueError):
@@ -38,7 +35,7 @@ def back_up(database: sqlite3.Connection, path: Path | str, schema: int) -> Path
     return target
 
 
-def migrate(database: sqlite3.Connection, schema: int, name: str, backup: Path | None = None) -> None:
+def migrate(database: sqlite3.Connection, schema: int) -> None:
     """Upgrade a database from this schema to the newest, or leave it as it is. Raises `MigrationError`."""
     database.execute("BEGIN IMMEDIATE")
     try:
@@ -50,8 +47,6 @@ def migrate(database: sqlite3.Connection, schema: int, name: str, backup: Path |
         if database.in_transaction:
             database.execute("ROLLBACK")
         raise MigrationError(f"upgrading it from schema {schema} to {SCHEMA} failed: {error}") from error
-    if backup is not None:
-        logger.info("%s is upgraded from schema %d to %d; it is kept as it was in %s", name, schema, SCHEMA, backup)
 
 
 # -- 3 to 4: state as MessagePack, was JSON ------------------------------------------------------------------------

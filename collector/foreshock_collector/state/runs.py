@@ -160,6 +160,7 @@ class Run:
             for instance in each.instances.values():
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
+                    self.unsaved.instances[instance.name] = instance
             if each.over and not each.departures_pending:
                 self.incidents.close_all(each, now, keep_open=_KEPT_OPEN)
             if not newest and each.idle and now - each.last_report() > _SUPERSEDED_SECONDS:

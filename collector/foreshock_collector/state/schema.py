@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import uuid
 from dataclasses import fields
@@ -9,6 +10,8 @@ from pathlib import Path
 
 from foreshock_collector.records.steps import Step
 from foreshock_collector.state.migrations import OLDEST, SCHEMA, MigrationError, back_up, migrate
+
+logger = logging.getLogger(__name__)
 
 _APPLICATION = 0x464F5245  # "FORE"
 STEP_COLUMNS = tuple(field.name for field in fields(Step))
@@ -49,7 +52,10 @@ def open_database(path: Path | str) -> sqlite3.Connection:
         elif (schema := _schema(database, path)) < SCHEMA:
             # What goes wrong on the way leaves the file as it was.
             backup = back_up(database, path, schema)
-            migrate(database, schema, f"database {path}", backup)
+            migrate(database, schema)
+            facts = {"database": str(path), "from": schema, "to": SCHEMA, "backup": str(backup)}
+            text = "upgraded database %(database)s from schema %(from)d to %(to)d; %(backup)s is a copy of the old one"
+            logger.info(text, facts)
         database.execute("PRAGMA synchronous=NORMAL")
     except (sqlite3.Error, MigrationError) as error:
         database.close()
@@ -73,7 +79,7 @@ def open_read_only(path: Path) -> sqlite3.Connection:
         copy = sqlite3.connect("", isolation_level=None)
         try:
             database.backup(copy)
-            migrate(copy, schema, f"a copy of {path}")
+            migrate(copy, schema)
         except BaseException:
             copy.close()
             raise

@@ -52,6 +52,20 @@ def test_a_rank_that_tells_late_what_it_did_changes_the_verdict() -> None:
     store.close()
 
 
+def test_a_late_record_of_a_failure_behind_too_many_incidents_changes_nothing() -> None:
+    job = Job(ranks=2)
+    job.train(60)
+    job.tell(0, [NAN], loss=[2.0])
+    job.settle(5.0)
+    assert job.causes(only_open=True) == ["nonfinite_gradient"]
+    job.run.incidents.kept.clear()
+    job.tell(1, [NAN], loss=[2.0], local_nan_parameters=[3.0])
+    job.settle(1.0)
+    assert not job.run.errors.nonzero()
+    assert job.causes() == []
+    assert job.run.newest.detector.failing
+
+
 def test_ranks_that_see_the_same_data_are_named_once_until_they_no_longer_do() -> None:
     job = Job(ranks=4)
     job.train(100)

@@ -17,6 +17,7 @@ from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.commands.cli import status
 from foreshock_collector.ingest.intake import Intake
+from foreshock_collector.ingest.session import Session
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.server import Server
 from foreshock_collector.state.attempts import Attempt
@@ -29,7 +30,7 @@ from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
 from foreshock_collector.web import exposition
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from tests.support.streams import Stream, config, families, hello, serving, steps, value
+from tests.support.streams import Stream, config, families, goodbye, hello, serving, steps, value
 
 
 @pytest.fixture
@@ -193,6 +194,28 @@ def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
     serving(test())
     with sqlite3.connect(tmp_path / "db") as database:
         assert database.execute("SELECT count(*) FROM rank_window WHERE run='broken'").fetchone() == (1,)
+
+
+def test_an_exit_is_stored_though_records_of_another_rank_cannot_be_taken_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, store = Session(), Store(tmp_path / "db")
+    intake = Intake(Runs(), store, lambda: 1000.0, ended_seconds=900.0, silent=900.0)
+    for rank in range(2):
+        intake.apply(hello(instance=f"r-{rank}", topology=pb.Topology(rank=rank, world_size=2)), session)
+        intake.apply(steps(1, [1.0], instance=f"r-{rank}"), session)
+    intake.commit()
+    intake.apply(goodbye(1), session)
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "write", failing(Attempt.write, for_run=lambda *_: True))
+        intake.apply(steps(2, [1.0], instance="r-1"), session)
+    intake.commit()
+    assert [(each.instance, each.closed) for each in intake.positions(session)] == [("r-0", True), ("r-1", False)]
+    store.close()
+    store = Store(tmp_path / "db")
+    (run,) = store.load(1000.0)
+    assert {rank: instance.closed for rank, instance in run.newest.instances.items()} == {0: "FINISHED", 1: ""}
+    store.close()
 
 
 def test_a_state_that_cannot_be_stored_keeps_no_record_from_being_stored(

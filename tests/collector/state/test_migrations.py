@@ -136,13 +136,15 @@ def test_an_upgraded_database_has_the_layout_of_a_new_one(path: Path, tmp_path: 
 
 def test_an_upgrade_keeps_a_backup_and_says_where(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = contents(path)
-    with caplog.at_level("INFO", "foreshock_collector.state.migrations"):
+    with caplog.at_level("INFO", "foreshock_collector.state.schema"):
         Store(path).close()
         Store(path).close()
     (record,) = caplog.records
+    backup = f"{path}.schema-3"
     assert record.getMessage() == (
-        f"database {path} is upgraded from schema 3 to {migrations.SCHEMA}; it is kept as it was in {path}.schema-3"
+        f"upgraded database {path} from schema 3 to {migrations.SCHEMA}; {backup} is a copy of the old one"
     )
+    assert record.args == {"database": str(path), "from": 3, "to": migrations.SCHEMA, "backup": backup}
     caplog.clear()
     assert contents(tmp_path / "db.schema-3") == before
     assert contents(path) != before
