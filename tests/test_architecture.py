@@ -253,5 +253,10 @@ def test_every_dependency_is_pinned_for_development_within_its_range() -> None:
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text
 
 
-def test_the_changelog_tells_of_this_version() -> None:
-    assert f"## [{foreshock.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_changelog_describes_this_version_or_what_is_not_released_yet() -> None:
+    sections = re.findall(
+        r"^## \[(.+?)\](.*?)(?=^## |\Z)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    described = {title for title, text in sections if re.search(r"^- ", text, re.MULTILINE)}
+    assert described & {foreshock.__version__, "Unreleased"}
+    assert [title for title, _ in sections].count("Unreleased") <= 1

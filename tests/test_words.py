@@ -12,7 +12,7 @@ import pytest
 from tests.support.documents import Document, repository_documents
 from tests.support.repository import ROOT
 
-CODE = ("collector/foreshock_collector", "agent/foreshock_recorder", "grafana")
+CODE = ("collector/foreshock_collector", "agent/foreshock_recorder", "grafana", "protos/foreshock_protos")
 TEXT = (*CODE, "agent/foreshock")
 STATIC = "collector/foreshock_collector/web/static"
 OLD_NAMES = {

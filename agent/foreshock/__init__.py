@@ -1,4 +1,4 @@
-"""Foreshock: know that a training run is about to die, why, and which rank and layer did it.
+"""Foreshock: warns before a training run dies, and names the cause, the rank and the layer.
 
     watch = foreshock.attach(model, optimizer, clip=1.0)
 

@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     if held is None:
         return 0
     _log_to(folder / LOG_NAME)
-    logger.info("for %s, to %s", folder, options.collector)
+    logger.info("serving %s, delivering to %s", folder, options.collector)
     base = folder.parent if side_car else folder.parent.parent
     try:
         _limit_orphans(base)
@@ -70,12 +70,12 @@ def _limit_orphans(base: Path) -> None:
             logger.info("%s", line)
     except Exception:
         # The recorder's own ranks come first.
-        logger.exception("orphans cannot be kept within limits")
+        logger.exception("cannot enforce the limits on orphans")
 
 
 async def _run(folder: Path, held: int, options: argparse.Namespace) -> int:
     # What gRPC logs also comes as an error, and is in our log. gRPC reads this when it is loaded, which takes a while:
-    # not before we know that no other recorder is there.
+    # only once we know that no other recorder is running.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from foreshock_recorder.recorder import Recorder
 
@@ -96,13 +96,17 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--collector", type=_address, default="", metavar="HOST:PORT", help="default: this machine, default port"
     )
     parser.add_argument(
-        "--linger", type=_seconds, default=30.0, metavar="SECONDS", help="go on trying after the last rank; default: 30"
+        "--linger",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long to keep trying after the last rank; default: 30",
     )
     options = parser.parse_args(arguments)
     if options.run == "":
-        parser.error("argument --run: a run has a name")
+        parser.error("argument --run: must not be empty")
     if options.ring_dir and options.run is None:
-        parser.error("argument --ring-dir: only with --run")
+        parser.error("argument --ring-dir: requires --run")
     return options
 
 

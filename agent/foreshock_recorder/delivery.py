@@ -25,8 +25,8 @@ _RETRY_CAP_SECONDS = 30.0
 class Delivery:
     """Sends all that the rings of a folder hold to a collector, and removes what it has stored. Needs a running loop.
 
-    held: the folder's lock. collector: host:port. linger: seconds to go on without progress after the last rank has
-    exited. empty: seconds to look for another rank after everything is stored.
+    held: the folder's lock. collector: host:port. linger: seconds to keep trying without progress after the last
+    rank has exited. empty: seconds to look for another rank after everything is stored.
     """
 
     def __init__(self, folder: Path, held: int, *, collector: str, linger: float, empty: float) -> None:

@@ -20,9 +20,9 @@ _LINGER_SECONDS = 10.0
 _PROGRESS_SECONDS = 2.0
 _CONCURRENT = 8
 _EPILOG = """
-Jobs that end while their collector is away leave their records in shared memory, for a day at most. A later job's
+Jobs that end while their collector is down leave their records in shared memory, for a day at most. A later job's
 recorder on this machine delivers them; so does this command, at once. Exit code: 0 if everything is delivered, 1 if
-something is left.
+something is left, 2 for wrong usage.
 """
 
 
@@ -48,8 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="foreshock recorder", description="Deliver the records that jobs have left.", epilog=_EPILOG
     )
-    parser.add_argument("--dir", type=Path, default=None, help="where rings lie; default: where ranks put them")
-    parser.add_argument("--collector", metavar="HOST:PORT", help="default: the one that each job was given")
+    parser.add_argument(
+        "--dir", metavar="FOLDER", type=Path, help="folder to search for rings; default: where ranks put them"
+    )
+    parser.add_argument("--collector", metavar="HOST:PORT", help="default: the address that each job was given")
     options = parser.parse_args(arguments)
     try:
         collector = None if options.collector is None else address_of(options.collector)
@@ -62,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     if launches:
         asyncio.run(_deliver(launches, collector, results))
     else:
-        sys.stdout.write(f"there is nothing to deliver below {base}\n")
+        sys.stdout.write(f"nothing to deliver below {base}\n")
     for name, result in sorted(results.items()):
         sys.stdout.write(result.line(name) + "\n")
     return int(any(result.failures for result in results.values()))
@@ -85,7 +87,7 @@ async def _deliver_one(launch: Contents, collector: str, result: _Result) -> Non
     result.records += launch.unacknowledged
     held = None if launch.alive else lock(launch.folder, patience=0.0)
     if held is None:
-        result.failures.append("its ranks still run" if launch.alive else "a recorder is at work on it")
+        result.failures.append("its ranks are still running" if launch.alive else "another recorder is delivering them")
         return
     delivery = Delivery(launch.folder, held, collector=collector, linger=_LINGER_SECONDS, empty=0.0)
     try:

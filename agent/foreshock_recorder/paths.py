@@ -67,7 +67,7 @@ def make_private(folder: Path) -> None:
     """Make a launch's folder, and the folders above it, for this user only.
 
     Raises `OSError` if that fails, or if one of the folders that belong to the user alone is a link or is owned by
-    somebody else.
+    another user.
     """
     _make(folder)
     ours = [folder, folder.parent, *(each for each in folder.parents[1:2] if each.name == _user_folder())]

@@ -28,7 +28,7 @@ _STATUS_SECONDS = 0.5
 
 
 class Rank:
-    """Follows one rank's ring. Times are monotonic seconds. Raises `ValueError` for a file that is no ring of ours."""
+    """Follows one rank's ring. Times are monotonic seconds. Raises `ValueError` for a file that is no valid ring."""
 
     def __init__(self, path: Path) -> None:
         self.reader = RingReader(path)
@@ -36,7 +36,7 @@ class Rank:
             self._hello = hello(self.reader.identity, self.reader.pid)
         except (KeyError, TypeError, ValueError) as error:
             self.reader.close()
-            raise ValueError(f"{path} does not say whose it is: {error!r}") from error
+            raise ValueError(f"{path} has no valid identity: {error!r}") from error
         identity = self._hello.hello
         self.instance = identity.instance
         self.run = identity.run

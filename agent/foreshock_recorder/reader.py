@@ -75,14 +75,14 @@ class Record:
 
 
 class RingReader(RingFile):
-    """The reading side. Raises `ValueError` for a file that is no ring of this layout."""
+    """The reading side. Raises `ValueError` for a file that is not a ring of this layout."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
         memory = mmap.mmap(self._descriptor, 0)
         if len(memory) < JSON_OFFSET:
-            raise ValueError(f"{path} is no ring: it is shorter than a header")
+            raise ValueError(f"{path} is not a ring: it is shorter than a header")
         magic, version, columns, slot_bytes, slots, layers, text, pid, started = FACTS.unpack_from(memory, 0)
         if (magic, version, columns) != (MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM):
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")

@@ -27,7 +27,7 @@ _MAX_ADOPTED = 4
 class Recorder:
     """Serves `folder`, whose lock is `held`. As a side-car, with the name of a run, it serves the launches below it.
 
-    collector: host:port. linger: seconds to go on trying after the last rank has exited.
+    collector: host:port. linger: seconds to keep trying after the last rank has exited.
     """
 
     def __init__(self, folder: Path, held: int, *, collector: str, linger: float, run: str = "") -> None:
@@ -105,7 +105,7 @@ class Recorder:
             self._adopt_orphans(now)
         except Exception:
             # Whatever is wrong with orphans, the recorder's own ranks are served.
-            logger.exception("orphans cannot be delivered")
+            logger.exception("cannot deliver orphans")
 
     def _adopt_orphans(self, now: float) -> None:
         mine = {delivery.folder for delivery in (*self._own, *self._adopted)}
@@ -119,7 +119,7 @@ class Recorder:
             if held is not None:
                 # For the same run, the address may have been corrected since.
                 address = self._collector if found.run in self._runs else address_of(found.collector)
-                logger.info("delivers what run %s has left in %s, to %s", found.run, found.folder, address)
+                logger.info("delivering the records of run %s in %s to %s", found.run, found.folder, address)
                 self._adopted.append(self._delivery(found.folder, held, address, empty=0.0))
 
     def _poll_adopted(self, delivery: Delivery, now: float) -> bool:
@@ -127,7 +127,7 @@ class Recorder:
             over = delivery.poll(now)
         except Exception:
             # As above; its rings stay, and are tried again later.
-            logger.exception("%s cannot be delivered", delivery.folder)
+            logger.exception("cannot deliver %s", delivery.folder)
             return True
         if over and delivery.unacknowledged:
             logger.info("%d records stay in %s (%s)", delivery.unacknowledged, delivery.folder, delivery.problem)

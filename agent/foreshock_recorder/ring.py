@@ -58,7 +58,7 @@ class Ring(RingFile):
 
     @classmethod
     def create(cls, path: Path, identity: dict[str, Any], *, layers: int, slot_count: int | None = None) -> Ring:
-        """Make the file of one rank, complete with its header before anybody can find it.
+        """Make the file of one rank, with a complete header before another process can find it.
 
         `identity` is what `Hello` needs, as JSON. Raises `OSError` where the folder has no room.
         """

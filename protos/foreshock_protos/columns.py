@@ -28,7 +28,7 @@ class Part(Enum):
 
 
 class Nonfinite(Enum):
-    """How a column shows that something in its record is NaN or Inf."""
+    """Says how a column shows that something in its record is NaN or Inf."""
 
     VALUE = "value"
     """The value itself is NaN or Inf."""

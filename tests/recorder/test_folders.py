@@ -41,7 +41,7 @@ def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
     base = tmp_path / "elsewhere"
     process = recorder("--run", "night/1", "--ring-dir", str(base))
     run = run_folder("night/1", str(base))
-    until(lambda: "for " in log_of(run))
+    until(lambda: "serving " in log_of(run))
     folder = ring_folder("night/1", "first", str(base))
     ring = make_ring(folder)
     assert has_recorder(folder)
@@ -56,7 +56,7 @@ def test_a_side_car_waits_for_its_first_rank_and_leaves_after_the_last(
 def test_a_side_car_without_any_rank_leaves_when_told(folder: Path, recorder: Start) -> None:
     run = folder.parent
     process = recorder("--run", run.name, "--ring-dir", str(run.parent))
-    until(lambda: "for " in log_of(run))
+    until(lambda: "serving " in log_of(run))
     until(lambda: handles_signals(process.pid))
     process.send_signal(signal.SIGTERM)
     assert process.wait(WAIT_SECONDS) == 0
@@ -81,8 +81,8 @@ def test_a_recorder_without_ranks_does_not_stay(folder: Path, recorder: Start) -
     [
         ([], "one of the arguments --folder --run is required"),
         (["--folder", "x", "--run", "y"], "not allowed with"),
-        (["--folder", "x", "--ring-dir", "y"], "argument --ring-dir: only with --run"),
-        (["--run", ""], "a run has a name"),
+        (["--folder", "x", "--ring-dir", "y"], "argument --ring-dir: requires --run"),
+        (["--run", ""], "argument --run: must not be empty"),
         (["--folder", "x", "--collector", "monitor"], "'monitor' is not host:port"),
         (["--folder", "x", "--linger", "-1"], "'-1' is not a number of seconds"),
         (["--folder", "x", "--linger", "soon"], "soon"),

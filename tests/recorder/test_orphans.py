@@ -1,4 +1,4 @@
-"""A job ends while its collector is away: its records are kept, handed in by whoever comes, or counted as given up."""
+"""A job ends while its collector is down: its records are kept, delivered later, or counted as given up."""
 
 from __future__ import annotations
 
@@ -304,7 +304,7 @@ def test_the_command_hands_in_all_below_a_folder_and_says_so_in_a_line_a_run(
     assert collector.told["three"].sequences() == list(range(1, 1201))
     assert not list(rings.rglob("*.ring"))
     assert hand_in.main(["--dir", str(rings)]) == 0
-    assert capsys.readouterr().out == f"there is nothing to deliver below {rings}\n"
+    assert capsys.readouterr().out == f"nothing to deliver below {rings}\n"
 
 
 @pytest.mark.integration
@@ -322,9 +322,9 @@ def test_the_command_says_what_is_left_and_why(
     leave(rings / "d" / "refused", 3, instance="refused", collector=collector.address)
     assert hand_in.main(["--dir", str(rings)]) == 1
     a, b, c, d = capsys.readouterr().out.splitlines()
-    assert a == "run a: 0 of 0 records delivered; its ranks still run"
+    assert a == "run a: 0 of 0 records delivered; its ranks are still running"
     assert b.startswith(f"run b: 0 of 3 records delivered; 3 are left ({gone}: ")
-    assert c == "run c: 0 of 3 records delivered; a recorder is at work on it"
+    assert c == "run c: 0 of 3 records delivered; another recorder is delivering them"
     assert (
         d
         == f"run d: 0 of 3 records delivered; 3 are left ({collector.address}: refused: {collector.refused['refused']})"
@@ -343,7 +343,7 @@ def test_the_command_starts_without_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "recorder", "--dir", str(tmp_path)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"there is nothing to deliver below {tmp_path}\n"
+    assert done.stdout == f"nothing to deliver below {tmp_path}\n"
 
 
 @pytest.mark.parametrize(("arguments", "says"), [(["--collector", "monitor"], "'monitor' is not host:port")])

@@ -347,5 +347,5 @@ def test_drops_counted_at_the_very_end_still_go_out(ring: Ring) -> None:
 def test_an_identity_that_is_none_is_refused(tmp_path: Path) -> None:
     for name, said in {"empty": {}, "wrong": identity(node=7), "odd": identity(model={"color": 1})}.items():
         ring = Ring.create(tmp_path / f"{name}.ring", said, layers=0)
-        with pytest.raises(ValueError, match="does not say whose it is"):
+        with pytest.raises(ValueError, match="has no valid identity"):
             Rank(ring.path)

@@ -21,10 +21,10 @@ _BEFORE, _AFTER = 96, 16
 
 def main(arguments: list[str]) -> int:
     """Write the report. Return 2 if the run or file does not exist or cannot be read."""
-    parser = Parser(prog="foreshock report", description="A run or a recorded log as one self-contained page.")
+    parser = Parser(prog="foreshock report", description="Write a run or a recorded log as one self-contained page.")
     parser.add_argument("source", metavar="RUN|FILE", help="a file if there is one of this name, else a run")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to write it; default: standard output")
-    parser.add_argument("--markdown", action="store_true", help="text for an issue tracker, without charts")
+    parser.add_argument("--markdown", action="store_true", help="write text for an issue tracker, without charts")
     add_url(parser)
     try:
         options = parser.parse_args(arguments)
