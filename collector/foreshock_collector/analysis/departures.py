@@ -166,9 +166,11 @@ def verdict_on_silence(
 
 
 def _variant(first: Departure) -> str:
+    out_of_memory = _OUT_OF_MEMORY.search(first.detail) is not None
     if first.lost_peer:
-        return "lost peer"
-    if _OUT_OF_MEMORY.search(first.detail):
+        # NCCL's own errors look like a lost peer, also those of a full device.
+        return "lost peer, out of memory" if out_of_memory else "lost peer"
+    if out_of_memory:
         return "out of memory"
     return "exception" if first.reason == "EXCEPTION" else ""
 

@@ -61,6 +61,12 @@ _EXCEPTION_ADVICE = (
     "if it is about data, run the batch of that step alone",
     _RESTART,
 )
+_OUT_OF_MEMORY_ADVICE = (
+    "look for a batch longer than the rest, and for what grows with every step, such as kept losses",
+    "a smaller batch, or activation checkpointing",
+    _RESTART,
+)
+_PEER_FAILED_FIRST = ("another rank, its machine or the network failed first",)
 _EXPLODED_SUMMARY = (
     "Gradients exploded: from step {onset} the norm climbed from about {usual:.3g} to {peak:.3g}, and {lead} later, at "
     "step {step}, it was no longer finite."
@@ -317,18 +323,16 @@ VERDICT_TABLE: dict[Cause, Entry] = {
             "lost peer": Wording(
                 summary=_DIED_SUMMARY,
                 advice=_EXCEPTION_ADVICE,
-                alternatives=("another rank, its machine or the network failed first",),
+                alternatives=_PEER_FAILED_FIRST,
                 confidence=0.5,
             ),
-            "out of memory": Wording(
+            "lost peer, out of memory": Wording(
                 summary=_DIED_SUMMARY,
-                advice=(
-                    "look for a batch longer than the rest, and for what grows with every step, such as kept losses",
-                    "a smaller batch, or activation checkpointing",
-                    _RESTART,
-                ),
-                confidence=0.95,
+                advice=_OUT_OF_MEMORY_ADVICE,
+                alternatives=_PEER_FAILED_FIRST,
+                confidence=0.5,
             ),
+            "out of memory": Wording(summary=_DIED_SUMMARY, advice=_OUT_OF_MEMORY_ADVICE, confidence=0.95),
         },
     ),
 }

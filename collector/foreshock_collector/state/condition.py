@@ -1,4 +1,4 @@
-"""The condition of a run: the worst that is true of it."""
+"""The condition of a run: the worst that applies."""
 
 from __future__ import annotations
 

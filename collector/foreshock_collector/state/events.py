@@ -67,7 +67,7 @@ class Events:
         self.kept.extend(events)
 
     def mark_stored(self) -> None:
-        """All of it is committed."""
+        """Note that every event is committed."""
         self.unsaved = []
 
     def detected(self, attempt: int, *, upto: int) -> list[Event]:

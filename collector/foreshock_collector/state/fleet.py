@@ -16,14 +16,13 @@ class Runs:
     """Finds every run by name or by instance. rules_of: returns the rules of a run by its name."""
 
     def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
-        """rules_of: the rules of a run, by its name."""
         self.rules_of = rules_of
         self.errors = collector_errors()
         """Internal errors that no single run caused."""
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
         self._launches: dict[tuple[str, str], Run] = {}
-        """By the name that was asked for, and the launch."""
+        """By requested name and launch."""
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
@@ -45,7 +44,7 @@ class Runs:
                 self._instances[instance.name] = (run, instance)
 
     def register(self, hello: pb.Hello, now: float) -> Instance:
-        """Find or make an instance and its run. Raises `ContradictionError`."""
+        """Return the instance of a hello; create it, and its run, if they are new. Raises `ContradictionError`."""
         known = self._instances.get(hello.instance)
         if known is not None:
             run, instance = known
@@ -63,10 +62,10 @@ class Runs:
         return instance
 
     def _run_of(self, hello: pb.Hello, now: float) -> Run:
-        """The run of a launch; decided at its first hello, for all its ranks.
+        """Return the run of a launch, which its first hello decides for all its ranks.
 
-        A launch is the next attempt of the run whose name it asks for. Where a living one has that name, or another
-        experiment, it becomes a run of its own: name-2, name-3 and so on.
+        A launch is the next attempt of the run whose name it asks for. If that run still has live ranks, or belongs to
+        another experiment, the launch becomes a separate run: name-2, name-3 and so on.
         """
         run = self._launches.get((hello.run, hello.launch_id))
         if run is not None:
@@ -83,8 +82,8 @@ class Runs:
             if run.experiment != hello.experiment:
                 continue
             if number > 1 and run.attempts[0].hello.run != hello.run:
-                continue  # called so on purpose: it has nothing to do with this one
-            # What a rank that has gone left behind does not run beside anything.
+                continue  # a launch asked for this very name: it is unrelated
+            # Records that are handed in after the rank exited compete with no live run.
             if hello.exited or not run.has_live_ranks(now):
                 return run
         raise AssertionError

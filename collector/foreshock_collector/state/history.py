@@ -26,7 +26,7 @@ class History:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a file that is only read; of an older schema, a copy that is upgraded. Raises `StoreError`."""
+        """Open a file for reading; see `open_read_only`. Raises `StoreError`."""
         return cls(open_read_only(path))
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class History:
 
 
 def number_of(column: Any) -> Any:
-    """A value of a step's column: SQLite has no NaN, so that is a text there."""
+    """Return the value of a step's column. NaN and Inf are stored as text: SQLite has no NaN."""
     return float(column) if column in ("nan", "inf") else column
 
 

@@ -34,7 +34,7 @@ class Incident:
     opened_seconds: float
     """Unix time."""
     updated_seconds: float
-    """Unix time of its last change but for being closed."""
+    """Unix time of its last change, closing aside."""
     closed_seconds: float | None = None
     """Unix time; None while it is open."""
     bad_steps: int = 1
@@ -101,7 +101,7 @@ class Incidents:
             self._put(replace(incident, updated_seconds=now, bad_steps=incident.bad_steps + 1, last_bad_step=step))
 
     def reevaluate(self, attempt: Attempt, key: str, verdict: Verdict, now: float) -> None:
-        """Replace the verdict, where it differs: more is known by now. A changed cause counts once more, as the new."""
+        """Replace the verdict if it differs now that more is known. A changed cause is counted as a new one."""
         incident = self._find(attempt, key)
         if incident is None or incident.verdict == verdict:
             return
@@ -125,12 +125,12 @@ class Incidents:
         attempt.incidents.pop(key, None)
 
     def close_all(self, attempt: Attempt, now: float, *, keep_open: tuple[str, ...] = ()) -> None:
-        """Close the attempt's incidents but for those of these keys."""
+        """Close the attempt's incidents except those with these keys."""
         for key in [key for key in attempt.incidents if key not in keep_open]:
             self.close(attempt, key, now)
 
     def mark_stored(self) -> None:
-        """All of it is committed."""
+        """Note that every change is committed."""
         self.unsaved, self.unsaved_windows = {}, {}
 
     def _find(self, attempt: Attempt, key: str) -> Incident | None:

@@ -104,7 +104,7 @@ class Instance(InstanceState):
         return self.closed in ("", *CLEAN_EXITS)
 
     def mark_stored(self) -> None:
-        """All of it is committed."""
+        """Note that its newest record and its exit are committed."""
         self.stored, self.closed_stored = self.position, bool(self.closed)
 
     def update(self, records: Records) -> None:

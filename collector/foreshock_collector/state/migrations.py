@@ -1,6 +1,6 @@
 """Upgrades of the database, from each schema to the next: in one transaction, after a backup copy.
 
-A step knows the layouts that it leads from and to by itself, and nothing of today's classes: those change again.
+A step spells out the layouts that it converts, and uses none of the collector's classes, because those will change.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _json_to_messagepack(database: sqlite3.Connection) -> None:
 
 
 def _converted(convert: Callable[[dict[str, Any]], dict[str, Any]], text: str) -> bytes:
-    """JSON as MessagePack. What is no state stays as it is: its run is set aside when it is loaded, as before."""
+    """Return JSON as MessagePack. Anything else stays as it is, and its run is set aside when it is loaded."""
     try:
         return msgspec.msgpack.encode(convert(json.loads(text)))
     except (AttributeError, KeyError, TypeError, ValueError):

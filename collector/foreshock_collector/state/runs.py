@@ -1,7 +1,7 @@
 """State of a run: ingests records, finalizes steps, hands them to the evaluator.
 
-Clocks come in as arguments. What may be seen from outside moves only where steps are finalized, and a commit follows
-before anybody looks, so that counters never go back.
+Clocks come in as arguments. What is visible from outside changes only when steps are finalized, and is committed before
+anyone can read it, so counters never go back.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SUPERSEDED_SECONDS = 60.0
 _LIVE_SECONDS = 10.0
 """A rank that reported within it is live: its recorder reports every second."""
 _KEPT_OPEN = (DEATH, SILENCE)
-"""Incidents of ranks and not of steps: over only once a later attempt goes on, or the run is evicted."""
+"""Incidents of ranks and not of steps: they close only when a later attempt makes steps, or the run is evicted."""
 
 
 class ContradictionError(ValueError):
@@ -93,9 +93,9 @@ class Run:
         self.unsaved.instances[instance.name] = instance
 
     def ingest(self, instance: Instance, batch: pb.StepBatch, now: float) -> bool:
-        """Ingest records of an instance, but for those that it had sent before; a gap is counted.
+        """Ingest records of an instance. Records that it sent before are ignored, and a gap is counted.
 
-        True: steps had to be finalized to make room for them, and have to be committed before anybody looks.
+        Return True if steps were finalized to make room, and must be committed before anyone reads the state.
         Raises `ColumnsError`.
         """
         records = decode(batch, instance.layers)
@@ -120,7 +120,7 @@ class Run:
         return finalized
 
     def accept_unprocessed(self, instance: Instance, batch: pb.StepBatch) -> None:
-        """Have records stored and acknowledged, though something went wrong with them."""
+        """Have records stored and acknowledged although an error kept them from being ingested."""
         last = batch.first_sequence + len(batch.step) - 1
         if not any(kept is batch for _, kept in self.unsaved.batches):
             self.unsaved.batches.append((instance, batch))
@@ -164,11 +164,11 @@ class Run:
             if each.over and not each.departures_pending:
                 self.incidents.close_all(each, now, keep_open=_KEPT_OPEN)
             if not newest and each.idle and now - each.last_report() > _SUPERSEDED_SECONDS:
-                # It need not have left, as when its machine has vanished.
+                # Its ranks need not have exited: their machine may have failed.
                 self.incidents.close_all(each, now, keep_open=_KEPT_OPEN)
                 each.evict()
         for each in self.attempts:
-            # Training goes on since; or it has been started again before anybody could be alerted.
+            # Training has continued since, or was restarted before anyone could be alerted.
             if self._is_superseded(each):
                 for key in _KEPT_OPEN:
                     self.incidents.close(each, key, now)
@@ -271,7 +271,7 @@ class Run:
         return bool(self.unsaved or self.events.unsaved or self.incidents.unsaved)
 
     def mark_stored(self) -> None:
-        """Everything that has happened is committed."""
+        """Note that every change is committed."""
         for instance in self.unsaved.instances.values():
             instance.mark_stored()
         self.unsaved = Unsaved()
@@ -279,27 +279,27 @@ class Run:
         self.incidents.mark_stored()
 
     def state(self) -> RunState:
-        """All that must survive beside the tables."""
+        """Return what must survive in addition to the tables."""
         return RunState(
             experiment=self.experiment, attempts=[*self.attempts], totals=self.totals, errors=self.errors.counts
         )
 
     def bare_state(self) -> RunState:
-        """The least of it: where all of it cannot be stored, the run is found again all the same."""
+        """Return the least that lets the run be loaded again, for when its whole state cannot be stored."""
         return RunState(experiment=self.experiment, attempts=[], totals=Totals(), errors=self.errors.counts)
 
     @classmethod
     def from_state(cls, name: str, state: RunState, hellos: Sequence[pb.Hello], rules: Rules = DEFAULT) -> Run:
-        """The run as it was stored; instances, events, incidents, steps and records follow."""
+        """Return the run as it was stored, yet without its instances, events, incidents, steps and records."""
         run = cls(state.experiment, name, rules, state.totals)
-        # Of an attempt whose state could not be stored there is only its hello.
+        # An attempt whose state could not be stored has only its hello.
         for number, (hello, known) in enumerate(zip_longest(hellos, state.attempts)):
             run.attempts.append(Attempt(number, hello, known))
         run.errors.counts |= state.errors
         return run
 
     def restore(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
-        """Put stored records back: as evidence if their step is finalized, else among those that wait."""
+        """Put stored records back into the buffer: as evidence if their step is finalized, otherwise to wait for it."""
         buffer = self.attempts[instance.attempt].buffer
         for piece in decode(batch, instance.layers).slices(buffer.capacity // 2):
             if buffer.must_finalize(piece) <= buffer.finalized:

@@ -1,4 +1,4 @@
-"""The layout of the database, and how a file of it is opened: created, upgraded, or refused in one sentence."""
+"""The layout of the database, and how a file is opened: created, upgraded, or refused."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class StoreError(ValueError):
 
 
 def open_database(path: Path | str) -> sqlite3.Connection:
-    """Open a database for its one writer: a new one is created, an older one upgraded. Raises `StoreError`."""
+    """Open a database for writing: create a new one, upgrade an older one. Raises `StoreError`."""
     try:
         database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
@@ -50,7 +50,7 @@ def open_database(path: Path | str) -> sqlite3.Connection:
             database.execute("PRAGMA journal_mode=WAL")
             _create(database)
         elif (schema := _schema(database, path)) < SCHEMA:
-            # What goes wrong on the way leaves the file as it was.
+            # A failure leaves the file unchanged.
             backup = back_up(database, path, schema)
             migrate(database, schema)
             facts = {"database": str(path), "from": schema, "to": SCHEMA, "backup": str(backup)}
@@ -67,7 +67,7 @@ def open_database(path: Path | str) -> sqlite3.Connection:
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:
-    """Open a database to read it; of an older one, a temporary copy that is upgraded. Raises `StoreError`."""
+    """Open a database for reading; if it is older, upgrade a temporary copy and open that. Raises `StoreError`."""
     try:
         database = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", isolation_level=None, uri=True)
     except sqlite3.Error as error:
@@ -100,7 +100,7 @@ def _create(database: sqlite3.Connection) -> None:
 
 
 def _schema(database: sqlite3.Connection, path: Path | str) -> int:
-    """Its version, from the oldest that can be upgraded to the newest that is known."""
+    """Return its version. Raises `StoreError` if it is older than can be upgraded, or newer than is known."""
     if _one(database, "PRAGMA application_id") != _APPLICATION:
         raise StoreError(f"database {path} is not a Foreshock database; give another path")
     schema = _one(database, "PRAGMA user_version")

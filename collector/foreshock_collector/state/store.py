@@ -43,12 +43,12 @@ class Store(History):
             self._unlock()
             raise
         self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
-        """Identity of this database: a recorder that meets another one sends all it has."""
+        """Identity of this database. A recorder that finds another one sends all records that it still has."""
 
     def commit(self, runs: Iterable[Run]) -> None:
-        """Everything about these runs since their last commit, at once or not at all. Raises `sqlite3.Error`.
+        """Store everything about these runs since their last commit, in one transaction. Raises `sqlite3.Error`.
 
-        Of a run whose state cannot be written, its records and steps are. The other runs notice nothing.
+        If the state of a run cannot be written, its records and steps still are. Other runs are not affected.
         """
         changed = [run for run in runs if run.changed]
         if not changed:
@@ -67,11 +67,11 @@ class Store(History):
                 if state_too:
                     self._write_state(run)
                 else:
-                    # Found again after a restart, with records newer than its state: the same may then come twice.
+                    # The run survives a restart, but its state is older than its records: some events may come twice.
                     self._db.execute("INSERT OR IGNORE INTO runs VALUES (?,?)", (run.name, encode(run.bare_state())))
             except Exception as error:
                 if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
-                    raise  # of the file: all runs have it
+                    raise  # the whole database is affected, not one run
                 self._db.execute("ROLLBACK TO run")
                 run.errors.add("store", error)
             else:
@@ -103,7 +103,7 @@ class Store(History):
             ],
         )
         for attempt in (attempt for attempt in run.attempts if not attempt.evicted):
-            # What waits for its step is kept, however old.
+            # Records that wait for their step are kept, however old.
             done = attempt.finalized - WINDOW_STEPS if attempt is run.newest else attempt.finalized
             where = "run=? AND attempt=? AND last_sequence<=?"
             self._db.execute(f"DELETE FROM rank_window WHERE {where}", (run.name, attempt.number, done))  # noqa: S608
@@ -123,11 +123,11 @@ class Store(History):
         self._db.execute("INSERT OR REPLACE INTO runs VALUES (?,?)", (run.name, encode(run.state())))
 
     def forget_window(self, run: Run) -> None:
-        """Delete the rank-level records of a run that has ended, but for those around incidents."""
+        """Delete the rank-level records of a run that has ended, except those around incidents."""
         self._db.execute("DELETE FROM rank_window WHERE run=?", (run.name,))
 
     def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
-        """All runs, as they were committed. One that cannot be read is set aside. Raises `StoreError`."""
+        """Return all runs as they were committed. A run that cannot be read is set aside. Raises `StoreError`."""
         runs = Runs(rules_of)
         try:
             for name, state in self._db.execute("SELECT run, state FROM runs ORDER BY rowid").fetchall():
@@ -164,7 +164,7 @@ class Store(History):
         return run
 
     def _set_aside(self, name: str, state: bytes) -> None:
-        """Nothing of it is lost, and its name is free: its ranks may still run."""
+        """Rename all data of a run, and keep it: the name is free for the ranks of the run, which may still be live."""
         aside = f"{name} (set aside {uuid.uuid4().hex[:8]})"
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
@@ -195,7 +195,7 @@ class Store(History):
         return sum(file.stat().st_size for file in files if file.is_file())
 
     def close(self) -> None:
-        """Close the database, and let another collector use it."""
+        """Close the database and release its lock."""
         super().close()
         self._unlock()
 
@@ -205,7 +205,7 @@ class Store(History):
 
 
 def _lock(path: Path | str) -> Any:
-    """Held for as long as this process lives, however it ends: two collectors on one file would undo each other."""
+    """Take a lock that lasts until this process ends, however it ends: two collectors would overwrite each other."""
     if str(path) == ":memory:":
         return None
     try:

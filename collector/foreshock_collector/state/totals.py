@@ -77,7 +77,7 @@ class Totals:
         self.bad = {"loss": "", "gradient": ""} | self.bad
 
     def add_step(self, step: Step, now: float, *, newest: bool) -> None:
-        """Count one step. newest: its attempt is, so its values are the run's."""
+        """Count one step. newest: whether it belongs to the newest attempt, whose values are the run's."""
         self.counters["steps" if step.stepped else "abandoned"] += 1
         self.counters["clipped"] += step.clip_coefficient < 1
         self.counters["skipped"] += step.skipped
@@ -116,7 +116,7 @@ class Totals:
         return truth | ({"global_norm": None} if self.bad["gradient"] else {})
 
     def add_event(self, kind: str, step: int, now: float, *, superseded: bool) -> None:
-        """Count what the detector found. superseded: its attempt is, so that it comes too late to alert anybody."""
+        """Count what the detector found. superseded: whether its attempt is; then it is too late to alert anyone."""
         if kind in COUNTED_EVENTS:
             self.counters[kind] += 1
             if not superseded:

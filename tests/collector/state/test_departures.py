@@ -36,6 +36,19 @@ def test_a_rank_whose_peer_died_in_a_collective_does_not_explain_the_death() -> 
     assert (incident.verdict.cause, incident.verdict.rank) == ("rank_lost", 1)
 
 
+def test_a_collective_that_ran_out_of_memory_may_be_the_peers_fault_and_gets_advice_on_memory() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    detail = "DistBackendError: NCCL error: unhandled cuda error. Last error: Cuda failure 2 'out of memory'"
+    for rank in range(2):
+        job.leave(rank, pb.ExitReason.EXCEPTION, detail)
+    job.settle(10.0)
+    (incident,) = job.run.incidents.kept
+    verdict = incident.verdict
+    assert (verdict.cause, verdict.confidence, len(verdict.alternatives)) == ("crashed", 0.5, 1)
+    assert "batch" in verdict.try_[0]
+
+
 def test_an_exception_is_named_with_its_rank_and_the_ranks_that_died_of_it_are_not() -> None:
     job = Job(ranks=3)
     job.train(30)
