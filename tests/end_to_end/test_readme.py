@@ -29,7 +29,7 @@ for step in range(3):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print("last loss:", loss)
+print("last loss: " + repr(loss))
 dist.destroy_process_group()
 """
 
