@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
 from benchmarks.step import collecting
+from tests.support.launched_jobs import recorders
 
 RANKS = 2
 SAMPLES = 10
@@ -35,19 +36,6 @@ def status(pid: int, name: str) -> int:
     """Of a process: VmRSS is its memory that is in RAM, in KiB; Threads, how many it has."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
-def recorders(rings: Path) -> list[int]:
-    """Processes that read rings of this folder."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_text().split("\0")
-        except OSError:
-            continue
-        if "foreshock_recorder" in command and any(part.startswith(str(rings)) for part in command):
-            found.append(int(process.name))
-    return found
 
 
 def train(steps: int, result: Path) -> None:
