@@ -73,10 +73,17 @@ class RecorderProcess:
         self._say_page(ring)
 
     def wait_for_exit(self, ring: Ring) -> None:
-        """Bounded wait until everything is stored: a pod dies with its first process, and takes the recorder along."""
+        """Bounded wait until everything is stored, or nobody is left to deliver it.
+
+        A pod dies with its first process, and takes the recorder along.
+        """
         deadline = time.monotonic() + EXIT_SECONDS
         while time.monotonic() < deadline and not ring.problem:
             if ring.acknowledged >= ring.begun and ring.exit_acknowledged:
+                break
+            # One that has just been started holds no lock yet.
+            starting = any(process.poll() is None for process in self._processes)
+            if not starting and not has_recorder(self._folder):
                 break
             time.sleep(0.005)
         self._say_page(ring)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import urllib.request
 from collections.abc import Iterator
 from itertools import product
@@ -40,7 +41,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, told: Collector) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("faults")
-    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE], FORESHOCK_STRICT="", FORESHOCK_COLLECTOR=told.address)
+    recorder = {"FORESHOCK_COLLECTOR": told.address, "FORESHOCK_RECORDER_PYTHON": sys.executable}
+    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE], FORESHOCK_STRICT="", **recorder)
 
 
 def dropped(collector: Collector) -> dict[str, float]:

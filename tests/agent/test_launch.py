@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -94,6 +95,27 @@ def test_a_recorder_goes_on_trying_only_where_there_is_one(
     ]
     if held is not None:
         os.close(held)
+
+
+class Starting:
+    """A recorder that leaves after a while, without the lock."""
+
+    def __init__(self, looks: int) -> None:
+        self.looks = looks
+
+    def poll(self) -> int | None:
+        self.looks -= 1
+        return None if self.looks else 1
+
+
+def test_a_rank_waits_for_a_recorder_that_starts_and_for_none_that_has_gone(
+    ring: Ring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_launch, "EXIT_SECONDS", math.inf)
+    one, recorder = process(ring), Starting(looks=3)
+    one._processes.append(recorder)  # type: ignore[arg-type]
+    one.wait_for_exit(ring)
+    assert recorder.looks <= 0
 
 
 def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, caplog: pytest.LogCaptureFixture) -> None:

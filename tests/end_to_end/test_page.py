@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from selenium.webdriver.common.by import By
 
 from tests.support.browser import Browser
 from tests.support.collector_process import Collector
@@ -24,7 +23,7 @@ def test_a_run_that_explodes_is_seen_to_explode(collector: Collector, job: Job, 
     browser.until("document.querySelector('h1').innerText.startsWith('No run')", "an empty fleet")
     training = job("watched", collector.address, steps=300, pace=0.02, explode_at=200)
     browser.until("document.querySelector('tr[data-run=watched] td[data-label=step]')?.innerText > 50", "the run")
-    browser.driver.find_element(By.LINK_TEXT, "watched").click()
+    browser.click("watched")
     browser.until("document.querySelector('article.incident')", "the incident")
     verdict = collector.run("watched")["incidents"][0]["verdict"]
     card = browser.text("article.incident")
@@ -35,7 +34,7 @@ def test_a_run_that_explodes_is_seen_to_explode(collector: Collector, job: Job, 
     browser.drawn(verdict["first_bad_step"])
     rows = "document.querySelector('[data-chart=ranks] .js-plotly-plot').data[0].z.length"
     assert browser.ask(rows) == 2
-    browser.driver.find_element(By.XPATH, "//button[text()='Show these steps']").click()
+    browser.click("Show these steps")
     browser.until("location.search.includes('first=')", "the steps around it")
     assert training.communicate(timeout=60)[0].count("done") == 2
     browser.until("document.querySelector('.condition').dataset.condition === 'failed'", "the end of the run")

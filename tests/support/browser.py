@@ -92,6 +92,11 @@ class Browser:
         wait = WebDriverWait(self.driver, DEADLINE, poll_frequency=0.05)
         return wait.until(lambda _: self.ask(script), f"never came: {wanted}; the page says {self.errors()}")
 
+    def click(self, text: str) -> None:
+        """Click the link or button with this text; found and clicked in one script, since the page may redraw it."""
+        found = f"[...document.querySelectorAll('a, button')].find((each) => each.innerText === {json.dumps(text)})"
+        self.until(f"(each => each && (each.click(), true))({found})", f"something to click: {text}")
+
     def text(self, selector: str) -> str:
         return str(self.ask(f"document.querySelector({json.dumps(selector)})?.innerText ?? ''"))
 

@@ -33,6 +33,8 @@ def run_job(
         "FORESHOCK_RING_DIR": str(rings),
         # Nothing listens there: training must not mind.
         "FORESHOCK_COLLECTOR": "127.0.0.1:9",
+        # Each attach would start a recorder, at half a second of CPU, and nobody reads what it would send.
+        "FORESHOCK_RECORDER_PYTHON": "true",
         "FORESHOCK_STRICT": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
