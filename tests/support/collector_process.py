@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import eventually
+from tests.support.waiting import eventually, free_port
 
 
 class Collector:
@@ -18,7 +18,8 @@ class Collector:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ports = ("0", "0")
+        # Its own when it starts again.
+        self._ports = (str(free_port()), str(free_port()))
         self.start()
 
     def start(self) -> None:
@@ -33,7 +34,6 @@ class Collector:
         places = json.loads(ready.read_text())
         self._address: str = places["grpc"]
         self.url: str = places["http"]
-        self._ports = (self._address.rpartition(":")[2], self.url.rpartition(":")[2])
 
     @property
     def address(self) -> str:

@@ -13,7 +13,7 @@ import grpc
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import add_TelemetryServicer_to_server
-from tests.support.waiting import WAIT_SECONDS
+from tests.support.waiting import WAIT_SECONDS, free_port
 
 
 @dataclass
@@ -48,20 +48,16 @@ class FakeCollector:
         self.renamed: dict[str, str] = {}
         """Runs that it calls otherwise."""
         self.flow = pb.FlowControl()
-        self.port = 0
+        self.address = f"127.0.0.1:{free_port()}"
         self._held = threading.Event()
         self._changed = threading.Condition()
         self._server: Any = None
 
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
     def start(self) -> FakeCollector:
-        """Listen, on the port of the last time if there was one."""
+        """Listen, on the same port each time."""
         self._server = grpc.server(ThreadPoolExecutor(8), options=(("grpc.so_reuseport", 0),))
         add_TelemetryServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self._server.add_insecure_port(self.address)
         self._server.start()
         return self
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 
@@ -46,7 +49,10 @@ def until(what: Callable[[], bool]) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens, most likely for a while."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    """A port that stays free while nothing listens there: below those that the kernel gives to connections."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    # Not the shared generator, which other workers may have seeded alike.
+    for port in random.SystemRandom().sample(range(lowest // 2, lowest), 100):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")

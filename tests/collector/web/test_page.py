@@ -15,6 +15,7 @@ from selenium.webdriver.common.keys import Keys
 
 from tests.support.browser import Browser, collector
 from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
+from tests.support.waiting import free_port
 
 pytestmark = pytest.mark.integration
 
@@ -244,7 +245,8 @@ def test_a_phone_needs_no_scrolling_sideways(
 def test_the_page_says_that_the_collector_is_gone_and_goes_on_when_it_is_back(
     tmp_path: Path, open_browser: Callable[..., Browser]
 ) -> None:
-    with collector(tmp_path / "gone") as (url, address):
+    port = free_port()
+    with collector(tmp_path / "gone", http_port=port) as (url, address):
         run = Job(address, "left")
         run.train(30)
         run.stored()
@@ -255,7 +257,7 @@ def test_the_page_says_that_the_collector_is_gone_and_goes_on_when_it_is_back(
         run.close()
     browser.until("document.querySelector('#connection').dataset.state === 'broken'", "the warning")
     assert "the collector does not answer" in browser.text("#connection")
-    with collector(tmp_path / "gone", http_port=int(url.rpartition(":")[2])):
+    with collector(tmp_path / "gone", http_port=port):
         browser.until("document.querySelector('#connection').dataset.state === 'live'", "the stream again")
         assert all("ERR_" in error for error in browser.errors())
         browser.open("about:blank")
