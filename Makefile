@@ -13,8 +13,8 @@ GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
 GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
-# Tests wait for processes about half of the time: one worker more than there are cores keeps the cores busy.
-WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 1)))
+# Tests wait for processes about half of the time: two workers more than there are cores keep the cores busy.
+WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 2)))
 PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 # $(call apt-install,what for,packages)

@@ -38,18 +38,25 @@ def descendants(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("run", "options", "named", "steps"),
+    ("run", "launcher", "options", "named", "steps"),
     [
-        ("killed", {"kill_at": 30, "who": [1]}, ("rank 1", "SIGKILL"), 31),
-        ("all-raise", {"raise_at": 20, "error": OUT_OF_MEMORY}, (f"RuntimeError: {OUT_OF_MEMORY}",), 21),
-        ("one-raises", {"raise_at": 20, "who": [1], "error": "bad batch"}, ("rank 1", "RuntimeError: bad batch"), 21),
-        ("exits", {"exit_at": 20, "exit_code": 3}, ("exit code 3",), 21),
+        ("killed", STANDALONE, {"kill_at": 30, "who": [1]}, ("rank 1", "SIGKILL"), 31),
+        ("one-raises", STANDALONE, {"raise_at": 20, "who": [1], "error": "bad"}, ("rank 1", "RuntimeError: bad"), 21),
+        # Nobody is left for a launcher to end.
+        ("all-raise", (), {"raise_at": 20, "error": OUT_OF_MEMORY}, (f"RuntimeError: {OUT_OF_MEMORY}",), 21),
+        ("exits", (), {"exit_at": 20, "exit_code": 3}, ("exit code 3",), 21),
     ],
 )
 def test_a_job_that_dies_pages_once_and_names_whom(
-    watch: Watch, job: Job, run: str, options: dict[str, Any], named: tuple[str, ...], steps: int
+    watch: Watch,
+    job: Job,
+    run: str,
+    launcher: tuple[str, ...],
+    options: dict[str, Any],
+    named: tuple[str, ...],
+    steps: int,
 ) -> None:
-    said(job(run, watch.collector.address, torchrun=STANDALONE, steps=60, pace=0.02, **options))
+    said(job(run, watch.collector.address, torchrun=launcher, steps=60, pace=0.02, **options))
     description = the_page(watch, run, steps)
     assert all(name.lower() in description.lower() for name in named), description
     (incident,) = watch.collector.run(run)["incidents"]
@@ -91,7 +98,8 @@ def test_a_restart_that_goes_on_resolves_the_page(watch: Watch, job: Job) -> Non
     the_page(watch, "again", 21)
     process = job("again", watch.collector.address, steps=10**6, pace=0.02)
     running(watch, "again", attempt=1)
-    eventually(lambda: "ForeshockRunDied" not in watch.alerts("again"), "its end")
+    # The alert goes on for a minute, so that it does not come and go.
+    eventually(lambda: "ForeshockRunDied" not in watch.alerts("again"), "its end", after=60.0)
     process.send_signal(signal.SIGINT)
     said(process)
 

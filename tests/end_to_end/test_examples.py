@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 from tests.support.collector_process import Collector, left
+from tests.support.forked_jobs import forking
+from tests.support.waiting import WAIT_SECONDS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run_example(collector: Collector, folder: Path, run: str, script: str, *arguments: str) -> dict[str, Any]:
     """Train on two ranks until the script ends; the run as the API shows it then."""
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(EXAMPLES / script), *arguments],
-        env={
-            **os.environ,
-            "FORESHOCK_COLLECTOR": collector.address,
-            "FORESHOCK_RUN": run,
-            "FORESHOCK_RING_DIR": str(folder / "rings"),
-            "FORESHOCK_STRICT": "1",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True, text=True, timeout=150, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    environment = {
+        "FORESHOCK_COLLECTOR": collector.address,
+        "FORESHOCK_RUN": run,
+        "FORESHOCK_RING_DIR": str(folder / "rings"),
+        "FORESHOCK_STRICT": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    text = folder / f"{uuid.uuid4()}.txt"
+    job = forking().start(EXAMPLES / script, *arguments, ranks=2, output=(text, text), environment=environment)
+    try:
+        out, _ = job.communicate(WAIT_SECONDS)
+    finally:
+        job.kill()
+    assert job.wait() == 0, out
     return left(collector, run)
 
 

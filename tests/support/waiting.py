@@ -31,9 +31,9 @@ WAIT_SECONDS = 60.0 * PATIENCE
 """For anything that a test waits for: long enough for the slowest, since only a test that hangs gets so far."""
 
 
-def eventually(ask: Callable[[], Any], wanted: str) -> Any:
-    """Ask until the answer is true; what it was."""
-    deadline = time.monotonic() + WAIT_SECONDS
+def eventually(ask: Callable[[], Any], wanted: str, *, after: float = 0.0) -> Any:
+    """Ask until the answer is true; what it was. after: seconds that it has to take on any machine."""
+    deadline = time.monotonic() + after + WAIT_SECONDS
     while not (answer := ask()):
         assert time.monotonic() < deadline, f"never came: {wanted}"
         time.sleep(0.05)

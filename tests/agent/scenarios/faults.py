@@ -112,8 +112,8 @@ def _scenario(site: str, *, fused: bool) -> Callable[[], dict[str, Any]]:
 Site = tuple[str, int, str]
 """A call of ours by ours: the caller's name and line, and the name of what it calls."""
 PARTS = (str(Path(foreshock.__file__).parent), str(Path(ring.__file__).parent))
-CLOSE_LOOK = 4
-"""Steps between two closer looks, here: each kind of step comes by soon."""
+CLOSE_LOOK = 3
+"""Steps from one closer look to the next, here: of the look, after it, and without, each kind comes by soon."""
 
 
 ENTRIES = {
