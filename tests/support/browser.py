@@ -55,9 +55,28 @@ def collector(folder: Path, *, http_port: int = 0) -> Iterator[tuple[str, str]]:
 
 
 class Browser:
-    """One fresh profile. Nothing but this machine can be reached from it."""
+    """A window of a browser with a fresh profile. Nothing but this machine can be reached from it."""
 
-    def __init__(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
+    def __init__(
+        self, *, width: int = 1280, height: int = 900, dark: bool = False, beside: Browser | None = None
+    ) -> None:
+        """beside: another one, not yet closed, whose process and profile it shares; None: its own."""
+        self._beside = beside
+        if beside is None:
+            self.driver = self._started()
+        else:
+            self.driver = beside.driver
+            self.driver.switch_to.new_window("window")
+        self.driver.set_window_size(width, height)
+        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
+        if width < 600:
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+            self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def _started(self) -> webdriver.Chrome:
         chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
         assert chromium and driver, (
             "the tests of the page need Chromium: apt-get install chromium chromium-driver, or make test"
@@ -67,19 +86,12 @@ class Browser:
         options.binary_location = chromium
         for argument in (
             *("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
-            *(f"--user-data-dir={self._profile}", f"--window-size={width},{height}"),
+            f"--user-data-dir={self._profile}",
             "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         ):
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(driver))
-        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": _WATCH})
-        if width < 600:
-            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
-            self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-            self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        return webdriver.Chrome(options=options, service=Service(driver))
 
     def open(self, url: str) -> None:
         self.driver.get(url)
@@ -114,5 +126,9 @@ class Browser:
         return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
     def close(self) -> None:
+        if self._beside is not None:
+            self.driver.close()
+            self.driver.switch_to.window(self.driver.window_handles[0])
+            return
         self.driver.quit()
         shutil.rmtree(self._profile, ignore_errors=True)

@@ -39,13 +39,20 @@ def job(places: tuple[str, str]) -> Iterator[Callable[..., Job]]:
         each.leave()
 
 
+@pytest.fixture(scope="module")
+def first_browser() -> Iterator[Browser]:
+    browser = Browser()
+    yield browser
+    browser.close()
+
+
 @pytest.fixture
-def open_browser(url: str) -> Iterator[Callable[..., Browser]]:
-    """Open a browser: open_browser(width=390, dark=True)."""
+def open_browser(url: str, first_browser: Browser) -> Iterator[Callable[..., Browser]]:
+    """Open a window of one browser: open_browser(width=390, dark=True)."""
     opened: list[Browser] = []
 
     def start(**options: Any) -> Browser:
-        opened.append(Browser(**options))
+        opened.append(Browser(beside=first_browser, **options))
         return opened[-1]
 
     yield start
