@@ -133,7 +133,7 @@ chromium:
 # Grafana publishes the dashboard's types; a JSON schema of them is made here, to the exact version.
 $(GRAFANA_SCHEMA): tests/grafana/tsconfig.json Makefile
 	@command -v npm >/dev/null || { $(call apt-install,The dashboards are held against Grafana's own types,npm); }
-	@npm install --silent --no-save --no-audit --no-fund --prefix $(@D) \
+	@npm install --silent --fetch-timeout=60000 --no-save --no-audit --no-fund --prefix $(@D) \
 	  @grafana/schema@13.2.3 ts-json-schema-generator@2.4.0 typescript@5.9.3
 	@$(@D)/node_modules/.bin/ts-json-schema-generator --tsconfig $< --no-type-check --type Dashboard --out $@ \
 	  --path $(@D)/node_modules/@grafana/schema/dist/types/raw/dashboard/x/types.gen.d.ts
