@@ -85,6 +85,10 @@ protos: $(PROTOC_INSTALLED) ## write the Python code of the contract from teleme
 bench: $(INSTALLED) ## measure the overhead of a training step, as ratios; ARGS="--json" and others
 	@$(BIN)/python benchmarks/step.py $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: $(INSTALLED) ## test and measure on a GPU: correctness, overhead, launches, copies, waits; ARGS="--output DIR"
+	@$(BIN)/python -m benchmarks.gpu $(ARGS)
+
 .PHONY: soak
 soak: $(INSTALLED) ## train two ranks for 20,000 steps: flat memory, no extra threads, nothing left behind (minutes)
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

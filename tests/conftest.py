@@ -36,13 +36,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Long tests go first and short ones fill the gaps, so that workers end together."""
     for item in items:
         if item.path.parent.name == "end_to_end":
             item.add_marker(pytest.mark.integration)
         if not item.get_closest_marker("integration"):
             item.add_marker(pytest.mark.unit)
+    if "gpu" not in (config.option.markexpr or ""):
+        on_card = [item for item in items if item.get_closest_marker("gpu")]
+        items[:] = [item for item in items if item not in on_card]
+        config.hook.pytest_deselected(items=on_card)
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
 
 
