@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from foreshock_collector.catalogue import CATALOGUE, COLUMN_GAUGES
+from foreshock_collector.catalogue import CATALOGUE, COLUMN_GAUGES, LAYER_WEIGHTS
 from foreshock_collector.records.buffer import RECORD, SUMS, ColumnsError, decode, nonfinite_mask
 from foreshock_protos.columns import (
     COLUMNS,
@@ -16,6 +17,7 @@ from foreshock_protos.columns import (
     NONFINITE_COUNTS,
     NONFINITE_VALUES,
     REDUCED_NAMES,
+    WEIGHT_BLOCKS,
     WIRE_COLUMNS,
     WIRE_NAMES,
     Column,
@@ -27,7 +29,7 @@ from foreshock_recorder.reader import Record
 
 NOT_COLUMNS = {
     *("instance", "first_sequence", "dropped", "backward_passes"),
-    *("global_layer_norms", "local_layer_norms"),
+    *("global_layer_norms", "local_layer_norms", "weight_rows", *WEIGHT_BLOCKS),
 }
 """Fields of `StepBatch` that are of the batch, or a block with a value for each layer."""
 OPTIONAL = [column for column in WIRE_COLUMNS if column.optional]
@@ -44,6 +46,7 @@ def record(sequence: int, measured: Mapping[str, float] | None = None, *, loss: 
         learning_rate=0.0,
         flags=0,
         measured=memoryview(np.array(values).tobytes()).cast("d"),
+        weights=None,
         observed=True,
         loss=loss,
     )
@@ -124,3 +127,74 @@ def test_every_column_with_a_gauge_has_its_series_in_the_catalogue() -> None:
     gauges = {column.name: column.gauge.series for column in COLUMNS if column.gauge is not None}
     assert {name: series.name for name, series in COLUMN_GAUGES.items()} == gauges
     assert set(gauges.values()) <= {series.name for series in CATALOGUE}
+
+
+def test_every_block_of_the_weights_has_its_series_in_the_catalogue() -> None:
+    assert tuple(LAYER_WEIGHTS) == WEIGHT_BLOCKS
+    assert set(LAYER_WEIGHTS.values()) <= set(CATALOGUE)
+
+
+LAYERS = 2
+
+
+def record_with_layers(sequence: int, *, weights: bool) -> Record:
+    gradients = [0.0] * len(MEASURED_NAMES) + [10.0 * sequence + i for i in range(2 * LAYERS)]
+    blocks = [100.0 * sequence + i for i in range(len(WEIGHT_BLOCKS) * LAYERS)]
+    return replace(
+        record(sequence),
+        measured=memoryview(np.array(gradients).tobytes()).cast("d"),
+        weights=memoryview(np.array(blocks).tobytes()).cast("d") if weights else None,
+    )
+
+
+def batch_of(rank: int, *, local_norms: bool = True) -> pb.StepBatch:
+    """Three records; the first and the last measure the weights."""
+    packer = BatchPacker("r-0", rank=rank, layers=LAYERS, local_norms=local_norms)
+    records = [record_with_layers(sequence, weights=sequence != 8) for sequence in (7, 8, 9)]
+    return packer.pack(7, records, {}, backward_passes=0).steps
+
+
+def test_blocks_of_the_weights_arrive_for_the_steps_that_measured_them() -> None:
+    decoded = decode(batch_of(0), LAYERS)
+    assert decoded.weights.sequences.tolist() == [7, 9]
+    for name in WEIGHT_BLOCKS:
+        first = WEIGHT_BLOCKS.index(name) * LAYERS
+        expected = [[100.0 * sequence + first, 100.0 * sequence + first + 1] for sequence in (7, 9)]
+        assert decoded.weights.block(name).tolist() == expected
+    assert decoded.layer_norms is not None and decoded.layer_norms.tolist() == [[70, 71], [80, 81], [90, 91]]
+
+
+def test_one_rank_sends_what_all_ranks_share() -> None:
+    batch = batch_of(1)
+    assert not batch.weight_rows and not any(getattr(batch, name) for name in WEIGHT_BLOCKS)
+    assert not batch.global_layer_norms and len(batch.local_layer_norms) == 3 * LAYERS
+    assert not batch_of(1, local_norms=False).local_layer_norms
+
+
+def test_a_batch_of_a_recorder_that_does_not_know_the_weights_blocks_is_taken() -> None:
+    batch = batch_of(0)
+    for name in ("weight_rows", *WEIGHT_BLOCKS):
+        batch.ClearField(name)
+    assert not len(decode(batch, LAYERS).weights.sequences)
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [1, 1], [0, 3]])
+def test_rows_of_the_weights_that_are_not_of_the_batch_or_not_in_order_are_refused(rows: list[int]) -> None:
+    batch = batch_of(0)
+    batch.weight_rows[:] = rows
+    with pytest.raises(ColumnsError, match="weight_rows must ascend"):
+        decode(batch, LAYERS)
+
+
+@pytest.mark.parametrize("name", WEIGHT_BLOCKS)
+def test_a_block_of_the_weights_that_is_short_is_refused(name: str) -> None:
+    batch = batch_of(0)
+    del getattr(batch, name)[1:]
+    with pytest.raises(ColumnsError, match=f"{name} has 1 values, not 2 rows of 2 layers"):
+        decode(batch, LAYERS)
+
+
+def test_pieces_of_a_batch_have_the_weights_of_their_own_steps() -> None:
+    decoded = decode(batch_of(0), LAYERS)
+    assert decoded.above(7).weights.sequences.tolist() == [9]
+    assert [piece.weights.sequences.tolist() for piece in decoded.slices(2)] == [[7], [9]]

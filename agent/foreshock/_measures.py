@@ -27,7 +27,7 @@ class Measures:
         self._options = {"local_norms": local_norms, "alone": alone, "views": views}
         self.plan = plan
         self.averaged = AveragedGradient(plan)
-        self.weights = Weights(plan.parameters)
+        self.weights = Weights(plan, optimizer)
         self.edits = GradientEdits(plan.parameters, views=views)
         self.local: LocalNorms | LoneRank | None = (LoneRank if alone else LocalNorms)(plan) if local_norms else None
         self.at_end: NormSummary | None = None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from foreshock._norms import Norms
 from foreshock._numbers import Number
+from foreshock._weights import WeightSummary
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.ring import Ring
 
@@ -46,7 +47,7 @@ class Records:
         self._staged: deque[_Stage] = deque()
         self._free: list[Tensor] = []
         if device.type != "cpu":
-            shape = (_STAGES, ring.layout.columns)
+            shape = (_STAGES, max(ring.layout.columns, ring.layout.weights.words))
             self._free = list(torch.empty(shape, dtype=torch.float64, pin_memory=True).unbind())
 
     @property
@@ -82,15 +83,14 @@ class Records:
             )
         self._sequence += 1
 
-    def measured(self, row: Norms) -> None:
-        """The newest record's row, [columns]."""
+    def measured(self, row: Norms, weights: WeightSummary | None = None) -> None:
+        """Write the newest record's row, [columns], after what was measured of its weights by layer."""
         sequence = self._sequence
         if self._closed:
             return
-        if isinstance(row, Tensor):
-            self._stage(row, lambda host: self.ring.write_measured(sequence, host.tolist()))
-        else:
-            self.ring.write_measured(sequence, row)
+        if weights is not None and weights.layers is not None:
+            self._write(weights.layers, lambda values: self.ring.write_weights(sequence, values))
+        self._write(row, lambda values: self.ring.write_measured(sequence, values))
 
     def observed(self, sequence: int, *, step: int | None, loss: Number | None) -> None:
         """What the script told about a record's step."""
@@ -116,6 +116,13 @@ class Records:
     def close(self) -> None:
         """Go on counting, and write no more: after the exit, which ends what the collector is sent."""
         self._closed = True
+
+    def _write(self, values: Norms, write: Callable[[list[float]], None]) -> None:
+        if isinstance(values, Tensor):
+            length = len(values)
+            self._stage(values, lambda host: write(host[:length].tolist()))
+        else:
+            write(values)
 
     def _stage(self, value: Tensor, deliver: Callable[[Tensor], None]) -> None:
         if value.is_cpu:

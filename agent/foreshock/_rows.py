@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from foreshock._local import RankSums
 from foreshock._norms import Norms, NormSummary
 from foreshock._numbers import Number, constant, on_host, vector
+from foreshock._weights import WeightSummary
 from foreshock_protos.columns import MEASURED_COLUMNS, REDUCED_COLUMNS, Part
 
 _OWN = tuple(column for column in MEASURED_COLUMNS if column.part is not Part.REDUCED)
@@ -44,14 +45,14 @@ class Row:
         shadow: Number | None,
         local: NormSummary | None,
         sums: RankSums | None,
-        weights: Mapping[str, Number],
+        weights: WeightSummary | None,
     ) -> Norms:
         """The row, [columns]. summary: of the averaged gradient; local: of this rank's own; both unscaled.
 
         scale: of the loss. sums: over the ranks, which were seen with it. None: nothing to tell of.
         """
         values: dict[str, Number | None] = {
-            **weights,
+            **({} if weights is None else weights.columns),
             "loss_scale": scale,
             "global_norm": summary.total,
             "clip_coefficient": coefficient,

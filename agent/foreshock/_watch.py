@@ -319,7 +319,7 @@ class ActiveWatch(Watch):
             shadow=None,
             local=self._measures.own(whole, scale) if passed else None,
             sums=self.sums,
-            weights={},
+            weights=None,
         )
         self._records.measured(row)
         if told is not None:
@@ -364,6 +364,7 @@ class ActiveWatch(Watch):
         self, summary: NormSummary, scale: Number | None, coefficient: Number | None, shadow: Number | None
     ) -> None:
         """Write the record's row, or stage it. scale: of the loss."""
+        weights = self._measures.weights.look(self._records.sequence)
         row = self._row.filled(
             summary,
             scale=scale,
@@ -372,9 +373,9 @@ class ActiveWatch(Watch):
             shadow=shadow,
             local=self._measures.own(summary, scale),
             sums=self.sums,
-            weights=self._measures.weights.look(self._records.sequence),
+            weights=weights,
         )
-        self._records.measured(row)
+        self._records.measured(row, weights)
 
     def _edited(self) -> bool:
         """The script changed the gradients since backward: its norms are then those at the end of backward."""

@@ -1,61 +1,141 @@
-"""Measures of the weights, sampled every 100 steps: whether ranks agree, how large they are, how fast they move.
+"""Measures the weights on the device, without a sync: how large they are, how fast they move, what the optimizer's
+moments hold, and whether ranks agree.
 
-On the device and without a sync. One kernel per parameter, so not every step.
+Norms are estimated from a sample of the elements. To read all of the weights and of Adam's moments, 12 bytes per
+float32 element, would cost two fifths of what the optimizer's step itself reads and writes, 28 bytes. The fingerprint
+needs every bit, so it is taken every 100 steps.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from foreshock._norms import gradient_norms, overall
-from foreshock._numbers import Number, number
+import torch
+from torch import Tensor
+
+from foreshock._norms import Norms
+from foreshock._numbers import Number, number, on_host
+from foreshock._samples import TensorSampler
+from foreshock._summary import ParameterPlan
 
 EVERY_STEPS = 100
-"""Weights, and the largest element of the gradient, are looked at on the first step and on every hundredth after it,
-the same on all ranks."""
+"""The fingerprint, and the largest element of the gradient, are measured on the first step and on every hundredth
+after it, the same on all ranks."""
+NORMS_EVERY_STEPS, NORMS_EVERY_STEPS_IF_SMALL = 10, 25
+"""Norms are measured on the first step and on every tenth after it, the same on all ranks. Small models take fewer
+looks: one takes about a millisecond whatever the size, and would cost more than 1 % of their steps."""
+_SMALL = 5_000_000
+"""Elements below which a model is small: its step takes less than 20 ms on two CPU cores."""
 _MODULUS = 2**52
 """Fingerprints travel as float64, which holds whole numbers below 2^53."""
-_SAMPLES = 4096
-"""Elements of a parameter, evenly spread, by which its movement is measured: a copy of all would cost memory."""
+_MOMENTS = {
+    "first_moment_norm": ("exp_avg", "momentum_buffer"),
+    "second_moment_norm": ("exp_avg_sq", "square_avg"),
+}
+"""What the optimizers of torch.optim call the moments, in their state of a parameter."""
+_COLUMNS = ("parameter_norm", "update_ratio", "first_moment_norm", "second_moment_norm")
+"""Columns in total for WEIGHT_BLOCKS, in their order."""
 
 
 def due(sequence: int) -> bool:
-    """A step on which a closer look is taken. sequence: its number, from 1."""
+    """Return whether the fingerprint and the largest element are measured. sequence: number of the step, from 1."""
     return (sequence - 1) % EVERY_STEPS == 0
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightSummary:
+    """Holds what was measured of the weights before one step."""
+
+    columns: Mapping[str, Number]
+    """Columns of the record, by name."""
+    layers: Norms | None
+    """WEIGHT_BLOCKS one after the other: each [layers], 0 where it was not measured. None: no norms were measured."""
+
+
 class Weights:
-    """Those of one rank. parameters: in the model's order, so in the same order on every rank."""
+    """Measures the weights of one rank, and the moments that its optimizer keeps of them."""
 
-    def __init__(self, parameters: tuple[nn.Parameter, ...]) -> None:
-        self._parameters = [p.detach() for p in parameters]
-        self._before: list[Tensor] | None = None
+    def __init__(self, plan: ParameterPlan, optimizer: torch.optim.Optimizer) -> None:
+        self._parameters = plan.parameters
+        self._optimizer = optimizer
+        self._device = plan.device()
+        self._layer_of = torch.tensor(plan.layer_of, dtype=torch.int64, device=self._device)
+        self._layers = len(plan.layers)
+        zeros = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
+        self._nothing: Norms = zeros.tolist() if on_host(self._device) else zeros
+        self._all, self._parameters_only = TensorSampler(plan.parameters), TensorSampler(plan.parameters)
+        elements = sum(parameter.numel() for parameter in plan.parameters)
+        self.every = NORMS_EVERY_STEPS if elements >= _SMALL else NORMS_EVERY_STEPS_IF_SMALL
+        """Steps between two measurements of norms."""
+        self._before: Tensor | None = None
+        """Samples of the weights before the last step, where its update is to be measured."""
 
-    def look(self, sequence: int) -> dict[str, Number]:
-        """Columns of the record of the step that comes next, by name, as far as they are due. sequence: from 1."""
+    def look(self, sequence: int) -> WeightSummary | None:
+        """Measure what is due before a step; None if nothing is. sequence: number of its record, from 1."""
+        before, self._before = self._before, None
         columns: dict[str, Number] = {}
-        if self._before is not None:
-            columns["update_ratio"] = self._movement(self._before)
-            self._before = None
+        layers: Norms | None = None
         if due(sequence):
-            self._before = self._samples()
-            columns["parameter_fingerprint"] = number(fingerprint(self._parameters))
-            columns["parameter_norm"] = overall(gradient_norms(self._parameters, self._parameters[0].device))
-        return columns
+            columns["parameter_fingerprint"] = number(fingerprint([p.detach() for p in self._parameters]))
+        # One optimizer step lies in between, even if records of skipped steps do as well.
+        if before is not None or (sequence - 1) % self.every == 0:
+            norms = self._measure(before)
+            columns |= {name: norms[name][0] for name in norms}
+            layers = self._by_layer(norms)
+        if sequence % self.every == 0:
+            (self._before,) = self._parameters_only.read(self._parameters)
+        return WeightSummary(columns=columns, layers=layers) if columns else None
 
-    def _samples(self) -> list[Tensor]:
-        flat = (p.reshape(-1) for p in self._parameters)
-        return [p[:: -(-p.numel() // _SAMPLES)].to(torch.float64, copy=True) if p.numel() else p for p in flat]
+    def _measure(self, before: Tensor | None) -> dict[str, Norms]:
+        """Return each column that can be measured, in total and then by layer: [1 + layers]."""
+        groups: dict[str, Sequence[Tensor | None]] = {"parameter_norm": self._parameters}
+        groups |= {column: moments for column, names in _MOMENTS.items() if (moments := self._moments(names))}
+        samples = self._all.read(*groups.values())
+        names = [*groups]
+        if "second_moment_norm" in groups:
+            samples[names.index("second_moment_norm")].sqrt_()
+        if before is not None:
+            samples = torch.cat((samples, (samples[0] - before).unsqueeze(0)))
+            names.append("update_ratio")
+        norms = self._norms(self._all.squares(samples))
+        if before is not None:
+            norms[-1] = torch.where(norms[0] > 0, norms[-1] / norms[0], 0.0)
+        rows: Sequence[Norms] = norms.tolist() if on_host(self._device) else norms.unbind()
+        return dict(zip(names, rows, strict=True))
 
-    def _movement(self, before: list[Tensor]) -> Number:
-        after = self._samples()
-        moved = torch.stack([(a - b).square().sum() for a, b in zip(after, before, strict=True)]).sum()
-        size = torch.stack([b.square().sum() for b in before]).sum()
-        return number(torch.where(size > 0, (moved / size.clamp_min(1e-300)).sqrt(), 0.0))
+    def _by_layer(self, norms: Mapping[str, Norms]) -> Norms:
+        blocks = [norms[name][1:] if name in norms else self._nothing for name in _COLUMNS]
+        on_device = [block for block in blocks if isinstance(block, Tensor)]
+        return torch.cat(on_device) if on_device else [value for block in blocks for value in block]
+
+    def _norms(self, squares: Tensor) -> Tensor:
+        """Return the norm of all tensors, then that of each layer: [groups, 1 + layers]. squares: [groups, tensors]."""
+        by_layer = squares.new_zeros(len(squares), self._layers).index_add_(1, self._layer_of, squares)
+        return torch.cat((by_layer.sum(1, keepdim=True), by_layer), 1).sqrt_()
+
+    def _moments(self, names: Sequence[str]) -> list[Tensor | None]:
+        """Return the optimizer's moments of each parameter; None for one that has never had a gradient.
+
+        Empty where there are none yet, or where this rank has only its share of them.
+        """
+        found: list[Tensor | None] = []
+        states = self._optimizer.state
+        for parameter in self._parameters:
+            state = states.get(parameter) or {}
+            moment = state.get(names[0], state.get(names[1]))
+            if isinstance(moment, Tensor):
+                if moment.numel() != parameter.numel() or moment.device != self._device:
+                    return []
+                found.append(moment)
+            elif parameter.grad is not None:
+                return []
+            else:
+                found.append(None)
+        return found if any(moment is not None for moment in found) else []
 
 
-def fingerprint(parameters: list[Tensor]) -> Tensor:
+def fingerprint(parameters: Sequence[Tensor]) -> Tensor:
     """Exact, and free of the order of addition: a sum of the bit patterns as whole numbers, each parameter by a weight
     of its own, so that two that have changed places show. Float64 scalar.
     """

@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from foreshock_protos.columns import MEASURED_COLUMNS, MEASURED_NAMES, NONFINITE_COUNTS, NONFINITE_VALUES
+from foreshock_protos.columns import (
+    MEASURED_COLUMNS,
+    MEASURED_NAMES,
+    NONFINITE_COUNTS,
+    NONFINITE_VALUES,
+    WEIGHT_BLOCKS,
+)
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.reader import Record
 
@@ -54,10 +60,11 @@ class BatchPacker:
         self._instance = instance
         self._layers = layers
         self._local_norms = local_norms
-        # Every rank has the same averaged gradient: one sends its layers.
+        # Every rank has the same averaged gradient and the same weights: one sends their layers.
         self._global_layers = rank == 0
         self._unmeasured = bytes(8 * (len(MEASURED_NAMES) + 2 * layers))
-        row_bytes = 8 * len(pb.StepBatch.DESCRIPTOR.fields) + 4 * layers * (self._global_layers + local_norms)
+        blocks = (1 + len(WEIGHT_BLOCKS)) * self._global_layers + local_norms
+        row_bytes = 8 * len(pb.StepBatch.DESCRIPTOR.fields) + 4 * layers * blocks
         self.max_rows = max(1, _BATCH_BYTES // row_bytes)
         """Rows that a message may carry."""
 
@@ -88,7 +95,18 @@ class BatchPacker:
                 steps.global_layer_norms.extend(table[start:middle].tolist())
             if self._local_norms:
                 steps.local_layer_norms.extend(table[middle:end].tolist())
+        if self._global_layers:
+            self._pack_weights(steps, records)
         return pb.FromRecorder(steps=steps)
+
+    def _pack_weights(self, steps: pb.StepBatch, records: list[Record]) -> None:
+        for row, record in enumerate(records):
+            if record.weights is None or record.measured is None:
+                continue
+            steps.weight_rows.append(row)
+            for i, name in enumerate(WEIGHT_BLOCKS):
+                block = record.weights[i * self._layers : (i + 1) * self._layers]
+                getattr(steps, name).extend(block.tolist())
 
     def _flags(self, record: Record) -> int:
         if record.measured is None:

@@ -1,11 +1,16 @@
 """The layout of a ring's file, and what its writer and its reader share.
 
-A file is a header, then `slot_count` slots. Record n lies in slot n % slot_count. A slot has three parts, each written
-at its own time and each between two copies of the record's sequence number:
+A file is a header, then `slot_count` slots, then `weight_slots` slots. Record n lies in slot n % slot_count. A slot has
+three parts, each written at its own time and each between two copies of the record's sequence number:
 
     begun      step, wall time, monotonic time, learning rate, flags     before the optimizer's step, on the host
     measured   MEASURED_NAMES, global layer norms, local layer norms     when the device has finished them
     observed   step, loss, which of the two are set                      when the script has called `observe`
+
+The second slots have a part each, of the same form. Only some steps measure the weights by layer; of step n it lies in
+slot n % weight_slots:
+
+    weights    WEIGHT_BLOCKS, each [layers]                              before the measured part
 
 The opening number is written first and the closing one last, so a reader that finds both equal, and the checksum
 right, has the whole part. (A single closing number let 1 % of reads through torn; the checksum is for processors that
@@ -15,6 +20,7 @@ so one that is missing below the newest will never come.
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 import zlib
@@ -22,15 +28,17 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
-from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 6
-COLUMNS_CHECKSUM = zlib.crc32(",".join(MEASURED_NAMES).encode())
+LAYOUT_VERSION = 7
+COLUMNS_CHECKSUM = zlib.crc32(",".join((*MEASURED_NAMES, *WEIGHT_BLOCKS)).encode())
 """Probe and recorder may come from different environments: they must agree on the measured columns as well."""
 MAX_RING_BYTES = 4 * 2**20
 """A container often has 64 MB of shared memory for eight ranks."""
 MIN_SLOTS, MAX_SLOTS = 64, 4096
+_SLOTS_PER_WEIGHT_SLOT = 8
+"""Weights are measured on every tenth step at most."""
 
 DROP_REASONS = ("probe_error", "ring_overrun", "given_up")
 """Why a record may be missing: the probe failed on that step; the ring was overwritten before it was read; or no
@@ -87,13 +95,24 @@ class Layout:
         self.columns = len(MEASURED_NAMES) + 2 * layers
         self.measured = Part(MEASURED_BEGIN, self.columns)
         self.slot_bytes = 8 * (MEASURED_BEGIN + self.columns + 3)
-        fitting = MAX_RING_BYTES // self.slot_bytes
+        self.weights = Part(0, len(WEIGHT_BLOCKS) * layers)
+        self.weight_slot_bytes = 8 * (self.weights.words + 3)
+        fitting = MAX_RING_BYTES // (self.slot_bytes + self.weight_slot_bytes // _SLOTS_PER_WEIGHT_SLOT)
         self.slot_count = slot_count or max(MIN_SLOTS, min(MAX_SLOTS, fitting))
-        self.file_bytes = self.header_bytes + self.slot_count * self.slot_bytes
+        self.weight_slots = self.slot_count // _SLOTS_PER_WEIGHT_SLOT + 1
+        # With a common divisor, every tenth step would use a part of the slots only.
+        while math.gcd(self.weight_slots, 10) > 1:
+            self.weight_slots += 1
+        self._weights_offset = self.header_bytes + self.slot_count * self.slot_bytes
+        self.file_bytes = self._weights_offset + self.weight_slots * self.weight_slot_bytes
 
     def word(self, sequence: int) -> int:
         """Index of the first word of a record's slot."""
         return (self.header_bytes + (sequence % self.slot_count) * self.slot_bytes) // 8
+
+    def weights_word(self, sequence: int) -> int:
+        """Index of the first word of the slot for a record's weights."""
+        return (self._weights_offset + (sequence % self.weight_slots) * self.weight_slot_bytes) // 8
 
 
 class RingFile:

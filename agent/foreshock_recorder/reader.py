@@ -69,6 +69,8 @@ class Record:
     GRADIENT_UNKNOWN: the averaged gradient was not measured."""
     measured: memoryview[float] | None
     """float64: MEASURED_NAMES, then global layer norms, then local ones. None: the step began and never finished."""
+    weights: memoryview[float] | None
+    """float64: WEIGHT_BLOCKS, each [layers]. None: the step has not measured the weights by layer."""
     observed: bool
     """True if the observed part is written; without it, the script may still pass its step and loss."""
     loss: float | None
@@ -106,9 +108,11 @@ class RingReader(RingFile):
             return ReadOutcome.NOT_YET
         if self.given_up:
             return ReadOutcome.OVERRUN
-        begun = self._part(BEGUN, sequence)
-        observed = self._part(OBSERVED, sequence)
-        measured = self._part(self.layout.measured, sequence)
+        slot = self.layout.word(sequence)
+        begun = self._part(BEGUN, slot, sequence)
+        observed = self._part(OBSERVED, slot, sequence)
+        measured = self._part(self.layout.measured, slot, sequence)
+        weights = self._part(self.layout.weights, self.layout.weights_word(sequence), sequence)
         # Asked last: a part that was overwritten just now must not look like one that was never written.
         if begun is None or sequence < self.oldest:
             return ReadOutcome.OVERRUN
@@ -126,6 +130,7 @@ class RingReader(RingFile):
             learning_rate=learning_rate,
             flags=flags,
             measured=None if measured is None else memoryview(measured).cast("d"),
+            weights=None if weights is None else memoryview(weights).cast("d"),
             observed=observed is not None,
             loss=loss,
         )
@@ -214,8 +219,9 @@ class RingReader(RingFile):
         self.memory.close()
         self._close_descriptor()
 
-    def _part(self, part: Part, sequence: int) -> bytes | None:
-        begin = self.layout.word(sequence) + part.begin
+    def _part(self, part: Part, slot: int, sequence: int) -> bytes | None:
+        """Return a part of a record; None unless it is whole. slot: its first word."""
+        begin = slot + part.begin
         start, end = begin + 1, begin + 1 + part.words
         if self._words[end + 1] != sequence:
             return None

@@ -95,7 +95,7 @@ class Ring(RingFile):
         flags: EDITED, NOT_STEPPED, GRADIENT_UNKNOWN.
         """
         payload = BEGUN_PAYLOAD.pack(step, wall, monotonic, learning_rate, flags)
-        self._write(BEGUN, sequence, payload)
+        self._write(BEGUN, self.layout.word(sequence), sequence, payload)
         self._words[WORD_BEGUN] = sequence
 
     def write_measured(self, sequence: int, row: Sequence[float]) -> None:
@@ -103,6 +103,11 @@ class Ring(RingFile):
         self.open_measured(sequence)
         self._row.pack_into(self.memory, self.measured_offset(sequence), *row)
         self.close_measured(sequence)
+
+    def write_weights(self, sequence: int, blocks: Sequence[float]) -> None:
+        """Write what a step has measured of the weights by layer, before its measured part. blocks: WEIGHT_BLOCKS."""
+        payload = struct.pack(f"<{self.layout.weights.words}d", *blocks)
+        self._write(self.layout.weights, self.layout.weights_word(sequence), sequence, payload)
 
     def open_measured(self, sequence: int) -> None:
         """Announce the measured part: before its row is written to `measured_offset`."""
@@ -114,14 +119,14 @@ class Ring(RingFile):
 
     def close_measured(self, sequence: int) -> None:
         """Mark the measured part as whole: after its row has been written."""
-        self._close(self.layout.measured, sequence)
+        self._close(self.layout.measured, self.layout.word(sequence), sequence)
         self._words[WORD_MEASURED] = sequence
 
     def write_observed(self, sequence: int, *, step: int | None, loss: float | None) -> None:
         """Write the observed part: what the script has passed to `observe`."""
         flags = (0 if step is None else HAS_STEP) | (0 if loss is None else HAS_LOSS)
         payload = OBSERVED_PAYLOAD.pack(step or 0, math.nan if loss is None else loss, flags)
-        self._write(OBSERVED, sequence, payload)
+        self._write(OBSERVED, self.layout.word(sequence), sequence, payload)
 
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
@@ -150,15 +155,16 @@ class Ring(RingFile):
         """Why the recorder cannot reach the collector; empty while it can."""
         return self._read_text(PROBLEM_OFFSET)
 
-    def _write(self, part: Part, sequence: int, payload: bytes) -> None:
-        begin = self.layout.word(sequence) + part.begin
+    def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
+        """Write a part of a record. slot: its first word."""
+        begin = slot + part.begin
         self._words[begin] = sequence
         start = 8 * (begin + 1)
         self.memory[start : start + 8 * part.words] = payload
-        self._close(part, sequence)
+        self._close(part, slot, sequence)
 
-    def _close(self, part: Part, sequence: int) -> None:
-        start = self.layout.word(sequence) + part.begin + 1
+    def _close(self, part: Part, slot: int, sequence: int) -> None:
+        start = slot + part.begin + 1
         end = start + part.words
         self._words[end] = zlib.crc32(self._bytes[8 * start : 8 * end])
         self._words[end + 1] = sequence

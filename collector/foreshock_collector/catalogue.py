@@ -96,6 +96,36 @@ LAYER_GRADIENT_NORM = _gauge(
     "norms in the last 64 steps.",
     labels=(*RUN, "layer"),
 )
+_SAMPLED = (
+    "estimated from a sample of its elements, for at most 16 layers: those with the largest update ratios lately."
+)
+LAYER_WEIGHTS = {
+    "parameter_layer_norms": _gauge(
+        "foreshock_layer_parameter_norm",
+        f"L2 norm of a layer's weights before the newest measured step, {_SAMPLED}",
+        labels=(*RUN, "layer"),
+    ),
+    "update_layer_ratios": _gauge(
+        "foreshock_layer_update_ratio",
+        "Norm of an optimizer step's update of a layer over the norm of its weights, at the newest measured step, "
+        + _SAMPLED,
+        "ratio",
+        (*RUN, "layer"),
+    ),
+    "first_moment_layer_norms": _gauge(
+        "foreshock_layer_first_moment_norm",
+        "L2 norm of the optimizer's first moment of a layer (Adam's `exp_avg`, SGD's `momentum_buffer`) before the "
+        f"newest measured step, {_SAMPLED}",
+        labels=(*RUN, "layer"),
+    ),
+    "second_moment_layer_norms": _gauge(
+        "foreshock_layer_second_moment_norm",
+        "Square root of the sum of the optimizer's second moment of a layer (Adam's `exp_avg_sq`) before the newest "
+        f"measured step, {_SAMPLED}",
+        labels=(*RUN, "layer"),
+    ),
+}
+"""Series of what blocks of layers measured of the weights, by the block's name."""
 RANK_AGREEMENT = _gauge(
     "foreshock_rank_agreement_ratio",
     "Squared norm of the averaged gradient over the mean squared local norm, at the newest step with both: 1 if all "
@@ -287,5 +317,7 @@ PROCESS = tuple(
 """What prometheus-client itself exports of the collector's process, on Linux."""
 
 _NAMED = tuple(value for value in list(globals().values()) if isinstance(value, Series))
-CATALOGUE: tuple[Series, ...] = tuple(dict.fromkeys((*_NAMED, *COLUMN_GAUGES.values(), *PROCESS)))
+CATALOGUE: tuple[Series, ...] = tuple(
+    dict.fromkeys((*_NAMED, *LAYER_WEIGHTS.values(), *COLUMN_GAUGES.values(), *PROCESS))
+)
 """All of them, in the order above."""

@@ -134,7 +134,10 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         name="parameter_norm",
         optional=True,
-        gauge=Gauge(series="foreshock_parameter_norm", help="L2 norm of the weights, measured every hundred steps."),
+        gauge=Gauge(
+            series="foreshock_parameter_norm",
+            help="L2 norm of the weights before the newest measured step, estimated from a sample of their elements.",
+        ),
     ),
     Column(
         name="update_ratio",
@@ -142,8 +145,27 @@ COLUMNS: tuple[Column, ...] = (
         optional=True,
         gauge=Gauge(
             series="foreshock_update_ratio",
-            help="Norm of one step's update over the norm of the weights, measured every hundred steps on a sample of "
-            "the weights.",
+            help="Norm of an optimizer step's update over the norm of the weights, at the newest measured step, "
+            "estimated from a sample of the weights.",
+        ),
+    ),
+    Column(
+        name="first_moment_norm",
+        optional=True,
+        gauge=Gauge(
+            series="foreshock_first_moment_norm",
+            help="L2 norm of the optimizer's first moment (Adam's `exp_avg`, SGD's `momentum_buffer`) before the "
+            "newest measured step, estimated from a sample of its elements.",
+        ),
+    ),
+    Column(
+        name="second_moment_norm",
+        optional=True,
+        gauge=Gauge(
+            series="foreshock_second_moment_norm",
+            help="Square root of the sum of the optimizer's second moment (Adam's `exp_avg_sq`, RMSprop's "
+            "`square_avg`) before the newest measured step, estimated from a sample of its elements: the gradient "
+            "norm that the optimizer scales its updates by.",
         ),
     ),
     Column(name="reduced_sequence", part=Part.REDUCED, integer=True),
@@ -169,3 +191,10 @@ WIRE_NAMES = tuple(column.name for column in WIRE_COLUMNS)
 NONFINITE_VALUES = tuple(column.name for column in COLUMNS if column.nonfinite is Nonfinite.VALUE)
 NONFINITE_COUNTS = tuple(column.name for column in COLUMNS if column.nonfinite is Nonfinite.COUNT)
 """A record is non-finite if one of `NONFINITE_VALUES` is, or one of `NONFINITE_COUNTS` is above zero."""
+
+WEIGHT_BLOCKS = (
+    *("parameter_layer_norms", "update_layer_ratios"),
+    *("first_moment_layer_norms", "second_moment_layer_norms"),
+)
+"""Blocks with a value for each layer, of the steps that measure the weights: each is by layer what the column of the
+similar name is in total. In the ring and on the wire they follow each other in this order."""

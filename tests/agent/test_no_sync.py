@@ -56,7 +56,7 @@ class Rank:
         self.policies = Policies(clip=clip, skip=False, device=META)
         self.kernel = Kernel(self.optimizer, clip, self.plan.parameters)
         self.shadow, self.edits = Shadow(clip, META), GradientEdits(self.plan.parameters)
-        self.weights = Weights(self.plan.parameters)
+        self.weights = Weights(self.plan, self.optimizer)
         for parameter in self.plan.parameters:
             parameter.grad = torch.empty_like(parameter)
         layers = len(self.plan.layers)

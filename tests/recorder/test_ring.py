@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_protos.columns import MEASURED_NAMES
-from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason
+from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
+from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason, Layout
 from foreshock_recorder.paths import ring_folder, ring_name, run_folder
 from foreshock_recorder.process import start_ticks
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
@@ -26,7 +26,7 @@ SCRIBBLER = """
 import sys
 from pathlib import Path
 from tests.support.rings import LAYERS, begin, make_ring
-from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
 from array import array
 
 ring = make_ring(Path(sys.argv[1]), slots=4)
@@ -351,3 +351,37 @@ def test_a_ring_that_is_given_up_is_a_few_kilobytes_that_count_what_was_lost(rin
     assert left.given_up and left.dropped == {"given_up": 15} and left.identity == identity()
     assert (left.begun, left.acknowledged, left.exit_reason) == (5, 5, ExitReason.EXCEPTION)
     assert left.read(5) is ReadOutcome.OVERRUN and left.read(6) is ReadOutcome.NOT_YET
+
+
+def blocks_of(sequence: int) -> list[float]:
+    return [sequence + i / 100 for i in range(len(WEIGHT_BLOCKS) * LAYERS)]
+
+
+@pytest.mark.parametrize("every", [10, 25])
+def test_weights_by_layer_come_back_for_as_long_as_the_record_that_measured_them(tmp_path: Path, every: int) -> None:
+    ring = make_ring(tmp_path / "run")
+    reader = RingReader(ring.path)
+    for sequence in range(1, ring.layout.slot_count + 2 * every):
+        begin(ring, sequence)
+        if sequence % every == 1:
+            ring.write_weights(sequence, blocks_of(sequence))
+        measure(ring, sequence)
+    for sequence in range(reader.oldest, ring.begun + 1):
+        weights = record(reader, sequence).weights
+        assert (weights is not None) == (sequence % every == 1)
+        assert weights is None or list(weights) == blocks_of(sequence)
+
+
+def test_weights_that_a_later_step_has_overwritten_cost_the_record_nothing_else(ring: Ring, reader: RingReader) -> None:
+    later = 1 + ring.layout.weight_slots
+    for sequence in (1, later):
+        begin(ring, sequence)
+        ring.write_weights(sequence, blocks_of(sequence))
+        measure(ring, sequence)
+    assert record(reader, 1).weights is None and record(reader, 1).measured is not None
+    assert record(reader, later).weights is not None
+
+
+def test_weights_by_layer_take_little_of_the_ring() -> None:
+    layout = Layout(100, 100)
+    assert layout.weight_slots * layout.weight_slot_bytes < 0.25 * layout.slot_count * layout.slot_bytes

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.records.layer_weights import LayerWeights, WeightHistory
 from foreshock_collector.records.steps import LARGEST, Step, bounded
 from foreshock_protos.columns import NONFINITE_COUNTS, NONFINITE_VALUES, WIRE_COLUMNS, Column, Part
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -59,6 +60,8 @@ class Records:
     sums: Rows
     layer_norms: NDArray[np.float32] | None
     """Norms of the averaged gradient, [rows, layers]; one rank of the attempt sends them."""
+    weights: LayerWeights
+    """What some of the rows measured of the weights by layer; sent by the same rank."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,14 +70,17 @@ class Records:
         """Return the records above this sequence number."""
         keep = self.rows["sequence"] > position
         norms = None if self.layer_norms is None else self.layer_norms[keep]
-        return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms)
+        weights = self.weights.between(position + 1, MAX_SEQUENCE)
+        return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms, weights=weights)
 
     def slices(self, length: int) -> Iterator[Records]:
         """Yield pieces of at most this many rows, in order."""
         for start in range(0, len(self.rows), length):
             piece = slice(start, start + length)
             norms = None if self.layer_norms is None else self.layer_norms[piece]
-            yield Records(rows=self.rows[piece], sums=self.sums, layer_norms=norms)
+            rows = self.rows[piece]
+            weights = self.weights.between(int(rows["sequence"][0]), int(rows["sequence"][-1]))
+            yield Records(rows=rows, sums=self.sums, layer_norms=norms, weights=weights)
 
 
 def decode(batch: pb.StepBatch, layers: int) -> Records:
@@ -101,7 +107,11 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
     norms = None
     if batch.global_layer_norms:
         norms = np.fromiter(batch.global_layer_norms, "f4", count * layers).reshape(count, layers)
-    return Records(rows=rows, sums=sums, layer_norms=norms)
+    try:
+        weights = LayerWeights.from_batch(batch, layers)
+    except ValueError as error:
+        raise ColumnsError(str(error)) from error
+    return Records(rows=rows, sums=sums, layer_norms=norms, weights=weights)
 
 
 def _values(batch: pb.StepBatch, column: Column, count: int) -> NDArray[np.int64] | NDArray[np.float64]:
@@ -178,6 +188,8 @@ class RecordBuffer:
         self._sums: Rows = np.zeros(self.capacity, SUMS)
         self._layer_norms = np.zeros((self.capacity, layers), "f4")
         self._layer_sequences = np.zeros(self.capacity, "i8")
+        self.weights = WeightHistory(layers)
+        """What the newest measured steps have of the weights by layer."""
         self._deadlines = np.full(self.capacity, math.inf)
 
     def must_finalize(self, records: Records) -> int:
@@ -196,6 +208,7 @@ class RecordBuffer:
         if records.layer_norms is not None and records.layer_norms.shape[1] == self._layer_norms.shape[1]:
             self._layer_norms[slots[fresh]] = records.layer_norms[fresh]
             self._layer_sequences[slots[fresh]] = rows["sequence"][fresh]
+        self.weights.write(records.weights)
         recent = records.sums[records.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
         self._sums[recent["reduced_sequence"] % self.capacity] = recent
         # A gap waits like a record: another rank may yet fill it.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreshock_collector.analysis.departures import Departure
 from foreshock_collector.analysis.detection import Detector, Failure
@@ -17,12 +18,15 @@ from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.records.buffer import RecordBuffer, Records
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_collector.state.instances import Instance
+from foreshock_protos.columns import WEIGHT_BLOCKS
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 WINDOW_STEPS = 512
 """Newest steps in memory, and those whose rank-level records outlive a restart."""
 _MOST_LAYERS, _LAYER_STEPS = 16, 64
 """Layers that become series, and the steps by whose largest norms they are chosen: few, and seldom others."""
+_WEIGHT_STEPS = 1600
+"""Steps by whose largest update ratios layers are chosen: 64 measurements of a small model."""
 Outcome = Literal["", "ended", "interrupted", "failed"]
 """How an attempt came to its end, where that has been decided."""
 
@@ -145,14 +149,25 @@ class Attempt(AttemptState):
             return []
         first = max(1, self.finalized - _LAYER_STEPS + 1)
         norms = self._buffer.layer_norms_of(np.arange(first, self.finalized + 1))
-        if not len(norms):
-            return []
-        finite = np.isfinite(norms)
-        known = np.flatnonzero(finite.any(axis=0))
-        peaks = np.where(finite, norms, -math.inf).max(axis=0, initial=-math.inf)
-        chosen = sorted(known[np.argsort(-peaks[known], kind="stable")[:_MOST_LAYERS]].tolist())
-        newest = len(norms) - 1 - finite[::-1].argmax(axis=0)
-        return [(self.model.layers[layer], float(norms[newest[layer], layer])) for layer in chosen]
+        chosen = _largest(norms)
+        newest = _newest_finite(norms)
+        return [(self.model.layers[layer], float(newest[layer])) for layer in chosen]
+
+    def layer_weights(self) -> dict[str, list[tuple[str, float]]]:
+        """By block: names and newest finite values of the layers that had the largest update ratios lately.
+
+        A block that has measured nothing is empty; before the first update, the layers with the largest norms.
+        """
+        if self._buffer is None or not self.model.layers:
+            return {}
+        weights = self._buffer.weights.between(self.finalized - _WEIGHT_STEPS + 1, self.finalized)
+        chosen = _largest(weights.block("update_layer_ratios")) or _largest(weights.block("parameter_layer_norms"))
+        found = {}
+        for name in WEIGHT_BLOCKS:
+            newest = _newest_finite(weights.block(name))
+            values = [(self.model.layers[layer], float(newest[layer])) for layer in chosen]
+            found[name] = [(layer, value) for layer, value in values if math.isfinite(value)]
+        return found
 
     def due(self, now: float) -> int:
         """Sequence number up to which steps may be finalized."""
@@ -176,3 +191,21 @@ class Attempt(AttemptState):
         self.incidents = {key: number for key, number in self.incidents.items() if key in keep_open}
         self.detector, self.faults, self.noise = Detector(), FaultDetector(), NoiseScale()
         self.failure, self.needs_reevaluation = None, False
+
+
+def _largest(values: NDArray[np.float64]) -> list[int]:
+    """Return the layers with the largest finite values, in the model's order. values: [steps, layers]."""
+    finite = np.isfinite(values)
+    known = np.flatnonzero(finite.any(axis=0))
+    peaks = np.where(finite, values, -math.inf).max(axis=0, initial=-math.inf)
+    return sorted(known[np.argsort(-peaks[known], kind="stable")[:_MOST_LAYERS]].tolist())
+
+
+def _newest_finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return each layer's newest finite value, NaN without one: [layers]. values: [steps, layers]."""
+    if not len(values):
+        return np.full(values.shape[1], math.nan)
+    finite = np.isfinite(values)
+    newest = len(values) - 1 - finite[::-1].argmax(axis=0)
+    found: NDArray[np.float64] = np.where(finite.any(axis=0), values[newest, np.arange(values.shape[1])], math.nan)
+    return found

@@ -109,6 +109,9 @@ class RunSeries(Collector):
         # By name: of two layers of one name, which a model cannot have, one series.
         for layer, norm in dict(attempt.largest_layers()).items():
             yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
+        for block, values in attempt.layer_weights().items():
+            for layer, value in dict(values).items():
+                yield Sample(c.LAYER_WEIGHTS[block], (*labels, layer), value)
         for alert, incident in run.incidents.newest_by_alert().items():
             v = incident.verdict
             rank = "" if v.rank is None else str(v.rank)

@@ -139,7 +139,7 @@ class OptimizerSummary(_message.Message):
     def __init__(self, type: _Optional[str] = ..., fused: bool = ...) -> None: ...
 
 class StepBatch(_message.Message):
-    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "dropped", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "backward_passes")
+    __slots__ = ("instance", "first_sequence", "step", "wall_seconds", "monotonic_seconds", "learning_rate", "flags", "loss", "loss_scale", "global_norm", "clip_coefficient", "local_norm", "global_nan_parameters", "global_inf_parameters", "local_nan_parameters", "local_inf_parameters", "first_nonfinite_global", "first_nonfinite_local", "reduced_sequence", "reduced_square_sum", "reduced_nan_ranks", "reduced_inf_ranks", "reduced_idle_ranks", "reduced_loss_sum", "reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses", "global_layer_norms", "local_layer_norms", "dropped", "parameter_fingerprint", "parameter_norm", "update_ratio", "gradient_absolute_maximum", "backward_passes", "first_moment_norm", "second_moment_norm", "weight_rows", "parameter_layer_norms", "update_layer_ratios", "first_moment_layer_norms", "second_moment_layer_norms")
     class DroppedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -182,6 +182,13 @@ class StepBatch(_message.Message):
     UPDATE_RATIO_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_ABSOLUTE_MAXIMUM_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_PASSES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_MOMENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    SECOND_MOMENT_NORM_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_LAYER_RATIOS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_MOMENT_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    SECOND_MOMENT_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
     instance: str
     first_sequence: int
     step: _containers.RepeatedScalarFieldContainer[int]
@@ -217,7 +224,14 @@ class StepBatch(_message.Message):
     update_ratio: _containers.RepeatedScalarFieldContainer[float]
     gradient_absolute_maximum: _containers.RepeatedScalarFieldContainer[float]
     backward_passes: int
-    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., backward_passes: _Optional[int] = ...) -> None: ...
+    first_moment_norm: _containers.RepeatedScalarFieldContainer[float]
+    second_moment_norm: _containers.RepeatedScalarFieldContainer[float]
+    weight_rows: _containers.RepeatedScalarFieldContainer[int]
+    parameter_layer_norms: _containers.RepeatedScalarFieldContainer[float]
+    update_layer_ratios: _containers.RepeatedScalarFieldContainer[float]
+    first_moment_layer_norms: _containers.RepeatedScalarFieldContainer[float]
+    second_moment_layer_norms: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., backward_passes: _Optional[int] = ..., first_moment_norm: _Optional[_Iterable[float]] = ..., second_moment_norm: _Optional[_Iterable[float]] = ..., weight_rows: _Optional[_Iterable[int]] = ..., parameter_layer_norms: _Optional[_Iterable[float]] = ..., update_layer_ratios: _Optional[_Iterable[float]] = ..., first_moment_layer_norms: _Optional[_Iterable[float]] = ..., second_moment_layer_norms: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class Event(_message.Message):
     __slots__ = ("instance", "kind", "step", "wall_seconds", "detail")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,6 +102,52 @@ def test_layers_are_told_of_once_there_are_steps() -> None:
     assert attempt.largest_layers() == [("a", 2.0)]
 
 
+def layered(layers: int) -> Attempt:
+    names = [f"layer{i}" for i in range(layers)]
+    model = pb.ModelSummary(
+        type="M",
+        parameters=[f"{name}.w" for name in names],
+        parameter_sizes=[1] * layers,
+        layers=names,
+        parameter_layers=range(layers),
+    )
+    attempt = Attempt(0, hello(model=model).hello)
+    attempt.due(0.0)
+    return attempt
+
+
+def measure_weights(attempt: Attempt, sequence: int, **blocks: Any) -> None:
+    batch = steps(sequence, [2.0], weight_rows=[0], **blocks).steps
+    attempt.buffer.write(0, decode(batch, len(attempt.model.layers)), 0.0)
+    list(attempt.assemble(sequence))
+
+
+def test_layers_with_the_largest_update_ratios_are_chosen_and_their_newest_values_told() -> None:
+    attempt = layered(20)
+    assert all(not values for values in attempt.layer_weights().values())
+    # Before the first update, the largest weights are what can be chosen by.
+    measure_weights(attempt, 1, parameter_layer_norms=[float(i + 1) for i in range(20)])
+    chosen = attempt.layer_weights()
+    assert chosen["parameter_layer_norms"] == [(f"layer{i}", i + 1.0) for i in range(4, 20)]
+    assert chosen["update_layer_ratios"] == []
+    ratios = [float(20 - i) for i in range(20)]
+    measure_weights(attempt, 2, parameter_layer_norms=[5.0] * 20, update_layer_ratios=ratios)
+    measure_weights(attempt, 3, parameter_layer_norms=[6.0] * 20)
+    chosen = attempt.layer_weights()
+    assert chosen["update_layer_ratios"] == [(f"layer{i}", 20.0 - i) for i in range(16)]
+    assert chosen["parameter_layer_norms"] == [(f"layer{i}", 6.0) for i in range(16)]
+    assert chosen["first_moment_layer_norms"] == []
+
+
+def test_a_layer_whose_weights_are_not_finite_keeps_its_newest_finite_values() -> None:
+    attempt = layered(2)
+    measure_weights(attempt, 1, parameter_layer_norms=[1.0, 2.0], update_layer_ratios=[0.5, 0.25])
+    measure_weights(attempt, 2, parameter_layer_norms=[math.nan, 3.0], update_layer_ratios=[math.inf, 0.125])
+    chosen = attempt.layer_weights()
+    assert chosen["parameter_layer_norms"] == [("layer0", 1.0), ("layer1", 3.0)]
+    assert chosen["update_layer_ratios"] == [("layer0", 0.5), ("layer1", 0.125)]
+
+
 def test_metrics_answer_between_a_hello_with_layers_and_the_first_step(tmp_path: Path) -> None:
     async def test() -> None:
         model = pb.ModelSummary(type="M", parameters=["a.w"], parameter_sizes=[1], layers=["a"], parameter_layers=[0])
@@ -110,9 +157,19 @@ def test_metrics_answer_between_a_hello_with_layers_and_the_first_step(tmp_path:
             await stream.stored(0)
             found = await families(server)
             assert value(found, "foreshock_run_ranks_reporting", run="x") == 1
-            await stream.send(steps(1, [2.0], run="x", global_layer_norms=[2.0]))
+            weights: dict[str, Any] = {
+                "parameter_layer_norms": [4.0],
+                "update_layer_ratios": [0.5],
+                "first_moment_layer_norms": [3.0],
+            }
+            await stream.send(steps(1, [2.0], run="x", global_layer_norms=[2.0], weight_rows=[0], **weights))
             await stream.stored(1)
-            assert value(await families(server), "foreshock_layer_gradient_norm", layer="a") == 2
+            found = await families(server)
+            assert value(found, "foreshock_layer_gradient_norm", layer="a") == 2
+            assert value(found, "foreshock_layer_parameter_norm", layer="a") == 4
+            assert value(found, "foreshock_layer_update_ratio", layer="a") == 0.5
+            assert value(found, "foreshock_layer_first_moment_norm", layer="a") == 3
+            assert not found["foreshock_layer_second_moment_norm"].samples
             await stream.close()
 
     serving(test())

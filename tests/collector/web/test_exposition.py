@@ -38,6 +38,8 @@ def test_what_is_looked_at_now_and_then_keeps_its_newest_value(tmp_path: Path) -
             "gradient_absolute_maximum": [0.25, 0, 0],
             "parameter_norm": [12.0, 0, 0],
             "update_ratio": [0, 1e-3, 0],
+            "first_moment_norm": [0, 0, 0.5],
+            "second_moment_norm": [0, 2.0, 0],
         }
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
             stream = Stream(server)

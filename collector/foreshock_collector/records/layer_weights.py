@@ -1,0 +1,77 @@
+"""Norms of weights, updates and moments by layer, at the steps that measured them. numpy, no clock."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_protos.columns import WEIGHT_BLOCKS
+from foreshock_protos.v1 import telemetry_pb2 as pb
+
+_MOST_MEASURED = 512
+"""Measured steps that a history keeps."""
+
+Blocks = NDArray[np.float32]
+"""[steps, len(WEIGHT_BLOCKS), layers]: what each block measured by layer; 0 where it measured nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Holds what some steps measured of the layers' weights."""
+
+    sequences: NDArray[np.int64]
+    """Sequence numbers of these steps, ascending: [steps]."""
+    blocks: Blocks
+
+    @classmethod
+    def from_batch(cls, batch: pb.StepBatch, layers: int) -> LayerWeights:
+        """Decode a batch. Raises `ValueError` if its blocks contradict its rows."""
+        rows = np.fromiter(batch.weight_rows, "i8", len(batch.weight_rows))
+        if (np.diff(rows) <= 0).any() or (rows >= len(batch.step)).any():
+            raise ValueError(f"weight_rows must ascend and stay below the {len(batch.step)} rows of the batch")
+        blocks = np.zeros((len(rows), len(WEIGHT_BLOCKS), layers), "f4")
+        for i, name in enumerate(WEIGHT_BLOCKS):
+            sent = getattr(batch, name)
+            if len(sent) not in (0, len(rows) * layers):
+                raise ValueError(f"{name} has {len(sent)} values, not {len(rows)} rows of {layers} layers")
+            if sent:
+                blocks[:, i] = np.fromiter(sent, "f4", len(sent)).reshape(len(rows), layers)
+        # A batch without rows may have any number.
+        first = batch.first_sequence if len(rows) else 0
+        return cls(sequences=rows + first, blocks=blocks)
+
+    def between(self, first: int, last: int) -> LayerWeights:
+        """Return the part of these steps."""
+        part = (self.sequences >= first) & (self.sequences <= last)
+        return LayerWeights(sequences=self.sequences[part], blocks=self.blocks[part])
+
+    def block(self, name: str) -> NDArray[np.float64]:
+        """Return a block, NaN where it measured nothing: [steps, layers]. name: one of WEIGHT_BLOCKS."""
+        values = self.blocks[:, WEIGHT_BLOCKS.index(name)].astype(np.float64)
+        values[values == 0] = math.nan
+        return values
+
+
+class WeightHistory:
+    """Keeps the newest measured steps of one attempt."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._kept: deque[tuple[int, Blocks]] = deque(maxlen=_MOST_MEASURED)
+
+    def write(self, weights: LayerWeights) -> None:
+        """Add measured steps; those that are not newer than the newest one are known already."""
+        for sequence, blocks in zip(weights.sequences.tolist(), weights.blocks, strict=True):
+            if blocks.shape[1] == self._layers and (not self._kept or sequence > self._kept[-1][0]):
+                self._kept.append((sequence, blocks))
+
+    def between(self, first: int, last: int) -> LayerWeights:
+        """Return what is kept of these steps."""
+        kept = [(sequence, blocks) for sequence, blocks in self._kept if first <= sequence <= last]
+        shape = (len(kept), len(WEIGHT_BLOCKS), self._layers)
+        blocks = np.array([each for _, each in kept], "f4").reshape(shape)
+        return LayerWeights(sequences=np.array([sequence for sequence, _ in kept], "i8"), blocks=blocks)
