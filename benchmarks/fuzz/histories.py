@@ -15,7 +15,7 @@ from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import _as_json, _as_text, replay
 from foreshock_protos import SCHEMA_VERSION
-from foreshock_protos.columns import WIRE_NAMES
+from foreshock_protos.columns import WEIGHT_BLOCKS, WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 NUMBERS = (
@@ -201,12 +201,17 @@ class _Recorder:
             "parameter_fingerprint": [piece.unlike if rank else 0.0] * count,
             "parameter_norm": piece.layers.values(count),
             "update_ratio": norms,
+            "first_moment_norm": piece.layers.values(count),
+            "second_moment_norm": norms,
         }
         for name, values in columns.items():
             getattr(batch, name)[:] = values
         if rank == 0:
             norms_of_layers = [_single(value) for value in piece.layers.values(count * self._history.layers)]
             batch.global_layer_norms.extend(norms_of_layers)
+            batch.weight_rows.extend(range(count))
+            for name in WEIGHT_BLOCKS:
+                getattr(batch, name).extend(norms_of_layers)
         return batch
 
     def _happens(self, what: str) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from foreshock_collector.analysis.advice import USUAL_STEPS, against_explosion, likely_root
 from foreshock_collector.analysis.failure_facts import FailureFacts
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
+from foreshock_collector.analysis.weight_signs import weight_evidence
 from foreshock_collector.records.steps import Step
 
 _BLOWN_RATIO = 1000.0
@@ -49,6 +50,7 @@ def explosion(failure: FailureFacts) -> Verdict:
     growing, growth = _growing_layer(failure, window)
     if growing:
         evidence.append(f"layer {growing} grew most: {growth:.3g} times its earlier norm")
+    evidence += weight_evidence(failure)
     rank, alike = failure.rank, False
     if rank is None:
         rank, share, alike = _leading_rank(failure, window)

@@ -140,6 +140,9 @@ def site_of(frame: FrameType, event: str) -> Site | None:
         or callee in ENTRIES | RARE
     ):
         return None
+    # Whoever is at work when garbage is collected did not call its finalizer.
+    if callee.endswith(".__del__"):
+        return None
     # A generator that another function enters is being thrown away.
     if "<genexpr>" in callee and not callee.startswith(name):
         return None
@@ -204,7 +207,7 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
     """Each call of ours by ours that a step makes fails once, on rank 1: in a training that goes on, or, if it comes
     only in the beginning, in one of its own.
     """
-    _weights.EVERY_STEPS = CLOSE_LOOK
+    _weights.EVERY_STEPS = _weights.NORMS_EVERY_STEPS_IF_SMALL = CLOSE_LOOK
     run = f"everywhere_{name}"
     pair = Beside(fused=fused, clip=clip, name=run)
     sites: dict[Site, None] = {}

@@ -50,13 +50,14 @@ def verdict(
             loss=loss,
             loss_scale=record.get("scale", 1.0),
             global_norm=norm,
-            clip_coefficient=1.0,
+            clip_coefficient=record.get("clip", 1.0),
             skipped=False,
             nan_loss=loss is not None and math.isnan(loss),
             inf_loss=loss is not None and math.isinf(loss),
             nan_gradient=math.isnan(norm),
             inf_gradient=math.isinf(norm),
             ranks=1,
+            measurements=record.get("measured", {}),
         )
         made.append(step)
         known = (detector.finite_ever, detector.climbing)
