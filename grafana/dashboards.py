@@ -198,6 +198,21 @@ def run() -> Json:
                 width=8,
             ),
         ],
+        [
+            Panel(
+                title="Gradient and the optimizer's moments",
+                description="Adam scales its updates by the second moment. A gradient that jumps far above it makes "
+                "updates of the largest size; a first moment near it means that gradients agree from step to step.",
+                kind="timeseries",
+                queries=(
+                    Query(expr=of(c.GLOBAL_GRADIENT_NORM), legend="gradient"),
+                    Query(expr=of(c.FIRST_MOMENT_NORM), legend="first moment"),
+                    Query(expr=of(c.SECOND_MOMENT_NORM), legend="root of the second moment"),
+                ),
+                logarithmic=True,
+                width=24,
+            ),
+        ],
     ]
     title, text = "Foreshock: run", "One run: whether it is about to die, and since when."
     return dashboard("foreshock-run", title, text, variables(one_run=True), rows)
@@ -282,6 +297,12 @@ def layers() -> Json:
     norms = of(c.LAYER_GRADIENT_NORM)
     growth = f"{norms} / avg_over_time({norms}[30m])"
     by_run = "by (experiment, run)"
+
+    def of_layers(title: str, block: str) -> Panel:
+        series = c.LAYER_WEIGHTS[block]
+        query = Query(expr=of(series), legend="{{layer}}")
+        return Panel(title=title, description=series.help, kind="timeseries", queries=(query,), logarithmic=True)
+
     rows = [
         [
             Panel(
@@ -311,6 +332,14 @@ def layers() -> Json:
                 logarithmic=True,
                 thresholds=((10, "orange"),),
             ),
+        ],
+        [
+            of_layers("Update of each layer, relative to its weights", "update_layer_ratios"),
+            of_layers("Norm of each layer's weights", "parameter_layer_norms"),
+        ],
+        [
+            of_layers("First moment of each layer", "first_moment_layer_norms"),
+            of_layers("Root of each layer's second moment", "second_moment_layer_norms"),
         ],
         [
             _INCIDENTS,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from foreshock_protos.columns import WEIGHT_BLOCKS
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from grafana.dashboards import DASHBOARDS
 from grafana.panels import Query
@@ -26,7 +27,10 @@ pytestmark = pytest.mark.integration
 
 WORLD = 2
 LAYERS = ("embedding", "head")
-LOOKED_AT = ("gradient_absolute_maximum", "parameter_norm", "update_ratio")
+LOOKED_AT = (
+    *("gradient_absolute_maximum", "parameter_norm", "update_ratio"),
+    *("first_moment_norm", "second_moment_norm"),
+)
 PORTION = 20
 """Steps between two scrapes, so that rates and increases have something to show."""
 
@@ -68,6 +72,9 @@ async def feed(server: Collector, recorded: Recorded) -> None:
             message = steps(start + 1, portion, run="boom", instance=f"boom-{rank}", flags=flags, **told)
             if rank == 0:
                 message.steps.global_layer_norms.extend(norm * share for norm in portion for share in (0.6, 0.8))
+                message.steps.weight_rows.append(0)
+                for block in WEIGHT_BLOCKS:
+                    getattr(message.steps, block).extend((0.01, 0.02))
             await stream.send(message)
         for stream in streams:
             await stream.stored(start + PORTION)
