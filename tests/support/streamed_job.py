@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 
 from foreshock_protos import SCHEMA_VERSION
-from foreshock_protos.columns import WIRE_NAMES
+from foreshock_protos.columns import WEIGHT_BLOCKS, WIRE_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1 import telemetry_pb2_grpc as rpc
 
@@ -78,6 +78,11 @@ class Job:
         shares = np.exp(0.08 * self._random.standard_normal((count, len(self.layers)))) / math.sqrt(len(self.layers))
         if explode:
             shares[:, LOUD_LAYER % len(self.layers)] *= np.minimum(climb, 30)
+        # Updates grow with the gradient, and those of one layer most.
+        measured = steps % 10 == 1
+        updates = 1e-3 * (1 + 0.1 * np.sin(steps)) * np.minimum(climb, 30)
+        by_layer = updates[:, None] * np.ones(len(self.layers))
+        by_layer[:, LOUD_LAYER % len(self.layers)] *= np.minimum(climb, 5)
         bad = np.zeros(count, bool)
         bad[-1] = nan
         for rank in range(self.ranks):
@@ -99,6 +104,10 @@ class Job:
                 "local_norm": np.where(bad & (rank == LOUD_RANK), np.nan, locals_),
                 "global_nan_parameters": bad * 3.0,
                 "local_nan_parameters": bad * 3.0 if rank == LOUD_RANK else np.zeros(count),
+                "parameter_norm": measured * (60 + 0.01 * steps),
+                "update_ratio": measured * updates,
+                "first_moment_norm": measured * 0.2,
+                "second_moment_norm": measured * 0.8,
                 "first_nonfinite_global": np.where(bad, LOUD_LAYER % len(self.layers), -1),
                 "first_nonfinite_local": np.where(bad & (rank == LOUD_RANK), LOUD_LAYER % len(self.layers), -1),
             }
@@ -107,6 +116,11 @@ class Job:
             if rank == 0:
                 told = np.where(bad[:, None], np.nan, shares * norms[:, None])
                 batch.global_layer_norms[:] = told.ravel().tolist()
+                batch.weight_rows[:] = np.flatnonzero(measured).tolist()
+                values = [np.full((measured.sum(), len(self.layers)), 20.0), by_layer[measured]]
+                values += [np.full_like(values[0], 0.05), np.full_like(values[0], 0.2)]
+                for name, block in zip(WEIGHT_BLOCKS, values, strict=True):
+                    getattr(batch, name)[:] = block.ravel().tolist()
             self._queue.put(pb.FromRecorder(steps=batch))
 
     def stored(self) -> float:

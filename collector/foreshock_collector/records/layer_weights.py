@@ -44,6 +44,11 @@ class LayerWeights:
         first = batch.first_sequence if len(rows) else 0
         return cls(sequences=rows + first, blocks=blocks)
 
+    @classmethod
+    def empty(cls, layers: int) -> LayerWeights:
+        """Return the weights of no step."""
+        return cls(sequences=np.zeros(0, "i8"), blocks=np.zeros((0, len(WEIGHT_BLOCKS), layers), "f4"))
+
     def between(self, first: int, last: int) -> LayerWeights:
         """Return the part of these steps."""
         part = (self.sequences >= first) & (self.sequences <= last)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from foreshock_collector.records.buffer import RECORD, RecordBuffer, Rows
+from foreshock_collector.records.layer_weights import LayerWeights
 
 _RANKED = np.dtype([("rank", "i8"), *((name, RECORD[name]) for name in RECORD.names or ())])
 _SHOWN_RANKS = 16
@@ -26,6 +27,8 @@ class Window:
     sequences: NDArray[np.int64]
     layer_norms: NDArray[np.float32]
     """Norms of the averaged gradient, [sequences, layers]; NaN where no rank has sent them."""
+    weights: LayerWeights
+    """What some of the steps measured of the weights by layer."""
 
     @classmethod
     def from_buffer(cls, buffer: RecordBuffer, first: int, last: int) -> Window:
@@ -41,19 +44,32 @@ class Window:
             found.append(ranked)
         records = np.concatenate(found) if found else np.zeros(0, _RANKED)
         norms = buffer.layer_norms_of(sequences).astype(np.float32)
-        return cls(records=records, sequences=sequences, layer_norms=norms)
+        weights = buffer.weights.between(first, last)
+        return cls(records=records, sequences=sequences, layer_norms=norms, weights=weights)
 
     def as_bytes(self) -> bytes:
         """Encode the window for the store."""
         file = io.BytesIO()
-        np.savez_compressed(file, records=self.records, sequences=self.sequences, layer_norms=self.layer_norms)
+        np.savez_compressed(
+            file,
+            records=self.records,
+            sequences=self.sequences,
+            layer_norms=self.layer_norms,
+            weight_sequences=self.weights.sequences,
+            weight_blocks=self.weights.blocks,
+        )
         return file.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Window:
         """Decode a window from the store."""
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            return cls(records=arrays["records"], sequences=arrays["sequences"], layer_norms=arrays["layer_norms"])
+            norms = arrays["layer_norms"]
+            weights = LayerWeights.empty(norms.shape[1])
+            # Windows of older versions have none.
+            if "weight_blocks" in arrays:
+                weights = LayerWeights(sequences=arrays["weight_sequences"], blocks=arrays["weight_blocks"])
+            return cls(records=arrays["records"], sequences=arrays["sequences"], layer_norms=norms, weights=weights)
 
     def largest_records(self) -> list[dict[str, Any]]:
         """Return the records of the ranks with the largest norms, step by step, as JSON objects."""

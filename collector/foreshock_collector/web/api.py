@@ -50,7 +50,7 @@ class Api:
             web.get(f"/api/v1/runs/{RUN}", self._run),
             web.get(f"/api/v1/runs/{RUN}/steps", self._steps),
             web.get(f"/api/v1/runs/{RUN}/series", self._series),
-            web.get(f"/api/v1/runs/{RUN}/heat/{{by:ranks|layers}}", self._heat),
+            web.get(f"/api/v1/runs/{RUN}/heat/{{by:ranks|layers|updates}}", self._heat),
             web.get(f"/api/v1/runs/{RUN}/incidents/{{id}}", self._incident),
         ]
 
@@ -124,7 +124,9 @@ class Api:
         return json_response({**facts, **columns, **baseline.at(columns["sequence"])})
 
     async def _heat(self, request: web.Request) -> web.Response:
-        """Return norms by rank or layer, the largest in each bin; of an evicted attempt, those around an incident."""
+        """Return norms by rank or layer, or updates by layer, the largest in each bin; of an evicted attempt, those
+        around an incident.
+        """
         run = self._find(request)
         attempt = _attempt_of(request, run)
         by = request.match_info["by"]

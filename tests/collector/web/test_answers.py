@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sqlite3
@@ -17,9 +18,11 @@ import pytest
 from foreshock_collector.analysis.detection import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.layer_weights import LayerWeights
 from foreshock_collector.records.window import Window
 from foreshock_collector.web.baseline import Baseline
-from foreshock_collector.web.heat import MOST_ROWS, downsample, incident_norms
+from foreshock_collector.web.heat import CARRIED_STEPS, MOST_ROWS, carried_forward, downsample, incident_norms
+from foreshock_protos.columns import WEIGHT_BLOCKS
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
 from tests.support.streams import steps
@@ -120,6 +123,65 @@ def test_a_thinned_series_keeps_every_peak(url: str, job: Jobs) -> None:
     assert len(series["usual_high"]) == len(series["sequence"]) <= 101
     part = ask(f"{url}/api/v1/runs/long/series?points=100&first=495&last=505")
     assert part["sequence"] == [*range(495, 506)]
+
+
+def test_a_thinned_series_keeps_the_largest_update_of_each_bin(url: str, job: Jobs) -> None:
+    run = job("updates", ranks=1)
+    run.train(300)
+    run.train(8, explode=True)
+    run.train(100)
+    run.stored()
+    whole = ask(f"{url}/api/v1/runs/updates/series?points=1000")
+    measured = {
+        sequence: ratio for sequence, ratio in zip(whole["sequence"], whole["update_ratio"], strict=True) if ratio
+    }
+    assert [*measured] == [*range(1, 409, 10)]
+    assert whole["parameter_norm"][0] == pytest.approx(60.01) and whole["parameter_norm"][1] is None
+    assert (whole["first_moment_norm"][0], whole["second_moment_norm"][0]) == (0.2, 0.8)
+    thinned = ask(f"{url}/api/v1/runs/updates/series?points=26")
+    assert thinned["bin_width"] == 16
+    largest = [
+        max((measured[s] for s in range(start, start + 16) if s in measured), default=None)
+        for start in range(1, 409, 16)
+    ]
+    assert thinned["update_ratio"] == largest
+    steps_of = ask(f"{url}/api/v1/runs/updates/steps?after=300&limit=2")
+    assert steps_of["update_ratio"] == [measured[301], None]
+
+
+def test_updates_by_layer_are_shown_until_the_next_are_measured(url: str, job: Jobs) -> None:
+    run = job("layered", ranks=1, layers=("a", "b"))
+    run.train(40)
+    run.stored()
+    found = ask(f"{url}/api/v1/runs/layered/heat/updates?columns=1000")
+    assert found["rows"] == ["a", "b"] and found["sequence"] == [*range(1, 41)]
+    row = found["values"][0]
+    assert row[:10] == [row[0]] * 10 and row[10:20] == [row[10]] * 10 and row[0] != row[10]
+
+
+def test_updates_that_were_measured_too_long_ago_are_not_shown() -> None:
+    blocks = np.zeros((2, len(WEIGHT_BLOCKS), 1), "f4")
+    blocks[:, WEIGHT_BLOCKS.index("update_layer_ratios"), 0] = (0.5, math.inf)
+    weights = LayerWeights(sequences=np.array([10, 20 + CARRIED_STEPS]), blocks=blocks)
+    sequences = np.array([9, 10, 9 + CARRIED_STEPS, 10 + CARRIED_STEPS, 20 + CARRIED_STEPS])
+    shown = carried_forward(weights, sequences)[:, 0].tolist()
+    assert shown == pytest.approx([math.nan, 0.5, 0.5, math.nan, math.inf], nan_ok=True)
+
+
+def test_updates_before_an_incident_are_kept_and_a_window_of_an_older_version_has_none() -> None:
+    buffer = RecordBuffer(world_size=1, layers=2)
+    blocks: dict[str, Any] = {"weight_rows": [1], "update_layer_ratios": [0.25, 0.5]}
+    buffer.write(0, decode(steps(7, [1.0, 2.0, 3.0], **blocks).steps, 2), now=0.0)
+    stored = Window.from_buffer(buffer, 7, 9).as_bytes()
+    asked: dict[str, Any] = {"first": 1, "last": 99, "columns": 10}
+    updates = incident_norms(Window.from_bytes(stored), ("a", "b"), "updates", **asked)
+    assert (updates["sequence"], updates["values"]) == ([8, 9], [[0.25, 0.25], [0.5, 0.5]])
+    with np.load(io.BytesIO(stored)) as arrays:
+        kept = {name: arrays[name] for name in ("records", "sequences", "layer_norms")}
+    file = io.BytesIO()
+    np.savez_compressed(file, **kept)
+    old = Window.from_bytes(file.getvalue())
+    assert incident_norms(old, ("a", "b"), "updates", **asked)["values"] == []
 
 
 def test_a_history_that_is_carried_on_is_the_same_as_one_read_at_once(url: str, job: Jobs, tmp_path: Path) -> None:

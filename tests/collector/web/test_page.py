@@ -197,7 +197,7 @@ def test_every_run_and_link_is_reached_by_tab_alone(url: str, job: Jobs, browser
     for _ in range(25):
         press(browser, Keys.TAB)
         charts.add(browser.ask("document.activeElement.closest('figure')?.dataset.chart ?? ''"))
-    assert charts >= {"norm", "loss", "clip", "rate", "ranks", "layers"}
+    assert charts >= {"norm", "loss", "clip", "update", "rate", "ranks", "layers", "updates"}
 
 
 def test_64_ranks_and_2000_steps_draw_no_more_elements_than_one_rank_and_few(
@@ -276,6 +276,27 @@ def test_without_a_stream_the_page_asks_again_and_again(url: str, job: Jobs, bro
     assert browser.text("#connection") == "polling every 2 s"
     assert all("/api/v1/live" in error for error in browser.errors())
     browser.open("about:blank")
+
+
+def test_updates_are_drawn_where_they_were_measured_and_named_missing_where_not(
+    url: str, job: Jobs, browser: Browser
+) -> None:
+    run = job("moved")
+    run.train(60)
+    run.stored()
+    browser.open(f"{url}/run/moved")
+    browser.drawn(60)
+    trace = "document.querySelector('[data-chart=update] .js-plotly-plot').data[0]"
+    assert browser.ask(f"{trace}.connectgaps") is True
+    assert browser.ask(f"{trace}.y.map((value, i) => value === null ? null : i + 1).filter(Boolean)") == [
+        *range(1, 61, 10)
+    ]
+    assert "update" in browser.text("#readout")
+    assert browser.ask("document.querySelectorAll('[data-chart=updates] .heatmaplayer image').length") == 1
+    browser.open(f"{url}/run/moved?first=2&last=9")
+    browser.until("document.querySelector('[data-chart=update] p:not([hidden])')", "words in place of a chart")
+    assert browser.text("[data-chart=update] p") == "Not measured on these steps."
+    assert browser.errors() == []
 
 
 def test_a_run_that_has_only_said_hello_and_one_that_there_is_not_are_told_apart(

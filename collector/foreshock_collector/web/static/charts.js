@@ -13,6 +13,10 @@ export const LINES = [
     note: "mean over ranks",
   },
   { id: "clip", title: "Clip coefficient", values: "clip_coefficient", height: 85, range: [-0.05, 1.08], note: "1: not clipped" },
+  {
+    id: "update", title: "Update ratio", values: "update_ratio", logarithmic: true, height: 110, sparse: true,
+    note: "norm of a step's update over the norm of the weights, log scale; measured on every 10th or 25th step",
+  },
   { id: "rate", title: "Learning rate", values: "learning_rate", height: 95, fromZero: true, note: "first parameter group" },
 ];
 
@@ -116,7 +120,7 @@ export async function drawLine(node, chart, { series, events, scope, offset }) {
   const x = series.sequence.map((sequence) => sequence + offset);
   const values = series[chart.values];
   const trace = {
-    x, y: values, mode: x.length < 3 ? "markers" : "lines", hoverinfo: "skip", connectgaps: false,
+    x, y: values, mode: x.length < 3 ? "markers" : "lines", hoverinfo: "skip", connectgaps: Boolean(chart.sparse),
     line: { color: color("--trace"), width: 1.4 }, marker: { color: color("--trace"), size: 4 },
   };
   const yaxis = { type: chart.logarithmic ? "log" : "linear" };

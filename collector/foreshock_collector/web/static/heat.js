@@ -13,6 +13,10 @@ export const HEATS = [
     id: "layers", title: "Layers", word: "layer",
     note: "norm of each layer's averaged gradient, relative to its usual share of all layers at the same step",
   },
+  {
+    id: "updates", title: "Updates", word: "layer",
+    note: "update ratio of each layer, relative to its usual share of all layers at the same step; measured on every 10th or 25th step",
+  },
 ];
 
 const REACH = 1.5; // decades to either side that the color scale covers
@@ -27,7 +31,7 @@ const median = (values) => {
 // own median times the change of all layers at that step. Common changes stay gray; the norm chart shows them.
 export function relative(heat, chart) {
   const { values } = heat;
-  const own = chart.id === "layers" || values.length === 1;
+  const own = chart.id !== "ranks" || values.length === 1;
   const rows = values.map((row) => (own ? median(row) : 1));
   const scaled = values.map((row, r) => row.map((value) => (Number.isFinite(value) && rows[r] ? value / rows[r] : null)));
   const columns = heat.sequence.map((_, i) => (values.length > 1 ? median(scaled.map((row) => row[i])) : 1));

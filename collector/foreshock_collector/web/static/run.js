@@ -223,7 +223,7 @@ function draw() {
       await pause();
       if (mine !== turn || pointerDown) return;
       const heat = heats[plot.chart.id];
-      const why = !series.sequence.length ? "No steps yet." : plot.heat ? emptyHeat(plot.chart, heat) : "";
+      const why = !series.sequence.length ? "No steps yet." : plot.heat ? emptyHeat(plot.chart, heat) : emptyLine(plot.chart);
       if (plot.heat) plot.frame.closest("figure").querySelector(".note").textContent = heat?.rows.length === 1 ? plot.chart.alone ?? plot.chart.note : plot.chart.note;
       plot.empty.hidden = !why;
       plot.empty.textContent = why;
@@ -237,9 +237,14 @@ function draw() {
   }).catch((error) => { document.getElementById("help").textContent = `No charts: ${error.message}`; });
 }
 
+function emptyLine(chart) {
+  return chart.sparse && series[chart.values].every((value) => value === null) ? "Not measured on these steps." : "";
+}
+
 function emptyHeat(chart, heat) {
   if (heat?.sequence.length) return "";
   if (heat?.kept === "incident") return "Rank and layer records are kept while a run is active and for 15 minutes after it ends; rank records around an incident are kept permanently. None cover these steps.";
+  if (chart.id === "updates") return "No updates by layer for these steps: only the newest are kept.";
   return chart.id === "ranks" ? "No local norms for these steps: only the newest are kept." : "No layer norms for these steps: only the newest are kept.";
 }
 
@@ -313,6 +318,7 @@ function readout(at = cursor.at, plot = null, y = null) {
     value("loss", series.loss[i] === null ? number(series.loss_nonfinite[i] || null) : number(series.loss[i])),
     value("clip", number(series.clip_coefficient[i])),
     value("rate", number(series.learning_rate[i])),
+    value("update", number(newestUpdate(i))),
   ];
   if (at !== null) {
     for (const chart of HEATS) {
@@ -325,6 +331,11 @@ function readout(at = cursor.at, plot = null, y = null) {
   if (series.bin_width > 1) parts.push(el("span", { class: "quiet" }, `each point: the largest norm in ${series.bin_width} steps`));
   if (!offset && series.step[0] !== series.sequence[0]) parts.push(el("span", { class: "quiet" }, "axis: optimizer steps of this attempt"));
   put("readout", parts);
+}
+
+// A few steps back, where this one was not measured.
+function newestUpdate(i) {
+  return series.update_ratio.slice(Math.max(0, i - 24), i + 1).findLast((value) => value !== null) ?? null;
 }
 
 function rowAt(plot, heat, y) {
