@@ -80,7 +80,7 @@ def _outrun_moment(failure: FailureFacts) -> list[str]:
     known = [step for step in measured if step.sequence <= failure.onset.sequence]
     if onset is None or not known or not math.isfinite(onset.global_norm):
         return []
-    # Relative to before, since the second moment is not corrected for its bias towards zero.
+    # Relative to before, since the second moment is not corrected for its bias toward zero.
     before = [_applied_norm(step) / _measured(step, "second_moment_norm") for step in known if step is not onset]
     before = [ratio for ratio in before if math.isfinite(ratio)][-USUAL_STEPS:]
     ratio = _applied_norm(onset) / _measured(known[-1], "second_moment_norm")

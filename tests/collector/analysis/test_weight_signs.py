@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foreshock_collector.records.buffer import RecordBuffer, decode
-from tests.collector.analysis.test_diagnosis import PLAIN, climb, quiet, verdict
+from tests.support.diagnosed_steps import PLAIN, climb, quiet, verdict
 from tests.support.streams import steps
 
 BAD = {"norm": math.nan, "loss": math.nan}

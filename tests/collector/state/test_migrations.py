@@ -33,6 +33,8 @@ ANSWERS_3 = Path(__file__).with_name("schema_3.json")
 """What the same collector answered of it after a restart."""
 ADDED = {"title", "verdict_title", "names_last_step"}
 """Keys that answers have gained since: each follows from the verdict's cause."""
+ADDED_COLUMNS = {"update_ratio", "parameter_norm", "first_moment_norm", "second_moment_norm"}
+"""Columns that answers about steps have gained since."""
 
 
 @pytest.fixture
@@ -73,11 +75,15 @@ def answers(store: Store, now: float) -> dict[str, Any]:
     for run in runs:
         of_run = found[run.name] = {"run": ask(a_run, run=run.name)}
         for attempt in map(str, range(len(run.attempts))):
-            of_run[f"steps {attempt}"] = ask(f"{a_run}/steps", {"attempt": attempt}, run=run.name)
-            of_run[f"series {attempt}"] = ask(f"{a_run}/series", {"attempt": attempt, "points": "10"}, run=run.name)
+            for what, query in (("steps", {}), ("series", {"points": "10"})):
+                columns = ask(f"{a_run}/{what}", {"attempt": attempt, **query}, run=run.name)
+                assert columns.keys() >= ADDED_COLUMNS
+                of_run[f"{what} {attempt}"] = {name: columns[name] for name in columns.keys() - ADDED_COLUMNS}
             for by in ("ranks", "layers"):
                 query = {"attempt": attempt, "columns": "9"}
-                of_run[f"heat {attempt} {by}"] = ask(f"{a_run}/heat/{{by:ranks|layers}}", query, run=run.name, by=by)
+                of_run[f"heat {attempt} {by}"] = ask(
+                    f"{a_run}/heat/{{by:ranks|layers|updates}}", query, run=run.name, by=by
+                )
         for incident in run.incidents.kept:
             number = str(incident.number)
             of_incident = ask(f"{a_run}/incidents/{{id}}", run=run.name, id=number)
