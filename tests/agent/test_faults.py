@@ -41,8 +41,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, told: Collector) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("faults")
-    recorder = {"FORESHOCK_COLLECTOR": told.address, "FORESHOCK_RECORDER_PYTHON": sys.executable}
-    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE], FORESHOCK_STRICT="", **recorder)
+    return run_scenarios(
+        folder,
+        SCRIPT,
+        [*CASES, *EVERYWHERE],
+        FORESHOCK_STRICT="",
+        FORESHOCK_COLLECTOR=told.address,
+        FORESHOCK_RECORDER_PYTHON=sys.executable,
+    )
 
 
 def dropped(collector: Collector) -> dict[str, float]:
