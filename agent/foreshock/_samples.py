@@ -40,7 +40,9 @@ class TensorSampler:
             assert first is not None
             zeros = first.new_zeros(self._width)
             self._views = [view for group in groups for view in self._padded(group, zeros)]
-            self._addresses = addresses
+            # A copy would go on showing what it was made of.
+            present = (tensor for group in groups for tensor in group if tensor is not None)
+            self._addresses = addresses if all(_in_memory_order(t).is_contiguous() for t in present) else []
         samples = torch.cat(self._views).view(len(groups), len(self._counts), self._width)
         return samples.to(torch.promote_types(samples.dtype, torch.float32))
 
@@ -52,7 +54,7 @@ class TensorSampler:
     def _padded(self, group: Sequence[Tensor | None], zeros: Tensor) -> Iterator[Tensor]:
         for tensor, stride, count in zip(group, self._strides, self._counts, strict=True):
             if tensor is not None:
-                yield _flat(tensor.detach())[::stride]
+                yield _in_memory_order(tensor.detach()).reshape(-1)[::stride]
             padding = self._width - (0 if tensor is None else count)
             if padding:
                 yield zeros[:padding]
@@ -68,7 +70,6 @@ def _stride(tensor: Tensor) -> int:
     return stride
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """Return a flat view, in the order of the memory; a copy only where the elements do not lie densely."""
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.permute(order).reshape(-1)
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a view with dimensions in the order of the memory: contiguous wherever the elements lie densely."""
+    return tensor.permute(sorted(range(tensor.dim()), key=tensor.stride, reverse=True))

@@ -67,12 +67,14 @@ class Weights:
         self._all, self._parameters_only = TensorSampler(plan.parameters), TensorSampler(plan.parameters)
         elements = sum(parameter.numel() for parameter in plan.parameters)
         self.every = NORMS_EVERY_STEPS if elements >= _SMALL else NORMS_EVERY_STEPS_IF_SMALL
-        """Steps between two measurements of norms."""
+        """Steps between two measurements of norms; it divides `EVERY_STEPS`."""
         self._before: Tensor | None = None
         """Samples of the weights before the last step, where its update is to be measured."""
 
     def look(self, sequence: int) -> WeightSummary | None:
         """Measure what is due before a step; None if nothing is. sequence: number of its record, from 1."""
+        if self._before is None and sequence % self.every > 1:
+            return None
         before, self._before = self._before, None
         columns: dict[str, Number] = {}
         layers: Norms | None = None

@@ -147,6 +147,14 @@ def test_a_tensor_in_another_memory_order_is_not_copied() -> None:
     assert weight.untyped_storage().data_ptr() in addresses
 
 
+def test_a_tensor_whose_elements_lie_apart_is_read_anew_each_time() -> None:
+    weight = torch.ones(4, 6)[:, :3]
+    sampler = TensorSampler([weight])
+    assert float(sampler.squares(sampler.read([weight]))) == pytest.approx(12)
+    weight *= 2
+    assert float(sampler.squares(sampler.read([weight]))) == pytest.approx(48)
+
+
 def test_an_update_that_the_optimizer_skipped_counts_as_not_measured() -> None:
     model = nn.Linear(8, 3)
     weights = measured(model, torch.optim.SGD(model.parameters(), lr=0.1))
