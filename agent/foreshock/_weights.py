@@ -23,10 +23,10 @@ EVERY_STEPS = 100
 """The fingerprint, and the largest element of the gradient, are measured on the first step and on every hundredth
 after it, the same on all ranks."""
 NORMS_EVERY_STEPS, NORMS_EVERY_STEPS_IF_SMALL = 10, 25
-"""Norms are measured on the first step and on every tenth after it, the same on all ranks. Small models take fewer
-looks: one takes about a millisecond whatever the size, and would cost more than 1 % of their steps."""
+"""Norms are measured on the first two steps and on every tenth after the first, the same on all ranks. Small models
+take fewer looks: one takes about a millisecond whatever the size, and would cost more than 1 % of their steps."""
 _SMALL = 5_000_000
-"""Elements below which a model is small: its step takes less than 20 ms on two CPU cores."""
+"""Elements below which a model is small: its step takes about 20 ms at most on two CPU cores."""
 _MODULUS = 2**52
 """Fingerprints travel as float64, which holds whole numbers below 2^53."""
 _MOMENTS = {
@@ -85,7 +85,8 @@ class Weights:
             norms = self._measure(before)
             columns |= {name: norms[name][0] for name in norms}
             layers = self._by_layer(norms)
-        if sequence % self.every == 0:
+        # A young run should not have to wait for its first update.
+        if sequence == 1 or sequence % self.every == 0:
             (self._before,) = self._parameters_only.read(self._parameters)
         return WeightSummary(columns=columns, layers=layers) if columns else None
 

@@ -82,7 +82,7 @@ def test_each_measure_comes_on_its_steps_and_the_update_with_the_step_after_it()
     every = weights.every
     found = [columns_of(weights, sequence).keys() for sequence in range(1, EVERY_STEPS + every + 2)]
     looked = [i + 1 for i, names in enumerate(found) if "parameter_norm" in names]
-    assert looked == [*range(1, EVERY_STEPS + every + 2, every)]
+    assert looked == [1, 2, *range(1 + every, EVERY_STEPS + every + 2, every)]
     assert [i + 1 for i, names in enumerate(found) if "update_ratio" in names] == looked[1:]
     assert [i + 1 for i, names in enumerate(found) if "parameter_fingerprint" in names] == [1, EVERY_STEPS + 1]
 

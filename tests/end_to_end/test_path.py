@@ -51,7 +51,7 @@ def test_a_healthy_run_is_left_alone_and_counted_to_the_last_step_and_leaves_not
 def test_every_column_that_has_a_gauge_is_measured_by_the_probe_and_seen_on_metrics(
     collector: Collector, job: Job
 ) -> None:
-    said(job("gauges", collector.address, steps=3))
+    said(job("gauges", collector.address, steps=3, optimizer="Adam"))
     left(collector, "gauges")
     exported = {line.partition("{")[0] for line in collector.metrics().splitlines() if 'run="gauges"' in line}
     assert {series.name for series in COLUMN_GAUGES.values()} <= exported

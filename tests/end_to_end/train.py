@@ -15,7 +15,7 @@ import foreshock
 
 options = {
     "steps": 60, "pace": 0.0, "pace_from": 0, "explode_at": None, "nan_at": None, "nan_rank": None, "start": 0,
-    "attach": {}, "attach_ranks": None, "zero_loss": False, "weights": "",
+    "attach": {}, "attach_ranks": None, "zero_loss": False, "weights": "", "optimizer": "SGD",
     # What a rank does after a step, and which ranks do it.
     "kill_at": None, "raise_at": None, "error": "the script gives up", "exit_at": None, "exit_code": 1, "hang_at": None,
     "who": [0, 1, 2, 3],
@@ -29,7 +29,7 @@ dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
-optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+optimizer = getattr(torch.optim, options["optimizer"])(model.parameters(), lr=0.01)
 watch = None
 if options["attach_ranks"] is None or rank in options["attach_ranks"]:
     watch = foreshock.attach(model, optimizer, **options["attach"])
