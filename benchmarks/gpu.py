@@ -1,6 +1,6 @@
 """Measure Foreshock on one GPU: whether it is right there, and what it costs a training step.
 
-One command, one card, no network:
+One command in the root of the repository, one card, no network:
 
     python -m benchmarks.gpu --output results
 
@@ -20,6 +20,7 @@ Variants that do not fit into the card's memory together are measured in groups,
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -61,6 +62,8 @@ def measure(options: argparse.Namespace) -> None:
         rows: list[Result] = []
         for together in groups(options.variants, models_that_fit(MODELS[name].parameter_count(), free)):
             rows += train(together, name, buckets, device, options.rounds, copy)
+            # A model and its hooks refer to each other: without this, the next group finds the card still full.
+            gc.collect()
             torch.cuda.empty_cache()
         known = {row.variant: row for row in reversed(rows)}
         ordered = [asdict(known[variant]) for variant in options.variants]
@@ -81,7 +84,6 @@ def run_measurement(model: str, buckets: str, options: argparse.Namespace) -> di
             # Nothing listens there: records stay in the ring.
             "FORESHOCK_COLLECTOR": "127.0.0.1:9",
             "FORESHOCK_STRICT": "1",
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("agent", "protos", ".")),
         }
         try:
             done = subprocess.run(
