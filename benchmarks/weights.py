@@ -13,8 +13,9 @@ import time
 import torch
 from torch import nn
 
+from foreshock._arithmetic import arithmetic_for
+from foreshock._parameters import plan_parameters
 from foreshock._samples import SAMPLES
-from foreshock._summary import plan_parameters
 from foreshock._weights import EVERY_STEPS, Weights
 
 LAYERS, BATCH = 8, 8
@@ -32,7 +33,8 @@ def measure(millions: float, rounds: int) -> str:
         modules += [nn.Linear(width, width), nn.Tanh()]
     model = nn.Sequential(*modules)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    weights = Weights(plan_parameters(model, optimizer), optimizer)
+    plan = plan_parameters(model, optimizer)
+    weights = Weights(plan, optimizer, arithmetic_for(plan.device()))
     x = torch.randn(BATCH, width)
     looks: dict[str, list[float]] = {"norms": [], "samples": [], "nothing": []}
     steps = []

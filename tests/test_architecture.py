@@ -134,6 +134,18 @@ def test_what_decides_knows_no_clock_database_or_socket(part: str) -> None:
             assert name.partition(".")[0] not in PURE, f"{path.relative_to(ROOT)}:{line} imports {name}"
 
 
+def test_only_what_a_script_passes_is_asked_whether_it_is_a_tensor() -> None:
+    """The arithmetic of a step is chosen once, at attach."""
+    asking = {
+        path.name
+        for path in sources("foreshock")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in {"isinstance", "torch.is_tensor"}
+        if "Tensor" in ast.unparse(node) or "is_tensor" in ast.unparse(node)
+    }
+    assert asking == {"_script.py"}
+
+
 @pytest.mark.integration
 def test_the_ring_needs_only_the_standard_library_and_the_table_of_columns() -> None:
     loaded = loaded_by("foreshock_recorder.ring")

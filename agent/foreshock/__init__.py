@@ -13,8 +13,8 @@ from foreshock._version import __version__
 
 if TYPE_CHECKING:
     from foreshock._attach import attach
-    from foreshock._buckets import local_norms_wrapper
     from foreshock._clip import AdaptiveClip, NormClip, ValueClip
+    from foreshock._ddp import local_norms_wrapper
     from foreshock._errors import AttachError, ForeshockError, SettingsError
     from foreshock._handle import Watch
 
@@ -31,7 +31,7 @@ __all__ = [
     "local_norms_wrapper",
 ]
 
-_HOMES = {
+_MODULES = {
     "AdaptiveClip": "_clip",
     "AttachError": "_errors",
     "ForeshockError": "_errors",
@@ -40,14 +40,14 @@ _HOMES = {
     "ValueClip": "_clip",
     "Watch": "_handle",
     "attach": "_attach",
-    "local_norms_wrapper": "_buckets",
+    "local_norms_wrapper": "_ddp",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"foreshock.{_HOMES[name]}"), name)
+    return getattr(import_module(f"foreshock.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

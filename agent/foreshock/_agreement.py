@@ -2,8 +2,7 @@
 
 A hook issues a collective every step, so one rank that goes without it would hang the job: `if rank == 0: attach(...)`,
 a kill switch on one node, another clip on one rank. Every rank posts what it has to the process group's store, rank 0
-decides, and all hear the same decision. A rank that is disabled or has failed needs no decision: it posts that, and
-waits for nobody.
+decides, and all read the same agreement. A rank that is disabled or has failed does not wait: it only posts that.
 """
 
 from __future__ import annotations
@@ -13,18 +12,17 @@ import time
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TypeVar
 
-from torch._C._distributed_c10d import PrefixStore, Store
-
 from foreshock._errors import AttachError
+from foreshock._torch import PrefixStore, Store
 
 _POLL_SECONDS = 0.02
 _GRACE_SECONDS = 5.0
-"""How much longer than rank 0 the others wait, so that they hear which rank it missed."""
+"""Seconds that the others wait longer than rank 0, so that they can name the rank it missed."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Posting:
-    """What one rank brings."""
+class RankProposal:
+    """Proposes one rank's settings."""
 
     version: str
     clip: str = ""
@@ -36,13 +34,15 @@ class Posting:
     """The kill switch is on."""
     error: str = ""
     """Why this rank cannot attach."""
-    hook_taken: bool = False
-    """The model has a communication hook of the script's own."""
+    needs_comm_hook: bool = False
+    """Whether the model's own gradients show only in a communication hook."""
+    comm_hook_taken: bool = False
+    """Whether the script has registered a communication hook of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decision:
-    """What all ranks do."""
+class Agreement:
+    """Says what all ranks do."""
 
     run: str
     launch: str
@@ -51,46 +51,51 @@ class Decision:
     """Why nobody watches; empty: all do."""
     error: str = ""
     """Why attach raises everywhere."""
-    hook_taken: bool = False
+    by_bucket: bool = False
+    """Whether local norms come from the communication hook, on every rank or on none: sums are issued there too."""
+    local_norms_missing: bool = False
+    """Whether a script's own communication hook prevents local norms."""
 
 
-def decide(postings: list[Posting | None], *, run: str, launch: str, timeout: float) -> Decision:
+def decide(proposals: list[RankProposal | None], *, run: str, launch: str, timeout: float) -> Agreement:
     """One decision from what the ranks posted; None stands for a rank that did not.
 
     What a rank has said goes before what is missing: one disabled or failed rank disables all.
     """
-    present = {rank: posting for rank, posting in enumerate(postings) if posting is not None}
-    if disabled := [rank for rank, posting in present.items() if posting.disabled]:
-        return Decision(run=run, launch=launch, disabled=f"FORESHOCK_DISABLED is set on {_ranks(disabled)}")
-    if failed := [rank for rank, posting in present.items() if posting.error]:
+    present = {rank: proposal for rank, proposal in enumerate(proposals) if proposal is not None}
+    if disabled := [rank for rank, proposal in present.items() if proposal.disabled]:
+        return Agreement(run=run, launch=launch, disabled=f"FORESHOCK_DISABLED is set on {_ranks(disabled)}")
+    if failed := [rank for rank, proposal in present.items() if proposal.error]:
         why = f"attach failed on {_ranks(failed)}: {present[failed[0]].error}"
-        return Decision(run=run, launch=launch, disabled=why)
-    if missing := [rank for rank, posting in enumerate(postings) if posting is None]:
-        error = f"{_ranks(missing)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
-        return Decision(run=run, launch=launch, error=error)
+        return Agreement(run=run, launch=launch, disabled=why)
+    if absent := [rank for rank, proposal in enumerate(proposals) if proposal is None]:
+        error = f"{_ranks(absent)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
+        return Agreement(run=run, launch=launch, error=error)
     for setting in ("version", "clip", "skip", "shadow", "experiment", "local_norms"):
-        values = {rank: getattr(posting, setting) for rank, posting in present.items()}
+        values = {rank: getattr(proposal, setting) for rank, proposal in present.items()}
         other = [rank for rank, value in values.items() if value != values[0]]
         if other:
             theirs = f"{values[other[0]]} on {_ranks(other)}"
             error = f"{setting} differs: {values[0]} on rank 0, {theirs}; it must be the same on every rank"
-            return Decision(run=run, launch=launch, error=error)
-    taken = any(posting.hook_taken for posting in present.values())
-    return Decision(run=run, launch=launch, local_norms=present[0].local_norms and not taken, hook_taken=taken)
+            return Agreement(run=run, launch=launch, error=error)
+    by_bucket = any(proposal.needs_comm_hook for proposal in present.values())
+    missing = by_bucket and any(proposal.comm_hook_taken for proposal in present.values())
+    local_norms = present[0].local_norms and not missing
+    return Agreement(run=run, launch=launch, local_norms=local_norms, by_bucket=by_bucket, local_norms_missing=missing)
 
 
 def agree(
-    store: Store, *, rank: int, world_size: int, posting: Posting, run: str, launch: str, timeout: float
-) -> Decision:
-    """Post, and hear the decision. Blocks until every rank has posted, at most `timeout` seconds (5 more off rank 0).
+    store: Store, *, rank: int, world_size: int, proposal: RankProposal, run: str, launch: str, timeout: float
+) -> Agreement:
+    """Return the agreement. Blocks until every rank has made a proposal, at most `timeout` seconds (5 more off rank 0).
 
-    Ranks agree in the same order, as with any collective, each time in a corner of its own: the store counts, since a
+    Ranks agree in the same order, as with any collective, each time in a new namespace: the store counts them, since a
     process may have attached before, in a group that is gone. Raises `AttachError` where ranks are missing or
     contradict each other, or the store is gone.
     """
     try:
-        corner = PrefixStore(str(store.add(f"agreements/{rank}", 1)), store)
-        decision = _ask(corner, rank, world_size, posting, Decision(run=run, launch=launch), timeout)
+        namespace = PrefixStore(str(store.add(f"agreements/{rank}", 1)), store)
+        decision = _ask(namespace, rank, world_size, proposal, Agreement(run=run, launch=launch), timeout)
     except RuntimeError as error:
         # Of the store: the process that serves it has ended.
         raise AttachError(f"the store is unreachable: a rank exited while the others attached ({error})") from error
@@ -99,32 +104,34 @@ def agree(
     return decision
 
 
-def _ask(store: Store, rank: int, world_size: int, posting: Posting, names: Decision, timeout: float) -> Decision:
-    store.set(_keys(world_size)[rank], json.dumps(asdict(posting)))
-    out = bool(posting.disabled or posting.error)
+def _ask(
+    store: Store, rank: int, world_size: int, proposal: RankProposal, names: Agreement, timeout: float
+) -> Agreement:
+    store.set(_keys(world_size)[rank], json.dumps(asdict(proposal)))
+    out = bool(proposal.disabled or proposal.error)
     if rank and not out and _wait(store, ["decision"], timeout + _GRACE_SECONDS):
-        return _read(Decision, store.get("decision"))
+        return _read(Agreement, store.get("decision"))
     if rank == 0 and not out:
         _wait(store, _keys(world_size), timeout)
-    postings = [_read(Posting, store.get(key)) if store.check([key]) else None for key in _keys(world_size)]
-    decision = decide(postings, run=names.run, launch=names.launch, timeout=timeout)
+    proposals = [_read(RankProposal, store.get(key)) if store.check([key]) else None for key in _keys(world_size)]
+    decision = decide(proposals, run=names.run, launch=names.launch, timeout=timeout)
     if out and rank:
         return decision
     if rank and not (decision.error or decision.disabled):
         decision = replace(decision, error=f"rank 0 called foreshock.attach more than {timeout:g} s after others")
     # The first decision stands: one that gives up waiting and rank 0 that is just done must not part ways.
-    return _read(Decision, store.compare_set("decision", "", json.dumps(asdict(decision))))
+    return _read(Agreement, store.compare_set("decision", "", json.dumps(asdict(decision))))
 
 
 def _keys(world_size: int) -> list[str]:
     return [f"rank/{rank}" for rank in range(world_size)]
 
 
-_Kind = TypeVar("_Kind", Posting, Decision)
+_Kind = TypeVar("_Kind", RankProposal, Agreement)
 
 
 def _read(kind: type[_Kind], text: bytes) -> _Kind:
-    # Ranks of another version may post more, and are to hear that the version differs.
+    # Ranks of another version may post more, and must still learn that the version differs.
     known = {field.name for field in fields(kind)}
     return kind(**{name: value for name, value in json.loads(text).items() if name in known})
 

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import PrefixStore
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._agreement import Decision, Posting, agree
-from foreshock._buckets import hook_taken, watch_buckets
+from foreshock._agreement import Agreement, RankProposal, agree
+from foreshock._apply import divides_gradients, why_not_skipped
+from foreshock._arithmetic import arithmetic_for
 from foreshock._clip import Clip
+from foreshock._ddp import comm_hook_taken, needs_comm_hook, observe_backward
 from foreshock._errors import AttachError, SettingsError
 from foreshock._handle import DisabledWatch, Watch
 from foreshock._identity import launch_name, local_rank, node_name, run_name
-from foreshock._kernel import clips_in_kernel, why_not_skipped
-from foreshock._launch import RecorderProcess, announce
 from foreshock._leaving import is_watched, make_room
-from foreshock._log import rank_zero_warn_once, set_rank
-from foreshock._records import Records
+from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
+from foreshock._parameters import ParameterPlan, model_summary, plan_parameters, trainable
+from foreshock._record import Record
+from foreshock._recorder_process import RecorderProcess
 from foreshock._settings import Settings, kill_switch, settings_from
-from foreshock._summary import ParameterPlan, model_summary, plan_parameters, trainable
+from foreshock._torch import PrefixStore, default_store, uncompiled
 from foreshock._variables import unknown_variables
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
@@ -59,7 +59,7 @@ def attach(
     hundred at most (default no; needs a fused optimizer). See `Watch.tripped`.
     shadow: do neither, and count what would have been done (default no). See `Watch.shadow_counts`.
     collector: host:port; default this machine. experiment, run: names; the run's default comes from the launcher.
-    local_norms: measure each rank's gradient before the all-reduce (default yes; needs DDP's communication hook).
+    local_norms: measure each rank's gradient before the all-reduce (default yes).
 
     Every argument has an environment twin, `FORESHOCK_CLIP` and so on, which holds where the argument is not given.
     `FORESHOCK_DISABLED=1` on any rank turns Foreshock off on all.
@@ -70,7 +70,7 @@ def attach(
     ranks = _Ranks(model)
     set_rank(ranks.rank)
     try:
-        mine = None
+        config = None
         if not kill_switch():
             settings = settings_from(
                 clip=clip,
@@ -84,30 +84,30 @@ def attach(
             ddp = _checked_model(model)
             plan = _checked_plan(ddp, optimizer)
             _check_skip(optimizer, settings)
-            mine = _Mine(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
+            config = LocalConfig(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
             for line in unknown_variables(os.environ):
                 rank_zero_warn_once(line, line)
     except SettingsError as error:
         # The others must not wait for this rank, nor hook up without it.
-        ranks.leave(Posting(version=__version__, error=str(error)))
+        ranks.leave(RankProposal(version=__version__, error=str(error)))
         raise
-    if mine is None:
-        ranks.leave(Posting(version=__version__, disabled=True))
+    if config is None:
+        ranks.leave(RankProposal(version=__version__, disabled=True))
         return DisabledWatch()
-    return _attach(mine, ranks)
+    return _attach(config, ranks)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Mine:
-    """What this rank was told, checked."""
+class LocalConfig:
+    """Holds the checked arguments of this rank."""
 
     model: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     plan: ParameterPlan
     settings: Settings
 
-    def posting(self, error: str = "") -> Posting:
-        return Posting(
+    def proposal(self, error: str = "") -> RankProposal:
+        return RankProposal(
             version=__version__,
             clip=str(self.settings.clip or "none"),
             skip=self.settings.skip,
@@ -115,67 +115,73 @@ class _Mine:
             experiment=self.settings.experiment,
             local_norms=self.settings.local_norms,
             error=error,
-            hook_taken=hook_taken(self.model),
+            needs_comm_hook=needs_comm_hook(self.model),
+            comm_hook_taken=comm_hook_taken(self.model),
         )
 
 
-def _attach(mine: _Mine, ranks: _Ranks) -> Watch:
-    settings = mine.settings
-    decision = ranks.agree(
-        mine.posting(),
+def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
+    settings = config.settings
+    agreement = ranks.agree(
+        config.proposal(),
         run=run_name(settings.run, os.environ) if ranks.rank == 0 else "",
         launch=launch_name() if ranks.rank == 0 else "",
         timeout=settings.attach_timeout,
     )
-    if decision.disabled:
+    if agreement.disabled:
         return DisabledWatch()
     # What may fail on one machine and not on another comes before the second agreement, every hook after it.
-    folder = ring_folder(decision.run, decision.launch)
-    path = folder / ring_name(decision.launch, ranks.rank)
-    failure, ring, records = "", None, None
+    folder = ring_folder(agreement.run, agreement.launch)
+    path = folder / ring_name(agreement.launch, ranks.rank)
+    failure, ring, record = "", None, None
+    arithmetic = arithmetic_for(config.plan.device())
     try:
-        ring = Ring.create(path, _identity(mine, decision, ranks), layers=len(mine.plan.layers))
-        records = Records(ring, mine.plan.device())
+        ring = Ring.create(path, _identity(config, agreement, ranks), layers=len(config.plan.layers))
+        record = Record(ring, config.plan.device(), arithmetic)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
     try:
-        ready = ranks.agree(mine.posting(failure), timeout=settings.attach_timeout)
+        ready = ranks.agree(config.proposal(failure), timeout=settings.attach_timeout)
     except BaseException:
         _withdraw(ring)
         raise
-    if ready.disabled or records is None:
+    if ready.disabled or record is None:
         _withdraw(ring)
         return DisabledWatch()
-    if decision.hook_taken:
+    if agreement.local_norms_missing:
         line = (
             "the model already has a communication hook, so only global norms are measured; "
-            "for local norms, register foreshock.local_norms_wrapper(hook) instead"
+            "for local norms, register foreshock.local_norms_wrapper(hook) instead, or set neither "
+            "gradient_as_bucket_view nor static_graph"
         )
-        announce(line, rank=ranks.rank)
+        rank_zero_info(line, rank=ranks.rank)
     recorder = RecorderProcess(
         folder,
-        run=decision.run,
+        run=agreement.run,
         collector=settings.collector,
         python=settings.recorder_python,
-        speaks=ranks.rank == 0,
+        logs=ranks.rank == 0,
     )
     recorder.ensure()
-    make_room(mine.model, mine.optimizer)
+    make_room(config.model, config.optimizer)
     watch = ActiveWatch(
-        model=mine.model,
-        optimizer=mine.optimizer,
-        plan=mine.plan,
+        model=config.model,
+        optimizer=config.optimizer,
+        plan=config.plan,
+        arithmetic=arithmetic,
         clip=settings.clip,
         skip=settings.skip,
         shadow=settings.shadow,
-        local_norms=decision.local_norms,
-        records=records,
+        local_norms=agreement.local_norms,
+        by_bucket=agreement.by_bucket,
+        record=record,
         recorder=recorder,
         strict=settings.strict,
     )
-    if decision.local_norms:
-        watch_buckets(mine.model, watch, watch.sums)
-    announce(_line(mine, decision, ranks.size), rank=ranks.rank)
+    watch.backward_hooks = observe_backward(
+        config.model, watch, watch.sums, by_bucket=agreement.by_bucket and watch.sums is not None
+    )
+    rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
     return watch
 
 
@@ -187,44 +193,44 @@ def _withdraw(ring: Ring | None) -> None:
             ring.path.unlink()
 
 
-def _identity(mine: _Mine, decision: Decision, ranks: _Ranks) -> dict[str, Any]:
+def _identity(config: LocalConfig, agreement: Agreement, ranks: _Ranks) -> dict[str, Any]:
     """What the ring's header says, for the recorder's `Hello`."""
-    optimizer = mine.optimizer
+    optimizer = config.optimizer
     return {
         "schema_version": 1,
-        "instance": f"{decision.launch}-{ranks.rank}-{secrets.token_hex(4)}",
-        "experiment": mine.settings.experiment,
-        "run": decision.run,
-        "launch_id": decision.launch,
+        "instance": f"{agreement.launch}-{ranks.rank}-{secrets.token_hex(4)}",
+        "experiment": config.settings.experiment,
+        "run": agreement.run,
+        "launch_id": agreement.launch,
         "started_seconds": time.time(),
         "rank": ranks.rank,
         "local_rank": local_rank(ranks.rank),
         "world_size": ranks.size,
         "node": node_name(),
-        "clip": str(mine.settings.clip or "none"),
-        "capabilities": ["local_norms"] if decision.local_norms else [],
+        "clip": str(config.settings.clip or "none"),
+        "capabilities": ["local_norms"] if agreement.local_norms else [],
         "versions": {
             "foreshock": __version__,
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         },
-        "model": model_summary(mine.model.module, mine.plan),
-        "optimizer": {"type": type(optimizer).__name__, "fused": clips_in_kernel(optimizer)},
-        "collector": mine.settings.collector,
+        "model": model_summary(config.model.module, config.plan),
+        "optimizer": {"type": type(optimizer).__name__, "fused": divides_gradients(optimizer)},
+        "collector": config.settings.collector,
     }
 
 
-def _line(mine: _Mine, decision: Decision, size: int) -> str:
-    settings, plan = mine.settings, mine.plan
+def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
+    settings, plan = config.settings, config.plan
     does = [f"clipping by {settings.clip}"] if settings.clip else []
     does += ["skipping bad steps"] if settings.skip else []
     clip = ("trying " if settings.shadow else "") + " and ".join(does) if does else "observing only"
     where = settings.collector or "this machine's collector"
     ranks = f"{size} rank{'s' if size > 1 else ''}"
-    model = type(mine.model.module).__name__
+    model = type(config.model.module).__name__
     return (
         f"watching {model} ({len(plan.layers)} layers, {len(plan.parameters)} parameters) on {ranks}, {clip}; "
-        f"run {decision.run} to {where}"
+        f"run {agreement.run} to {where}"
     )
 
 
@@ -235,39 +241,38 @@ class _Ranks:
         self._group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            # A model that is none of DDP's is an error, and one that the default group's ranks have to hear.
+            # A model without DDP is an error, and the default group's ranks must learn of it.
             self._group = getattr(_unwrapped(model), "process_group", None) or dist.group.WORLD
             self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def agree(
-        self, posting: Posting, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
-    ) -> Decision:
-        """One agreement of all. Rank 0 says why nobody watches, unless it raises why."""
+        self, proposal: RankProposal, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
+    ) -> Agreement:
+        """Return the agreement of all ranks. Rank 0 logs why none watches, unless it raises that."""
         assert self._group is not None
-        store = PrefixStore(f"foreshock/{self._group.group_name}", _get_default_store())
-        decision = agree(
+        store = PrefixStore(f"foreshock/{self._group.group_name}", default_store())
+        agreement = agree(
             store,
             rank=self.rank,
             world_size=self.size,
-            posting=posting,
+            proposal=proposal,
             run=run,
             launch=launch,
             timeout=timeout,
         )
-        if decision.disabled and not silent:
-            announce(f"not watching: {decision.disabled}", rank=self.rank)
-        return decision
+        if agreement.disabled and not silent:
+            rank_zero_info(f"not watching: {agreement.disabled}", rank=self.rank)
+        return agreement
 
-    def leave(self, posting: Posting) -> None:
-        """Tell the others that this rank does not take part; waits for nobody."""
+    def leave(self, proposal: RankProposal) -> None:
+        """Post that this rank does not take part, without waiting."""
         if self._group is not None:
             with suppress(AttachError):
-                self.agree(posting, silent=bool(posting.error))
+                self.agree(proposal, silent=bool(proposal.error))
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    # torch.compile keeps the module that it wraps.
-    inner = getattr(model, "_orig_mod", model)
+    inner = uncompiled(model)
     return inner if isinstance(inner, DistributedDataParallel) else model
 
 

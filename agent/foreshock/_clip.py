@@ -1,9 +1,9 @@
-"""Clipping policies: pure arithmetic, where the gradients lie, no read-back.
+"""Clipping policies: pure arithmetic on the gradients' own device, without a read-back.
 
-All treat the symptom of an exploding gradient; docs/runbooks name the causes. Clipping never cures a gradient that
-is not finite: such a gradient goes through as it is, and is counted.
+All treat the symptom of an exploding gradient; docs/runbooks name the causes. Clipping never repairs a gradient that is
+not finite: such a gradient passes unchanged and is counted.
 
-A policy answers two questions. `divisor`: what the whole gradient is divided by. `bend`: what becomes of its elements.
+A policy has two parts: `divisor`, by which the whole gradient is divided, and `clamp_`, which changes single elements.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
+from foreshock._arithmetic import Arithmetic
 from foreshock._errors import SettingsError
-from foreshock._norms import gradient_maxima
-from foreshock._numbers import Flag, Number, at_least, at_most, finite, ratio, where
+from foreshock._norms import Flag, Number
+from foreshock._torch import foreach_clamp_max_, foreach_clamp_min_
 
 EPSILON = 1e-6
 """Added to the norm before dividing, as `torch.nn.utils.clip_grad_norm_` does, so that results agree."""
@@ -27,8 +27,8 @@ EPSILON = 1e-6
 class NormClip:
     """Scale the whole gradient down to `max_norm` where its L2 norm is larger. Keeps its direction."""
 
-    bends_elements: ClassVar[bool] = False
-    """Changes elements one by one, each by its own value."""
+    elementwise: ClassVar[bool] = False
+    """Whether elements are changed one by one, each by its own value."""
 
     max_norm: float
     """Largest L2 norm of the averaged gradient, over all parameters of the optimizer. Positive and finite."""
@@ -36,16 +36,9 @@ class NormClip:
     def __post_init__(self) -> None:
         _check_positive("max_norm", self.max_norm)
 
-    def divisor(self, norm: Number, _: Number | None = None) -> Number:
-        """What the gradient is divided by: at least 1, and exactly 1 where the norm is not finite. norm: unscaled."""
-        return _divisor(norm, self.max_norm)
-
-    def bend(self, gradients: list[Tensor]) -> None:
-        """Elements keep their proportions."""
-
-    def bends(self, _: list[Tensor], __: Number = 1.0) -> Flag:
-        """Never."""
-        return False
+    def divisor(self, arithmetic: Arithmetic, norm: Number, _: Number | None = None) -> Number:
+        """Return what divides the gradient: at least 1, exactly 1 where the norm is not finite. norm: unscaled."""
+        return _divisor(arithmetic, norm, (norm + EPSILON) / self.max_norm)
 
     def __str__(self) -> str:
         return f"norm {self.max_norm:g}"
@@ -53,13 +46,13 @@ class NormClip:
 
 @dataclass(frozen=True, kw_only=True)
 class ValueClip:
-    """Clamp each element of the gradient to [-clip_value, clip_value]. Bends its direction; prefer `NormClip`.
+    """Clamp each element of the gradient to [-clip_value, clip_value]. Changes its direction; prefer `NormClip`.
 
-    Takes a pass over the gradients of its own. There is no one factor to report: the clip coefficient stays 1.
+    Needs a separate pass over the gradients. No single factor describes it: the clip coefficient stays 1.
     """
 
-    bends_elements: ClassVar[bool] = True
-    """Changes elements one by one, each by its own value."""
+    elementwise: ClassVar[bool] = True
+    """Whether elements are changed one by one, each by its own value."""
 
     clip_value: float
     """Largest absolute value of an element. Positive and finite."""
@@ -67,21 +60,20 @@ class ValueClip:
     def __post_init__(self) -> None:
         _check_positive("clip_value", self.clip_value)
 
-    def divisor(self, _: Number, __: Number | None = None) -> None:
-        """None: the gradient is not scaled as a whole."""
+    def divisor(self, _: Arithmetic, __: Number, ___: Number | None = None) -> None:
+        """Return None: the gradient is not scaled as a whole."""
 
-    def bend(self, gradients: list[Tensor]) -> None:
-        """Clamp every element in place, as `torch.nn.utils.clip_grad_value_` does. Unscaled gradients."""
-        torch._foreach_clamp_min_(gradients, -self.clip_value)
-        torch._foreach_clamp_max_(gradients, self.clip_value)
+    def clamp_(self, gradients: list[Tensor]) -> None:
+        """Clamp every element in place, as `torch.nn.utils.clip_grad_value_` does. gradients: unscaled."""
+        foreach_clamp_min_(gradients, -self.clip_value)
+        foreach_clamp_max_(gradients, self.clip_value)
 
-    def bends(self, gradients: list[Tensor], scale: Number = 1.0) -> Flag:
-        """Whether it would change any element of these, one at least. A pass over the gradients of its own.
+    def would_clamp(self, arithmetic: Arithmetic, gradients: list[Tensor], scale: Number = 1.0) -> Flag:
+        """Return whether it would change an element. Needs a pass over the gradients.
 
-        scale: that the gradients carry.
+        scale: of the loss, which the gradients still contain.
         """
-        maxima, limit = gradient_maxima(gradients, gradients[0].device), self.clip_value * scale
-        return (maxima > limit).any() if isinstance(maxima, Tensor) else any(m > limit for m in maxima)
+        return arithmetic.any_above(arithmetic.maxima(gradients), self.clip_value * scale)
 
     def __str__(self) -> str:
         return f"value {self.clip_value:g}"
@@ -89,32 +81,26 @@ class ValueClip:
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveClip:
-    """Scale the whole gradient down where its norm stands above the run's own history: the mean plus three deviations
-    of the norm's logarithm, over the last hundred steps or so. Never above `max_norm`, which alone holds for the first
-    25 steps.
+    """Scale the whole gradient down where its norm exceeds the run's own history: the mean plus three deviations of the
+    norm's logarithm, over about the last hundred steps. Never above `max_norm`, the only limit for the first 25 steps.
     """
 
-    bends_elements: ClassVar[bool] = False
-    """Changes elements one by one, each by its own value."""
+    elementwise: ClassVar[bool] = False
+    """Whether elements are changed one by one, each by its own value."""
 
     max_norm: float | None = None
-    """Largest L2 norm whatever history says; positive and finite, or None for no such limit."""
+    """Largest L2 norm whatever the history; positive and finite, or None for no such limit."""
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
             _check_positive("max_norm", self.max_norm)
 
-    def divisor(self, norm: Number, ceiling: Number | None = None) -> Number:
-        """As `NormClip.divisor`. ceiling: what history allows; Inf before there is any."""
+    def divisor(self, arithmetic: Arithmetic, norm: Number, ceiling: Number | None = None) -> Number:
+        """Return what divides the gradient, as `NormClip.divisor`. ceiling: the history's; Inf before there is any."""
         assert ceiling is not None
-        return _divisor(norm, ceiling if self.max_norm is None else at_most(ceiling, self.max_norm))
-
-    def bend(self, gradients: list[Tensor]) -> None:
-        """Elements keep their proportions."""
-
-    def bends(self, _: list[Tensor], __: Number = 1.0) -> Flag:
-        """Never."""
-        return False
+        limit = ceiling if self.max_norm is None else arithmetic.at_most(ceiling, self.max_norm)
+        # The ceiling of norms near zero may be zero.
+        return _divisor(arithmetic, norm, arithmetic.ratio(norm + EPSILON, limit))
 
     def __str__(self) -> str:
         return "adaptive" if self.max_norm is None else f"adaptive {self.max_norm:g}"
@@ -124,7 +110,7 @@ Clip = NormClip | ValueClip | AdaptiveClip
 
 
 def clip_from(value: float | Clip | None) -> Clip | None:
-    """The policy that the argument stands for: a number is a `max_norm`."""
+    """Return the policy of attach's argument: a number is a `max_norm`."""
     if value is None or isinstance(value, (NormClip, ValueClip, AdaptiveClip)):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -134,7 +120,7 @@ def clip_from(value: float | Clip | None) -> Clip | None:
 
 
 def clip_from_text(name: str, text: str) -> Clip | None:
-    """The policy that an environment variable stands for: a number is a `max_norm`, "none" is no clipping.
+    """Return the policy of an environment variable: a number is a `max_norm`, "none" is no clipping.
 
     "adaptive", or "adaptive 1.0" with a `max_norm`.
     """
@@ -150,8 +136,8 @@ def clip_from_text(name: str, text: str) -> Clip | None:
         raise SettingsError(f"{name}: must be {forms}, not {text!r}") from None
 
 
-def _divisor(norm: Number, limit: Number) -> Number:
-    return where(finite(norm), at_least(ratio(norm + EPSILON, limit), 1.0), 1.0)
+def _divisor(arithmetic: Arithmetic, norm: Number, ratio: Number) -> Number:
+    return arithmetic.where(arithmetic.finite(norm), arithmetic.at_least(ratio, 1.0), 1.0)
 
 
 def _check_positive(name: str, value: float) -> None:

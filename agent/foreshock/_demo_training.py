@@ -1,6 +1,6 @@
 """The training job of `foreshock demo`: a plain recurrent character model on real text, as a DDP script of two ranks.
 
-Run by torchrun, told what to do by its options. Nothing in it knows how an act will end.
+Run by torchrun with options for each act. Nothing in it knows how an act will end.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ class Watch:
     enabled: bool = False
 
     def observe(self, *, loss: Tensor | float | None = None, step: int | None = None) -> None:
-        """Tell this rank's loss and the script's own step number, once per optimizer step, before or after it.
+        """Record this rank's loss and the script's own step number, once per optimizer step, before or after it.
 
-        loss: a device tensor (scalar, or averaged), never read back here. step: of the optimizer, a whole number; a
-        resumed run says where it resumes. Both optional. What is told of a step that the script, or a GradScaler, then
-        leaves out is a record of its own. Hence only training losses: a validation loss that one rank tells as well
-        makes a record on that rank alone, and shifts all that follow against the others'.
+        loss: a device tensor (a scalar, else its mean is taken), never read back here. step: of the optimizer, an
+        integer; a resumed run passes where it resumes. Both are optional. An observation of a step that the script, or
+        a GradScaler, then skips is a record of its own. So pass only training losses: a validation loss that one rank
+        observes makes a record on that rank alone, and shifts its later records against the others'.
         """
 
     @property
@@ -38,7 +38,7 @@ class Watch:
         return {}
 
     def detach(self) -> None:
-        """Stop watching. DDP's communication hook stays and goes on averaging, so ranks may detach at any time."""
+        """Stop watching. This rank still takes part in the sums over ranks, so ranks may detach at any time."""
 
     def __enter__(self) -> Self:
         return self

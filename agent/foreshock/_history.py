@@ -1,10 +1,9 @@
-"""A run's own history of norms: the collector's rule for decisions that cannot wait for it.
+"""A run's own history of norms: the collector's rule, for decisions that cannot wait for the collector.
 
 The same exponentially weighted mean and absolute deviation of the logarithm, fed with clamped values, as
 `foreshock_collector.analysis.detection.Channel` keeps on the host, with the constants of
-`foreshock_collector.analysis.rules` (a test holds them together; a collector that was given other rules for a run does
-not change these). On a GPU
-some sixty kernels on single numbers a step, whatever the model, and no read-back.
+`foreshock_collector.analysis.rules` (a test compares them; other rules that a collector has for a run do not change
+these). On a GPU it takes some sixty kernels on single numbers a step, whatever the model, and no read-back.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from foreshock._numbers import Flag, Number, absolute, at_least, at_most, constant, exp, finite, log, where
+from foreshock._arithmetic import Arithmetic
+from foreshock._norms import Flag, Number
 
 ALPHA = 0.97
 READY_AFTER = 25
@@ -28,7 +26,7 @@ ACCEPT_ALPHA = 0.8
 ACCEPT_STEPS = 20
 PLANNED_RATE_CHANGE = 1.5
 SKIP_RISE = math.log(30.0)
-"""A spike this far above the usual is beyond all history: real runs' harmless spikes are 3 to 15 times the usual."""
+"""Rise of a spike beyond all history, in logarithms: harmless spikes of real runs are 3 to 15 times the usual norm."""
 _SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
@@ -39,29 +37,32 @@ State = tuple[tuple[Number, Number, Number, Number, Number], float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """How a norm stands against the history before it."""
+    """Compares a norm with the history before it."""
 
     ceiling: Number
     """The usual norm plus three deviations; Inf before there is enough history."""
     far: Flag
     """A spike, and more than thirty times the usual."""
     after: State
-    """The history with it."""
+    """The history after this norm."""
 
 
 class History:
-    """Of one run's global norm."""
+    """Tracks the global norm of one run."""
 
-    def __init__(self, device: torch.device) -> None:
-        zero = constant(0.0, device)
+    def __init__(self, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
+        zero = arithmetic.constant(0.0)
         self.state: State = (zero, zero, zero, zero, zero), None
 
-    def judge(self, norm: Number, learning_rate: float) -> Standing:
-        """A step's norm. Set `state` to what comes after it, once nothing can go wrong any more: ranks learn alike.
+    def compare(self, norm: Number, learning_rate: float) -> Standing:
+        """Return how a step's norm compares. Set `state` to its `after` once nothing can fail: ranks learn alike.
 
         A norm that is not finite, or zero, changes nothing. learning_rate: one that jumps was changed on purpose, and
-        the norm may follow it. NaN: not known.
+        the norm may follow it; NaN if unknown.
         """
+        a = self._arithmetic
+        where, at_least, at_most = a.where, a.at_least, a.at_most
         (mean, deviation, count, spikes, accepting), rate = self.state
         if math.isfinite(learning_rate) and learning_rate > 0:
             if rate is not None and abs(math.log(learning_rate / rate)) > math.log(PLANNED_RATE_CHANGE):
@@ -69,13 +70,13 @@ class History:
             rate = learning_rate
         # A planned change is one whatever the norm of that step.
         old = (mean, deviation, count, spikes, accepting)
-        x = log(norm)
-        known = finite(x)
+        x = a.log(norm)
+        known = a.finite(x)
         sigma = at_least(_SIGMA * deviation, LEAST_SIGMA)
         reach, off = CLAMP * sigma, x - mean
         ready, first = count >= READY_AFTER, count == 0
         spike = ready & (off > SPIKE_Z * sigma) & (off > SPIKE_RISE) & known
-        ceiling, far = where(ready, exp(mean + reach), math.inf), spike & (off > SKIP_RISE)
+        ceiling, far = where(ready, a.exp(mean + reach), math.inf), spike & (off > SKIP_RISE)
         spikes = where(spike, spikes + 1, 0.0)
         lasting = spikes >= ACCEPT_AFTER
         accepting = where(lasting, float(ACCEPT_STEPS), accepting)
@@ -84,7 +85,7 @@ class History:
         pace = where(quick, 1 - ACCEPT_ALPHA, at_least(1 / (count + 1), 1 - ALPHA))
         new = (
             where(first, x, mean + pace * learned),
-            where(first, FIRST_DEVIATION, deviation + pace * (absolute(learned) - deviation)),
+            where(first, FIRST_DEVIATION, deviation + pace * (a.absolute(learned) - deviation)),
             count + 1,
             where(lasting, 0.0, spikes),
             where(first, accepting, at_least(accepting - 1, 0.0)),

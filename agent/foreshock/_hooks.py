@@ -1,146 +1,257 @@
-"""Where Foreshock touches autograd and the optimizer: the end of backward, and what comes before and after a step.
+"""Where torch calls the probe: as gradients arrive, at the end of backward, and around the optimizer's step.
 
-Each hook is a few lines that hand over to a plain object.
+With `gradient_as_bucket_view=False`, DDP's default, `p.grad` is this rank's own gradient until a callback of DDP's at
+the end of backward replaces it by the average. A callback requested before DDP's sees it: no communication hook is
+needed. A model with bucket views or a static graph needs one (`_ddp.py`), which calls `bucket` here.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import Variable
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from foreshock._guard import Guard
+from foreshock._log import rank_zero_warn_once
+from foreshock._rank_sums import RankSums
+from foreshock._torch import GradBucket, after_backward, graph_task_id, in_join, step_pre_hooks, version_of
 
-_NO_TASK = -1
 
+class BackwardObserver(Protocol):
+    """Observes the backward passes of a model. None of its methods raises, but for `guard` in strict mode."""
 
-class BackwardWatcher(Protocol):
-    """Who follows the backward passes."""
+    guard: Guard
+
+    def arrived(self, parameter: Tensor) -> None:
+        """A parameter has its gradient. Called for all in the first pass, later only if few cannot stand for all."""
 
     def backward_began(self, first: Tensor) -> None:
-        """`first` is the first of the parameters looked at that has its gradient; the others have theirs of before."""
+        """The first of the hooked parameters has its gradient; the others have those of before."""
+
+    def bucket(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], *, first: bool, last: bool) -> None:
+        """A bucket is about to be reduced."""
 
     def backward_computed(self) -> None:
-        """This rank's own gradients are computed; the averaging may still wait for other ranks."""
+        """This rank's own gradients are computed, in a pass that averages, and not averaged yet."""
 
-    def backward_ended(self) -> None:
-        """DDP has put the averaged gradients in place."""
+    def backward_ended(self, *, averaged: bool, sums: bool) -> None:
+        """DDP has put averages in place, if it averages in this pass. sums: the sum over ranks is issued next."""
 
 
-class BackwardEnd:
-    """Tells of the backward passes that reach these parameters. Holds its watcher weakly: parameters hold the hooks."""
+@dataclass(slots=True)
+class _Task:
+    """A part of a backward pass that autograd runs as one task: all of it, unless checkpointing is reentrant."""
 
-    def __init__(self, watcher: BackwardWatcher, guard: Guard) -> None:
-        """guard: autograd lets us queue a callback by a way that it does not document."""
-        self._watcher = weakref.ref(watcher)
-        self._guard = guard
-        self._task = _NO_TASK
-        """Which pass it is, as autograd numbers them: one that raised has never ended."""
-        self._handles: list[RemovableHandle] = []
+    first: weakref.ref[Tensor]
+    """First hooked parameter whose gradient arrived in it."""
+    version: int
+    """Version of that gradient before DDP's averages are put in place."""
 
-    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """These, from now on."""
-        self.remove()
-        last = len(parameters) - 1
-        # A few tell of all: a hook on each would cost more than the rest.
-        self._handles = [
-            parameters[i].register_post_accumulate_grad_hook(self._arm)  # type: ignore[no-untyped-call]
-            for i in sorted({0, last // 2, last})
-            if parameters[i].requires_grad
-        ]
 
-    def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
+class BackwardHooks:
+    """Follows the backward passes of one DDP model, and issues the sum over ranks once for each that DDP averages.
+
+    One per model, for the model's life: a rank whose watch has left still takes part in the sums. Holds nothing that
+    would keep a model alive, since its parameters hold the hooks.
+    """
+
+    def __init__(self, model: DistributedDataParallel) -> None:
+        self._model = weakref.ref(model)
+        self._observer: weakref.ref[BackwardObserver] | None = None
+        self._sums: RankSums | None = None
+        self._by_bucket = False
+        self._writes_back = not model.gradient_as_bucket_view
+        """Whether DDP copies averages into the gradients, so that their version shows whether it has averaged."""
+        self._static = bool(model.static_graph)
+        """Whether DDP may average before our first callback: in its first pass, it requests its own first."""
+        self._unused = bool(model.find_unused_parameters)
+        """Whether a pass may leave out any parameter: then only hooks on all notice each pass."""
+        self._handles: dict[int, RemovableHandle] = {}
+        self._order: list[int] = []
+        """Hooked parameters, by number, in the order in which they were first seen to arrive."""
+        self._all_hooked = True
+        self._seen: set[int] = set()
+        """Hooked parameters that have arrived in this pass."""
+        self._reentrant = False
+        """Whether one pass has consisted of several autograd tasks, as under reentrant checkpointing. A callback then
+        comes at the end of the task that requested it, before other tasks' gradients have arrived."""
+        self._tasks: dict[int, _Task] = {}
+        """Tasks of this pass, by autograd's number. One that raised never ends."""
+
+    def place(self, observer: BackwardObserver, sums: RankSums | None, *, by_bucket: bool) -> None:
+        """Start calling an observer. sums: issued after each averaged pass, on every rank alike, from now on."""
+        self._observer, self._sums, self._by_bucket = weakref.ref(observer), sums, by_bucket
+        self._hook_all()
+
+    def leave(self) -> None:
+        """Stop calling the observer. With sums, the hooks stay: other ranks may still take part in them."""
+        self._observer = None
+        if self._sums is None:
+            self._remove()
+
+    def bucket(self, bucket: GradBucket) -> None:
+        """Show a bucket to the observer before it is reduced; issue the sum with the last one."""
+        if not self._by_bucket:
+            return
+        observer = None if self._observer is None else self._observer()
+        if observer is not None:
+            observer.bucket(bucket.parameters(), bucket.gradients(), first=bucket.index() == 0, last=bucket.is_last())
+        # Before this bucket's own reduction: after it, half the sums would still be under way a step later.
+        if bucket.is_last() and self._sums is not None:
+            self._sums.issue()
+
+    def _hook_all(self) -> None:
+        model = self._model()
+        assert model is not None
+        self._remove()
+        # Hooks of a tensor go neither into its copies nor into files, as a module's would.
+        self._handles = {
+            number: parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
+            for number, (name, parameter) in enumerate(model.module.named_parameters())
+            if parameter.requires_grad and name not in model.parameters_to_ignore
+        }
+        self._order, self._all_hooked, self._seen = [], True, set()
+
+    def _remove(self) -> None:
+        for handle in self._handles.values():
             handle.remove()
-        self._handles = []
+        self._handles = {}
 
-    def _arm(self, parameter: Tensor) -> None:
-        task = torch._C._current_graph_task_id()
-        watcher = self._watcher()
-        if task == self._task or watcher is None:
+    def _count(self, error: Exception) -> None:
+        observer = None if self._observer is None else self._observer()
+        if observer is not None:
+            observer.guard.count(error)
+
+    def _hook_few(self) -> None:
+        """Keep three hooks: one on each parameter would cost more than the rest of the probe's work in backward."""
+        few = {self._order[0], self._order[len(self._order) // 2], self._order[-1]}
+        for number in self._handles.keys() - few:
+            self._handles.pop(number).remove()
+        self._all_hooked = False
+
+    def _arrived(self, number: int, parameter: Tensor) -> None:
+        observer = None if self._observer is None else self._observer()
+        task = graph_task_id()
+        if number in self._seen:
+            # The pass before ended without the others.
+            self._seen, self._tasks = set(), {}
+        if task not in self._tasks:
+            self._reentrant |= bool(self._seen) and not self._unused
+            began = not self._seen
+            grad = parameter.grad
+            self._tasks[task] = _Task(weakref.ref(parameter), -1 if grad is None else version_of(grad))
+            if observer is not None and began:
+                observer.backward_began(parameter)
+            try:
+                after_backward(partial(self._computed, task))
+            except Exception as error:
+                self._count(error)
+        self._seen.add(number)
+        if len(self._order) < len(self._handles) and number not in self._order:
+            self._order.append(number)
+            if observer is not None:
+                observer.arrived(parameter)
+
+    def _computed(self, number: int) -> None:
+        observer = None if self._observer is None else self._observer()
+        task, model = self._tasks.get(number), self._model()
+        first = None if task is None else task.first()
+        if task is not None and first is not None and first.grad is not None and not self._static:
+            task.version = version_of(first.grad)
+        whole = self._unused or len(self._seen) >= len(self._handles)
+        if whole:
+            self._seen = set()
+        if observer is not None and whole and model is not None and model.require_backward_grad_sync:
+            observer.backward_computed()
+        if whole or self._writes_back:
+            # DDP has requested its own callback after ours, and waits there: go behind it once more.
+            try:
+                after_backward(partial(self._ended, number))
+            except Exception as error:
+                self._count(error)
+
+    def _ended(self, number: int) -> None:
+        observer = None if self._observer is None else self._observer()
+        task, model = self._tasks.pop(number, None), self._model()
+        first = None if task is None else task.first()
+        if model is None:
+            # The parameters live on without it.
+            self._remove()
+        if model is None or task is None or first is None:
             return
-        self._task = task
-        with self._guard:
-            _engine().queue_callback(self._computed)
-        with self._guard:
-            watcher.backward_began(parameter)
-
-    def _computed(self) -> None:
-        if (watcher := self._watcher()) is None:
-            return
-        with self._guard:
-            watcher.backward_computed()
-        with self._guard:
-            # DDP queues its own callback after ours, and waits there: go behind it once more.
-            _engine().queue_callback(self._ended)
-
-    def _ended(self) -> None:
-        self._task = _NO_TASK
-        if (watcher := self._watcher()) is not None:
-            with self._guard:
-                watcher.backward_ended()
+        averaged = bool(model.require_backward_grad_sync)
+        if self._writes_back:
+            averaged = first.grad is not None and version_of(first.grad) != task.version
+        if averaged:
+            self._tasks = {}
+        # Within join, a rank that has run out of inputs makes no backward pass, so none issues a sum.
+        sums = averaged and self._sums is not None and not self._by_bucket and not in_join(model)
+        if observer is not None:
+            observer.backward_ended(averaged=averaged, sums=sums)
+            if averaged and self._all_hooked and not self._unused and not self._reentrant:
+                observer.guard.run(self._hook_few)
+            elif averaged and self._reentrant and not self._all_hooked:
+                observer.guard.run(self._hook_all)
+        if sums and self._sums is not None:
+            self._sums.issue()
 
 
-def _engine() -> Any:
-    return Variable._execution_engine
-
-
-class StepWatcher(Protocol):
-    """Who acts around the optimizer's step."""
+class StepObserver(Protocol):
+    """Acts around the optimizer's step."""
 
     def before_step(self) -> None:
         """The gradients are final."""
 
-    def after_step(self) -> None:
+    def after_step(self, *_: Any) -> None:
         """The optimizer has stepped."""
 
 
 class StepHooks:
-    """The optimizer's pre- and post-hook.
+    """Hooks before and after the step of one optimizer.
 
-    Both stay out of graphs: a compiled `optimizer.step` would otherwise lose the clip without a word.
+    Both stay out of graphs: a compiled `optimizer.step` would otherwise silently lose the clipping.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, watcher: StepWatcher) -> None:
-        self._optimizer = optimizer
-        self._watcher = watcher
+    def __init__(self, optimizer: torch.optim.Optimizer, observer: StepObserver, *, clips: bool) -> None:
+        self._observer = observer
+        self._clips = clips
         self._before = optimizer.register_step_pre_hook(_outside_graphs(self._pre))
-        self._after = optimizer.register_step_post_hook(_outside_graphs(self._post))
-
-    def is_last(self) -> bool:
-        """No pre-hook runs after ours: one that edits gradients would undo the clip."""
-        return bool(next(reversed(self._optimizer._optimizer_step_pre_hooks)) == self._before.id)
+        self._after = optimizer.register_step_post_hook(_outside_graphs(observer.after_step))
+        self._all_before = step_pre_hooks(optimizer)
 
     def remove(self) -> None:
-        """Take both away."""
+        """Remove both hooks."""
         self._before.remove()
         self._after.remove()
 
     def _pre(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        # A hook that runs after ours and edits gradients would undo the clipping.
+        if self._clips and next(reversed(self._all_before)) != self._before.id:
+            rank_zero_warn_once(
+                "hook order", "another step pre-hook was registered after attach; its changes are not clipped"
+            )
         if closure is None:
-            self._watcher.before_step()
+            self._observer.before_step()
             return None
 
-        def closure_then_watch() -> Any:
+        def closure_then_observe() -> Any:
             # The gradients of step(closure) do not exist before the closure has run.
             loss = closure()
-            self._watcher.before_step()
+            self._observer.before_step()
             return loss
 
         if len(args) > 1:
-            return (args[0], closure_then_watch, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_then_watch}
-
-    def _post(self, *_: Any) -> None:
-        self._watcher.after_step()
+            return (args[0], closure_then_observe, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_then_observe}
 
 
-def _outside_graphs(hook: Any) -> Any:
+def _outside_graphs(hook: Callable[..., Any]) -> Any:
     return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]

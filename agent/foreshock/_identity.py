@@ -16,7 +16,7 @@ def run_name(explicit: str, environment: Mapping[str, str]) -> str:
     """The run: what the user says, else the scheduler's job, else torchrun's, else a new name.
 
     A restart by torchrun keeps the name: without a job id it is made from the launcher's own process, which outlives
-    the ranks. Called on rank 0; the other ranks hear it there.
+    the ranks. Called on rank 0, which passes it to the others.
     """
     if explicit:
         return explicit

@@ -18,14 +18,14 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
-from foreshock._launch import RecorderProcess
 from foreshock._log import rank_zero_warn_once
+from foreshock._recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.ring import Ring
 
 
 class Ending(NamedTuple):
-    """How a rank leaves, and what there is to say about it."""
+    """Says how a rank leaves, and why."""
 
     reason: ExitReason
     detail: str = ""
@@ -35,7 +35,7 @@ class Leaver(Protocol):
     """Who says goodbye."""
 
     enabled: bool
-    """It watches, and clips what it was told to."""
+    """Whether it watches and clips."""
     retired: bool
     """Its goodbye is said: another training has followed. It clips on, and nothing is recorded."""
     steps: int
@@ -48,7 +48,7 @@ class Leaver(Protocol):
         """The interpreter ends."""
 
     def retire(self) -> None:
-        """Say goodbye, and go on doing to steps what it was told to."""
+        """Report the end, and keep clipping."""
 
     def watches(self, which: object) -> bool:
         """This is its model, or its optimizer."""
@@ -58,40 +58,36 @@ class Leaver(Protocol):
 
 
 class _Exits:
-    """What `sys.exit` was called with, and the exception that was being handled: nothing else tells it at the end."""
+    """Keeps what `sys.exit` was called with, and the exception that was being handled: both are lost at the end."""
 
     def __init__(self) -> None:
         self._theirs: Callable[..., Any] | None = None
-        self._called: tuple[Any, BaseException | None] | None = None
+        self.called: tuple[Any, BaseException | None] | None = None
         self._before: BaseException | None = None
         """Raised before we came: not this run's end."""
 
     def watch(self) -> None:
         """From the first attach on."""
-        self._called, self._before = None, _last_error()
+        self.called, self._before = None, _last_error()
         if self._theirs is None:
             self._theirs, sys.exit = sys.exit, self._exit
 
     def let_go(self) -> None:
         """After the last watch has left."""
         # An exception keeps all that its frames hold: a model, and what lies on its device.
-        self._called = self._before = None
+        self.called = self._before = None
         if self._theirs is not None and sys.exit == self._exit:
             sys.exit, self._theirs = self._theirs, None
 
-    def went_on(self) -> None:
-        """A step was made: whoever called `sys.exit` was caught."""
-        self._called = None
-
     def _exit(self, status: Any = None, /) -> Any:
-        self._called = status, sys.exc_info()[1]
+        self.called = status, sys.exc_info()[1]
         assert self._theirs is not None
         return self._theirs(status)
 
     def ending(self) -> Ending:
         """Why the interpreter ends, as far as it can be known by what has gone before."""
-        if self._called is not None:
-            status, handled = self._called
+        if self.called is not None:
+            status, handled = self.called
             if isinstance(handled, KeyboardInterrupt) or (handled is not None and exit_code(status)):
                 return ending_by(handled)
             return _ending_with(status)
@@ -103,7 +99,7 @@ class _Exits:
 
 
 def ending_by(error: BaseException) -> Ending:
-    """What an exception that nobody caught says."""
+    """Return the ending by an uncaught exception."""
     if isinstance(error, KeyboardInterrupt):
         return Ending(ExitReason.INTERRUPTED, "KeyboardInterrupt")
     if isinstance(error, SystemExit):
@@ -117,7 +113,7 @@ def ending_by(error: BaseException) -> Ending:
 
 
 def exit_code(status: Any) -> int:
-    """What a process ends with that was told `sys.exit(status)`."""
+    """Return the exit code of `sys.exit(status)`."""
     if status is None or isinstance(status, int):
         return int(status or 0)
     return 1
@@ -137,7 +133,7 @@ def _last_error() -> BaseException | None:
 
 
 class _Stack:
-    """Where the stack goes when SIGTERM comes: a file of its own for each ring, one and the same."""
+    """Writes the stack when SIGTERM comes: into one file, linked beside each ring."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
@@ -188,17 +184,17 @@ def _is_ours_to_take(number: signal.Signals) -> bool:
 
 
 _ONE_END_SECONDS = 1.0
-_unheard: list[tuple[float, Ring, RecorderProcess]] = []
-"""Goodbyes that nobody waited for, and when they were said."""
+_unconfirmed: list[tuple[float, Ring, RecorderProcess]] = []
+"""Endings reported without a wait, and when."""
 _kept: list[TextIO] = []
-_exits = _Exits()
+exits = _Exits()
 _stack = _Stack()
 _here: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """All that have arrived, and their number in order."""
 _steps: dict[int, int] = {}
 """By number: how many steps the others had seen when the newest made its first."""
 _process = 0
-"""Whose end we have asked to be told of: a forked process begins anew."""
+"""Process whose end calls us: a forked one needs a finalizer of its own."""
 
 
 def stack_path(ring: Path) -> Path:
@@ -207,13 +203,13 @@ def stack_path(ring: Path) -> Path:
 
 
 def arrived(leaver: Leaver, ring: Path) -> None:
-    """From now on it is told of the end."""
+    """Call it at the end from now on."""
     global _process
     if _process != os.getpid():
         _process = os.getpid()
         # A finalizer of multiprocessing runs at the end of spawned processes too, where atexit does not.
         Finalize(None, _leave_all, exitpriority=100)
-    _exits.watch()
+    exits.watch()
     _stack.keep(stack_path(ring))
     _here[leaver] = max(_here.values(), default=0) + 1
 
@@ -223,19 +219,18 @@ def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) ->
     ring.write_exit(*ending)
     _stack.drop(stack_path(ring.path))
     if wait and not any(each.enabled and not each.retired for each in present()):
-        _exits.let_go()
+        exits.let_go()
     if wait:
         recorder.ensure()
         recorder.wait_for_exit(ring)
     else:
         now = time.monotonic()
         # An older one is not waited for at the end, and its ring is memory and a descriptor that others need.
-        _unheard[:] = [*(each for each in _unheard if now - each[0] < _ONE_END_SECONDS), (now, ring, recorder)]
+        _unconfirmed[:] = [*(each for each in _unconfirmed if now - each[0] < _ONE_END_SECONDS), (now, ring, recorder)]
 
 
 def went_on(leaver: Leaver) -> None:
     """It has made a step. Trainings of this process that make none between two of a later one have ended."""
-    _exits.went_on()
     if leaver.retired:
         rank_zero_warn_once(
             "retired",
@@ -259,7 +254,7 @@ def is_watched(which: object) -> bool:
 
 
 def make_room(*those: object) -> None:
-    """These are attached to anew: a retired watch of one of them lets go of it."""
+    """Detach retired watches of a model or optimizer that is attached again."""
     for each in present():
         if each.retired and any(each.watches(which) for which in those):
             each.leave(Ending(ExitReason.FINISHED), wait=False)
@@ -285,21 +280,21 @@ def present() -> list[Any]:
 
 def ending_of_model() -> Ending:
     """Why a training ends whose model or optimizer goes. An exception that is being handled there is not its own."""
-    return _exits.ending()
+    return exits.ending()
 
 
 def ending_now() -> Ending:
     """Why the interpreter ends."""
     error = sys.exc_info()[1]
     # Of a spawned process, where finalizers run while it is on its way.
-    return _exits.ending() if error is None else ending_by(error)
+    return exits.ending() if error is None else ending_by(error)
 
 
 def _leave_all() -> None:
     now, ending = time.monotonic(), ending_now()
     for leaver in present():
         leaver.leave_at_exit()
-    for said, ring, recorder in _unheard:
+    for said, ring, recorder in _unconfirmed:
         if now - said < _ONE_END_SECONDS:
             # What a function holds goes when it returns, a moment before its process does: both are one end.
             say(ring, recorder, ending, wait=True)
@@ -310,8 +305,8 @@ def _go_inert() -> None:
         leaver.go_inert()
     _stack.let_go()
     _stack._paths.clear()
-    _exits.let_go()
-    _unheard.clear()
+    exits.let_go()
+    _unconfirmed.clear()
 
 
 # A DataLoader's worker is a copy of the rank: it must neither write into the rank's ring nor say goodbye for it.

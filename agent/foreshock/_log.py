@@ -80,3 +80,9 @@ def _log(level: int, line: str) -> None:
             logger.log(level, "%s", line)
         elif logger.filter(record := logger.makeRecord(logger.name, level, __file__, 0, "%s", (line,), None)):
             _stderr.emit(record)
+
+
+def rank_zero_info(line: str, *, rank: int) -> None:
+    """Log one line if this is rank 0 of its group."""
+    if rank == 0:
+        info(line)

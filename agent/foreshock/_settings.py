@@ -1,4 +1,4 @@
-"""Settings of the probe: what attach was told, or else the environment, or else the default."""
+"""Settings of the probe: an argument of attach, else the environment, else the default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one rank watches."""
+    """Holds the settings of one rank."""
 
     clip: Clip | None
     """Clipping policy; None only observes."""
@@ -32,7 +32,7 @@ class Settings:
     run: str
     """Name of the run; empty: taken from the launcher, or made by rank 0."""
     local_norms: bool
-    """Measure this rank's own gradient before the all-reduce, in DDP's communication hook."""
+    """Measure this rank's own gradient before the all-reduce."""
     attach_timeout: float
     """Seconds to wait for the other ranks to attach."""
     recorder_python: str
@@ -58,21 +58,21 @@ def settings_from(
     """
     env = os.environ if environment is None else environment
 
-    def told(argument: str, value: Any, default: Any) -> tuple[str, Any]:
+    def setting(argument: str, value: Any, default: Any) -> tuple[str, Any]:
         name = f"FORESHOCK_{argument.upper()}"
         return (argument, value) if value is not None else (name, env.get(name) or default)
 
     settings = Settings(
-        clip=_clip(*told("clip", clip, None)),
-        skip=_switch(*told("skip", skip, False)),
-        shadow=_switch(*told("shadow", shadow, False)),
-        collector=_address(*told("collector", collector, "")),
-        experiment=_name(*told("experiment", experiment, "default")),
-        run=_name(*told("run", run, ""), may_be_empty=True),
-        local_norms=_switch(*told("local_norms", local_norms, True)),
-        attach_timeout=_seconds(*told("attach_timeout", None, 60.0)),
+        clip=_clip(*setting("clip", clip, None)),
+        skip=_switch(*setting("skip", skip, False)),
+        shadow=_switch(*setting("shadow", shadow, False)),
+        collector=_address(*setting("collector", collector, "")),
+        experiment=_name(*setting("experiment", experiment, "default")),
+        run=_name(*setting("run", run, ""), may_be_empty=True),
+        local_norms=_switch(*setting("local_norms", local_norms, True)),
+        attach_timeout=_seconds(*setting("attach_timeout", None, 60.0)),
         recorder_python=env.get("FORESHOCK_RECORDER_PYTHON", ""),
-        strict=_switch(*told("strict", None, False)),
+        strict=_switch(*setting("strict", None, False)),
     )
     if settings.shadow and settings.clip is None and not settings.skip:
         raise SettingsError("shadow: nothing to simulate; also pass clip or skip")

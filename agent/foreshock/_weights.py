@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreshock._norms import Norms
-from foreshock._numbers import Number, number, on_host
+from foreshock._arithmetic import Arithmetic
+from foreshock._norms import Norms, Number
+from foreshock._parameters import ParameterPlan
 from foreshock._samples import TensorSampler
-from foreshock._summary import ParameterPlan
 
 EVERY_STEPS = 100
 """The fingerprint, and the largest element of the gradient, are measured on the first step and on every hundredth
@@ -56,14 +56,14 @@ class WeightSummary:
 class Weights:
     """Measures the weights of one rank, and the moments that its optimizer keeps of them."""
 
-    def __init__(self, plan: ParameterPlan, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, plan: ParameterPlan, optimizer: torch.optim.Optimizer, arithmetic: Arithmetic) -> None:
+        self._arithmetic = arithmetic
         self._parameters = plan.parameters
         self._optimizer = optimizer
         self._device = plan.device()
         self._layer_of = torch.tensor(plan.layer_of, dtype=torch.int64, device=self._device)
         self._layers = len(plan.layers)
-        zeros = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
-        self._nothing: Norms = zeros.tolist() if on_host(self._device) else zeros
+        self._nothing = arithmetic.zeros(self._layers)
         self._all, self._parameters_only = TensorSampler(plan.parameters), TensorSampler(plan.parameters)
         elements = sum(parameter.numel() for parameter in plan.parameters)
         self.every = NORMS_EVERY_STEPS if elements >= _SMALL else NORMS_EVERY_STEPS_IF_SMALL
@@ -79,7 +79,9 @@ class Weights:
         columns: dict[str, Number] = {}
         layers: Norms | None = None
         if due(sequence):
-            columns["parameter_fingerprint"] = number(fingerprint([p.detach() for p in self._parameters]))
+            columns["parameter_fingerprint"] = self._arithmetic.number(
+                fingerprint([p.detach() for p in self._parameters])
+            )
         # One optimizer step lies in between, even if records of skipped steps do as well.
         if before is not None or (sequence - 1) % self.every == 0:
             norms = self._measure(before)
@@ -104,13 +106,10 @@ class Weights:
         norms = self._norms(self._all.squares(samples))
         if before is not None:
             norms[-1] = torch.where(norms[0] > 0, norms[-1] / norms[0], 0.0)
-        rows: Sequence[Norms] = norms.tolist() if on_host(self._device) else norms.unbind()
-        return dict(zip(names, rows, strict=True))
+        return dict(zip(names, self._arithmetic.rows(norms), strict=True))
 
     def _by_layer(self, norms: Mapping[str, Norms]) -> Norms:
-        blocks = [norms[name][1:] if name in norms else self._nothing for name in _COLUMNS]
-        on_device = [block for block in blocks if isinstance(block, Tensor)]
-        return torch.cat(on_device) if on_device else [value for block in blocks for value in block]
+        return self._arithmetic.joined([norms[name][1:] if name in norms else self._nothing for name in _COLUMNS])
 
     def _norms(self, squares: Tensor) -> Tensor:
         """Return the norm of all tensors, then that of each layer: [groups, 1 + layers]. squares: [groups, tensors]."""
@@ -127,7 +126,7 @@ class Weights:
         for parameter in self._parameters:
             state = states.get(parameter) or {}
             moment = state.get(names[0], state.get(names[1]))
-            if isinstance(moment, Tensor):
+            if moment is not None:
                 if moment.numel() != parameter.numel() or moment.device != self._device:
                     return []
                 found.append(moment)

@@ -104,11 +104,13 @@ class Layout:
         while math.gcd(self.weight_slots, 10) > 1:
             self.weight_slots += 1
         self._weights_offset = self.header_bytes + self.slot_count * self.slot_bytes
+        self.slot_words = range(self.header_bytes // 8, self._weights_offset // 8, self.slot_bytes // 8)
+        """Index of the first word of each slot."""
         self.file_bytes = self._weights_offset + self.weight_slots * self.weight_slot_bytes
 
     def word(self, sequence: int) -> int:
         """Index of the first word of a record's slot."""
-        return (self.header_bytes + (sequence % self.slot_count) * self.slot_bytes) // 8
+        return self.slot_words[sequence % self.slot_count]
 
     def weights_word(self, sequence: int) -> int:
         """Index of the first word of the slot for a record's weights."""

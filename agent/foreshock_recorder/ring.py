@@ -95,14 +95,15 @@ class Ring(RingFile):
         flags: EDITED, NOT_STEPPED, GRADIENT_UNKNOWN.
         """
         payload = BEGUN_PAYLOAD.pack(step, wall, monotonic, learning_rate, flags)
-        self._write(BEGUN, self.layout.word(sequence), sequence, payload)
+        slot = self.layout.slot_words[sequence % self.layout.slot_count]
+        self._write(BEGUN, slot, sequence, payload)
         self._words[WORD_BEGUN] = sequence
 
     def write_measured(self, sequence: int, row: Sequence[float]) -> None:
         """Write the measured part. row: `layout.columns` long."""
-        self.open_measured(sequence)
-        self._row.pack_into(self.memory, self.measured_offset(sequence), *row)
-        self.close_measured(sequence)
+        slot = self.layout.slot_words[sequence % self.layout.slot_count]
+        self._write(self.layout.measured, slot, sequence, self._row.pack(*row))
+        self._words[WORD_MEASURED] = sequence
 
     def write_weights(self, sequence: int, blocks: Sequence[float]) -> None:
         """Write what a step has measured of the weights by layer, before its measured part. blocks: WEIGHT_BLOCKS."""
@@ -119,14 +120,18 @@ class Ring(RingFile):
 
     def close_measured(self, sequence: int) -> None:
         """Mark the measured part as whole: after its row has been written."""
-        self._close(self.layout.measured, self.layout.word(sequence), sequence)
+        start = self.layout.word(sequence) + MEASURED_BEGIN + 1
+        end = start + self.layout.columns
+        self._words[end] = zlib.crc32(self._bytes[8 * start : 8 * end])
+        self._words[end + 1] = sequence
         self._words[WORD_MEASURED] = sequence
 
     def write_observed(self, sequence: int, *, step: int | None, loss: float | None) -> None:
         """Write the observed part: what the script has passed to `observe`."""
         flags = (0 if step is None else HAS_STEP) | (0 if loss is None else HAS_LOSS)
         payload = OBSERVED_PAYLOAD.pack(step or 0, math.nan if loss is None else loss, flags)
-        self._write(OBSERVED, self.layout.word(sequence), sequence, payload)
+        slot = self.layout.slot_words[sequence % self.layout.slot_count]
+        self._write(OBSERVED, slot, sequence, payload)
 
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
@@ -158,15 +163,10 @@ class Ring(RingFile):
     def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
         """Write a part of a record. slot: its first word."""
         begin = slot + part.begin
+        start, end = begin + 1, begin + 1 + part.words
         self._words[begin] = sequence
-        start = 8 * (begin + 1)
-        self.memory[start : start + 8 * part.words] = payload
-        self._close(part, slot, sequence)
-
-    def _close(self, part: Part, slot: int, sequence: int) -> None:
-        start = slot + part.begin + 1
-        end = start + part.words
-        self._words[end] = zlib.crc32(self._bytes[8 * start : 8 * end])
+        self.memory[8 * start : 8 * end] = payload
+        self._words[end] = zlib.crc32(payload)
         self._words[end + 1] = sequence
 
 

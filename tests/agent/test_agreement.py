@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from foreshock._agreement import Decision, Posting, agree, decide
+from foreshock._agreement import Agreement, RankProposal, agree, decide
 from foreshock._errors import AttachError
 
-GOOD = Posting(version="1.0", clip="norm 1", experiment="digits", local_norms=True)
+GOOD = RankProposal(version="1.0", clip="norm 1", experiment="digits", local_norms=True)
 
 
-def decided(*postings: Posting | None) -> Decision:
+def decided(*postings: RankProposal | None) -> Agreement:
     return decide(list(postings), run="r", launch="l", timeout=60.0)
 
 
 def test_ranks_that_bring_the_same_watch_together() -> None:
-    assert decided(GOOD, GOOD, GOOD) == Decision(run="r", launch="l")
+    assert decided(GOOD, GOOD, GOOD) == Agreement(run="r", launch="l")
 
 
 def test_a_rank_that_never_came_is_named_with_the_way_out() -> None:
@@ -45,7 +45,7 @@ def test_one_failed_rank_disables_all_and_says_why() -> None:
 
 
 @pytest.mark.parametrize("spoken", [replace(GOOD, disabled=True), replace(GOOD, error="optimizer: wrong")])
-def test_what_a_rank_has_said_goes_before_what_is_missing_or_differs(spoken: Posting) -> None:
+def test_what_a_rank_has_said_goes_before_what_is_missing_or_differs(spoken: RankProposal) -> None:
     decision = decided(GOOD, replace(GOOD, clip="none"), spoken, None)
     assert decision.disabled and not decision.error
 
@@ -72,8 +72,19 @@ def test_a_setting_that_differs_is_named_with_both_values_and_ranks(setting: str
 
 
 def test_a_taken_hook_on_one_rank_leaves_local_norms_out_on_all() -> None:
-    decision = decided(GOOD, replace(GOOD, hook_taken=True))
-    assert decision.hook_taken and not decision.local_norms and not decision.error
+    taken = replace(GOOD, needs_comm_hook=True, comm_hook_taken=True)
+    decision = decided(GOOD, taken)
+    assert decision.local_norms_missing and not decision.local_norms and not decision.error
+
+
+def test_a_hook_of_the_scripts_own_prevents_nothing_where_no_hook_is_needed() -> None:
+    decision = decided(GOOD, replace(GOOD, comm_hook_taken=True))
+    assert decision.local_norms and not decision.by_bucket and not decision.local_norms_missing
+
+
+def test_one_model_that_needs_the_hook_makes_all_ranks_use_it() -> None:
+    decision = decided(GOOD, replace(GOOD, needs_comm_hook=True))
+    assert decision.by_bucket and decision.local_norms and not decision.local_norms_missing
 
 
 def test_no_local_norms_where_no_rank_wants_them() -> None:
@@ -86,15 +97,15 @@ class Ranks:
 
     def __init__(self) -> None:
         self.store = HashStore()
-        self.heard: dict[int, Decision | AttachError] = {}
+        self.heard: dict[int, Agreement | AttachError] = {}
 
-    def agree(self, rank: int, posting: Posting, *, size: int, timeout: float = 30.0) -> None:
+    def agree(self, rank: int, posting: RankProposal, *, size: int, timeout: float = 30.0) -> None:
         try:
             self.heard[rank] = agree(
                 self.store,
                 rank=rank,
                 world_size=size,
-                posting=posting,
+                proposal=posting,
                 run="r" if rank == 0 else "",
                 launch="l" if rank == 0 else "",
                 timeout=timeout,
@@ -102,7 +113,7 @@ class Ranks:
         except AttachError as error:
             self.heard[rank] = error
 
-    def together(self, *postings: Posting, timeout: float = 30.0) -> list[Decision | AttachError]:
+    def together(self, *postings: RankProposal, timeout: float = 30.0) -> list[Agreement | AttachError]:
         threads = [
             threading.Thread(
                 target=self.agree, args=(rank, posting), kwargs={"size": len(postings), "timeout": timeout}
@@ -117,7 +128,7 @@ class Ranks:
 
 
 def test_all_ranks_hear_rank_0s_names() -> None:
-    assert Ranks().together(GOOD, GOOD, GOOD) == [Decision(run="r", launch="l")] * 3
+    assert Ranks().together(GOOD, GOOD, GOOD) == [Agreement(run="r", launch="l")] * 3
 
 
 def test_ranks_that_differ_raise_the_same_everywhere() -> None:
@@ -128,13 +139,13 @@ def test_ranks_that_differ_raise_the_same_everywhere() -> None:
 
 @pytest.mark.parametrize("out", [replace(GOOD, disabled=True), replace(GOOD, error="broken")], ids=["off", "failed"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_out_waits_for_nobody_and_is_heard_by_those_who_come_later(out: Posting, rank: int) -> None:
+def test_a_rank_that_is_out_waits_for_nobody_and_is_heard_by_those_who_come_later(out: RankProposal, rank: int) -> None:
     ranks = Ranks()
     # An hour: were it to wait, this test would end by its time limit.
     ranks.agree(rank, out, size=2, timeout=3600.0)
     ranks.agree(1 - rank, GOOD, size=2, timeout=3600.0)
     for decision in ranks.heard.values():
-        assert isinstance(decision, Decision) and decision.disabled and f"on rank {rank}" in decision.disabled
+        assert isinstance(decision, Agreement) and decision.disabled and f"on rank {rank}" in decision.disabled
 
 
 def test_a_rank_0_that_never_comes_is_named_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +176,7 @@ def test_a_store_that_is_gone_is_an_attach_error() -> None:
             raise RuntimeError("Connection reset by peer")
 
     with pytest.raises(AttachError, match=r"store is unreachable: a rank exited.*Connection reset"):
-        agree(Gone(), rank=0, world_size=2, posting=GOOD, run="r", launch="l", timeout=1.0)
+        agree(Gone(), rank=0, world_size=2, proposal=GOOD, run="r", launch="l", timeout=1.0)
 
 
 def test_the_stores_own_timeout_is_left_alone() -> None:

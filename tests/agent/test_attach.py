@@ -18,7 +18,8 @@ NAMES = [
     "optimizer_of_another_model", "optimizer_is_none", "negative_max_norm", "sparse_gradients", "attached_twice",
     "bad_collector_on_rank_1", "bad_collector_variable",
     "disabled_on_rank_1", "disabled_on_rank_0", "disabled_with_wrong_arguments",
-    "no_room_for_a_ring_on_rank_0", "no_room_for_a_ring_on_rank_1", "own_hook", "builtin_hook", "the_stores_timeout",
+    "no_room_for_a_ring_on_rank_0", "no_room_for_a_ring_on_rank_1", "own_hook", "builtin_hook",
+    "own_hook_in_views", "builtin_hook_in_views", "the_stores_timeout",
     "misspelled_variable",
     "resumed_and_told_before_the_step", "resumed_and_told_after_the_step", "resumed_and_told_once",
 ]  # fmt: skip
@@ -123,7 +124,16 @@ def test_no_room_for_a_ring_on_one_machine_disables_all_and_training_goes_on(
 
 
 @pytest.mark.parametrize("name", ["own_hook", "builtin_hook"])
-def test_a_script_with_a_hook_of_its_own_keeps_it_and_has_global_norms(found: dict[str, Scenario], name: str) -> None:
+def test_a_script_with_a_hook_of_its_own_keeps_it_and_has_both_norms(found: dict[str, Scenario], name: str) -> None:
+    scenario = found[name]
+    for result in scenario.results:
+        assert result["as alone"] and result["dropped"] == {}
+        assert all(norm > 0 for norm in result["global"]) and all(norm > 0 for norm in result["local"])
+    assert scenario.lines_with("communication hook") == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["own_hook_in_views", "builtin_hook_in_views"])
+def test_a_hook_of_its_own_beside_bucket_views_leaves_global_norms_alone(found: dict[str, Scenario], name: str) -> None:
     scenario = found[name]
     for result in scenario.results:
         assert result["as alone"] and result["dropped"] == {}

@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 
+from foreshock._arithmetic import arithmetic_for
 from foreshock._clip import EPSILON, AdaptiveClip, NormClip, ValueClip, clip_from, clip_from_text
+from foreshock._device import DeviceArithmetic
 from foreshock._errors import SettingsError
+
+CPU = torch.device("cpu")
+DEVICE = DeviceArithmetic(CPU)
 
 
 def divisor(norm: float, max_norm: float) -> float:
-    return float(NormClip(max_norm=max_norm).divisor(torch.tensor(norm, dtype=torch.float64)))
+    return float(NormClip(max_norm=max_norm).divisor(DEVICE, torch.tensor(norm, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.3, 0.5 - 2e-6])
@@ -39,20 +44,21 @@ def test_adaptive_clipping_takes_the_lower_of_history_and_limit(
 ) -> None:
     policy, history = AdaptiveClip(max_norm=max_norm), torch.tensor(ceiling, dtype=torch.float64)
     for norm in (limit / 2, limit * 3, math.nan, math.inf):
-        found = float(policy.divisor(torch.tensor(norm, dtype=torch.float64), history))
+        found = float(policy.divisor(DEVICE, torch.tensor(norm, dtype=torch.float64), history))
         assert found == (1.0 if norm != limit * 3 else (norm + EPSILON) / limit)
 
 
 def test_adaptive_clipping_without_history_and_limit_divides_by_exactly_1() -> None:
     norm, none = torch.tensor(1e9, dtype=torch.float64), torch.tensor(math.inf, dtype=torch.float64)
-    assert float(AdaptiveClip().divisor(norm, none)) == 1.0
+    assert float(AdaptiveClip().divisor(DEVICE, norm, none)) == 1.0
 
 
-def test_a_value_policy_tells_whether_it_would_change_anything() -> None:
+def test_a_value_policy_tells_whether_it_would_change_anything(arithmetic: str) -> None:
+    math_ = arithmetic_for(CPU)
     policy = ValueClip(clip_value=0.5)
     gradients = [torch.tensor([0.1, -0.5]), torch.tensor([0.4]), torch.zeros(0)]
-    assert not policy.bends(gradients) and policy.bends(gradients, 0.9)
-    assert policy.bends([torch.tensor([0.1, -0.6])])
+    assert not policy.would_clamp(math_, gradients) and policy.would_clamp(math_, gradients, 0.9)
+    assert policy.would_clamp(math_, [torch.tensor([0.1, -0.6])])
 
 
 def test_a_number_is_a_largest_norm_and_none_is_no_clipping() -> None:

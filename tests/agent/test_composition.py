@@ -11,21 +11,26 @@ from tests.support.torch_jobs import Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
+OWN_HOOK = ["fp16_compression", "bf16_compression", "power_sgd", "hook_of_their_own"]
+UNEVEN = ["uneven_inputs", "uneven_inputs_divided_by_those_left"]
 LIKE_STOCK = [
-    "uneven_inputs", "static_graph", "compiled", "compiled_step", "ignored_fused", "ignored_unfused",
-    "frozen_and_shared",
+    "compiled", "compiled_step", "ignored_fused", "ignored_unfused", "frozen_and_shared", *UNEVEN, "static_graph",
+    "uneven_inputs_in_views",
 ]  # fmt: skip
+BY_BUCKET = ["static_graph", "uneven_inputs_in_views"]
 WITHOUT_LOCAL = [
-    "fp16_compression", "bf16_compression", "power_sgd", "hook_of_their_own", "uneven_inputs_divided_by_those_left",
+    "fp16_compression_in_views", "bf16_compression_in_views", "power_sgd_in_views", "hook_of_their_own_in_views",
+    "uneven_inputs_divided_by_those_left_in_views",
 ]  # fmt: skip
 WRAPPED = ["fp16_compression_wrapped", "bf16_compression_wrapped", "power_sgd_wrapped", "hook_of_their_own_wrapped"]
+IN_VAIN = "fp16_compression_wrapped_in_vain"
 OTHERS = ["later_step_hook", "several_optimizers", "detached_and_attached_again", "detached", "refusals"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("composition")
-    return run_scenarios(folder, "composition.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *WRAPPED, *OTHERS])
+    return run_scenarios(folder, "composition.py", [*LIKE_STOCK, *WITHOUT_LOCAL, *OWN_HOOK, *WRAPPED, IN_VAIN, *OTHERS])
 
 
 @pytest.mark.parametrize("name", [*LIKE_STOCK, *WITHOUT_LOCAL])
@@ -37,14 +42,25 @@ def test_training_is_that_of_stock_clipping_and_norms_are_its_norms(found: dict[
         assert min(result["norms"]) > 0.5, "nothing was clipped"
         assert result["measures local"] == (name in LIKE_STOCK)
         assert all((norm > 0) == (name in LIKE_STOCK) for norm in result["local"])
+        # No communication hook but where local norms need it; within join, no sums but from that hook.
+        assert result["hooked"] == (name in BY_BUCKET or name in WITHOUT_LOCAL[:4])
+        assert any(sequence > 0 for sequence in result["sums"]) == (name in set(LIKE_STOCK) - set(UNEVEN))
 
 
-@pytest.mark.parametrize("name", WRAPPED)
-def test_a_hook_in_our_wrapper_reduces_as_alone_and_local_norms_are_those_before_it(
+@pytest.mark.parametrize("name", WITHOUT_LOCAL[:4])
+def test_a_hook_of_the_scripts_own_in_bucket_views_is_said_once_to_prevent_local_norms(
     found: dict[str, Scenario], name: str
 ) -> None:
-    # Beside the same hook without the wrapper, and without a watch.
-    for result, alone in zip(found[name].results, found[name.removesuffix("_wrapped")].results, strict=True):
+    assert found[name].lines_with("already has a communication hook, so only global norms are measured") == [1, 0]
+
+
+@pytest.mark.parametrize("name", [*OWN_HOOK, IN_VAIN, *WRAPPED])
+def test_a_scripts_own_hook_reduces_as_alone_and_local_norms_are_those_before_it(
+    found: dict[str, Scenario], name: str
+) -> None:
+    # Beside the same hook without local norms.
+    bare = name.removesuffix("_in_vain").removesuffix("_wrapped")
+    for result, alone in zip(found[name].results, found[f"{bare}_in_views"].results, strict=True):
         assert result["apart"] < 1e-4 and result["alike"] < 1e-6 and result["dropped"] == {}
         assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
         assert result["global"] == alone["global"] and min(result["norms"]) > 0.5

@@ -19,14 +19,19 @@ pytestmark = pytest.mark.integration
 
 SCRIPT = "faults.py"
 SITES = [
-    "bucket", "last_bucket", "contribution", "end_of_backward", "edits", "begin_step", "norms", "summary", "clip",
-    "rule", "collect", "row", "observe", "hook_order",
+    "local_norms", "local_summary", "contribution", "end_of_backward", "edits", "begin", "norms", "measure", "apply",
+    "decide", "collect", "row", "observe", "check",
 ]  # fmt: skip
 EVERYWHERE = ["everywhere_fused", "everywhere_unfused", "everywhere_adaptive"]
 CASES = [f"{site}_{kind}" for site, kind in product(SITES, ("fused", "unfused"))]
 STEPS = [0, 1, 2, 3, 4, 5]
 FAILING = 3
-WITHOUT_ROW = {"norms", "summary", "clip", "rule", "collect", "row"}
+STAGES = {
+    "LocalNorms.measure", "RankSums.prepare", "Observations.stepped", "GradientEdits.compare", "Record.begin",
+    "OptimizerControl.read", "Measure.measure", "Decide.decide", "Apply.apply", "Record.write", "RankSums.collect",
+    "OptimizerControl.restore",
+}  # fmt: skip
+WITHOUT_ROW = {"norms", "measure", "apply", "decide", "collect", "row"}
 """Where the record of that step stays without its measured part; elsewhere it is whole."""
 
 
@@ -75,9 +80,9 @@ def test_an_error_inside_the_probe_on_one_rank_costs_a_record_and_nothing_else(
     assert good["steps"] == good["measured"] == STEPS
     # Its steps keep their numbers.
     without = [step for step in STEPS if step != FAILING]
-    assert bad["steps"] == (without if site == "begin_step" else STEPS)
-    assert bad["measured"] == (without if site in WITHOUT_ROW | {"begin_step"} else STEPS)
-    if site in {"bucket", "last_bucket"}:
+    assert bad["steps"] == (without if site == "begin" else STEPS)
+    assert bad["measured"] == (without if site in WITHOUT_ROW | {"begin"} else STEPS)
+    if site in {"local_norms", "local_summary"}:
         assert bad["local"][str(FAILING)] == 0.0, "a norm without one bucket would be a wrong norm"
     others = [norm for step, norm in bad["local"].items() if step != str(FAILING)]
     assert all(norm > 0 for norm in others)
@@ -92,7 +97,9 @@ def test_each_call_that_a_step_makes_inside_the_probe_may_fail_on_one_rank(
     good, bad = found[case].results
     # After each, ours was where stock clipping is, as were both ranks, and one record was counted as dropped.
     assert good["wrong"] == bad["wrong"] == []
-    assert bad["never"] == [] and sum(bad["runs"].values()) > 120
+    # Some 70 calls a step (test_step_trace.py), a few of which are entries of guards or C++.
+    assert bad["never"] == [] and sum(bad["runs"].values()) > 60
+    assert set(bad["called"]) >= STAGES
     for mine, theirs in zip(*bad["learned"], strict=True) if bad["learned"][0] else []:
         assert mine == pytest.approx(theirs, rel=1e-6)
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from foreshock import _history
+from foreshock._arithmetic import arithmetic_for
+from foreshock._decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock._history import SKIP_RISE, History, Standing
-from foreshock._numbers import number, on_host
-from foreshock._policies import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
 
@@ -81,14 +81,14 @@ def real_series(seed: int) -> Series:
 
 
 def take(history: History, norm: float, rate: float) -> Standing:
-    standing = history.judge(number(torch.tensor(norm, dtype=torch.float64)), rate)
+    standing = history.compare(arithmetic_for(CPU).number(torch.tensor(norm, dtype=torch.float64)), rate)
     history.state = standing.after
     return standing
 
 
 def compared(series: Series) -> Iterator[tuple[bool, bool]]:
     """Of each step: whether the two decide alike, and whether it is so near a limit that they need not."""
-    history, detector = History(CPU), Detector()
+    history, detector = History(arithmetic_for(CPU)), Detector()
     rule = rules.DEFAULT.gradient
     for sequence, (norm, rate) in enumerate(series, 1):
         _, high = detector.gradient.band(rule) or (0.0, math.inf)
@@ -121,7 +121,7 @@ def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str], ar
 def test_the_series_hold_something_to_decide() -> None:
     clipped = skipped = 0
     for series in (*map(random_series, range(12)), *map(real_series, range(3))):
-        history = History(CPU)
+        history = History(arithmetic_for(CPU))
         for norm, rate in series:
             standing = take(history, norm, rate)
             clipped += norm > float(standing.ceiling)
@@ -131,8 +131,10 @@ def test_the_series_hold_something_to_decide() -> None:
 
 def granted(bad: list[bool]) -> tuple[list[bool], list[bool]]:
     """Which steps are left out, and what `tripped` says after each."""
-    budget = Budget(CPU)
-    steps = [(bool(budget.grant(b if on_host(CPU) else torch.tensor(b))), budget.tripped) for b in bad]
+    arithmetic = arithmetic_for(CPU)
+    budget = Budget(arithmetic, CPU)
+    flags = [arithmetic.number(torch.tensor(float(b))) > 0 for b in bad]
+    steps = [(bool(budget.grant(flag)), budget.tripped) for flag in flags]
     return [step[0] for step in steps], [step[1] for step in steps]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from foreshock import _launch, _log
-from foreshock._launch import RecorderProcess
+from foreshock import _log, _recorder_process
+from foreshock._recorder_process import RecorderProcess
 from foreshock_recorder.folder import lock
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
@@ -24,7 +24,7 @@ LATER = 1e9
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_log, "_logged", set())
-    monkeypatch.setattr(_launch, "EXIT_SECONDS", 0.05)
+    monkeypatch.setattr(_recorder_process, "EXIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -34,8 +34,8 @@ def ring(tmp_path: Path) -> Ring:
     return ring
 
 
-def process(ring: Ring, *, python: str = "/bin/false", speaks: bool = True, run: str = "night") -> RecorderProcess:
-    return RecorderProcess(ring.path.parent, run=run, collector="monitor:4327", python=python, speaks=speaks)
+def process(ring: Ring, *, python: str = "/bin/false", logs: bool = True, run: str = "night") -> RecorderProcess:
+    return RecorderProcess(ring.path.parent, run=run, collector="monitor:4327", python=python, logs=logs)
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -71,7 +71,7 @@ def test_the_other_ranks_say_nothing_of_it(ring: Ring, caplog: pytest.LogCapture
     reader = RingReader(ring.path)
     reader.write_page(PAGE + "night")
     reader.write_problem("monitor:4327: connection refused")
-    process(ring, speaks=False).wait_for_exit(ring)
+    process(ring, logs=False).wait_for_exit(ring)
     assert said(caplog) == []
 
 
@@ -111,7 +111,7 @@ class Starting:
 def test_a_rank_waits_for_a_recorder_that_starts_and_for_none_that_has_gone(
     ring: Ring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_launch, "EXIT_SECONDS", math.inf)
+    monkeypatch.setattr(_recorder_process, "EXIT_SECONDS", math.inf)
     one, recorder = process(ring), Starting(looks=3)
     one._processes.append(recorder)  # type: ignore[arg-type]
     one.wait_for_exit(ring)

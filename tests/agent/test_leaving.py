@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from foreshock import _leaving
-from foreshock._launch import RecorderProcess
 from foreshock._leaving import Ending
+from foreshock._recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import RingReader
 from tests.support.repository import ROOT
@@ -204,7 +204,7 @@ def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
     rings = []
     for number in range(3):
         ring = make_ring(tmp_path / "sweep" / str(number))
-        recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", speaks=False)
+        recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", logs=False)
         _leaving.say(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
         rings.append(weakref.ref(ring))
         del ring

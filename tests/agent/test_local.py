@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
-from foreshock._local import LocalNorms, _succeeded
-from foreshock._summary import plan_parameters
+from foreshock._arithmetic import arithmetic_for
+from foreshock._local import LocalNorms
+from foreshock._parameters import plan_parameters
+from foreshock._rank_sums import succeeded
 from tests.support.torch_jobs import Job
 
 
 def local_norms() -> tuple[LocalNorms, list[nn.Parameter]]:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     parameters = list(model.parameters())
-    return LocalNorms(plan_parameters(model, torch.optim.SGD(parameters, lr=0.1))), parameters
+    plan = plan_parameters(model, torch.optim.SGD(parameters, lr=0.1))
+    return LocalNorms(plan, arithmetic_for(torch.device("cpu"))), parameters
 
 
 def filled(parameters: list[nn.Parameter], value: float) -> list[Tensor]:
@@ -33,8 +36,8 @@ def total(local: LocalNorms) -> float | None:
 def test_a_backward_pass_is_the_sum_of_its_buckets_in_the_order_of_arrival() -> None:
     local, parameters = local_norms()
     last, first = parameters[2:], parameters[:2]
-    local.measure(last, filled(last, math.inf), first=True)
-    local.measure(first, filled(first, math.nan), first=False)
+    local.add(last, filled(last, math.inf), first=True)
+    local.add(first, filled(first, math.nan), first=False)
     local.close()
     assert local.summary is not None
     assert (float(local.summary.nan_parameters), float(local.summary.inf_parameters)) == (2.0, 2.0)
@@ -43,28 +46,28 @@ def test_a_backward_pass_is_the_sum_of_its_buckets_in_the_order_of_arrival() -> 
 
 def test_what_a_broken_backward_pass_has_left_behind_does_not_count() -> None:
     local, parameters = local_norms()
-    local.measure(parameters[2:], filled(parameters[2:], 100.0), first=True)
-    local.measure(parameters[2:], filled(parameters[2:], 1.0), first=True)
-    local.measure(parameters[:2], filled(parameters[:2], 1.0), first=False)
+    local.add(parameters[2:], filled(parameters[2:], 100.0), first=True)
+    local.add(parameters[2:], filled(parameters[2:], 1.0), first=True)
+    local.add(parameters[:2], filled(parameters[:2], 1.0), first=False)
     local.close()
     assert total(local) == pytest.approx(3.0)
 
 
 def test_a_backward_pass_with_a_bucket_that_failed_has_no_norm_and_the_next_one_has() -> None:
     local, parameters = local_norms()
-    local.measure(parameters[2:], filled(parameters[2:], 1.0), first=True)
+    local.add(parameters[2:], filled(parameters[2:], 1.0), first=True)
     with pytest.raises(ValueError):
-        local.measure(parameters[:2], [], first=False)
+        local.add(parameters[:2], [], first=False)
     local.close()
     assert total(local) is None
-    local.measure(parameters, filled(parameters, 1.0), first=True)
+    local.add(parameters, filled(parameters, 1.0), first=True)
     local.close()
     assert total(local) == pytest.approx(3.0)
 
 
 def test_gradients_of_other_parameters_are_not_ours() -> None:
     local, _ = local_norms()
-    local.measure([torch.ones(3)], [torch.full((3,), math.nan)], first=True)
+    local.add([torch.ones(3)], [torch.full((3,), math.nan)], first=True)
     local.close()
     assert total(local) is None
 
@@ -73,7 +76,7 @@ def test_a_collective_has_succeeded_only_if_it_is_done_and_did_not_fail() -> Non
     futures: list[Any] = [Future(), Future(), Future()]
     futures[1].set_exception(RuntimeError("connection closed by peer"))
     futures[2].set_result([torch.ones(1)])
-    assert [_succeeded(future) for future in futures] == [False, False, True]
+    assert [succeeded(future) for future in futures] == [False, False, True]
 
 
 @pytest.mark.integration

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,22 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreshock._averaged import AveragedGradient
+from foreshock._apply import Apply, DryRun, OptimizerControl
 from foreshock._clip import AdaptiveClip, Clip, NormClip, ValueClip
-from foreshock._edits import GradientEdits
-from foreshock._kernel import Kernel
-from foreshock._local import SUM_FIELDS, LocalNorms, RankSums
-from foreshock._numbers import constant
-from foreshock._policies import Policies
-from foreshock._rows import Row
-from foreshock._shadow import Shadow
-from foreshock._summary import ParameterPlan, plan_parameters
-from foreshock._weights import EVERY_STEPS, Weights, due
+from foreshock._decide import Decide
+from foreshock._device import DeviceArithmetic
+from foreshock._measure import Measure
+from foreshock._parameters import ParameterPlan, plan_parameters
+from foreshock._rank_sums import SUM_FIELDS, RankSums
+from foreshock._record import Record
+from foreshock._step import Step
+from foreshock._weights import EVERY_STEPS
 from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder.layout import Layout
 
 META = torch.device("meta")
 CLIPS = [None, NormClip(max_norm=1.0), ValueClip(clip_value=1.0), AdaptiveClip(max_norm=1.0)]
-BUCKETS = 2
 
 
 class Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -52,39 +52,37 @@ class Rank:
         self.model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers))).to(META)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=False)
         self.plan: ParameterPlan = plan_parameters(self.model, self.optimizer)
-        self.local, self.averaged = LocalNorms(self.plan), AveragedGradient(self.plan)
-        self.policies = Policies(clip=clip, skip=False, device=META)
-        self.kernel = Kernel(self.optimizer, clip, self.plan.parameters)
-        self.shadow, self.edits = Shadow(clip, META), GradientEdits(self.plan.parameters)
-        self.weights = Weights(self.plan, self.optimizer)
+        self.arithmetic = DeviceArithmetic(META)
+        self.control = OptimizerControl(self.optimizer, self.arithmetic, self.plan.parameters)
+        self.measure = Measure(
+            self.plan, self.optimizer, self.arithmetic, self.control, local_norms=True, single=False, views=False
+        )
+        self.decide = Decide(self.arithmetic, META, clip=clip, skip=False)
+        self.apply, self.dry_run = (
+            Apply(self.arithmetic, self.control, clip),
+            DryRun(self.arithmetic, self.control, clip),
+        )
+        ring: Any = SimpleNamespace(layout=Layout(len(self.plan.layers), 0))
+        # Nothing is written: a host's record needs no pinned memory.
+        self.record = Record(ring, torch.device("cpu"), self.arithmetic)
         for parameter in self.plan.parameters:
             parameter.grad = torch.empty_like(parameter)
-        layers = len(self.plan.layers)
-        self.row = Row(len(MEASURED_NAMES) + 2 * layers, layers, META)
 
     def step(self, sequence: int) -> Tensor:
-        scale, parameters = constant(1.0, META), self.plan.parameters
-        middle = len(parameters) // BUCKETS
-        for number, part in enumerate((parameters[:middle], parameters[middle:])):
-            self.local.measure(part, [p.grad for p in part if p.grad is not None], first=number == 0)
-        self.local.close()
-        self.edits.backward_ended()
-        self.edits.before_step()
-        gradients = self.averaged.gradients()
-        summary = self.averaged.measure(gradients, largest=due(sequence)).unscaled(scale)
-        ruling = self.policies.rule(summary.total, learning_rate=0.1, left_out=scale)
-        tried = self.shadow.count(ruling, gradients, scale)
-        coefficient = self.kernel.follow(ruling, gradients, None)
-        row = self.row.filled(
-            summary,
-            scale=scale,
-            coefficient=coefficient,
-            found_inf=scale,
-            shadow=tried,
-            local=self.local.summary,
-            sums=None,
-            weights=self.weights.look(sequence),
-        )
+        step = Step(sequence=sequence, number=sequence, learning_rate=0.1)
+        scale = self.arithmetic.constant(1.0)
+        assert self.measure.local is not None
+        self.measure.local.measure(self.measure.order)
+        self.measure.edits.backward_ended()
+        self.measure.edits.compare(step)
+        self.measure.measure(step)
+        assert step.summary is not None
+        step.loss_scale = step.found_inf = scale
+        step.summary = self.arithmetic.unscaled(step.summary, scale)
+        self.decide.decide(step)
+        self.dry_run.apply(step)
+        self.apply.apply(step)
+        row = self.record._row(step)
         assert isinstance(row, Tensor)
         return row
 
@@ -110,10 +108,13 @@ def test_a_step_reads_nothing_back_and_takes_the_same_kernels_whatever_the_model
 def test_what_a_rank_adds_to_the_sum_reads_nothing_back(told: bool) -> None:
     rank = Rank(2, None)
     rank.step(1)
+    local = rank.measure.local
+    assert local is not None
     sums = object.__new__(RankSums)
-    sums._device, sums._zero, sums._one = META, constant(0.0, META), constant(1.0, META)
+    sums._arithmetic = rank.arithmetic
+    sums._zero, sums._one = rank.arithmetic.constant(0.0), rank.arithmetic.constant(1.0)
     loss = torch.empty((), dtype=torch.float64, device=META) if told else None
-    assert sums.contribution(rank.local.summary, loss).shape == (len(SUM_FIELDS),)
+    assert sums.contribution(local.summary, loss).shape == (len(SUM_FIELDS),)
 
 
 def test_a_read_back_would_be_found() -> None:

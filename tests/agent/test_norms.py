@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foreshock._norms import Norms, NormSummary, Places, gradient_maxima, gradient_norms, largest_of, summarize
-from foreshock._numbers import on_host
+from foreshock._arithmetic import arithmetic_for
+from foreshock._norms import Norms, NormSummary
+from foreshock._parameters import ParameterLayout
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 NAN, INF = math.nan, math.inf
@@ -22,20 +23,22 @@ def reference(gradient: Tensor) -> float:
 
 
 def values(norms: Norms) -> list[float]:
-    assert isinstance(norms, Tensor) != on_host(CPU)
+    assert isinstance(norms, type(arithmetic_for(CPU).zeros(1)))
     return norms.tolist() if isinstance(norms, Tensor) else norms
 
 
 def norms_of(*gradients: Tensor) -> list[float]:
-    return values(gradient_norms(list(gradients), CPU))
+    return values(arithmetic_for(CPU).norms(list(gradients)))
 
 
 def summary_of(*norms: float, parameters: list[int] | None = None, layers: list[int] | None = None) -> NormSummary:
     """parameters: that the norms are of. layers: of each parameter."""
     layer_of = list(range(max(parameters or [], default=len(norms)) + 1)) if layers is None else layers
     order = tuple(range(len(norms)) if parameters is None else parameters)
-    found: Norms = list(norms) if on_host(CPU) else torch.tensor(norms, dtype=torch.float64)
-    return summarize(found, Places(order, layer_of, max(layer_of) + 1, CPU, range(len(layer_of))))
+    arithmetic = arithmetic_for(CPU)
+    found = arithmetic.row([arithmetic.constant(norm) for norm in norms]) if norms else arithmetic.zeros(0)
+    layout = ParameterLayout(order, layer_of, max(layer_of) + 1, CPU, range(len(layer_of)))
+    return arithmetic.summarize(found, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -120,8 +123,8 @@ def test_a_summary_of_nothing_is_zero() -> None:
 
 
 def test_unscaling_divides_norms_and_leaves_counts() -> None:
-    scale = 4.0 if on_host(CPU) else torch.tensor(4.0, dtype=torch.float64)
-    summary = replace(summary_of(8.0, INF), largest=scale).unscaled(scale)
+    scale = arithmetic_for(CPU).constant(4.0)
+    summary = arithmetic_for(CPU).unscaled(replace(summary_of(8.0, INF), largest=scale), scale)
     assert values(summary.layers)[:2] == [2.0, INF] and float(summary.largest or 0.0) == 1.0
     assert (float(summary.inf_parameters), float(summary.first_nonfinite)) == (1.0, 1.0)
 
@@ -129,11 +132,12 @@ def test_unscaling_divides_norms_and_leaves_counts() -> None:
 def test_the_largest_element_is_found_whatever_its_sign_and_dtype() -> None:
     gradients = [torch.tensor([1.0, -7.5]), torch.tensor([7.0], dtype=torch.bfloat16), torch.empty(0)]
     gradients += [torch.tensor([2.0, -8.0], dtype=torch.float16), torch.tensor([1.0, -INF]), torch.tensor([NAN, INF])]
-    *finite, not_a_number = maxima = values(gradient_maxima(gradients, CPU))
+    arithmetic = arithmetic_for(CPU)
+    *finite, not_a_number = maxima = values(arithmetic.maxima(gradients))
     assert finite == [7.5, 7.0, 8.0, INF] and math.isnan(not_a_number)
-    assert values(gradient_maxima([], CPU)) == []
-    assert math.isnan(float(largest_of(gradient_maxima(gradients, CPU)))) and len(maxima) == 5
-    assert float(largest_of(gradient_maxima(gradients[:-2], CPU))) == 8.0
+    assert values(arithmetic.maxima([])) == []
+    assert math.isnan(float(arithmetic.largest(arithmetic.maxima(gradients)))) and len(maxima) == 5
+    assert float(arithmetic.largest(arithmetic.maxima(gradients[:-2]))) == 8.0
 
 
 def test_a_nan_beside_an_inf_makes_a_total_that_is_none() -> None:

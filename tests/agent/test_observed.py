@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from foreshock import _log
-from foreshock._observed import Observations, Told, told_by_script
+from foreshock._arithmetic import arithmetic_for
+from foreshock._script import Observations, observation_of
+from foreshock._step import Observation, Step
+
+ARITHMETIC = arithmetic_for(torch.device("cpu"))
 
 
 class Script:
@@ -18,12 +22,12 @@ class Script:
 
     def __init__(self) -> None:
         self.observations = Observations()
-        self.records: list[tuple[Told | None, bool]] = []
+        self.records: list[tuple[Observation | None, bool]] = []
 
     def observe(self, number: int) -> None:
-        told = Told(number, float(number))
+        told = Observation(number, float(number))
         newest = self.records[-1] if self.records else (None, False)
-        of_newest, left = self.observations.tell(told, unobserved=newest == (None, True))
+        of_newest, left = self.observations.add(told, unobserved=newest == (None, True))
         if of_newest:
             self.records[-1] = told, self.records[-1][1]
         if left is not None:
@@ -31,11 +35,13 @@ class Script:
 
     def backward(self, *, dropped: bool = True, averaged: bool = True) -> None:
         if dropped and averaged and self.observations.passed:
-            self.records.append((self.observations.left_out(), False))
+            self.records.append((self.observations.skipped(), False))
         self.observations.backward_ended(averaged=averaged)
 
     def step(self) -> None:
-        self.records.append((self.observations.stepped(), True))
+        step = Step(sequence=1, number=0)
+        self.observations.stepped(step)
+        self.records.append((step.observation, True))
 
     def play(self, *iterations: str) -> list[tuple[int | None, bool]]:
         """o: observes its number. b: backward. k: one that keeps the gradients of the last. a: one that only
@@ -96,10 +102,12 @@ def test_a_script_that_observes_some_steps_hits_those() -> None:
 
 def test_loss_and_step_told_by_two_calls_are_one_observation() -> None:
     observations = Observations()
-    observations.tell(Told(None, 2.5), unobserved=False)
-    assert observations.tell(Told(7, None), unobserved=False) == (False, None)
+    observations.add(Observation(None, 2.5), unobserved=False)
+    assert observations.add(Observation(7, None), unobserved=False) == (False, None)
     observations.backward_ended(averaged=True)
-    assert observations.stepped() == Told(7, 2.5)
+    step = Step(sequence=1, number=0)
+    observations.stepped(step)
+    assert (step.number, step.observation) == (7, Observation(7, 2.5))
 
 
 def test_gradients_that_another_training_drops_before_an_observation_are_not_what_was_observed() -> None:
@@ -111,7 +119,7 @@ def test_gradients_that_another_training_drops_before_an_observation_are_not_wha
 
 @pytest.mark.parametrize("step", [3, np.int64(3), torch.tensor(3)])
 def test_a_step_may_be_any_whole_number(step: Any) -> None:
-    assert told_by_script(None, step) == Told(3, None)
+    assert observation_of(None, step, ARITHMETIC) == Observation(3, None)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +140,6 @@ def test_what_is_no_step_or_no_loss_costs_one_line_that_names_the_argument(
 ) -> None:
     _log._logged.clear()
     for _ in range(2):
-        told = told_by_script(loss, step)
-    assert told == (Told(None, 1.0) if loss == 1.0 else Told(7, None))
+        told = observation_of(loss, step, ARITHMETIC)
+    assert told == (Observation(None, 1.0) if loss == 1.0 else Observation(7, None))
     assert caplog.messages == [line]

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from foreshock._arithmetic import arithmetic_for
+from foreshock._parameters import plan_parameters
 from foreshock._samples import SAMPLES, TensorSampler
-from foreshock._summary import plan_parameters
 from foreshock._weights import EVERY_STEPS, Weights, WeightSummary, fingerprint
 from foreshock_protos.columns import WEIGHT_BLOCKS
 
@@ -51,7 +52,7 @@ def test_a_parameter_that_is_not_contiguous_counts_by_its_values() -> None:
 
 
 def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
-    return Weights(plan_parameters(model, optimizer), optimizer)
+    return Weights(plan_parameters(model, optimizer), optimizer, arithmetic_for(torch.device("cpu")))
 
 
 def columns_of(weights: Weights, sequence: int) -> dict[str, float]:

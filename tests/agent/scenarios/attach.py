@@ -177,14 +177,23 @@ def own_hook() -> dict[str, Any]:
     return _hooked(lambda model: model.register_comm_hook(None, allreduce_hook))
 
 
+def own_hook_in_views() -> dict[str, Any]:
+    return _hooked(lambda model: model.register_comm_hook(None, allreduce_hook), gradient_as_bucket_view=True)
+
+
 def builtin_hook() -> dict[str, Any]:
     return _hooked(lambda model: model._register_builtin_comm_hook(BuiltinCommHookType.ALLREDUCE))
 
 
-def _hooked(hook: Any) -> dict[str, Any]:
+def builtin_hook_in_views() -> dict[str, Any]:
+    builtin = BuiltinCommHookType.ALLREDUCE
+    return _hooked(lambda model: model._register_builtin_comm_hook(builtin), gradient_as_bucket_view=True)
+
+
+def _hooked(hook: Any, **ddp: Any) -> dict[str, Any]:
     weights = []
     for watched in (False, True):
-        model = make_model()
+        model = make_model(**ddp)
         hook(model)
         optimizer = make_optimizer(model)
         watch = foreshock.attach(model, optimizer) if watched else foreshock.Watch()

@@ -273,7 +273,7 @@ def nothing_keeps_a_model() -> dict[str, Any]:
     watch = foreshock.attach(model, optimizer)
     loss_of(model, batches()).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    ring = active(watch)._records.ring
+    ring = active(watch)._record.ring
     alive = [weakref.ref(model), weakref.ref(model.module), weakref.ref(next(model.parameters()))]
     try:
         raise KeyError("of something else")
@@ -326,7 +326,7 @@ def a_sweep() -> dict[str, Any]:
         numbers.append([record["step"] for record in told(watch)["records"]])
         kept.append((model, optimizer, watch))
     found = {"retired": [active(watch).retired for _, _, watch in kept], "steps": numbers}
-    found["exits"] = [_exit_reason(active(watch)._records.ring) for _, _, watch in kept]
+    found["exits"] = [_exit_reason(active(watch)._record.ring) for _, _, watch in kept]
     kept[-1][2].detach()
     return found
 
@@ -356,7 +356,7 @@ def in_turn() -> dict[str, Any]:
     ours, watches = trained(pairs, watched=True)
     first, second = map(active, watches)
     found = {"apart": apart(stock, ours), "retired": [first.retired, second.retired]}
-    found["records"] = [watch._records.ring.begun for watch in (first, second)]
+    found["records"] = [watch._record.ring.begun for watch in (first, second)]
     # What is attached to anew is watched by one.
     again = foreshock.attach(*pairs[0], clip=MAX_NORM)
     found["again"] = [first.enabled, again.enabled]

@@ -17,6 +17,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock._torch import has_comm_hook
 from tests.agent.scenarios.training import (
     STEPS,
     WIDTH,
@@ -50,10 +51,14 @@ def beside_stock(make: Make, *, attach: dict[str, Any] | None = None, **training
     model, optimizer = make()
     with foreshock.attach(model, optimizer, clip=MAX_NORM, **(attach or {})) as watch:
         ours = train(model, optimizer, lambda: None, **training)
-        local = active(watch)._measures.local is not None
+        local = active(watch)._measure.local is not None
+        inner: Any = getattr(model, "_orig_mod", model)
+        hooked = has_comm_hook(inner)
         found = told(watch)
     return {
         "apart": apart(stock, ours),
+        "hooked": hooked,
+        "sums": column(found, "reduced_sequence"),
         "alike": alike(
             [w for w, p in zip(ours, model.parameters(), strict=True) if any(p is a for a in averaged(model))]
         ),
@@ -96,10 +101,10 @@ def train(
     return weights(model)
 
 
-def hooked(register: Callable[[DistributedDataParallel], Any]) -> Make:
+def hooked(register: Callable[[DistributedDataParallel], Any], **ddp: Any) -> Make:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = make_model()
+        model = make_model(**ddp)
         register(model)
         return model, make_optimizer(model, fused=True)
 
@@ -132,19 +137,39 @@ def later_step_hook() -> dict[str, Any]:
 
 
 def fp16_compression() -> dict[str, Any]:
-    return beside_stock(hooked(lambda model: model.register_comm_hook(None, default_hooks.fp16_compress_hook)))
+    return _with_hook(default_hooks.fp16_compress_hook)
 
 
 def bf16_compression() -> dict[str, Any]:
-    return beside_stock(hooked(lambda model: model.register_comm_hook(None, bf16_by_another_name)))
+    return _with_hook(bf16_by_another_name)
 
 
 def power_sgd() -> dict[str, Any]:
-    return beside_stock(in_one_bucket(powerSGD_hook))
+    return beside_stock(in_one_bucket(powerSGD_hook)) | before_reduction()
 
 
 def hook_of_their_own() -> dict[str, Any]:
-    return beside_stock(hooked(lambda model: model.register_comm_hook(None, half)))
+    return _with_hook(half)
+
+
+def _with_hook(hook: Any, **ddp: Any) -> dict[str, Any]:
+    return beside_stock(hooked(lambda model: model.register_comm_hook(None, hook), **ddp)) | before_reduction()
+
+
+def fp16_compression_in_views() -> dict[str, Any]:
+    return _with_hook(default_hooks.fp16_compress_hook, gradient_as_bucket_view=True)
+
+
+def bf16_compression_in_views() -> dict[str, Any]:
+    return _with_hook(bf16_by_another_name, gradient_as_bucket_view=True)
+
+
+def power_sgd_in_views() -> dict[str, Any]:
+    return beside_stock(in_one_bucket(powerSGD_hook, gradient_as_bucket_view=True)) | before_reduction()
+
+
+def hook_of_their_own_in_views() -> dict[str, Any]:
+    return _with_hook(half, gradient_as_bucket_view=True)
 
 
 def fp16_compression_wrapped() -> dict[str, Any]:
@@ -156,7 +181,8 @@ def bf16_compression_wrapped() -> dict[str, Any]:
 
 
 def power_sgd_wrapped() -> dict[str, Any]:
-    return beside_stock(in_one_bucket(foreshock.local_norms_wrapper(powerSGD_hook))) | before_reduction()
+    hook = foreshock.local_norms_wrapper(powerSGD_hook)
+    return beside_stock(in_one_bucket(hook, gradient_as_bucket_view=True)) | before_reduction()
 
 
 def hook_of_their_own_wrapped() -> dict[str, Any]:
@@ -164,8 +190,12 @@ def hook_of_their_own_wrapped() -> dict[str, Any]:
 
 
 def _wrapped(hook: Any) -> dict[str, Any]:
-    register = lambda model: model.register_comm_hook(None, foreshock.local_norms_wrapper(hook))  # noqa: E731
-    return beside_stock(hooked(register)) | before_reduction()
+    return _with_hook(foreshock.local_norms_wrapper(hook), gradient_as_bucket_view=True)
+
+
+def fp16_compression_wrapped_in_vain() -> dict[str, Any]:
+    """Without views and static graphs the wrapper is not needed, and does no harm."""
+    return _with_hook(foreshock.local_norms_wrapper(default_hooks.fp16_compress_hook))
 
 
 def before_reduction() -> dict[str, Any]:
@@ -192,12 +222,12 @@ bf16_by_another_name.__annotations__.clear()
 half.__annotations__.clear()
 
 
-def in_one_bucket(hook: Any) -> Make:
+def in_one_bucket(hook: Any, **ddp: Any) -> Make:
     """PowerSGD with more of them deadlocks on gloo, in trainings without Foreshock too (torch 2.13)."""
 
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = DistributedDataParallel(make_model().module)
+        model = DistributedDataParallel(make_model().module, **ddp)
         state = PowerSGDState(process_group=None, matrix_approximation_rank=2, start_powerSGD_iter=2)
         model.register_comm_hook(state, hook)
         return model, make_optimizer(model, fused=True)
@@ -216,7 +246,17 @@ def uneven_inputs() -> dict[str, Any]:
 
 def uneven_inputs_divided_by_those_left() -> dict[str, Any]:
     joined = lambda model: model.join(divide_by_initial_world_size=False)  # noqa: E731
-    return beside_stock(plain, joined=joined, attach={"local_norms": False})
+    return beside_stock(plain, joined=joined)
+
+
+def uneven_inputs_in_views() -> dict[str, Any]:
+    return beside_stock(hooked(lambda _: None, gradient_as_bucket_view=True), joined=lambda model: model.join())
+
+
+def uneven_inputs_divided_by_those_left_in_views() -> dict[str, Any]:
+    joined = lambda model: model.join(divide_by_initial_world_size=False)  # noqa: E731
+    make = hooked(lambda _: None, gradient_as_bucket_view=True)
+    return beside_stock(make, joined=joined, attach={"local_norms": False})
 
 
 def static_graph() -> dict[str, Any]:

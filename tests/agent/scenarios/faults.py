@@ -13,13 +13,15 @@ import torch.distributed as dist
 from torch import nn
 
 import foreshock
-from foreshock import _averaged, _local, _watch, _weights
-from foreshock._averaged import AveragedGradient
-from foreshock._edits import GradientEdits
-from foreshock._kernel import Kernel
-from foreshock._local import RankSums
-from foreshock._policies import Policies
-from foreshock._records import Records
+from foreshock import _watch, _weights
+from foreshock._apply import Apply
+from foreshock._decide import Decide
+from foreshock._host import HostArithmetic
+from foreshock._local import LocalNorms
+from foreshock._measure import Measure
+from foreshock._rank_sums import RankSums
+from foreshock._record import Record
+from foreshock._script import GradientEdits
 from foreshock._watch import ActiveWatch
 from foreshock_recorder import ring
 from foreshock_recorder.reader import RingReader
@@ -40,20 +42,20 @@ from tests.agent.scenarios.training import (
 )
 
 SITES: dict[str, tuple[Any, str]] = {
-    "bucket": (_local, "gradient_norms"),
-    "last_bucket": (_local, "summarize"),
+    "local_norms": (LocalNorms, "measure"),
+    "local_summary": (HostArithmetic, "summarize"),
     "contribution": (RankSums, "contribution"),
     "end_of_backward": (GradientEdits, "backward_ended"),
-    "edits": (GradientEdits, "before_step"),
-    "begin_step": (Records, "begin_step"),
-    "norms": (_averaged, "gradient_norms"),
-    "summary": (AveragedGradient, "measure"),
-    "clip": (Kernel, "follow"),
-    "rule": (Policies, "rule"),
+    "edits": (GradientEdits, "compare"),
+    "begin": (Record, "begin"),
+    "norms": (Measure, "averaged"),
+    "measure": (Measure, "measure"),
+    "apply": (Apply, "apply"),
+    "decide": (Decide, "decide"),
     "collect": (RankSums, "collect"),
-    "row": (ActiveWatch, "_write_row"),
-    "observe": (_watch, "told_by_script"),
-    "hook_order": (ActiveWatch, "_check_hook_order"),
+    "row": (Record, "_row"),
+    "observe": (_watch, "observation_of"),
+    "check": (ActiveWatch, "_check"),
 }
 """Call sites, one for each guard of the path of a step and more."""
 FAILING = 3
@@ -117,11 +119,12 @@ CLOSE_LOOK = 3
 
 
 ENTRIES = {
-    "Lookout.show", "Averaging.average", "RankSums.issue", "ActiveWatch.bucket", "ActiveWatch.last_bucket",
-    "ActiveWatch.before_step", "ActiveWatch.after_step", "ActiveWatch.observe",
+    "RankSums.issue", "ActiveWatch.before_step", "ActiveWatch.after_step", "ActiveWatch.observe", "ActiveWatch.arrived",
+    "ActiveWatch.backward_began", "ActiveWatch.backward_computed", "ActiveWatch.backward_ended", "ActiveWatch.bucket",
+    "ActiveWatch._run_each", "ActiveWatch._run_all", "BackwardHooks.bucket", "HookState.average",
 }  # fmt: skip
-"""What a hook calls before any guard: to enter a method cannot fail, and an average or a collective is training itself.
-All that they call in their turn is among the sites."""
+"""Methods that are entered before any guard: to enter a method cannot fail, and an average or a collective is training
+itself. All that they call in their turn is among the sites."""
 RARE = {"RankSums._buffer", "_reduced"}
 """Only where a sum is four steps behind: sums.py is about that. Only where a reduction is over before its callback is
 set: else another thread calls it."""
@@ -132,13 +135,8 @@ def site_of(frame: FrameType, event: str) -> Site | None:
     if event != "call" or caller is None or not frame.f_code.co_filename.startswith(PARTS):
         return None
     name = caller.f_code.co_qualname
-    # What torch calls are the hooks themselves; the guard cannot guard itself.
-    if (
-        not caller.f_code.co_filename.startswith(PARTS)
-        or "Guard." in name
-        or "Guard." in callee
-        or callee in ENTRIES | RARE
-    ):
+    # What torch calls are the hooks themselves; the guard cannot guard itself, but all that it runs.
+    if not caller.f_code.co_filename.startswith(PARTS) or "Guard." in callee or callee in ENTRIES | RARE:
         return None
     # Whoever is at work when garbage is collected did not call its finalizer.
     if callee.endswith(".__del__"):
@@ -241,7 +239,7 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
     late = [site for site in of_rank_1(list(sites)) if not fails(site, pair)]
     # What ranks have learned is what they decide by.
     learned: list[Any] = [None, None]
-    history = pair.watch._action.policies._history
+    history = pair.watch._decide._history
     dist.all_gather_object(learned, None if history is None else history.state)
     pair.watch.detach()
     runs, never = {run: len(sites) - len(late)}, []
@@ -252,7 +250,8 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
         pair = Beside(fused=fused, clip=clip, name=f"{run}_late")
         never += [] if fails(site, pair) else [site]
         pair.watch.detach()
-    return {"runs": runs, "never": never, "wrong": wrong, "learned": learned}
+    called = sorted({callee for _, _, callee in sites})
+    return {"runs": runs, "never": never, "wrong": wrong, "learned": learned, "called": called}
 
 
 def of_rank_1(sites: list[Site]) -> list[Site]:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _records
+from foreshock import _record
 from foreshock._watch import ActiveWatch
 
 MODE, PLACE = sys.argv[1], Path(sys.argv[2])
@@ -84,8 +84,8 @@ def main() -> None:
             steps(model, optimizer)
     if MODE.startswith("device"):
         assert isinstance(watch, ActiveWatch)
-        watch._guard._strict = False
-        watch._records._staged.append(_records._Stage(host=torch.ones(1), arrived=Device(), deliver=print))  # type: ignore[arg-type]
+        watch.guard._strict = False
+        watch._record._staged.append(_record._Stage(host=torch.ones(1), length=1, arrived=Device(), deliver=print))  # type: ignore[arg-type]
     if MODE == "raises" or MODE.startswith("device"):
         raise ValueError("bad batch")
     if MODE == "interrupted":

@@ -196,7 +196,7 @@ def ends_with_what_was_told() -> dict[str, Any]:
                     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 break
             optimizer.step()
-        ring = active(watch)._records.ring.path
+        ring = active(watch)._record.ring.path
         watch.detach()
         found[what] = records_in(ring)
     return found

@@ -14,20 +14,23 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from foreshock._local import SUM_FIELDS, RankSums
-from foreshock._numbers import Number
+from foreshock._arithmetic import arithmetic_for
+from foreshock._norms import Number
+from foreshock._rank_sums import SUM_FIELDS, RankSums
+from foreshock._step import Observation
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, store = dist.get_rank(), _get_default_store()
 group = dist.group.WORLD
 assert group is not None
-sums = RankSums(group, torch.device("cpu"))
+cpu = torch.device("cpu")
+sums = RankSums(group, cpu, arithmetic_for(cpu))
 found: dict[str, Any] = {}
 
 
 def issue(sequence: int, loss: float) -> None:
-    sums.prepare(sequence, sums.contribution(None, loss))
+    sums.prepare(sequence, None, Observation(None, loss))
     sums.issue()
 
 
@@ -40,7 +43,7 @@ def taken(newest: Sequence[Number]) -> list[float]:
 def finish() -> list[float]:
     while sums.under_way():
         time.sleep(0.001)
-    return taken(sums.collect())
+    return taken(sums.collect(None))
 
 
 if rank == 1:
@@ -48,11 +51,11 @@ if rank == 1:
 issue(1, 2.0 + rank)
 if rank == 0:
     # Rank 1 has not issued its part yet: whoever waits here waits for ever.
-    found["rank 1 is late"] = taken(sums.collect())
+    found["rank 1 is late"] = taken(sums.collect(None))
     store.set("rank 0 has looked", "")
 found["both are there"] = finish()
 if rank == 0:
-    sums.prepare(2, sums.contribution(None, math.nan))
+    sums.prepare(2, None, Observation(None, math.nan))
 sums.issue()
 found["an error on rank 1"] = finish()
 for sequence in range(3, 9):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _log, _numbers
+from foreshock import _arithmetic, _log
 from foreshock._watch import ActiveWatch
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
@@ -112,7 +112,7 @@ def told(watch: foreshock.Watch) -> dict[str, Any]:
 def ring_of(watch: foreshock.Watch) -> Iterator[Path]:
     """A copy of its ring, made from memory: who opens and closes the file itself lets go of the rank's lock on it."""
     with tempfile.NamedTemporaryFile(suffix=".ring") as copy:
-        copy.write(active(watch)._records.ring.memory[:])
+        copy.write(active(watch)._record.ring.memory[:])
         copy.flush()
         yield Path(copy.name)
 
@@ -159,7 +159,7 @@ def wait_for_sums(watch: foreshock.Watch) -> None:
     """Wait for the sums over ranks, as training never does, so that each step's record has its own."""
     sums = active(watch).sums
     assert sums is not None
-    for slot in sums._ring:
+    for slot in sums._slots:
         if slot.work is not None:
             slot.work.wait()
 
@@ -192,7 +192,7 @@ def main(scenarios: dict[str, Callable[[], Any]]) -> None:
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     if os.environ.get("TEST_ARITHMETIC") == "device":
-        _numbers.HOSTS = frozenset()
+        _arithmetic.HOSTS = frozenset()
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:

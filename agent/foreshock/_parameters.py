@@ -1,4 +1,4 @@
-"""What the model is made of: parameters, layers and module types, as the collector needs them to name a culprit."""
+"""Parameters, layers and module types of a model, as the collector needs them to name a culprit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreshock._norms import Places
-
 MAX_LAYERS = 256
 """Layer norms travel every step; a model of more module groups has neighbors merged."""
 
 
+class ParameterLayout:
+    """Maps each of several norms to its parameter and its layer."""
+
+    def __init__(
+        self,
+        parameters: tuple[int, ...],
+        layer_of: Sequence[int],
+        layers: int,
+        device: torch.device,
+        numbers: Sequence[int],
+    ) -> None:
+        """parameters: index of each norm's parameter. layer_of: layer of each index, of `layers` in all. device: of the
+        gradients. numbers: the collector's number of each index.
+        """
+        self.parameters = parameters
+        self.layer_of = [layer_of[i] for i in parameters]
+        self.layers = layers
+        self.numbers = [numbers[i] for i in parameters]
+        self.numbers_on_device = torch.tensor(self.numbers, dtype=torch.int64, device=device)
+        self.layer_of_on_device = torch.tensor(self.layer_of, dtype=torch.int64, device=device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParameterPlan:
-    """The model's trainable parameters that DDP averages and the optimizer holds, in the model's order, by layer."""
+    """Lists the trainable parameters that DDP averages and the optimizer holds, in the model's order, by layer."""
 
     parameters: tuple[nn.Parameter, ...]
     names: tuple[str, ...]
@@ -28,24 +48,24 @@ class ParameterPlan:
     index: dict[Tensor, int] = field(repr=False)
     """Position by identity: DDP reorders its buckets after the first step, so nothing else is stable."""
     numbers: tuple[int, ...]
-    """What the collector calls them, one per parameter: their position in the model summary, told at attach."""
+    """The collector's number of each parameter: its position in the model summary that attach sends."""
 
     def device(self) -> torch.device:
-        """Where the parameters live."""
+        """Return the device of the parameters."""
         return self.parameters[0].device
 
-    def places(self, parameters: tuple[int, ...]) -> Places:
-        """Of norms of these parameters, given by their positions, in this order."""
-        return Places(parameters, self.layer_of, len(self.layers), self.device(), self.numbers)
+    def layout(self, parameters: tuple[int, ...]) -> ParameterLayout:
+        """Return the layout of norms of the parameters at these positions, in this order."""
+        return ParameterLayout(parameters, self.layer_of, len(self.layers), self.device(), self.numbers)
 
 
 def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """All that the optimizer may move."""
+    """Return all parameters that the optimizer may change."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()) -> ParameterPlan:
-    """The plan of what is measured; shared parameters count once.
+    """Return the plan of what is measured; shared parameters count once.
 
     ignored: names of parameters that DDP does not average. Ranks differ in their gradients: a norm with them in it
     would be another one on each rank, and so would be what is clipped.
@@ -57,13 +77,13 @@ def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored:
     return _plan(named, layers, layer_of, tuple(range(len(named))))
 
 
-def follow(
+def updated_plan(
     plan: ParameterPlan, model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()
 ) -> ParameterPlan:
-    """The plan of the parameters that the optimizer holds by now, beside those of `plan`, made earlier.
+    """Return the plan of the parameters that the optimizer holds by now. plan: made earlier.
 
-    Layers stay as they were told. A parameter that has come since counts to the layer whose name is nearest to its own,
-    and has a number that the collector has no name for.
+    Layers stay as they were sent. A new parameter belongs to the layer with the most similar name, and has a number for
+    which the collector has no name.
     """
     wanted = set(trainable(optimizer))
     named = [(name, p) for name, p in model.named_parameters() if p in wanted and name not in ignored]
@@ -92,7 +112,7 @@ def _plan(
 
 
 def _nearest(name: str, layers: Sequence[str]) -> int:
-    """The layer that shares most of the path; of several the last."""
+    """Return the layer that shares most of the path; of several, the last."""
 
     def shared(layer: str) -> int:
         alike = [mine == theirs for mine, theirs in zip(name.split("."), layer.split("."), strict=False)]

@@ -10,27 +10,28 @@ import time
 from pathlib import Path
 from urllib.parse import unquote
 
-from foreshock._log import info, info_once, warn_once
+from foreshock._log import info_once, warn_once
 from foreshock_recorder.paths import has_recorder
 from foreshock_recorder.ring import Ring
 
 EXIT_SECONDS = 2.0
 """Longest wait of a leaving rank for the collector's last acknowledgement."""
-_CHECK_SECONDS = 5.0
+CHECK_SECONDS = 5.0
 _STARTS = 3
 
 
 class RecorderProcess:
     """The node's recorder of a launch, as a rank sees it: somebody holds the lock, and looks at the ring."""
 
-    def __init__(self, folder: Path, *, run: str, collector: str, python: str, speaks: bool) -> None:
+    def __init__(self, folder: Path, *, run: str, collector: str, python: str, logs: bool) -> None:
         self._folder = folder
         self._run = run
         self._command = [
             python or sys.executable, "-m", "foreshock_recorder", "--folder", str(folder), "--collector", collector
         ]  # fmt: skip
-        self._speaks = speaks
-        self._checked = time.monotonic()
+        self._logs = logs
+        self.checked = time.monotonic()
+        """Monotonic time of the newest check."""
         self._starts = 0
         self._processes: list[subprocess.Popen[bytes]] = []
 
@@ -42,7 +43,7 @@ class RecorderProcess:
             if has_recorder(self._folder):
                 return
             if self._starts == _STARTS:
-                warn_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log()})")
+                warn_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log_hint()})")
                 return
             self._starts += 1
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
@@ -63,14 +64,14 @@ class RecorderProcess:
 
     def check(self, ring: Ring, now: float) -> None:
         """Every few seconds: start another recorder if the last one is gone, and say once what troubles it."""
-        if now - self._checked < _CHECK_SECONDS:
+        if now - self.checked < CHECK_SECONDS:
             return
-        self._checked = now
+        self.checked = now
         self._reap()
-        if now - ring.recorder_seen > 2 * _CHECK_SECONDS:
+        if now - ring.recorder_seen > 2 * CHECK_SECONDS:
             self.ensure()
-        self._say_problem(ring)
-        self._say_page(ring)
+        self._log_problem(ring)
+        self._log_page(ring)
 
     def wait_for_exit(self, ring: Ring) -> None:
         """Bounded wait until everything is stored, or nobody is left to deliver it.
@@ -86,9 +87,9 @@ class RecorderProcess:
             if not starting and not has_recorder(self._folder):
                 break
             time.sleep(0.005)
-        self._say_page(ring)
-        self._say_problem(ring)
-        if self._speaks and not ring.problem and (left := ring.begun - ring.acknowledged):
+        self._log_page(ring)
+        self._log_problem(ring)
+        if self._logs and not ring.problem and (left := ring.begun - ring.acknowledged):
             retry = "the recorder keeps trying, or" if has_recorder(self._folder) else "no recorder is running, so"
             line = f"{left} records have not reached the collector yet; {retry} a later job's recorder delivers them"
             warn_once("collector", line)
@@ -101,23 +102,17 @@ class RecorderProcess:
                 process.returncode = 0
         self._processes.clear()
 
-    def _say_problem(self, ring: Ring) -> None:
-        if self._speaks and ring.problem:
+    def _log_problem(self, ring: Ring) -> None:
+        if self._logs and ring.problem:
             warn_once("collector", f"the collector accepts no records; training continues ({ring.problem})")
 
-    def _say_page(self, ring: Ring) -> None:
+    def _log_page(self, ring: Ring) -> None:
         page = ring.page
-        if self._speaks and page:
+        if self._logs and page:
             run = unquote(page.rpartition("/")[2])
             other = "" if run == self._run else f"; the name {self._run} is in use by another run"
             info_once(f"page {page}", f"run {run}: {page}{other}")
 
-    def _log(self) -> str:
+    def _log_hint(self) -> str:
         log = self._folder / "recorder.log"
         return f"see {log}" if log.exists() else f"try {shlex.join(self._command)}"
-
-
-def announce(line: str, *, rank: int) -> None:
-    """The one line at attach, from rank 0."""
-    if rank == 0:
-        info(line)

@@ -1,0 +1,271 @@
+"""Applies the decision on a step: through the optimizer, by changing the gradients, or, in a dry run, not at all.
+
+Fused Adam, AdamW, SGD and Adagrad take `grad_scale`, a float32 divisor, and `found_inf`, which must be exactly 1.0 to
+skip a step (2.0 would run it, and make Adam's step count negative). `GradScaler` sets both before us; its values are
+combined with ours, and restored after the step.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import weakref
+from collections.abc import Collection
+from itertools import chain
+from operator import attrgetter, itemgetter, methodcaller
+from types import FrameType
+
+import torch
+from torch import Tensor
+
+from foreshock._arithmetic import Arithmetic
+from foreshock._clip import Clip, ValueClip
+from foreshock._log import rank_zero_warn_once
+from foreshock._norms import Flag, Number
+from foreshock._parameters import trainable
+from foreshock._step import Step
+from foreshock._torch import foreach_multiply_, scale_of, supports_division
+
+is_fused = methodcaller("get", "fused")
+_SCALER_STEP = torch.amp.GradScaler.step.__code__
+_CALLERS = 24
+"""Frames searched for a scaler: between its call and ours lie hooks, schedulers and what frameworks add."""
+CLIPPED, SKIPPED = 1.0, 2.0
+"""Bits of the column `shadow`."""
+
+
+class Apply:
+    """Applies decisions on one rank."""
+
+    def __init__(self, arithmetic: Arithmetic, control: OptimizerControl, clip: Clip | None) -> None:
+        self._arithmetic = arithmetic
+        self._control = control
+        self._clamp = clip if isinstance(clip, ValueClip) else None
+
+    def apply(self, step: Step) -> None:
+        """Clip or skip as decided; fill in the clip coefficient."""
+        decision = step.decision
+        assert decision is not None
+        divisor = decision.divisor
+        # Dividing by exactly 1 would be a pass over the gradients for nothing.
+        if divisor is not None and self._arithmetic.is_one(divisor):
+            divisor = None
+        coefficient = None if divisor is None else 1.0 / divisor
+        # Whatever may fail comes before this: gradients are touched last, once.
+        if decision.skip is not None:
+            self._control.skip(step, decision.skip)
+        if self._clamp is not None:
+            self._clamp_(self._clamp, step)
+        step.coefficient = coefficient
+        if divisor is not None and coefficient is not None:
+            whole = divisor if step.grad_scale is None else divisor * step.grad_scale
+            if not self._control.divide(whole):
+                foreach_multiply_(step.gradients, coefficient)
+
+    def apply_fallback(self, step: Step) -> None:
+        """Do the same by other means, up to rounding, where `apply` or a stage before it has failed on this rank."""
+        self._control.restore()
+        decision = step.decision
+        assert decision is not None
+        if decision.skip is not None:
+            self._control.skip(step, decision.skip)
+        if self._clamp is not None:
+            self._clamp_(self._clamp, step)
+        if decision.divisor is not None:
+            for gradient in step.gradients:
+                gradient.mul_(1.0 / decision.divisor)
+
+    def _clamp_(self, clip: ValueClip, step: Step) -> None:
+        if step.grad_scale is not None:
+            # A GradScaler lets the optimizer unscale: elements must be unscaled before they are compared.
+            foreach_multiply_(step.gradients, self._arithmetic.ratio(1.0, step.grad_scale))
+            self._control.keep_undivided()
+        clip.clamp_(step.gradients)
+
+
+class DryRun:
+    """Applies nothing, and counts what would have been done, without a read-back."""
+
+    def __init__(self, arithmetic: Arithmetic, _: OptimizerControl, clip: Clip | None) -> None:
+        self._arithmetic = arithmetic
+        self._clamp = clip if isinstance(clip, ValueClip) else None
+        self._zero = self._clipped = self._skipped = arithmetic.constant(0.0)
+        self._steps = 0
+
+    def apply(self, step: Step) -> None:
+        """Fill in what would have been done, as the column `shadow` encodes it."""
+        decision, counted = step.decision, self._arithmetic.counted
+        assert decision is not None
+        clipped, skipped = self._zero, self._zero
+        if decision.divisor is not None:
+            clipped = counted(decision.divisor > 1.0)
+        elif self._clamp is not None and step.gradients:
+            scale = 1.0 if step.grad_scale is None else step.grad_scale
+            clipped = counted(self._clamp.would_clamp(self._arithmetic, step.gradients, scale))
+        if decision.skip is not None:
+            skipped = counted(decision.skip)
+        self._clipped, self._skipped = self._clipped + clipped, self._skipped + skipped
+        self._steps += 1
+        step.shadow = CLIPPED * clipped + SKIPPED * skipped
+
+    def apply_fallback(self, step: Step) -> None:
+        """Do nothing, as `apply`."""
+
+    def counts(self) -> dict[str, int]:
+        """Return the steps so far, and how many would have been clipped and skipped. Waits for the device."""
+        return {"steps": self._steps, "clipped": int(self._clipped), "skipped": int(self._skipped)}
+
+    def line(self) -> str:
+        """Return the counts as a line for the log."""
+        counts = self.counts()
+        would = f"{counts['clipped']} would have been clipped and {counts['skipped']} skipped"
+        return f"shadow: of {counts['steps']} steps {would}"
+
+
+class OptimizerControl:
+    """Overrides `grad_scale` and `found_inf` of one optimizer for one step."""
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, arithmetic: Arithmetic, parameters: Collection[Tensor]
+    ) -> None:
+        """parameters: to be clipped. The optimizer divides all of its gradients, or none."""
+        self._optimizer = optimizer
+        self._arithmetic = arithmetic
+        self._supports_division = supports_division(optimizer)
+        self._held: list[int] = []
+        self.is_changed()
+        self.scaler: weakref.ref[torch.amp.GradScaler] | None = None
+        """The `GradScaler` that made the newest step; None if none did."""
+        self.newest_scale: Number | None = None
+        """Loss scale of the newest backward pass; None without a scaler, or before its first step."""
+        self.clip_only(parameters)
+        # float32, as the optimizers take them.
+        one = torch.ones((), dtype=torch.float32, device=next(iter(parameters)).device)
+        self._divisor, self._skip = one, one.clone()
+        self.overridden: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        """Value of ours and value before it, by attribute, during a step."""
+
+    def clip_only(self, parameters: Collection[Tensor]) -> None:
+        """Clip these parameters from now on."""
+        self._all_clipped = set(trainable(self._optimizer)) <= set(parameters)
+
+    def read(self, step: Step) -> None:
+        """Fill in what a `GradScaler` has set: its own skip, and the scale of the loss."""
+        scale, found_inf = getattr(self._optimizer, "grad_scale", None), getattr(self._optimizer, "found_inf", None)
+        step.grad_scale = None if scale is None else self._arithmetic.number(scale)
+        step.found_inf = None if found_inf is None else self._arithmetic.number(found_inf)
+        step.loss_scale = step.grad_scale
+        if scale is None:
+            # The script has unscaled the gradients, or no scaler makes this step.
+            self._find_scaler()
+            step.loss_scale = None if self.scaler is None else self._scale_of_scaler()
+
+    def backward_ended(self) -> None:
+        """Remember the loss scale of this pass: the scaler changes it afterwards."""
+        self.newest_scale = self._scale_of_scaler()
+
+    def is_changed(self) -> bool:
+        """Return whether the optimizer holds other parameters than when this was last asked."""
+        parameters = list(chain.from_iterable(map(itemgetter("params"), self._optimizer.param_groups)))
+        held = [*map(id, parameters), *map(attrgetter("requires_grad"), parameters)]
+        before, self._held = self._held, held
+        return held != before
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the first parameter group; NaN if the host does not know it without waiting."""
+        rate = self._optimizer.param_groups[0]["lr"]
+        return math.nan if getattr(rate, "is_cpu", True) is False else float(rate)
+
+    def divide(self, divisor: Number) -> bool:
+        """Divide the gradients in the optimizer's kernel; return False if it cannot divide just those to be clipped.
+
+        Asked at each step: a loaded checkpoint brings the `fused` of its own optimizer.
+        """
+        fused = self._supports_division and all(map(is_fused, self._optimizer.param_groups))
+        if not fused or not self._all_clipped:
+            return False
+        self._override("grad_scale", self._divisor.fill_(divisor))
+        return True
+
+    def keep_undivided(self) -> None:
+        """Keep the optimizer from unscaling: the gradients are unscaled already."""
+        self._override("grad_scale", None)
+
+    def skip(self, step: Step, skip: Flag) -> None:
+        """Skip the step where the flag is true."""
+        if not divides_gradients(self._optimizer):
+            rank_zero_warn_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
+            return
+        self._guard_momentum()
+        if skip is False:
+            return
+        theirs = step.found_inf
+        value = self._skip.fill_(skip if theirs is None else skip | (theirs > 0))
+        self._override("found_inf", value)
+        step.found_inf = self._arithmetic.number(value)
+
+    def restore(self) -> None:
+        """Restore the optimizer's own values, also after a step that raised: a divisor would be taken for a scale.
+
+        They are set again and not deleted: `GradScaler` itself deletes what it has set.
+        """
+        overridden, self.overridden = self.overridden, {}
+        for name, (ours, theirs) in overridden.items():
+            if getattr(self._optimizer, name, None) is ours:
+                setattr(self._optimizer, name, theirs)
+
+    def _override(self, name: str, value: Tensor | None) -> None:
+        self.overridden[name] = (value, getattr(self._optimizer, name, None))
+        setattr(self._optimizer, name, value)
+
+    def _find_scaler(self) -> None:
+        # The scaler leaves its scale with the optimizer only where a fused kernel is still to divide by it. Elsewhere
+        # only the scaler knows it, and nothing leads from an optimizer to its scaler but the call itself.
+        self.scaler = None
+        frame: FrameType | None = sys._getframe(1)
+        for _ in range(_CALLERS):
+            if frame is None:
+                break
+            if frame.f_code is _SCALER_STEP:
+                self.scaler = weakref.ref(frame.f_locals["self"])
+                break
+            frame = frame.f_back
+
+    def _scale_of_scaler(self) -> Number | None:
+        scaler = None if self.scaler is None else self.scaler()
+        scale = None if scaler is None else scale_of(scaler)
+        return None if scale is None else self._arithmetic.number(scale)
+
+    def _guard_momentum(self) -> None:
+        """Create the momentum of a fused SGD, which leaves it uninitialized if its first step is skipped.
+
+        Zeros give the same first step without dampening; with dampening, attach refuses to skip.
+        """
+        if not isinstance(self._optimizer, torch.optim.SGD):
+            return
+        state = self._optimizer.state
+        for group in self._optimizer.param_groups:
+            present = (p for p in group["params"] if p.grad is not None)
+            first = next(present, None) if group["momentum"] else None
+            if first is not None and state[first].get("momentum_buffer") is None:
+                for parameter in (first, *present):
+                    state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+
+
+def divides_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer's own kernel can divide the gradients: fused Adam, AdamW, SGD and Adagrad."""
+    return supports_division(optimizer) and all(map(is_fused, optimizer.param_groups))
+
+
+def why_not_skipped(optimizer: torch.optim.Optimizer) -> str:
+    """Return why a step of this optimizer cannot be skipped on the device; empty if it can."""
+    kind = type(optimizer).__name__
+    if not divides_gradients(optimizer):
+        return (
+            f"{kind} is not fused, so skipping a step would require reading from the device; "
+            "use Adam, AdamW, SGD or Adagrad with fused=True"
+        )
+    if any(group.get("momentum") and group.get("dampening") for group in optimizer.param_groups):
+        return f"{kind} with dampening must not skip its first step; use dampening=0"
+    return ""

@@ -1,0 +1,141 @@
+"""Measures one step: the averaged gradient, this rank's own, and now and then the weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from foreshock._apply import OptimizerControl
+from foreshock._arithmetic import Arithmetic
+from foreshock._local import LocalNorms
+from foreshock._norms import Norms, NormSummary
+from foreshock._parameters import ParameterLayout, ParameterPlan, updated_plan
+from foreshock._script import GradientEdits
+from foreshock._step import Step
+from foreshock._weights import Weights, due
+
+
+class Measure:
+    """Measures the parameters of one plan. Replaced when the optimizer holds other parameters."""
+
+    def __init__(
+        self,
+        plan: ParameterPlan,
+        optimizer: torch.optim.Optimizer,
+        arithmetic: Arithmetic,
+        control: OptimizerControl,
+        *,
+        local_norms: bool,
+        single: bool,
+        views: bool,
+    ) -> None:
+        """single: the job has one rank, whose own gradient is the averaged one. views: of DDP's buckets."""
+        self._optimizer = optimizer
+        self._arithmetic = arithmetic
+        self._control = control
+        self._options = {"local_norms": local_norms, "single": single, "views": views}
+        self._of_averaged = local_norms and single
+        self.plan = plan
+        self.edits = GradientEdits(plan.parameters, views=views)
+        self.local = LocalNorms(plan, arithmetic) if local_norms and not single else None
+        self.at_end: NormSummary | None = None
+        """Summary of the averaged gradient at the end of the newest backward pass, where that was measured; it contains
+        the loss scale."""
+        self._weights = Weights(plan, optimizer, arithmetic)
+        self._all = tuple(range(len(plan.parameters)))
+        self._layout = plan.layout(self._all)
+        self._norms: Norms = arithmetic.zeros(0)
+        """Norm of each parameter that had a gradient when the averaged gradient was measured last."""
+        self._gradients: list[Tensor] = []
+        self._learned: dict[int, None] = {}
+        """Parameters in the order in which their gradients were seen to arrive."""
+        self.order = self._all[::-1]
+        """All parameters in the order of arrival: at first the reverse of the model's, which is usually true."""
+        self._arrived: tuple[ParameterLayout, tuple[int, ...], Tensor, ParameterLayout] | None = None
+
+    def measure(self, step: Step) -> None:
+        """Fill in the norms of the averaged gradient and of this rank's own, unscaled, and measures of the weights."""
+        # At the end of backward every gradient contains the scale of the loss.
+        scale, summary = step.loss_scale, self.at_end
+        if summary is None:
+            scale, summary = step.grad_scale, self.averaged(step.sequence)
+            step.gradients = self._gradients
+        else:
+            step.gradients = self.gradients()
+        step.summary = summary if scale is None else self._arithmetic.unscaled(summary, scale)
+        step.norm = step.summary.total
+        step.weights = self._weights.look(step.sequence)
+        self.measure_local(step, step.summary)
+
+    def measure_fallback(self, step: Step) -> None:
+        """Fill in what a decision needs, by other means, where `measure` has failed on this rank."""
+        step.gradients = self.gradients()
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in step.gradients]
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+        norm = self._arithmetic.number(total)
+        step.norm = norm if step.grad_scale is None else self._arithmetic.ratio(norm, step.grad_scale)
+
+    def gradients(self) -> list[Tensor]:
+        """Return the gradients that exist, in the plan's order."""
+        return [g for p in self.plan.parameters if (g := p.grad) is not None]
+
+    def averaged(self, sequence: int) -> NormSummary:
+        """Return the norms of the averaged gradient as it is now. sequence: of the record it is for."""
+        gradients, present = [], []
+        for position, parameter in enumerate(self.plan.parameters):
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+                present.append(position)
+        if self._layout.parameters != tuple(present):
+            self._layout = self.plan.layout(tuple(present))
+        self._gradients, self._norms = gradients, self._arithmetic.norms(gradients)
+        summary = self._arithmetic.summarize(self._norms, self._layout)
+        if gradients and due(sequence):
+            return replace(summary, largest=self._arithmetic.largest(self._arithmetic.maxima(gradients)))
+        return summary
+
+    def arrived(self, parameter: Tensor) -> None:
+        """Learn the order in which gradients arrive."""
+        index = self.plan.index.get(parameter)
+        if index is not None and index not in self._learned:
+            self._learned[index] = None
+            self.order = (*self._learned, *(i for i in reversed(self._all) if i not in self._learned))
+
+    def measure_local(self, step: Step, summary: NormSummary) -> None:
+        """Fill in the norms of this rank's own gradient, unscaled.
+
+        summary: of the averaged gradient, unscaled, as `averaged` has measured it last; a single rank's own.
+        """
+        if self.local is not None:
+            # Taken once: if the next pass cannot be measured, it has none.
+            step.local, self.local.summary = self.local.summary, None
+            if step.local is not None and step.loss_scale is not None:
+                step.local = self._arithmetic.unscaled(step.local, step.loss_scale)
+        elif self._of_averaged:
+            step.local = summary
+            if self._arithmetic.finite(summary.total) is not True:
+                positions, layout = self._in_order_of_arrival()
+                arrived = self._arithmetic.summarize(self._arithmetic.taken(self._norms, positions), layout)
+                step.local = replace(summary, first_nonfinite=arrived.first_nonfinite)
+
+    def updated(self, model: DistributedDataParallel) -> Measure | None:
+        """Return the measure of the parameters that the optimizer holds by now; None if they are the same."""
+        plan = updated_plan(self.plan, model.module, self._optimizer, model.parameters_to_ignore)
+        if not plan.parameters or plan.index.keys() == self.plan.index.keys():
+            return None
+        measure = Measure(plan, self._optimizer, self._arithmetic, self._control, **self._options)
+        for index in self._learned:
+            measure.arrived(self.plan.parameters[index])
+        return measure
+
+    def _in_order_of_arrival(self) -> tuple[Tensor, ParameterLayout]:
+        """Return the positions of the newest norms, int64, [n], in the order of arrival, and their layout then."""
+        if self._arrived is None or self._arrived[0] is not self._layout or self._arrived[1] is not self.order:
+            position = {parameter: i for i, parameter in enumerate(self._layout.parameters)}
+            order = tuple(parameter for parameter in self.order if parameter in position)
+            positions = torch.tensor([position[p] for p in order], dtype=torch.int64, device=self.plan.device())
+            self._arrived = self._layout, self.order, positions, self.plan.layout(order)
+        return self._arrived[2], self._arrived[3]

@@ -1,0 +1,193 @@
+"""Step records on their way from the device into the ring.
+
+On a CPU each part is written at once. On CUDA a part is staged: copied without blocking into pinned memory, and moved
+into the ring at a later step, once an event shows that it has arrived. Only `flush` waits.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foreshock._arithmetic import Arithmetic
+from foreshock._norms import Norms, NormSummary, Number
+from foreshock._rank_sums import RankSums
+from foreshock._step import Observation, Step
+from foreshock_protos.columns import MEASURED_COLUMNS, MEASURED_NAMES, REDUCED_COLUMNS, Part
+from foreshock_recorder.ring import Ring
+
+_OWN = tuple(column for column in MEASURED_COLUMNS if column.part is not Part.REDUCED)
+assert MEASURED_COLUMNS == _OWN + REDUCED_COLUMNS
+_LOSSES = ("reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses")
+_STAGES = 32
+"""Most rows under way: a device further behind loses records, which are counted, rather than memory."""
+_FLUSH_SECONDS = 2.0
+"""Seconds to wait for a device, which is normally a few steps behind."""
+
+
+@dataclass(kw_only=True)
+class _Stage:
+    host: Tensor
+    length: int
+    arrived: torch.cuda.Event
+    deliver: Callable[[list[float]], None]
+
+
+class Record:
+    """Writes the three parts of each step's record into a rank's ring."""
+
+    def __init__(self, ring: Ring, device: torch.device, arithmetic: Arithmetic) -> None:
+        self.ring = ring
+        self.sums: RankSums | None = None
+        """Sums over ranks that go into the records."""
+        self._arithmetic = arithmetic
+        self.sequence = 0
+        """Sequence number of the newest record; 0 before the first."""
+        self._closed = False
+        constants = {c.missing: arithmetic.constant(c.missing) for c in MEASURED_COLUMNS}
+        self._missing = [(column.name, constants[column.missing]) for column in _OWN]
+        self._no_sums = [constants[column.missing] for column in REDUCED_COLUMNS]
+        self._no_layers = arithmetic.zeros(ring.layout.layers)
+        self.nothing = NormSummary(
+            total=constants[0.0],
+            nan_parameters=constants[0.0],
+            inf_parameters=constants[0.0],
+            first_nonfinite=constants[-1.0],
+            layers=self._no_layers,
+        )
+        """Summary of a gradient that was not measured."""
+        self._staged: deque[_Stage] = deque()
+        self._on_host = device.type == "cpu"
+        self._free: list[Tensor] = []
+        if not self._on_host:
+            shape = (_STAGES, max(ring.layout.columns, ring.layout.weights.words))
+            self._free = list(torch.empty(shape, dtype=torch.float64, pin_memory=True).unbind())
+
+    @property
+    def ranks_with_loss(self) -> int:
+        """Number of ranks that observed a loss, by the newest sum over ranks that has reached the ring."""
+        newest = self.ring.measured
+        if not newest:
+            return 0
+        row = struct.unpack_from(f"<{len(MEASURED_NAMES)}d", self.ring.memory, self.ring.measured_offset(newest))
+        return int(sum(row[MEASURED_NAMES.index(name)] for name in _LOSSES))
+
+    def begin(self, step: Step) -> None:
+        """Begin the record of a step, with what the host knows."""
+        if self._staged:
+            self._drain()
+        if not self._closed:
+            self.ring.begin_step(
+                self.sequence + 1,
+                step=step.number,
+                wall=time.time(),
+                monotonic=time.monotonic(),
+                learning_rate=step.learning_rate,
+                flags=step.flags,
+            )
+        self.sequence += 1
+        step.begun = True
+
+    def write(self, step: Step) -> None:
+        """Write what the script observed, and what was measured if all of it was."""
+        if not step.begun or self._closed:
+            return
+        row = self._row(step) if step.complete else None
+        if not self._on_host:
+            self._stage_parts(step, row)
+            return
+        if step.observation is not None:
+            number, loss = step.observation
+            self.ring.write_observed(self.sequence, step=number, loss=None if loss is None else float(loss))
+        if row is not None:
+            if step.weights is not None and step.weights.layers is not None:
+                self.ring.write_weights(self.sequence, step.weights.layers)  # type: ignore[arg-type]
+            self.ring.write_measured(self.sequence, row)  # type: ignore[arg-type]
+
+    def observe(self, observation: Observation) -> None:
+        """Write what the script observed of the newest record's step."""
+        self.write(Step(sequence=self.sequence, number=0, observation=observation, begun=True))
+
+    def flush(self) -> bool:
+        """Wait a limited time for everything under way, at the end of a run. Return whether all has arrived.
+
+        A device that waits for a rank that has gone never finishes: the process must end all the same.
+        """
+        deadline = time.monotonic() + _FLUSH_SECONDS
+        self._drain()
+        while self._staged and time.monotonic() < deadline:
+            time.sleep(0.001)
+            self._drain()
+        return not self._staged
+
+    def close(self) -> None:
+        """Keep counting, and write no more: after the exit, nothing is sent to the collector."""
+        self._closed = True
+
+    def _row(self, step: Step) -> Norms:
+        """Return the measured part as the ring lays it out, [columns]."""
+        summary = step.summary or self.nothing
+        values: dict[str, Number | None] = {
+            **({} if step.weights is None else step.weights.columns),
+            "loss_scale": step.loss_scale,
+            "global_norm": summary.total,
+            "clip_coefficient": step.coefficient,
+            "global_nan_parameters": summary.nan_parameters,
+            "global_inf_parameters": summary.inf_parameters,
+            "first_nonfinite_global": summary.first_nonfinite,
+            "gradient_absolute_maximum": summary.largest,
+            "skipped": step.found_inf,
+            "shadow": step.shadow,
+        }
+        local_layers = self._no_layers
+        if step.local is not None:
+            values["local_norm"] = step.local.total
+            values["local_nan_parameters"] = step.local.nan_parameters
+            values["local_inf_parameters"] = step.local.inf_parameters
+            values["first_nonfinite_local"] = step.local.first_nonfinite
+            local_layers = step.local.layers
+        reduced: Sequence[Number] = self._no_sums if self.sums is None else self.sums.collect(step.loss_scale)
+        row: list[Number] = []
+        for name, missing in self._missing:
+            value = values.get(name)
+            row.append(missing if value is None else value)
+        row += reduced
+        return self._arithmetic.row(row, summary.layers, local_layers)
+
+    def _stage_parts(self, step: Step, row: Norms | None) -> None:
+        sequence, ring = self.sequence, self.ring
+        if step.observation is not None:
+            number, loss = step.observation
+            if loss is None:
+                ring.write_observed(sequence, step=number, loss=None)
+            else:
+                value = self._arithmetic.row([loss])
+                self._stage(value, lambda floats: ring.write_observed(sequence, step=number, loss=floats[0]))
+        if row is not None:
+            if step.weights is not None and step.weights.layers is not None:
+                self._stage(step.weights.layers, lambda floats: ring.write_weights(sequence, floats))
+            self._stage(row, lambda floats: ring.write_measured(sequence, floats))
+
+    def _stage(self, row: Norms, deliver: Callable[[list[float]], None]) -> None:
+        if not self._free:
+            self.ring.count_dropped("probe_error")
+            self.ring.write_error(f"the device is more than {_STAGES} values behind")
+            return
+        host, length = self._free.pop(), len(row)
+        # On a device, rows are tensors.
+        host[:length].copy_(row, non_blocking=True)  # type: ignore[arg-type]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        self._staged.append(_Stage(host=host, length=length, arrived=arrived, deliver=deliver))
+
+    def _drain(self) -> None:
+        while self._staged and self._staged[0].arrived.query():  # type: ignore[no-untyped-call]
+            stage = self._staged.popleft()
+            stage.deliver(stage.host[: stage.length].tolist())
+            self._free.append(stage.host)
