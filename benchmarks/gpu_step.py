@@ -73,6 +73,11 @@ class Result:
     """Time on the device beyond `plain`, in times that a copy takes to read all gradients once."""
 
 
+def local_norms_of(kind: str) -> bool:
+    """Return whether a variant measures each rank's own gradient."""
+    return kind != "foreshock_clip_global_only"
+
+
 def variant_step(name: str, model: str, device: torch.device, *, views: bool) -> tuple[Training, Step]:
     """Build a variant; the function takes one of its training steps."""
     training = MODELS[model].training(device, views=views)
@@ -87,8 +92,10 @@ def variant_step(name: str, model: str, device: torch.device, *, views: bool) ->
             clip = foreshock.AdaptiveClip(max_norm=MAX_NORM)
             watch = foreshock.attach(ddp, optimizer, run=name, clip=clip, skip=True)
         elif kind.startswith("foreshock_clip"):
-            local = kind != "foreshock_clip_global_only"
-            watch = foreshock.attach(ddp, optimizer, run=name, clip=MAX_NORM, local_norms=local)
+            watch = foreshock.attach(ddp, optimizer, run=name, clip=MAX_NORM, local_norms=local_norms_of(kind))
+    if watch is not None and local_norms_of(kind):
+        # Else the cost of one path would be taken for that of the other.
+        assert (getattr(watch, "sums", None) is not None) == (kind != name), name
     training.watch = watch
 
     def step() -> None:
