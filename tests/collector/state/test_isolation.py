@@ -7,6 +7,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,7 @@ def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch
     store.commit(runs)
     assert store.steps("r", attempt=0, after=0, limit=10)["sequence"] == [1, 3, 4, 5]
     assert (instance.stored, run.totals.counters["steps"], run.errors.nonzero()) == (5, 4, {"evaluate": 1})
+    store.close()
 
 
 def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
@@ -192,7 +194,7 @@ def test_records_that_cannot_be_taken_in_are_stored_and_acknowledged(
             await end(*streams)
 
     serving(test())
-    with sqlite3.connect(tmp_path / "db") as database:
+    with closing(sqlite3.connect(tmp_path / "db")) as database:
         assert database.execute("SELECT count(*) FROM rank_window WHERE run='broken'").fetchone() == (1,)
 
 
@@ -249,7 +251,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_begins_anew(
     async def test() -> None:
         async with Server(config(tmp_path)) as server:
             await end(*await both(server))
-        with sqlite3.connect(tmp_path / "db") as database:
+        with closing(sqlite3.connect(tmp_path / "db")) as database, database:
             database.execute("UPDATE runs SET state=? WHERE run='broken'", (encode({}),))
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
             found = await families(server)
@@ -262,7 +264,7 @@ def test_a_run_that_cannot_be_read_is_set_aside_and_begins_anew(
     serving(test())
     (told,) = caplog.records
     assert told.getMessage().startswith("run 'broken', which is set aside: load failed")
-    with sqlite3.connect(tmp_path / "db") as database:
+    with closing(sqlite3.connect(tmp_path / "db")) as database:
         kept = database.execute("SELECT run, count(*) FROM steps GROUP BY run ORDER BY run").fetchall()
     assert [count for _, count in kept] == [3, 3, 6]
     assert kept[1][0].startswith("broken (set aside ")
@@ -363,6 +365,7 @@ def test_a_loss_at_no_time_is_one_at_the_time_it_was_heard_of(seconds: float) ->
     assert instance.left_seconds == 1e9
     store.commit(runs)
     assert not run.errors.nonzero()
+    store.close()
 
 
 def test_an_attempt_whose_detection_restarts_has_no_open_incident() -> None:
