@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Watched:
         self.runs = Runs(lambda _: SOON)
         limits = {"ended_seconds": SILENT_SECONDS, "silent": SILENT_SECONDS}
         store, clock = Store(":memory:"), lambda: self.now
+        weakref.finalize(self, store.close)
         self._intake = Intake(self.runs, store, clock, **limits)
         self._registry = CollectorRegistry()
         self._registry.register(RunSeries(self.runs, clock, **limits))
