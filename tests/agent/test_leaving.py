@@ -199,7 +199,7 @@ def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
 def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_leaving, "_unheard", [])
+    monkeypatch.setattr(_leaving, "_unconfirmed", [])
     monkeypatch.setattr(_leaving, "_ONE_END_SECONDS", 0.0)
     rings = []
     for number in range(3):
