@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.alerting import Start, Webhook, faster, start_alertmanager, with_receiver
+from tests.support.alerting import Start, Webhook, faster, start_alertmanager, start_prometheus, with_receiver
 from tests.support.browser import collector
 from tests.support.streamed_job import Job
 
@@ -56,12 +56,7 @@ def test_the_links_of_an_alert_lead_to_the_run_step_and_verdict_that_it_names(
 ) -> None:
     url, address = places
     alertmanager = start_alertmanager(start, with_receiver(webhook.url, tmp_path), tmp_path)
-    start(
-        "prometheus",
-        f"--config.file={faster(tmp_path, urlsplit(url).netloc, alertmanager)}",
-        "--web.listen-address=127.0.0.1:0",
-        f"--storage.tsdb.path={tmp_path / 'prometheus'}",
-    )
+    start_prometheus(start, faster(tmp_path, urlsplit(url).netloc, alertmanager), tmp_path)
     job = Job(address, NAME)
     try:
         job.train(100)

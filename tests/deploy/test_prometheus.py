@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.alerting import Start, Webhook, faster, http_server, name_and_run, start_alertmanager, with_receiver
+from tests.support.alerting import (
+    Start,
+    Webhook,
+    faster,
+    http_server,
+    name_and_run,
+    start_alertmanager,
+    start_prometheus,
+    with_receiver,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -67,12 +76,7 @@ def test_an_explosion_one_scrape_after_its_build_up_is_the_one_thing_told_of_tha
         ],
     )
     alertmanager = start_alertmanager(start, with_receiver(webhook.url, tmp_path, faster=2), tmp_path)
-    start(
-        "prometheus",
-        f"--config.file={faster(tmp_path, collector.address, alertmanager)}",
-        "--web.listen-address=127.0.0.1:0",
-        f"--storage.tsdb.path={tmp_path / 'prometheus'}",
-    )
+    start_prometheus(start, faster(tmp_path, collector.address, alertmanager), tmp_path)
 
     told = webhook.next()
     assert name_and_run(told) == ("firing", "ForeshockExplodingGradients", "doomed")

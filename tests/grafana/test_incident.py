@@ -18,7 +18,15 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 from grafana.dashboards import DASHBOARDS
 from grafana.panels import Query
 from tests.grafana.linting import RULES, filled
-from tests.support.alerting import ALERTS, faster, programs, request, start_alertmanager, with_receiver
+from tests.support.alerting import (
+    ALERTS,
+    faster,
+    programs,
+    request,
+    start_alertmanager,
+    start_prometheus,
+    with_receiver,
+)
 from tests.support.collector_process import Collector
 from tests.support.streams import Stream, hello, steps
 from tests.support.waiting import eventually
@@ -95,12 +103,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
         stack.callback(collector.stop)
         start = stack.enter_context(programs())
         alertmanager = start_alertmanager(start, with_receiver("http://127.0.0.1:9/", folder), folder)
-        prometheus = start(
-            "prometheus",
-            f"--config.file={faster(folder, collector.url.removeprefix('http://'), alertmanager)}",
-            "--web.listen-address=127.0.0.1:0",
-            f"--storage.tsdb.path={folder / 'prometheus'}",
-        )
+        config = faster(folder, collector.url.removeprefix("http://"), alertmanager)
+        prometheus = start_prometheus(start, config, folder)
         found = Recorded(prometheus)
         asyncio.run(feed(collector, found))
         yield found

@@ -5,17 +5,24 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
 from urllib.parse import quote
-from urllib.request import urlopen
 
 import yaml
 
-from tests.support.alerting import Webhook, faster, listening, programs, request, start_alertmanager, with_receiver
+from tests.support.alerting import (
+    Webhook,
+    faster,
+    listening,
+    programs,
+    request,
+    start_alertmanager,
+    start_prometheus,
+    with_receiver,
+)
 from tests.support.collector_process import Collector
 from tests.support.waiting import eventually
 
@@ -79,18 +86,6 @@ def watching(folder: Path) -> Iterator[Watch]:
         # Evaluations are five times as fast as those shipped, the waits only twice: a climb of a second or two on a
         # busy machine still ends within them, as one of the shipped ten seconds does.
         alertmanager = start_alertmanager(start, with_receiver(webhook.url, folder, faster=2), folder)
-        prometheus = start(
-            "prometheus",
-            f"--config.file={faster(folder, collector.url.removeprefix('http://'), alertmanager)}",
-            "--web.listen-address=127.0.0.1:0",
-            f"--storage.tsdb.path={folder / 'prometheus'}",
-        )
-        eventually(lambda: ready(prometheus), "a Prometheus that is ready")
+        config = faster(folder, collector.url.removeprefix("http://"), alertmanager)
+        prometheus = start_prometheus(start, config, folder)
         yield Watch(collector, webhook, alertmanager, prometheus)
-
-
-def ready(prometheus: str) -> bool:
-    """It listens before it answers queries."""
-    with suppress(HTTPError), urlopen(f"http://{prometheus}/-/ready", timeout=30):
-        return True
-    return False

@@ -9,15 +9,18 @@ import re
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import yaml
 
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.support.repository import ROOT
+from tests.support.waiting import eventually
 
 RULES = ROOT / "deploy/prometheus/foreshock.rules.yml"
 PROMETHEUS_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
@@ -117,6 +120,24 @@ def start_alertmanager(start: Start, config: Path, folder: Path) -> str:
     )
 
 
+def start_prometheus(start: Start, config: Path, folder: Path) -> str:
+    """Its address, once it answers queries: it listens before that."""
+    address = start(
+        "prometheus",
+        f"--config.file={config}",
+        "--web.listen-address=127.0.0.1:0",
+        f"--storage.tsdb.path={folder / 'prometheus'}",
+    )
+
+    def ready() -> bool:
+        with suppress(HTTPError), urlopen(f"http://{address}/-/ready", timeout=30):
+            return True
+        return False
+
+    eventually(ready, "a Prometheus that is ready")
+    return address
+
+
 @contextmanager
 def listening() -> Iterator[Webhook]:
     """A webhook for as long as the block lasts."""
@@ -155,13 +176,15 @@ def programs() -> Iterator[Start]:
                 return found[1]
         raise AssertionError(f"{command[0]} ended with {process.wait()}:\n{''.join(said)}")
 
-    yield starting
-    for process, reader in reversed(running):
-        process.terminate()
-        process.wait(timeout=30)
-        reader.join()
-        assert process.stderr is not None
-        process.stderr.close()
+    try:
+        yield starting
+    finally:
+        for process, reader in reversed(running):
+            process.terminate()
+            process.wait(timeout=30)
+            reader.join()
+            assert process.stderr is not None
+            process.stderr.close()
 
 
 def _drain(stream: IO[str]) -> None:
