@@ -14,8 +14,9 @@ GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
 GENERATED = --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1)
 # Tests wait for processes about half of the time: two workers more than there are cores keep the cores busy.
-WORKERS ?= $(shell echo $$(($$(env -u OMP_NUM_THREADS nproc) + 2)))
-PARALLEL := -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+CORES := $(shell env -u OMP_NUM_THREADS nproc)
+WORKERS ?= $(shell echo $$(($(CORES) + 2)))
+PARALLEL := --dist loadscope --no-loadscope-reorder
 
 # $(call apt-install,what for,packages)
 define apt-install
@@ -37,11 +38,11 @@ demo: $(INSTALLED) ## train a small model until it explodes, and show why; sets 
 
 .PHONY: test
 test: $(INSTALLED) system-deps $(GRAFANA_SCHEMA) ## run the tests; sets everything up; ARGS="-k name" goes to pytest
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(PARALLEL) $(ARGS)
 
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## run the tests that start no process: under a minute
-	@$(BIN)/python -m pytest $(PARALLEL) -m unit $(ARGS)
+	@$(BIN)/python -m pytest -n $(CORES) $(PARALLEL) -m unit $(ARGS)
 
 .PHONY: check
 check: static test ## everything that a change must pass: static, then test
