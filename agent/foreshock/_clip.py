@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -26,9 +25,6 @@ EPSILON = 1e-6
 @dataclass(frozen=True, kw_only=True)
 class NormClip:
     """Scale the whole gradient down to `max_norm` where its L2 norm is larger. Keeps its direction."""
-
-    elementwise: ClassVar[bool] = False
-    """Whether elements are changed one by one, each by its own value."""
 
     max_norm: float
     """Largest L2 norm of the averaged gradient, over all parameters of the optimizer. Positive and finite."""
@@ -50,9 +46,6 @@ class ValueClip:
 
     Needs a separate pass over the gradients. No single factor describes it: the clip coefficient stays 1.
     """
-
-    elementwise: ClassVar[bool] = True
-    """Whether elements are changed one by one, each by its own value."""
 
     clip_value: float
     """Largest absolute value of an element. Positive and finite."""
@@ -84,9 +77,6 @@ class AdaptiveClip:
     """Scale the whole gradient down where its norm exceeds the run's own history: the mean plus three deviations of the
     norm's logarithm, over about the last hundred steps. Never above `max_norm`, the only limit for the first 25 steps.
     """
-
-    elementwise: ClassVar[bool] = False
-    """Whether elements are changed one by one, each by its own value."""
 
     max_norm: float | None = None
     """Largest L2 norm whatever the history; positive and finite, or None for no such limit."""

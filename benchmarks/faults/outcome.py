@@ -8,8 +8,6 @@ from numpy.typing import NDArray
 from benchmarks.faults.traces import Trace
 from foreshock_collector.records.buffer import locally_nonfinite, observed
 
-_STEPS_BEFORE_BAD = {"first_step_nonfinite": 0}
-
 
 def bad_steps(trace: Trace) -> NDArray[np.bool_]:
     """Steps with a loss or a gradient that is not finite, on any rank."""
