@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +21,8 @@ POLL_SECONDS = 0.05
 STOP_SECONDS = 2.0
 """From SIGTERM to the end. Ranks that were asked to stop as well write their exit within it."""
 _RETRY_CAP_SECONDS = 30.0
+_TRIES_WHILE_LINGERING = 4
+"""The least number of streams tried after the last rank has exited: a collector that is back by then gets the rest."""
 
 
 class Delivery:
@@ -44,6 +47,7 @@ class Delivery:
         self._interval = 1.0
         self._limit = 512
         self._answered = self._stopping = False
+        self._all_exited = asyncio.Event()
         self._progressed = time.monotonic()
         self._streaming = asyncio.create_task(self._stream_forever())
 
@@ -83,7 +87,10 @@ class Delivery:
             rank.poll(now, all_asked=self._stopping)
             if rank.delivered:
                 self._remove_ring(path)
-        if any(not rank.exited for rank in self._ranks.values()):
+        if all(rank.exited for rank in self._ranks.values()):
+            self._all_exited.set()
+        else:
+            self._all_exited.clear()
             self._progressed = now
         return now - self._progressed >= (self._linger if self._ranks else self._empty)
 
@@ -137,10 +144,17 @@ class Delivery:
                 failures = 0
             else:
                 self._report_problem(f"{self.collector}: {why}")
-            # Full jitter: gRPC's own leaves two thirds of a fleet in the same second.
-            share = random.random()  # noqa: S311 - no secret
-            await asyncio.sleep(pause_seconds(failures, share, refused=refused))
+            await self._pause(failures, refused=refused)
             failures += 1
+
+    async def _pause(self, failures: int, *, refused: bool) -> None:
+        # Full jitter: gRPC's own leaves two thirds of a fleet in the same second.
+        share = random.random()  # noqa: S311 - no secret
+        with suppress(TimeoutError):
+            async with asyncio.timeout(pause_seconds(failures, share, refused=refused)):
+                await self._all_exited.wait()
+                # A pause as long as the linger would end after the recorder.
+                await asyncio.sleep(share * self._linger / _TRIES_WHILE_LINGERING)
 
     async def _send_messages(self, send: Send) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from foreshock_collector.state.fleet import Runs
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from foreshock_recorder import hand_in, orphans, recorder
+from foreshock_recorder import delivery, hand_in, orphans, recorder
 from foreshock_recorder.folder import contents, lock
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.orphans import COUNTED_SECONDS, KEPT_SECONDS, give_up, launches
@@ -26,7 +27,7 @@ from foreshock_recorder.ring import Ring
 from tests.support.fake_collector import FakeCollector
 from tests.support.listeners import StoringListener
 from tests.support.rank_process import RankProcess, Start
-from tests.support.rings import leave, make_ring
+from tests.support.rings import leave, make_ring, step
 from tests.support.waiting import WAIT_SECONDS, free_port, until
 
 DAY = KEPT_SECONDS
@@ -46,7 +47,9 @@ def finishing(test: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(test, WAIT_SECONDS))
 
 
-async def serve(folder: Path, address: str, *, until: Callable[[], bool], linger: float = 20.0) -> None:
+async def serve(
+    folder: Path, address: str, *, until: Callable[[], bool], linger: float = 20.0, records: int = 0
+) -> None:
     """A recorder of a living rank in this process, until something holds; then its rank leaves."""
     ring = make_ring(folder, instance="living", run=folder.parent.name)
     held = lock(folder)
@@ -56,6 +59,8 @@ async def serve(folder: Path, address: str, *, until: Callable[[], bool], linger
     while not until():
         assert not running.done()
         await asyncio.sleep(0.01)
+    for sequence in range(1, records + 1):
+        step(ring, sequence)
     ring.write_exit(ExitReason.FINISHED)
     assert await running == 0
 
@@ -73,6 +78,30 @@ def test_what_a_job_left_is_handed_in_by_the_recorder_of_a_later_one(
     assert told.hellos[0].exited and told.hellos[0].run == "night"
     assert told.exits[0].reason == pb.ExitReason.FINISHED
     assert not old.parent.parent.exists()
+
+
+def test_a_collector_that_is_back_while_the_recorder_lingers_gets_what_its_job_left(
+    rings: Path, collector: FakeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long the pause that the recorder is in when the job ends."""
+    failures = 0
+
+    def an_hour(*_: Any, **__: Any) -> float:
+        nonlocal failures
+        failures += 1
+        return 3600.0
+
+    monkeypatch.setattr(delivery, "pause_seconds", an_hour)
+    monkeypatch.setattr(random, "random", lambda: 0.01)
+    collector.stop()
+
+    def pausing() -> bool:
+        if failures:
+            collector.start()
+        return failures > 0
+
+    finishing(serve(rings / "day" / "new", collector.address, until=pausing, records=3))
+    assert collector.told["living"].sequences() == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("eager")
