@@ -13,10 +13,10 @@ import time
 import torch
 from torch import nn
 
-from foreshock._arithmetic import arithmetic_for
-from foreshock._parameters import plan_parameters
-from foreshock._samples import SAMPLES
-from foreshock._weights import EVERY_STEPS, Weights
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.parameters import plan_parameters
+from foreshock._measure.samples import SAMPLES
+from foreshock._measure.weights import EVERY_STEPS, Weights
 
 LAYERS, BATCH = 8, 8
 ROUNDS = {1.0: 500, 6.0: 120, 25.0: 60}

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from foreshock._variables import COLLECTOR_PREFIX, VARIABLES
+from foreshock._attach.variables import COLLECTOR_PREFIX, VARIABLES
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.config import Config
 from foreshock_collector.settings import doc_of, range_of
@@ -17,7 +17,7 @@ PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 All environment variables and configuration file settings. `make docs` generates this page from
-`agent/foreshock/_variables.py`, `collector/foreshock_collector/config.py` and
+`agent/foreshock/_attach/variables.py`, `collector/foreshock_collector/config.py` and
 `collector/foreshock_collector/analysis/rules.py`; do not edit it by hand.
 
 ## Ranks and commands

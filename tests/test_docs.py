@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from foreshock._variables import COLLECTOR_PREFIX, VARIABLES
+from foreshock._attach.variables import COLLECTOR_PREFIX, VARIABLES
 from foreshock_collector.alerting.alerts import ALERTS
 from foreshock_collector.catalogue import CATALOGUE, Kind
 from foreshock_collector.config import Config

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from foreshock._version import __version__
 
 if TYPE_CHECKING:
-    from foreshock._attach import attach
-    from foreshock._clip import AdaptiveClip, NormClip, ValueClip
-    from foreshock._ddp import local_norms_wrapper
+    from foreshock._attach.attach import attach
+    from foreshock._control.clip import AdaptiveClip, NormClip, ValueClip
     from foreshock._errors import AttachError, ForeshockError, SettingsError
     from foreshock._handle import Watch
+    from foreshock._hooks.ddp import local_norms_wrapper
 
 __all__ = [
     "AdaptiveClip",
@@ -32,15 +32,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "AdaptiveClip": "_clip",
+    "AdaptiveClip": "_control.clip",
     "AttachError": "_errors",
     "ForeshockError": "_errors",
-    "NormClip": "_clip",
+    "NormClip": "_control.clip",
     "SettingsError": "_errors",
-    "ValueClip": "_clip",
+    "ValueClip": "_control.clip",
     "Watch": "_handle",
-    "attach": "_attach",
-    "local_norms_wrapper": "_ddp",
+    "attach": "_attach.attach",
+    "local_norms_wrapper": "_hooks.ddp",
 }
 
 

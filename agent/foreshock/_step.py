@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from foreshock._norms import Flag, NormSummary, Number
-from foreshock._weights import WeightSummary
+from foreshock._arithmetic.norms import Flag, NormSummary, Number, WeightSummary
 
 
 class Observation(NamedTuple):

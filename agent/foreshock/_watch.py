@@ -11,23 +11,24 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock import _leaving
-from foreshock._apply import Apply, DryRun, OptimizerControl
-from foreshock._arithmetic import Arithmetic
-from foreshock._clip import Clip
-from foreshock._decide import Decide
-from foreshock._guard import Guard
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import NormSummary
+from foreshock._arithmetic.parameters import ParameterPlan
+from foreshock._control.apply import Apply, DryRun
+from foreshock._control.clip import Clip
+from foreshock._control.decide import Decide
+from foreshock._control.optimizer import OptimizerControl
 from foreshock._handle import Watch
-from foreshock._hooks import BackwardHooks, StepHooks
-from foreshock._leaving import Ending, ending_by
+from foreshock._hooks.backward import BackwardHooks, StepHooks
+from foreshock._hooks.guard import Guard
 from foreshock._log import rank_zero_info, rank_zero_info_once, rank_zero_warn_once
-from foreshock._measure import Measure
-from foreshock._norms import NormSummary
-from foreshock._parameters import ParameterPlan
-from foreshock._rank_sums import RankSums, wait_for_sums
-from foreshock._record import Record
-from foreshock._recorder_process import CHECK_SECONDS, RecorderProcess
-from foreshock._script import Habit, Observations, log_edits, observation_of
+from foreshock._measure.measure import Measure
+from foreshock._measure.rank_sums import RankSums, wait_for_sums
+from foreshock._measure.script import Habit, Observations, log_edits, observation_of
+from foreshock._output import leaving
+from foreshock._output.leaving import Ending, ending_by
+from foreshock._output.record import Record
+from foreshock._output.recorder_process import CHECK_SECONDS, RecorderProcess
 from foreshock._step import Observation, Step
 from foreshock._torch import has_rebuilt_buckets
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason
@@ -62,7 +63,7 @@ class ActiveWatch(Watch):
         strict: bool,
     ) -> None:
         # Nothing of ours keeps a model alive: its end is the end of the watch.
-        self._model = weakref.ref(model, _leaving.with_model(self))
+        self._model = weakref.ref(model, leaving.with_model(self))
         self._optimizer = optimizer
         self._clip = clip
         self._by_bucket = by_bucket
@@ -102,12 +103,12 @@ class ActiveWatch(Watch):
         """Hooks of the model, which call this watch."""
         self.enabled = True
         self.retired = False
-        _leaving.arrived(self, record.ring.path)
+        leaving.arrived(self, record.ring.path)
 
     def __del__(self) -> None:
         # The optimizer, whose hooks hold this, is gone.
         if self.enabled:
-            self.leave(_leaving.ending_of_model(), wait=False)
+            self.leave(leaving.ending_of_model(), wait=False)
 
     def observe(self, *, loss: Tensor | float | None = None, step: int | None = None) -> None:
         if self.enabled:
@@ -279,9 +280,9 @@ class ActiveWatch(Watch):
         if not self.retired and time.monotonic() - self._recorder.checked >= CHECK_SECONDS:
             self._recorder.check(self._record.ring, time.monotonic())
         # Whoever called `sys.exit` was caught.
-        _leaving.exits.called = None
+        leaving.exits.called = None
         if self.retired or self.steps <= 2:
-            _leaving.went_on(self)
+            leaving.went_on(self)
 
     def _update_parameters(self) -> None:
         """Measure and clip what the optimizer holds by now, parameters added since attach included."""
@@ -367,7 +368,7 @@ class ActiveWatch(Watch):
         # A device that has failed, or hangs, must not cost the exit's own report.
         self.guard.run(self._log_shadow, wait=wait)
         if not self.retired:
-            self.guard.run(_leaving.say, self._record.ring, self._recorder, ending, wait=wait)
+            self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
 
     def retire(self) -> None:
         """Report that the training has finished; keep clipping, and record nothing more."""
@@ -375,13 +376,13 @@ class ActiveWatch(Watch):
         self.guard.run(self._record.flush)
         self._record.close()
         ending = Ending(ExitReason.FINISHED)
-        self.guard.run(_leaving.say, self._record.ring, self._recorder, ending, wait=False)
+        self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=False)
 
     def leave_at_exit(self) -> None:
         """Leave at the interpreter's end, whether it ends normally or by an uncaught exception."""
         # A detached watch, too, takes part in every sum.
         self.guard.run(wait_for_sums, _EXIT_SECONDS)
-        self.leave(_leaving.ending_now())
+        self.leave(leaving.ending_now())
 
     def go_inert(self) -> None:
         """Do nothing more: this is a forked copy of the rank."""

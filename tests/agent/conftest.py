@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from foreshock import _arithmetic
+from foreshock._arithmetic import arithmetic as chosen
 from tests.support.torch_jobs import ARITHMETIC, Job, run_job
 
 
@@ -18,7 +18,7 @@ from tests.support.torch_jobs import ARITHMETIC, Job, run_job
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A test that asks for it runs with either."""
     if request.param == "device":
-        monkeypatch.setattr(_arithmetic, "HOSTS", frozenset())
+        monkeypatch.setattr(chosen, "HOSTS", frozenset())
     return str(request.param)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from foreshock._agreement import Agreement, RankProposal, agree, decide
+from foreshock._attach.agreement import Agreement, RankProposal, agree, decide
 from foreshock._errors import AttachError
 
 GOOD = RankProposal(version="1.0", clip="norm 1", experiment="digits", local_norms=True)
@@ -149,14 +149,14 @@ def test_a_rank_that_is_out_waits_for_nobody_and_is_heard_by_those_who_come_late
 
 
 def test_a_rank_0_that_never_comes_is_named_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreshock._agreement._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("foreshock._attach.agreement._GRACE_SECONDS", 0.0)
     ranks = Ranks()
     ranks.agree(1, GOOD, size=2, timeout=0.1)
     assert "rank 0 did not call foreshock.attach within 0.1 s" in str(ranks.heard[1])
 
 
 def test_once_a_rank_has_given_up_the_ones_that_come_later_give_up_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreshock._agreement._GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("foreshock._attach.agreement._GRACE_SECONDS", 0.0)
     ranks = Ranks()
     ranks.agree(1, GOOD, size=2, timeout=0.1)
     ranks.agree(0, GOOD, size=2, timeout=3600.0)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from foreshock._arithmetic import Arithmetic, arithmetic_for
-from foreshock._device import DeviceArithmetic
-from foreshock._host import HostArithmetic
-from foreshock._norms import Number
+from foreshock._arithmetic.arithmetic import Arithmetic, arithmetic_for
+from foreshock._arithmetic.device import DeviceArithmetic
+from foreshock._arithmetic.host import HostArithmetic
+from foreshock._arithmetic.norms import Number
 
 CPU = torch.device("cpu")
 HOST, DEVICE = HostArithmetic(), DeviceArithmetic(CPU)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from foreshock._arithmetic import arithmetic_for
-from foreshock._clip import EPSILON, AdaptiveClip, NormClip, ValueClip, clip_from, clip_from_text
-from foreshock._device import DeviceArithmetic
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.device import DeviceArithmetic
+from foreshock._control.clip import EPSILON, AdaptiveClip, NormClip, ValueClip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from foreshock import _history
-from foreshock._arithmetic import arithmetic_for
-from foreshock._decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
-from foreshock._history import SKIP_RISE, History, Standing
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._control import history
+from foreshock._control.decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
+from foreshock._control.history import SKIP_RISE, History, Standing
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
 
@@ -30,9 +30,9 @@ Series = list[tuple[float, float]]
 def test_its_constants_are_the_collectors() -> None:
     rule = rules.DEFAULT.gradient
     ours = (
-        _history.ALPHA, _history.READY_AFTER, _history.LEAST_SIGMA, _history.SPIKE_Z, _history.SPIKE_RISE,
-        _history.CLAMP, _history.FIRST_DEVIATION, _history.ACCEPT_AFTER, _history.ACCEPT_ALPHA, _history.ACCEPT_STEPS,
-        _history.PLANNED_RATE_CHANGE,
+        history.ALPHA, history.READY_AFTER, history.LEAST_SIGMA, history.SPIKE_Z, history.SPIKE_RISE,
+        history.CLAMP, history.FIRST_DEVIATION, history.ACCEPT_AFTER, history.ACCEPT_ALPHA, history.ACCEPT_STEPS,
+        history.PLANNED_RATE_CHANGE,
     )  # fmt: skip
     assert ours == (
         rule.alpha, rule.ready_after, rule.least_sigma, rule.spike_z, rule.spike_rise,

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from foreshock import _log, _recorder_process
-from foreshock._recorder_process import RecorderProcess
+from foreshock import _log
+from foreshock._output import recorder_process
+from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.folder import lock
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
@@ -24,7 +25,7 @@ LATER = 1e9
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_log, "_logged", set())
-    monkeypatch.setattr(_recorder_process, "EXIT_SECONDS", 0.05)
+    monkeypatch.setattr(recorder_process, "EXIT_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ class Starting:
 def test_a_rank_waits_for_a_recorder_that_starts_and_for_none_that_has_gone(
     ring: Ring, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_recorder_process, "EXIT_SECONDS", math.inf)
+    monkeypatch.setattr(recorder_process, "EXIT_SECONDS", math.inf)
     one, recorder = process(ring), Starting(looks=3)
     one._processes.append(recorder)  # type: ignore[arg-type]
     one.wait_for_exit(ring)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from foreshock import _leaving
-from foreshock._leaving import Ending
-from foreshock._recorder_process import RecorderProcess
+from foreshock._output import leaving
+from foreshock._output.leaving import Ending
+from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import RingReader
 from tests.support.repository import ROOT
@@ -199,13 +199,13 @@ def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
 def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_leaving, "_unconfirmed", [])
-    monkeypatch.setattr(_leaving, "_ONE_END_SECONDS", 0.0)
+    monkeypatch.setattr(leaving, "_unconfirmed", [])
+    monkeypatch.setattr(leaving, "_ONE_END_SECONDS", 0.0)
     rings = []
     for number in range(3):
         ring = make_ring(tmp_path / "sweep" / str(number))
         recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", logs=False)
-        _leaving.say(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
+        leaving.say(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
         rings.append(weakref.ref(ring))
         del ring
     assert [ring() is None for ring in rings] == [True, True, False]
@@ -215,7 +215,7 @@ def test_an_error_of_before_is_not_kept_when_nobody_watches_any_more(monkeypatch
     class OldError(Exception):
         """Its traceback would hold a model."""
 
-    theirs, exits = sys.exit, _leaving._Exits()
+    theirs, exits = sys.exit, leaving._Exits()
     error = OldError()
     monkeypatch.setattr(sys, "last_value", error, raising=False)
     exits.watch()

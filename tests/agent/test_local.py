@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
-from foreshock._arithmetic import arithmetic_for
-from foreshock._local import LocalNorms
-from foreshock._parameters import plan_parameters
-from foreshock._rank_sums import succeeded
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.parameters import plan_parameters
+from foreshock._measure.local import LocalNorms
+from foreshock._measure.rank_sums import succeeded
 from tests.support.torch_jobs import Job
 
 

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foreshock._apply import Apply, DryRun, OptimizerControl
-from foreshock._clip import AdaptiveClip, Clip, NormClip, ValueClip
-from foreshock._decide import Decide
-from foreshock._device import DeviceArithmetic
-from foreshock._measure import Measure
-from foreshock._parameters import ParameterPlan, plan_parameters
-from foreshock._rank_sums import SUM_FIELDS, RankSums
-from foreshock._record import Record
+from foreshock._arithmetic.device import DeviceArithmetic
+from foreshock._arithmetic.parameters import ParameterPlan, plan_parameters
+from foreshock._control.apply import Apply, DryRun
+from foreshock._control.clip import AdaptiveClip, Clip, NormClip, ValueClip
+from foreshock._control.decide import Decide
+from foreshock._control.optimizer import OptimizerControl
+from foreshock._measure.measure import Measure
+from foreshock._measure.rank_sums import SUM_FIELDS, RankSums
+from foreshock._measure.weights import EVERY_STEPS
+from foreshock._output.record import Record
 from foreshock._step import Step
-from foreshock._weights import EVERY_STEPS
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import Layout
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foreshock._arithmetic import arithmetic_for
-from foreshock._norms import Norms, NormSummary
-from foreshock._parameters import ParameterLayout
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.norms import Norms, NormSummary
+from foreshock._arithmetic.parameters import ParameterLayout
 
 pytestmark = pytest.mark.usefixtures("arithmetic")
 NAN, INF = math.nan, math.inf

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from foreshock import _log
-from foreshock._arithmetic import arithmetic_for
-from foreshock._script import Observations, observation_of
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._measure.script import Observations, observation_of
 from foreshock._step import Observation, Step
 
 ARITHMETIC = arithmetic_for(torch.device("cpu"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foreshock._decide import TRIP_LAG
+from foreshock._control.decide import TRIP_LAG
 from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration

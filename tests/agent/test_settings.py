@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from foreshock._clip import AdaptiveClip, NormClip, ValueClip
+from foreshock._attach.settings import Settings, kill_switch, settings_from
+from foreshock._control.clip import AdaptiveClip, NormClip, ValueClip
 from foreshock._errors import SettingsError
-from foreshock._settings import Settings, kill_switch, settings_from
 
 TWINS: list[tuple[str, str, Any]] = [
     ("clip", "0.5", NormClip(max_norm=0.5)),

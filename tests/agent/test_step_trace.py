@@ -39,11 +39,11 @@ def test_a_step_makes_few_calls_and_few_moves_between_files(
 
 
 def diagram() -> Calls:
-    """File and name of each call in docs/architecture.md's diagram of a step."""
+    """Module and name of each call in docs/architecture.md's diagram of a step."""
     text = (ROOT / "docs/architecture.md").read_text()
     found = re.search(r"<!-- step -->(.*?)<!-- /step -->", text, re.DOTALL)
     assert found is not None
-    return [[file, name] for name, file in re.findall(r"^ +(\w+\.\w+) +(_\w+) ", found[1], re.MULTILINE)]
+    return [[module, name] for name, module in re.findall(r"^ +(\w+\.\w+) +(_[\w.]+) ", found[1], re.MULTILINE)]
 
 
 def test_the_diagram_of_a_step_is_what_a_step_calls_in_this_order(traces: dict[str, list[Calls]]) -> None:
@@ -59,5 +59,9 @@ def test_bucket_views_are_measured_bucket_by_bucket_and_the_default_needs_no_hoo
     traces: dict[str, list[Calls]],
 ) -> None:
     for default, views in zip(traces["default"], traces["bucket_views"], strict=True):
-        assert ["_ddp", "measure_then_allreduce_hook"] not in default
-        assert views.count(["_ddp", "measure_then_allreduce_hook"]) == views.count(["_local", "LocalNorms.add"]) > 1
+        assert ["_hooks.ddp", "measure_then_allreduce_hook"] not in default
+        assert (
+            views.count(["_hooks.ddp", "measure_then_allreduce_hook"])
+            == views.count(["_measure.local", "LocalNorms.add"])
+            > 1
+        )

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from foreshock._parameters import MAX_LAYERS, group_layers, model_summary, plan_parameters
+from foreshock._arithmetic.parameters import MAX_LAYERS, group_layers, model_summary, plan_parameters
 
 
 def test_parameters_of_one_module_are_one_layer() -> None:

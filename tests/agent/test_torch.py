@@ -42,7 +42,7 @@ def private_names(path: Path) -> list[str]:
 
 def test_private_names_of_torch_lie_in_one_module() -> None:
     allowed = {"sys": {"_getframe", "_exit"}}
-    for path in sorted(PROBE.glob("*.py")):
+    for path in sorted(PROBE.rglob("*.py")):
         if path.name != "_torch.py":
             foreign = set(private_names(path)) - allowed["sys"] - {"_stack", "_paths"}
             assert foreign == set(), path.name

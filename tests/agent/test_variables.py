@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from foreshock._settings import Settings
-from foreshock._variables import COLLECTOR_PREFIX, VARIABLES, unknown_variables
+from foreshock._attach.settings import Settings
+from foreshock._attach.variables import COLLECTOR_PREFIX, VARIABLES, unknown_variables
 from tests.support.repository import ROOT
 
 NAMES = {variable.name for variable in VARIABLES}

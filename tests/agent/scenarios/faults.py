@@ -13,15 +13,16 @@ import torch.distributed as dist
 from torch import nn
 
 import foreshock
-from foreshock import _watch, _weights
-from foreshock._apply import Apply
-from foreshock._decide import Decide
-from foreshock._host import HostArithmetic
-from foreshock._local import LocalNorms
-from foreshock._measure import Measure
-from foreshock._rank_sums import RankSums
-from foreshock._record import Record
-from foreshock._script import GradientEdits
+from foreshock import _watch
+from foreshock._arithmetic.host import HostArithmetic
+from foreshock._control.apply import Apply
+from foreshock._control.decide import Decide
+from foreshock._measure import weights as norms_of_weights
+from foreshock._measure.local import LocalNorms
+from foreshock._measure.measure import Measure
+from foreshock._measure.rank_sums import RankSums
+from foreshock._measure.script import GradientEdits
+from foreshock._output.record import Record
 from foreshock._watch import ActiveWatch
 from foreshock_recorder import ring
 from foreshock_recorder.reader import RingReader
@@ -205,7 +206,7 @@ def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
     """Each call of ours by ours that a step makes fails once, on rank 1: in a training that goes on, or, if it comes
     only in the beginning, in one of its own.
     """
-    _weights.EVERY_STEPS = _weights.NORMS_EVERY_STEPS_IF_SMALL = CLOSE_LOOK
+    norms_of_weights.EVERY_STEPS = norms_of_weights.NORMS_EVERY_STEPS_IF_SMALL = CLOSE_LOOK
     run = f"everywhere_{name}"
     pair = Beside(fused=fused, clip=clip, name=run)
     sites: dict[Site, None] = {}

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _record
+from foreshock._output import record
 from foreshock._watch import ActiveWatch
 
 MODE, PLACE = sys.argv[1], Path(sys.argv[2])
@@ -85,7 +85,7 @@ def main() -> None:
     if MODE.startswith("device"):
         assert isinstance(watch, ActiveWatch)
         watch.guard._strict = False
-        watch._record._staged.append(_record._Stage(host=torch.ones(1), length=1, arrived=Device(), deliver=print))  # type: ignore[arg-type]
+        watch._record._staged.append(record._Stage(host=torch.ones(1), length=1, arrived=Device(), deliver=print))  # type: ignore[arg-type]
     if MODE == "raises" or MODE.startswith("device"):
         raise ValueError("bad batch")
     if MODE == "interrupted":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _arithmetic
+from foreshock._arithmetic import arithmetic
 from tests.agent.scenarios.training import main, told
 
 RATE, STEPS = 0.05, 3
@@ -109,7 +109,7 @@ def differences(case: dict[str, Any]) -> list[str]:
     # A fused kernel takes its divisor in float32, whatever the weights.
     moving = max(rounding, 1e-6) if case["fused"] else rounding
     # A GPU's arithmetic, or a CPU's.
-    _arithmetic.HOSTS = frozenset() if case["device"] else frozenset({"cpu"})
+    arithmetic.HOSTS = frozenset() if case["device"] else frozenset({"cpu"})
     watch = foreshock.attach(
         model, optimizer, clip=POLICIES[case["policy"]], skip=case["skip"], local_norms=case["local_norms"]
     )

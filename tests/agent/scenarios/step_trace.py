@@ -11,13 +11,14 @@ import foreshock
 from foreshock_recorder import ring
 from tests.agent.scenarios.training import batches, loss_of, main, make_model, make_optimizer
 
-PARTS = (str(Path(foreshock.__file__).parent), str(Path(ring.__file__).parent))
+PROBE = Path(foreshock.__file__).parent
+PARTS = (str(PROBE), str(Path(ring.__file__).parent))
 WARM = 4
 """Steps before the one that is traced: the first ones learn, and look closer."""
 
 
 def _traced(**ddp: Any) -> list[list[str]]:
-    """File and name of each function of the probe that the fifth step calls, in order; the script observes its loss."""
+    """Module and name of each function of the probe that the fifth step calls. The script observes its loss."""
     model = make_model(**ddp)
     optimizer, data = make_optimizer(model, fused=True), batches()
     calls: list[list[str]] = []
@@ -25,7 +26,8 @@ def _traced(**ddp: Any) -> list[list[str]]:
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         if event == "call" and code.co_filename.startswith(PARTS):
-            calls.append([Path(code.co_filename).stem, code.co_qualname])
+            module = ".".join(Path(code.co_filename).relative_to(PROBE.parent).with_suffix("").parts)
+            calls.append([module.removeprefix("foreshock."), code.co_qualname])
 
     with foreshock.attach(model, optimizer, clip=0.5) as watch:
         for step in range(WARM + 1):

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
-from foreshock._arithmetic import arithmetic_for
-from foreshock._norms import Number
-from foreshock._rank_sums import SUM_FIELDS, RankSums
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.norms import Number
+from foreshock._measure.rank_sums import SUM_FIELDS, RankSums
 from foreshock._step import Observation
 
 torch.set_num_threads(1)

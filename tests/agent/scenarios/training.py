@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock import _arithmetic, _log
+from foreshock import _log
+from foreshock._arithmetic import arithmetic
 from foreshock._watch import ActiveWatch
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
@@ -192,7 +193,7 @@ def main(scenarios: dict[str, Callable[[], Any]]) -> None:
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     if os.environ.get("TEST_ARITHMETIC") == "device":
-        _arithmetic.HOSTS = frozenset()
+        arithmetic.HOSTS = frozenset()
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from foreshock._arithmetic import Arithmetic
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Flag, Number
 from foreshock._errors import SettingsError
-from foreshock._norms import Flag, Number
 from foreshock._torch import foreach_clamp_max_, foreach_clamp_min_
 
 EPSILON = 1e-6

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from foreshock._norms import Flag, Norms, NormSummary, Number
-from foreshock._parameters import ParameterLayout
+from foreshock._arithmetic.norms import Flag, Norms, NormSummary, Number
+from foreshock._arithmetic.parameters import ParameterLayout
 from foreshock._torch import foreach_norm
 
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._norms import NormSummary, Number
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import NormSummary, Number
 from foreshock._step import Observation
 from foreshock_protos.columns import REDUCED_NAMES
 

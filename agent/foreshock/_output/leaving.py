@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
 from foreshock._log import rank_zero_warn_once
-from foreshock._recorder_process import RecorderProcess
+from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.ring import Ring
 

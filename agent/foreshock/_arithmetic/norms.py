@@ -1,4 +1,4 @@
-"""What one step's gradient amounts to, as numbers.
+"""What one step's gradient and weights amount to, as numbers.
 
 A norm has three kinds of value. Finite: exact to rounding. Inf: an element is infinite and none is NaN. NaN: an element
 is NaN. It is never infinite only because a sum of squares overflowed: stock clipping meets that case (finite gradients
@@ -7,6 +7,7 @@ of 1e25 in float32) by multiplying every gradient by zero.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -35,3 +36,13 @@ class NormSummary:
     """[layers]: L2 norm of each layer."""
     largest: Number | None = None
     """Largest absolute value of an element, NaN if one is; None if not measured on this step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSummary:
+    """Holds what was measured of the weights before one step."""
+
+    columns: Mapping[str, Number]
+    """Columns of the record, by name."""
+    layers: Norms | None
+    """WEIGHT_BLOCKS one after the other: each [layers], 0 where it was not measured. None: no norms were measured."""

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._norms import Norms, NormSummary
-from foreshock._parameters import ParameterLayout, ParameterPlan
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Norms, NormSummary
+from foreshock._arithmetic.parameters import ParameterLayout, ParameterPlan
 
 
 class LocalNorms:

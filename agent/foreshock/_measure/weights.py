@@ -9,15 +9,14 @@ needs every bit, so it is taken every 100 steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._norms import Norms, Number
-from foreshock._parameters import ParameterPlan
-from foreshock._samples import TensorSampler
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Norms, Number, WeightSummary
+from foreshock._arithmetic.parameters import ParameterPlan
+from foreshock._measure.samples import TensorSampler
 
 EVERY_STEPS = 100
 """The fingerprint, and the largest element of the gradient, are measured on the first step and on every hundredth
@@ -41,16 +40,6 @@ _COLUMNS = ("parameter_norm", "update_ratio", "first_moment_norm", "second_momen
 def due(sequence: int) -> bool:
     """Return whether the fingerprint and the largest element are measured. sequence: number of the step, from 1."""
     return (sequence - 1) % EVERY_STEPS == 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightSummary:
-    """Holds what was measured of the weights before one step."""
-
-    columns: Mapping[str, Number]
-    """Columns of the record, by name."""
-    layers: Norms | None
-    """WEIGHT_BLOCKS one after the other: each [layers], 0 where it was not measured. None: no norms were measured."""
 
 
 class Weights:

@@ -10,10 +10,10 @@ from collections import deque
 
 import torch
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._clip import AdaptiveClip, Clip
-from foreshock._history import History, Standing
-from foreshock._norms import Flag, Number
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Flag, Number
+from foreshock._control.clip import AdaptiveClip, Clip
+from foreshock._control.history import History, Standing
 from foreshock._step import Step, StepDecision
 
 SKIPS_IN_A_ROW = 3

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from foreshock._clip import Clip, clip_from, clip_from_text
+from foreshock._control.clip import Clip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
 _NAME_LENGTH = 128

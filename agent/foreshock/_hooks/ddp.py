@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._hooks import BackwardHooks, BackwardObserver
-from foreshock._rank_sums import RankSums
+from foreshock._hooks.backward import BackwardHooks, BackwardObserver
+from foreshock._measure.rank_sums import RankSums
 from foreshock._torch import GradBucket, comm_hooks, has_comm_hook, hide_comm_hook
 
 CommHook = Callable[[Any, GradBucket], Future[Tensor]]

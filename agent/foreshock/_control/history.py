@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._norms import Flag, Number
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Flag, Number
 
 ALPHA = 0.97
 READY_AFTER = 25

@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from foreshock._device import DeviceArithmetic
-from foreshock._host import HostArithmetic
-from foreshock._norms import Flag, Norms, NormSummary, Number
-from foreshock._parameters import ParameterLayout
+from foreshock._arithmetic.device import DeviceArithmetic
+from foreshock._arithmetic.host import HostArithmetic
+from foreshock._arithmetic.norms import Flag, Norms, NormSummary, Number
+from foreshock._arithmetic.parameters import ParameterLayout
 
 HOSTS = frozenset({"cpu"})
 """Kinds of device whose values the host reads without waiting. Tests remove the CPU to run a GPU's arithmetic."""

@@ -15,22 +15,22 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._agreement import Agreement, RankProposal, agree
-from foreshock._apply import divides_gradients, why_not_skipped
-from foreshock._arithmetic import arithmetic_for
-from foreshock._clip import Clip
-from foreshock._ddp import comm_hook_taken, needs_comm_hook, observe_backward
+from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.parameters import ParameterPlan, model_summary, plan_parameters, trainable
+from foreshock._attach.agreement import Agreement, RankProposal, agree
+from foreshock._attach.identity import launch_name, local_rank, node_name, run_name
+from foreshock._attach.settings import Settings, kill_switch, settings_from
+from foreshock._attach.variables import unknown_variables
+from foreshock._control.clip import Clip
+from foreshock._control.optimizer import divides_gradients, why_not_skipped
 from foreshock._errors import AttachError, SettingsError
 from foreshock._handle import DisabledWatch, Watch
-from foreshock._identity import launch_name, local_rank, node_name, run_name
-from foreshock._leaving import is_watched, make_room
+from foreshock._hooks.ddp import comm_hook_taken, needs_comm_hook, observe_backward
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
-from foreshock._parameters import ParameterPlan, model_summary, plan_parameters, trainable
-from foreshock._record import Record
-from foreshock._recorder_process import RecorderProcess
-from foreshock._settings import Settings, kill_switch, settings_from
+from foreshock._output.leaving import is_watched, make_room
+from foreshock._output.record import Record
+from foreshock._output.recorder_process import RecorderProcess
 from foreshock._torch import PrefixStore, default_store, uncompiled
-from foreshock._variables import unknown_variables
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.layout import ExitReason

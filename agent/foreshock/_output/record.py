@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foreshock._arithmetic import Arithmetic
-from foreshock._norms import Norms, NormSummary, Number
-from foreshock._rank_sums import RankSums
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Norms, NormSummary, Number
+from foreshock._measure.rank_sums import RankSums
 from foreshock._step import Observation, Step
 from foreshock_protos.columns import MEASURED_COLUMNS, MEASURED_NAMES, REDUCED_COLUMNS, Part
 from foreshock_recorder.ring import Ring

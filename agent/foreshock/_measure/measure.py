@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._apply import OptimizerControl
-from foreshock._arithmetic import Arithmetic
-from foreshock._local import LocalNorms
-from foreshock._norms import Norms, NormSummary
-from foreshock._parameters import ParameterLayout, ParameterPlan, updated_plan
-from foreshock._script import GradientEdits
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Norms, NormSummary
+from foreshock._arithmetic.parameters import ParameterLayout, ParameterPlan, updated_plan
+from foreshock._control.optimizer import OptimizerControl
+from foreshock._measure.local import LocalNorms
+from foreshock._measure.script import GradientEdits
+from foreshock._measure.weights import Weights, due
 from foreshock._step import Step
-from foreshock._weights import Weights, due
 
 
 class Measure:

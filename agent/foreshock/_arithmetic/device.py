@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foreshock._norms import NormSummary
-from foreshock._parameters import ParameterLayout
+from foreshock._arithmetic.norms import NormSummary
+from foreshock._arithmetic.parameters import ParameterLayout
 from foreshock._torch import foreach_norm
 
 Value = Any

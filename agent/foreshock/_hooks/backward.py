@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from foreshock._guard import Guard
+from foreshock._hooks.guard import Guard
 from foreshock._log import rank_zero_warn_once
-from foreshock._rank_sums import RankSums
+from foreshock._measure.rank_sums import RankSums
 from foreshock._torch import GradBucket, after_backward, graph_task_id, in_join, step_pre_hooks, version_of
 
 

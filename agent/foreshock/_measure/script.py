@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foreshock._arithmetic import Arithmetic
+from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._log import rank_zero_info_once, rank_zero_warn_once
 from foreshock._step import Observation, Step
 from foreshock._torch import version_of

@@ -1,0 +1,1 @@
+"""All ranks attach together, or none does."""

@@ -1,0 +1,1 @@
+"""What is decided about a step, and done to it."""

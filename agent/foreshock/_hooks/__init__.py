@@ -1,0 +1,1 @@
+"""Where torch calls the probe."""
