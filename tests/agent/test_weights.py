@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._arithmetic.norms import WeightSummary
 from foreshock._arithmetic.parameters import plan_parameters
 from foreshock._measure.samples import SAMPLES, TensorSampler
-from foreshock._measure.weights import EVERY_STEPS, Weights, WeightSummary, fingerprint
+from foreshock._measure.weights import EVERY_STEPS, Weights, fingerprint
 from foreshock_protos.columns import WEIGHT_BLOCKS
 
 SIZES = ((3, 5), (7,), (1,))
