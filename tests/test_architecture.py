@@ -51,6 +51,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
             "_handle",
             "_hooks",
             "_log",
+            "_measure",
             "_output",
             "_torch",
             "_version",

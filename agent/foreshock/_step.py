@@ -43,6 +43,8 @@ class Step:
     """EDITED, NOT_STEPPED, GRADIENT_UNKNOWN, as the ring numbers them."""
     edited: bool = False
     """Whether the script has changed the gradients since the end of backward."""
+    edited_on_device: Flag | None = None
+    """Whether the script has changed any before, as the ranks of a sharded model agree; None for DDP."""
 
     grad_scale: Number | None = None
     """Loss scale that the gradients still contain; None if they contain none."""

@@ -33,6 +33,8 @@ after_backward: Callable[[Callable[[], None]], None] = Variable._execution_engin
 requests its own, in which it waits for its averages, when the last gradient arrives."""
 in_join: Callable[[DistributedDataParallel], bool] = attrgetter("_join_config.enable")
 """Return whether the model is used within `join`, where ranks may run out of inputs; stays true after it."""
+shard_of: Callable[[Tensor], Tensor] = attrgetter("_local_tensor")
+"""Return this rank's shard of a DTensor. `to_local` goes through autograd, and takes ten times as long."""
 graph_task_id = torch._C._current_graph_task_id
 """Return the number of the backward pass that runs in this thread, -1 outside of one. One that raised never ends."""
 step_pre_hooks: Callable[[torch.optim.Optimizer], Mapping[int, object]] = attrgetter("_optimizer_step_pre_hooks")
@@ -72,6 +74,22 @@ def hide_comm_hook(model: DistributedDataParallel) -> None:
 def has_rebuilt_buckets(model: DistributedDataParallel) -> bool:
     """Return whether buckets are in the order in which gradients arrive; until then, in the model's."""
     return bool(getattr(model, "_has_rebuilt_buckets", True))
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """Return a module's own class: `fully_shard` replaces it by a subclass."""
+    kind = type(module)
+    own: type[nn.Module] = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 0)]
+    return own
+
+
+def backward_finished(model: nn.Module) -> bool:
+    """Return whether `fully_shard` has put the reduced gradients of a backward pass in place, on the current stream.
+
+    False in a callback that comes earlier, and in a pass that is not the last by the script's `set_is_last_backward`.
+    """
+    context: Any = model._get_fsdp_state()._state_ctx  # type: ignore[operator]
+    return bool(context.is_last_backward and not context.post_backward_final_callback_queued)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import NormSummary
-from foreshock._arithmetic.parameters import ParameterPlan
 from foreshock._control.apply import Apply, DryRun
 from foreshock._control.clip import Clip
 from foreshock._control.decide import Decide
@@ -21,9 +20,10 @@ from foreshock._control.optimizer import OptimizerControl
 from foreshock._handle import Watch
 from foreshock._hooks.backward import BackwardHooks, StepHooks
 from foreshock._hooks.guard import Guard
+from foreshock._hooks.sharded import ShardedHooks
 from foreshock._log import rank_zero_info, rank_zero_info_once, rank_zero_warn_once
 from foreshock._measure.measure import Measure
-from foreshock._measure.rank_sums import RankSums, wait_for_sums
+from foreshock._measure.rank_sums import Sums, wait_for_sums
 from foreshock._measure.script import Habit, Observations, log_edits, observation_of
 from foreshock._output import leaving
 from foreshock._output.leaving import Ending, ending_by
@@ -49,21 +49,23 @@ class ActiveWatch(Watch):
     def __init__(
         self,
         *,
-        model: DistributedDataParallel,
+        model: nn.Module,
+        group: dist.ProcessGroup,
         optimizer: torch.optim.Optimizer,
-        plan: ParameterPlan,
         arithmetic: Arithmetic,
+        control: OptimizerControl,
+        measure: Measure,
+        sums: Sums | None,
         clip: Clip | None,
         skip: bool,
         shadow: bool,
-        local_norms: bool,
         by_bucket: bool,
         record: Record,
         recorder: RecorderProcess,
         strict: bool,
     ) -> None:
         # Nothing of ours keeps a model alive: its end is the end of the watch.
-        self._model = weakref.ref(model, leaving.with_model(self))
+        self._model: weakref.ref[Any] = weakref.ref(model, leaving.with_model(self))
         self._optimizer = optimizer
         self._clip = clip
         self._by_bucket = by_bucket
@@ -71,22 +73,12 @@ class ActiveWatch(Watch):
         self._recorder = recorder
         self.guard = Guard(record.ring, strict=strict)
         self._arithmetic = arithmetic
-        device, group = plan.device(), model.process_group
         self.rank, self._ranks = group.rank(), group.size()
-        single = self._ranks == 1
-        self._control = OptimizerControl(optimizer, arithmetic, plan.parameters)
-        self._measure = Measure(
-            plan,
-            optimizer,
-            arithmetic,
-            self._control,
-            local_norms=local_norms,
-            single=single,
-            views=model.gradient_as_bucket_view,
-        )
-        self._decide = Decide(arithmetic, device, clip=clip, skip=skip)
-        self._apply = (DryRun if shadow else Apply)(arithmetic, self._control, clip)
-        self.sums = record.sums = RankSums(group, device, arithmetic) if local_norms and not single else None
+        self._control = control
+        self._measure = measure
+        self._decide = Decide(arithmetic, measure.plan.device(), clip=clip, skip=skip)
+        self._apply = (DryRun if shadow else Apply)(arithmetic, control, clip)
+        self.sums = record.sums = sums
         self._next_number = 0
         self.steps = 0
         """Steps of the optimizer that this watch has seen."""
@@ -99,7 +91,7 @@ class ActiveWatch(Watch):
         """Backward passes in a row whose gradients no step has used."""
         self._edits_seen = False
         self._step_hooks = StepHooks(optimizer, self, clips=clip is not None)
-        self.backward_hooks: BackwardHooks | None = None
+        self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
         self.enabled = True
         self.retired = False
@@ -188,6 +180,11 @@ class ActiveWatch(Watch):
                 local.measure(self._measure.order)
         except Exception as error:
             self.guard.count(error)
+
+    def prepare_sum(self) -> None:
+        """Set what this rank adds to the sum over ranks, beside its shards."""
+        if self.enabled and self.sums is not None:
+            self.guard.run(self.sums.prepare, self._record.sequence + 1, None, self._observations.pending)
 
     def backward_ended(self, *, averaged: bool, sums: bool) -> None:
         """Remember the averages, so that the script's edits are noticed; prepare the sum over ranks."""

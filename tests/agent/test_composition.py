@@ -93,7 +93,7 @@ def test_a_watch_ends_and_another_begins(found: dict[str, Scenario]) -> None:
 
 
 REFUSED = {
-    "fsdp": "SettingsError: model: FSDP shards gradients, so no rank has a complete one; only DDP is supported",
+    "fsdp": "SettingsError: model: FullyShardedDataParallel flattens parameters, so layers cannot be measured;",
     "zero": "SettingsError: optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer",
     "sparse": "SettingsError: model: has an embedding with sparse gradients",
     "complex": "SettingsError: model: has complex parameters, whose gradients are not measured",

@@ -21,11 +21,13 @@ from foreshock._control.apply import Apply, DryRun
 from foreshock._control.clip import AdaptiveClip, Clip, NormClip, ValueClip
 from foreshock._control.decide import Decide
 from foreshock._control.optimizer import OptimizerControl
+from foreshock._measure import shards
 from foreshock._measure.measure import Measure
 from foreshock._measure.rank_sums import SUM_FIELDS, RankSums
+from foreshock._measure.shards import ShardedMeasure, ShardSums
 from foreshock._measure.weights import EVERY_STEPS
 from foreshock._output.record import Record
-from foreshock._step import Step
+from foreshock._step import Observation, Step
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import Layout
 
@@ -116,6 +118,39 @@ def test_what_a_rank_adds_to_the_sum_reads_nothing_back(told: bool) -> None:
     sums._zero, sums._one = rank.arithmetic.constant(0.0), rank.arithmetic.constant(1.0)
     loss = torch.empty((), dtype=torch.float64, device=META) if told else None
     assert sums.contribution(local.summary, loss).shape == (len(SUM_FIELDS),)
+
+
+def sharded_step(layers: int) -> Counter[str]:
+    """What the third step of a sharded model takes, as if each rank had whole parameters: without the all-reduce."""
+    rank = Rank(layers, NormClip(max_norm=1.0))
+    group: Any = None
+    sums = ShardSums(dict(rank.model.named_parameters()), group, 2, rank.arithmetic)
+    measure = ShardedMeasure(rank.plan, rank.optimizer, rank.arithmetic, rank.control, sums)
+    counts: Counter[str] = Counter()
+    for sequence in (1, 2, 3):
+        step = Step(sequence=sequence, number=sequence, learning_rate=0.1)
+        step.loss_scale = rank.arithmetic.constant(1.0)
+        with Kernels() as kernels:
+            sums.prepare(sequence, None, Observation(step=None, loss=step.loss_scale))
+            sums.measure()
+            sums._sums, sums._next = sums._next, torch.zeros_like(sums._next)
+            measure.edits.backward_ended()
+            measure.edits.compare(step)
+            measure.measure(step)
+            rank.decide.decide(step)
+            rank.apply.apply(step)
+            rank.record.sums = sums
+            rank.record._row(step)
+        counts = kernels.counts
+    return counts
+
+
+def test_a_sharded_models_step_reads_nothing_back_and_takes_the_same_kernels_whatever_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shards, "shard_of", lambda tensor: tensor)
+    small, large = sharded_step(2), sharded_step(40)
+    assert small == large and small.total() <= 90
 
 
 def test_a_read_back_would_be_found() -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock import _torch
@@ -25,6 +27,13 @@ PROBE = ROOT / "agent/foreshock"
 def ddp(tmp_path: Path) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Any:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield fully_shard(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), mesh=init_device_mesh("cpu", (1,)))
     dist.destroy_process_group()
 
 
@@ -185,6 +194,34 @@ def test_a_model_within_join_says_so(ddp: Any) -> None:
     with ddp.join():
         assert _torch.in_join(ddp)
         ddp(torch.ones(1, 3)).sum().backward()
+
+
+def test_a_shard_of_a_sharded_parameter_is_its_own_memory(sharded: Any) -> None:
+    weight = sharded[0].weight
+    assert type(_torch.shard_of(weight)) is torch.Tensor and _torch.shard_of(weight).shape == (2, 3)
+    assert _torch.shard_of(weight).data_ptr() == weight.to_local().data_ptr()
+
+
+def test_a_sharded_module_still_has_its_own_class(sharded: Any) -> None:
+    assert _torch.original_type(sharded) is nn.Sequential is not type(sharded)
+    assert _torch.original_type(sharded[0]) is nn.Linear
+
+
+def test_a_sharded_pass_has_finished_in_a_callback_that_a_gradient_requests_if_it_is_the_last(sharded: Any) -> None:
+    finished = []
+
+    def note() -> None:
+        finished.append(_torch.backward_finished(sharded))
+
+    def arrived(_: torch.Tensor) -> None:
+        note()
+        _torch.after_backward(note)
+
+    sharded[0].weight.register_post_accumulate_grad_hook(arrived)
+    sharded(torch.ones(1, 3)).sum().backward()
+    sharded.set_is_last_backward(False)
+    sharded(torch.ones(1, 3)).sum().backward()
+    assert finished == [False, True, False, False]
 
 
 def test_a_compiled_module_leads_to_the_one_it_wraps() -> None:

@@ -42,6 +42,12 @@ def test_mixed_precision_makes_one_record_per_optimizer_step_and_is_clipped(
     assert found["condition"] == "ended"
 
 
+def test_a_sharded_model_is_a_run_like_any_other_and_is_clipped(collector: Collector, tmp_path: Path) -> None:
+    found = run_example(collector, tmp_path, "sharded", "fully_shard.py", "--steps", "30")
+    assert found["counters"]["steps"] == 30 and found["counters"]["clipped"] > 0
+    assert found["condition"] == "ended" and found["incidents"] == []
+
+
 def test_a_resumed_job_is_the_next_attempt_of_its_run_and_its_steps_continue(
     collector: Collector, tmp_path: Path
 ) -> None:

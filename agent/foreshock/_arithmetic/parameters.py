@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from foreshock._torch import original_type
 
 MAX_LAYERS = 256
 """Layer norms travel every step; a model of more module groups has neighbors merged."""
@@ -78,15 +80,17 @@ def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored:
 
 
 def updated_plan(
-    plan: ParameterPlan, model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()
+    plan: ParameterPlan, averaged: Iterable[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
 ) -> ParameterPlan:
-    """Return the plan of the parameters that the optimizer holds by now. plan: made earlier.
+    """Return the plan of the parameters that the optimizer holds by now.
+
+    plan: made earlier. averaged: parameters whose gradients are averaged, by name, in the model's order.
 
     Layers stay as they were sent. A new parameter belongs to the layer with the most similar name, and has a number for
     which the collector has no name.
     """
     wanted = set(trainable(optimizer))
-    named = [(name, p) for name, p in model.named_parameters() if p in wanted and name not in ignored]
+    named = [(name, p) for name, p in averaged if p in wanted]
     new = [name for name, p in named if p not in plan.index]
     unnamed = max(plan.numbers) + 1
     layer_of = [plan.layer_of[plan.index[p]] if p in plan.index else _nearest(name, plan.layers) for name, p in named]
@@ -143,8 +147,8 @@ def group_layers(names: Sequence[str], limit: int = MAX_LAYERS) -> tuple[tuple[s
 def model_summary(model: nn.Module, plan: ParameterPlan) -> dict[str, Any]:
     """`ModelSummary` of the wire contract, as JSON."""
     return {
-        "type": type(model).__name__,
-        "module_types": dict(Counter(type(m).__name__ for m in model.modules() if m is not model)),
+        "type": original_type(model).__name__,
+        "module_types": dict(Counter(original_type(m).__name__ for m in model.modules() if m is not model)),
         "parameters": list(plan.names),
         "parameter_sizes": [p.numel() for p in plan.parameters],
         "layers": list(plan.layers),

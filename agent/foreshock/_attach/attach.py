@@ -13,24 +13,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from foreshock._arithmetic.arithmetic import arithmetic_for
-from foreshock._arithmetic.parameters import ParameterPlan, model_summary, plan_parameters, trainable
+from foreshock._arithmetic.arithmetic import Arithmetic, arithmetic_for
+from foreshock._arithmetic.parameters import ParameterPlan, model_summary
 from foreshock._attach.agreement import Agreement, RankProposal, agree
 from foreshock._attach.identity import launch_name, local_rank, node_name, run_name
+from foreshock._attach.models import WatchedModel, checked_model, checked_plan, group_of, sharded_parameters
 from foreshock._attach.settings import Settings, kill_switch, settings_from
 from foreshock._attach.variables import unknown_variables
 from foreshock._control.clip import Clip
-from foreshock._control.optimizer import divides_gradients, why_not_skipped
+from foreshock._control.optimizer import OptimizerControl, divides_gradients, why_not_skipped
 from foreshock._errors import AttachError, SettingsError
 from foreshock._handle import DisabledWatch, Watch
 from foreshock._hooks.ddp import comm_hook_taken, needs_comm_hook, observe_backward
+from foreshock._hooks.sharded import observe_shards
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
-from foreshock._output.leaving import is_watched, make_room
+from foreshock._measure.measure import Measure
+from foreshock._measure.rank_sums import RankSums
+from foreshock._measure.shards import ShardedMeasure, ShardSums
+from foreshock._output.leaving import make_room
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
-from foreshock._torch import PrefixStore, default_store, uncompiled
+from foreshock._torch import PrefixStore, default_store, original_type
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.layout import ExitReason
@@ -50,16 +54,16 @@ def attach(
     run: str | None = None,
     local_norms: bool | None = None,
 ) -> Watch:
-    """Watch a DDP model's gradients, on every rank, from the next step on. Call it once, after making the optimizer.
+    """Watch a model's gradients, on every rank, from the next step on. Call it once, after making the optimizer.
 
-    model: a `DistributedDataParallel` on one device. optimizer: holds its parameters.
+    model: a `DistributedDataParallel`, or one that `fully_shard` was applied to. optimizer: holds its parameters.
     clip: largest L2 norm, `NormClip`, `ValueClip`, `AdaptiveClip`, or None to observe only. A script's own clipping
     must go.
     skip: leave out steps whose gradient is not finite or far beyond the run's history, three in a row and five in a
     hundred at most (default no; needs a fused optimizer). See `Watch.tripped`.
     shadow: do neither, and count what would have been done (default no). See `Watch.shadow_counts`.
     collector: host:port; default this machine. experiment, run: names; the run's default comes from the launcher.
-    local_norms: measure each rank's gradient before the all-reduce (default yes).
+    local_norms: measure each rank's gradient before the all-reduce (default yes; never of a sharded model).
 
     Every argument has an environment twin, `FORESHOCK_CLIP` and so on, which holds where the argument is not given.
     `FORESHOCK_DISABLED=1` on any rank turns Foreshock off on all.
@@ -81,10 +85,10 @@ def attach(
                 run=run,
                 local_norms=local_norms,
             )
-            ddp = _checked_model(model)
-            plan = _checked_plan(ddp, optimizer)
+            watched = checked_model(model)
+            plan = checked_plan(watched, optimizer)
             _check_skip(optimizer, settings)
-            config = LocalConfig(model=ddp, optimizer=optimizer, plan=plan, settings=settings)
+            config = LocalConfig(model=watched, optimizer=optimizer, plan=plan, settings=settings)
             for line in unknown_variables(os.environ):
                 rank_zero_warn_once(line, line)
     except SettingsError as error:
@@ -101,7 +105,7 @@ def attach(
 class LocalConfig:
     """Holds the checked arguments of this rank."""
 
-    model: DistributedDataParallel
+    model: WatchedModel
     optimizer: torch.optim.Optimizer
     plan: ParameterPlan
     settings: Settings
@@ -113,10 +117,10 @@ class LocalConfig:
             skip=self.settings.skip,
             shadow=self.settings.shadow,
             experiment=self.settings.experiment,
-            local_norms=self.settings.local_norms,
+            local_norms=self.settings.local_norms and self.model.ddp is not None,
             error=error,
-            needs_comm_hook=needs_comm_hook(self.model),
-            comm_hook_taken=comm_hook_taken(self.model),
+            needs_comm_hook=self.model.ddp is not None and needs_comm_hook(self.model.ddp),
+            comm_hook_taken=self.model.ddp is not None and comm_hook_taken(self.model.ddp),
         )
 
 
@@ -155,6 +159,9 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
             "gradient_as_bucket_view nor static_graph"
         )
         rank_zero_info(line, rank=ranks.rank)
+    if config.model.ddp is None:
+        line = "the model is sharded, so only global norms are measured: not each rank's own gradient, nor the weights"
+        rank_zero_info(line, rank=ranks.rank)
     recorder = RecorderProcess(
         folder,
         run=agreement.run,
@@ -163,25 +170,49 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
         logs=ranks.rank == 0,
     )
     recorder.ensure()
-    make_room(config.model, config.optimizer)
+    make_room(config.model.root, config.optimizer)
+    watch = _watched(config, agreement, arithmetic, record, recorder)
+    rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
+    return watch
+
+
+def _watched(
+    config: LocalConfig, agreement: Agreement, arithmetic: Arithmetic, record: Record, recorder: RecorderProcess
+) -> ActiveWatch:
+    """Make the parts of a watch for this kind of model, and register its hooks."""
+    settings, model, optimizer, plan = config.settings, config.model, config.optimizer, config.plan
+    control = OptimizerControl(optimizer, arithmetic, plan.parameters)
+    measure: Measure
+    rank_sums, shard_sums = None, None
+    if model.ddp is None:
+        shard_sums = ShardSums(sharded_parameters(model), model.group, model.replicas, arithmetic)
+        measure = ShardedMeasure(plan, optimizer, arithmetic, control, shard_sums)
+    else:
+        single = model.group.size() == 1
+        local_norms, views = agreement.local_norms, model.ddp.gradient_as_bucket_view
+        measure = Measure(plan, optimizer, arithmetic, control, local_norms=local_norms, single=single, views=views)
+        rank_sums = None if measure.local is None else RankSums(model.group, plan.device(), arithmetic)
     watch = ActiveWatch(
-        model=config.model,
-        optimizer=config.optimizer,
-        plan=config.plan,
+        model=model.root,
+        group=model.group,
+        optimizer=optimizer,
         arithmetic=arithmetic,
+        control=control,
+        measure=measure,
+        sums=shard_sums or rank_sums,
         clip=settings.clip,
         skip=settings.skip,
         shadow=settings.shadow,
-        local_norms=agreement.local_norms,
         by_bucket=agreement.by_bucket,
         record=record,
         recorder=recorder,
         strict=settings.strict,
     )
-    watch.backward_hooks = observe_backward(
-        config.model, watch, watch.sums, by_bucket=agreement.by_bucket and watch.sums is not None
-    )
-    rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
+    if shard_sums is not None:
+        watch.backward_hooks = observe_shards(model.root, watch, shard_sums)
+    elif model.ddp is not None:
+        by_bucket = agreement.by_bucket and rank_sums is not None
+        watch.backward_hooks = observe_backward(model.ddp, watch, rank_sums, by_bucket=by_bucket)
     return watch
 
 
@@ -227,7 +258,7 @@ def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
     clip = ("trying " if settings.shadow else "") + " and ".join(does) if does else "observing only"
     where = settings.collector or "this machine's collector"
     ranks = f"{size} rank{'s' if size > 1 else ''}"
-    model = type(config.model.module).__name__
+    model = original_type(config.model.module).__name__
     return (
         f"watching {model} ({len(plan.layers)} layers, {len(plan.parameters)} parameters) on {ranks}, {clip}; "
         f"run {agreement.run} to {where}"
@@ -241,8 +272,7 @@ class _Ranks:
         self._group: dist.ProcessGroup | None = None
         self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            # A model without DDP is an error, and the default group's ranks must learn of it.
-            self._group = getattr(_unwrapped(model), "process_group", None) or dist.group.WORLD
+            self._group = group_of(model)
             self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
 
     def agree(
@@ -269,55 +299,6 @@ class _Ranks:
         if self._group is not None:
             with suppress(AttachError):
                 self.agree(proposal, silent=bool(proposal.error))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    inner = uncompiled(model)
-    return inner if isinstance(inner, DistributedDataParallel) else model
-
-
-def _checked_model(model: nn.Module) -> DistributedDataParallel:
-    inner = _unwrapped(model)
-    if any(kind.__name__ in ("FullyShardedDataParallel", "FSDPModule") for kind in type(inner).__mro__):
-        raise SettingsError("model: FSDP shards gradients, so no rank has a complete one; only DDP is supported")
-    if not isinstance(inner, DistributedDataParallel):
-        wrap = "wrap it first: DistributedDataParallel(model)"
-        raise SettingsError(f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}")
-    if any(getattr(module, "sparse", False) is True for module in inner.module.modules()):
-        raise SettingsError(
-            "model: has an embedding with sparse gradients, whose norm is not measured; use sparse=False"
-        )
-    if any(parameter.is_complex() for parameter in inner.module.parameters()):
-        raise SettingsError(
-            "model: has complex parameters, whose gradients are not measured; store them as torch.view_as_real"
-        )
-    return inner
-
-
-def _checked_plan(model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> ParameterPlan:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise SettingsError(f"optimizer: must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        raise SettingsError("optimizer: ZeroRedundancyOptimizer ignores hooks; use a plain optimizer")
-    plan = plan_parameters(model.module, optimizer, model.parameters_to_ignore)
-    if not plan.parameters:
-        raise SettingsError("optimizer: holds none of the model's parameters; create it from model.parameters()")
-    if others := set(trainable(optimizer)) - set(model.module.parameters()):
-        raise SettingsError(
-            f"optimizer: holds {len(others)} parameter(s) of another model, whose gradients this DDP model does not "
-            "average; give each model its own optimizer"
-        )
-    devices = {parameter.device for parameter in plan.parameters}
-    if len(devices) > 1:
-        raise SettingsError(f"model: its parameters are on {len(devices)} devices; Foreshock supports one per rank")
-    if is_watched(optimizer):
-        raise SettingsError("optimizer: is already watched; detach that watch first")
-    if is_watched(model):
-        raise SettingsError(
-            "model: is already watched with another optimizer, and only one can be watched at a time; attach to the "
-            "one that matters, or detach that watch first"
-        )
-    return plan
 
 
 def _check_skip(optimizer: torch.optim.Optimizer, settings: Settings) -> None:

@@ -43,6 +43,8 @@ class Decide:
         # What the script has clipped is not clipped again; it may still be skipped.
         if self._clip is not None and not step.edited:
             divisor = self._clip.divisor(self._arithmetic, step.norm, None if standing is None else standing.ceiling)
+            if divisor is not None and step.edited_on_device is not None:
+                divisor = self._arithmetic.where(step.edited_on_device, 1.0, divisor)
         if self._budget is not None and standing is not None:
             skip = self._budget.grant(self._is_bad(step, standing))
         # Last, so that a step that is decided again after an error is learned once.

@@ -39,10 +39,16 @@ class BackwardObserver(Protocol):
         """A bucket is about to be reduced."""
 
     def backward_computed(self) -> None:
-        """This rank's own gradients are computed, in a pass that averages, and not averaged yet."""
+        """This rank waits for the others from here on: its gradients are computed, and not averaged yet.
+
+        Not called in a pass that only accumulates. With a sharded model, called where a forward pass begins.
+        """
+
+    def prepare_sum(self) -> None:
+        """The sum over a sharded model's ranks is issued next, before `backward_ended`."""
 
     def backward_ended(self, *, averaged: bool, sums: bool) -> None:
-        """DDP has put averages in place, if it averages in this pass. sums: the sum over ranks is issued next."""
+        """Averages are in place, unless this pass only accumulates. sums: the sum over ranks is issued next."""
 
 
 @dataclass(slots=True)
@@ -222,8 +228,8 @@ class StepHooks:
     def __init__(self, optimizer: torch.optim.Optimizer, observer: StepObserver, *, clips: bool) -> None:
         self._observer = observer
         self._clips = clips
-        self._before = optimizer.register_step_pre_hook(_outside_graphs(self._pre))
-        self._after = optimizer.register_step_post_hook(_outside_graphs(observer.after_step))
+        self._before = optimizer.register_step_pre_hook(outside_graphs(self._pre))
+        self._after = optimizer.register_step_post_hook(outside_graphs(observer.after_step))
         self._all_before = step_pre_hooks(optimizer)
 
     def remove(self) -> None:
@@ -253,5 +259,6 @@ class StepHooks:
         return args, {**kwargs, "closure": closure_then_observe}
 
 
-def _outside_graphs(hook: Callable[..., Any]) -> Any:
+def outside_graphs(hook: Callable[..., Any]) -> Any:
+    """Return a hook that stays out of compiled graphs, which would silently lose what it does."""
     return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]

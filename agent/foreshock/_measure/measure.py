@@ -123,7 +123,9 @@ class Measure:
 
     def updated(self, model: DistributedDataParallel) -> Measure | None:
         """Return the measure of the parameters that the optimizer holds by now; None if they are the same."""
-        plan = updated_plan(self.plan, model.module, self._optimizer, model.parameters_to_ignore)
+        ignored = model.parameters_to_ignore
+        averaged = [(name, p) for name, p in model.module.named_parameters() if name not in ignored]
+        plan = updated_plan(self.plan, averaged, self._optimizer)
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
         measure = Measure(plan, self._optimizer, self._arithmetic, self._control, **self._options)

@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,22 @@ from foreshock_protos.columns import REDUCED_NAMES
 
 SUM_FIELDS = REDUCED_NAMES[1:]
 """Fields of the all-reduce, after its sequence number: a fixed number, whatever the number of ranks."""
+
+
+class Sums(Protocol):
+    """Sums over the ranks of a model, once per backward pass that averages."""
+
+    def prepare(self, sequence: int, summary: NormSummary | None, observation: Observation | None) -> None:
+        """Set what this rank adds to the next sum. sequence: of the record. summary: of its own gradient."""
+
+    def collect(self, scale: Number | None) -> Sequence[Number]:
+        """Return the sequence number of the newest finished sum (0 if none), then its `SUM_FIELDS`.
+
+        scale: of the loss of the newest sum, the same on every rank; None without a `GradScaler`.
+        """
+
+    def under_way(self) -> bool:
+        """Return whether a sum has not finished."""
 
 
 @dataclass(kw_only=True)
@@ -64,6 +81,7 @@ class RankSums:
     def contribution(self, summary: NormSummary | None, loss: Number | None) -> Tensor:
         """Return this rank's part, [fields], finite: NaN and Inf are counted separately. Without a summary: idle."""
         a, zero, one = self._arithmetic, self._zero, self._one
+        losses = loss_fields(a, loss, zero, one)
         square, nan, inf, idle = zero, zero, zero, one
         if summary is not None:
             # An infinite square of a finite norm, too, would make the sum useless.
@@ -71,11 +89,6 @@ class RankSums:
             square = a.where(a.finite(square), square, zero)
             nan, inf = a.counted(summary.nan_parameters > 0), a.counted(summary.inf_parameters > 0)
             idle = a.counted(summary.total == 0)
-        losses = (zero, zero, zero, zero)
-        if loss is not None:
-            known = a.finite(loss)
-            count, nan_loss = a.counted(known), a.counted(a.is_nan(loss))
-            losses = (a.where(known, loss, zero), count, nan_loss, one - count - nan_loss)
         return a.vector((square, nan, inf, idle, *losses))
 
     def prepare(self, sequence: int, summary: NormSummary | None, observation: Observation | None) -> None:
@@ -124,6 +137,20 @@ class RankSums:
 
     def _buffer(self) -> Tensor:
         return torch.zeros(len(SUM_FIELDS), dtype=torch.float64, device=self._device)
+
+
+def loss_fields(
+    arithmetic: Arithmetic, loss: Number | None, zero: Number, one: Number
+) -> tuple[Number, Number, Number, Number]:
+    """Return what one rank's loss adds to the last four fields: its value if finite; 1 if it is finite, NaN, Inf.
+
+    zero, one: constants of the arithmetic.
+    """
+    if loss is None:
+        return zero, zero, zero, zero
+    known = arithmetic.finite(loss)
+    finite, nan = arithmetic.counted(known), arithmetic.counted(arithmetic.is_nan(loss))
+    return arithmetic.where(known, loss, zero), finite, nan, one - finite - nan
 
 
 _all: weakref.WeakSet[RankSums] = weakref.WeakSet()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Norms, NormSummary, Number
-from foreshock._measure.rank_sums import RankSums
+from foreshock._measure.rank_sums import Sums
 from foreshock._step import Observation, Step
 from foreshock_protos.columns import MEASURED_COLUMNS, MEASURED_NAMES, REDUCED_COLUMNS, Part
 from foreshock_recorder.ring import Ring
@@ -44,7 +44,7 @@ class Record:
 
     def __init__(self, ring: Ring, device: torch.device, arithmetic: Arithmetic) -> None:
         self.ring = ring
-        self.sums: RankSums | None = None
+        self.sums: Sums | None = None
         """Sums over ranks that go into the records."""
         self._arithmetic = arithmetic
         self.sequence = 0

@@ -57,7 +57,7 @@ def verdict_on_stall(
     if suspects:
         summary = f": {_ranks(suspects)} {_has(suspects)} not arrived, and the others wait"
         fewest = min(passes[rank] for rank in suspects)
-        evidence.append(f"{_ranks(suspects)} computed {fewest} backward passes, the others {most}")
+        evidence.append(f"{_ranks(suspects)} counted {fewest} backward passes, the others {most}")
     elif away:
         suspects = sorted(away)
         summary = f": {_ranks(suspects)} {'is' if len(suspects) == 1 else 'are'} missing"
@@ -66,10 +66,10 @@ def verdict_on_stall(
         summary = f": {_ranks(suspects)} {_has(suspects)} not finished step {step}"
         evidence.append(f"have not finished step {step}: {_ranks(suspects)}")
     elif most:
-        summary = ": all ranks have computed their gradients"
+        summary = ": all ranks have come equally far"
         evidence.append(
-            f"all ranks computed the same {most} backward passes: they wait in the all-reduce, or one is held up "
-            "after it, before its next backward pass"
+            f"all ranks counted the same {most} backward passes: they wait in a collective, or one is held up before "
+            "it counts the next"
         )
     return make_verdict(
         "stalled",

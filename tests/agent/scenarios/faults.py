@@ -122,7 +122,8 @@ CLOSE_LOOK = 3
 ENTRIES = {
     "RankSums.issue", "ActiveWatch.before_step", "ActiveWatch.after_step", "ActiveWatch.observe", "ActiveWatch.arrived",
     "ActiveWatch.backward_began", "ActiveWatch.backward_computed", "ActiveWatch.backward_ended", "ActiveWatch.bucket",
-    "ActiveWatch._run_each", "ActiveWatch._run_all", "BackwardHooks.bucket", "HookState.average",
+    "ActiveWatch._run_each", "ActiveWatch._run_all", "ActiveWatch.prepare_sum", "BackwardHooks.bucket",
+    "HookState.average", "ShardSums.issue",
 }  # fmt: skip
 """Methods that are entered before any guard: to enter a method cannot fail, and an average or a collective is training
 itself. All that they call in their turn is among the sites."""

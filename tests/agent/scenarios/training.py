@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import foreshock
 from foreshock import _log
 from foreshock._arithmetic import arithmetic
+from foreshock._measure.rank_sums import RankSums
 from foreshock._watch import ActiveWatch
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
@@ -159,7 +160,7 @@ def column(found: dict[str, Any], name: str) -> list[Any]:
 def wait_for_sums(watch: foreshock.Watch) -> None:
     """Wait for the sums over ranks, as training never does, so that each step's record has its own."""
     sums = active(watch).sums
-    assert sums is not None
+    assert isinstance(sums, RankSums)
     for slot in sums._slots:
         if slot.work is not None:
             slot.work.wait()

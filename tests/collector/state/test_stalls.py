@@ -138,7 +138,7 @@ def test_of_a_stall_in_which_all_have_come_equally_far_nobody_is_named() -> None
     job.settle()
     (incident,) = job.run.incidents.kept
     assert (incident.verdict.cause, incident.verdict.rank) == ("stalled", None)
-    assert "all ranks have computed their gradients" in incident.verdict.summary
+    assert "all ranks have come equally far" in incident.verdict.summary
 
 
 def test_a_run_nobody_hears_of_is_silent_and_not_stalled() -> None:
