@@ -41,20 +41,20 @@ ROUNDS = {1.0: 60, 25.0: 30}
 """Of a launch, up to so many million parameters; beyond them `FEWEST_ROUNDS`."""
 FEWEST_ROUNDS = 12
 MEMORY_BYTES = 14e9
-"""For the models of all variants and ranks together: weights, gradients and two moments each."""
+"""For the models of all variants and ranks together: weights, gradients, two moments, and buckets of their own."""
 _COLLECTOR_SECONDS = 60.0
 
 Step = Callable[[], None]
 
 
-def build(millions: float) -> DistributedDataParallel:
-    """A stack of square linear layers with about so many parameters."""
+def build(millions: float, *, views: bool) -> DistributedDataParallel:
+    """A stack of square linear layers with about so many parameters. views: gradients are views of DDP's buckets."""
     width = int((millions * 1e6 / LAYERS) ** 0.5)
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(LAYERS):
         layers += [nn.Linear(width, width), nn.Tanh()]
-    return DistributedDataParallel(nn.Sequential(*layers), gradient_as_bucket_view=True)
+    return DistributedDataParallel(nn.Sequential(*layers), gradient_as_bucket_view=views)
 
 
 def monitor_by_hand(model: nn.Module, max_norm: float) -> None:
@@ -70,9 +70,9 @@ def monitor_by_hand(model: nn.Module, max_norm: float) -> None:
                 parameter.grad.mul_(max_norm / (norm + 1e-6))
 
 
-def variant_step(name: str, millions: float, clipping: str) -> tuple[Step, foreshock.Watch | None]:
+def variant_step(name: str, millions: float, clipping: str, *, views: bool) -> tuple[Step, foreshock.Watch | None]:
     """One training step of a variant, to be called again and again."""
-    model = build(millions)
+    model = build(millions, views=views)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     max_norm = MAX_NORM[clipping]
     watch = None
@@ -85,7 +85,8 @@ def variant_step(name: str, millions: float, clipping: str) -> tuple[Step, fores
     x, y = torch.randn(BATCH, width), torch.randn(BATCH, width)
 
     def step() -> None:
-        optimizer.zero_grad(set_to_none=False)
+        # Views stay where they are; a gradient of DDP's default is dropped, as `zero_grad` does by itself.
+        optimizer.zero_grad(set_to_none=not views)
         loss = ((model(x) - y) ** 2).mean()
         if watch is not None:
             watch.observe(loss=loss)
@@ -106,7 +107,8 @@ def measure(options: argparse.Namespace) -> None:
     random = np.random.default_rng(options.launch)
     order = list(options.variants)
     random.shuffle(order)
-    steps = {name: variant_step(name, options.parameters[0], options.clipping[0]) for name in order}
+    shape = (options.parameters[0], options.clipping[0])
+    steps = {name: variant_step(name, *shape, views=options.bucket_views) for name in order}
     seconds: list[dict[str, float]] = []
     for _ in range(WARM_UP_ROUNDS + options.rounds):
         # Each variant follows each other one as often: none always runs on the caches of the same neighbor.
@@ -155,23 +157,23 @@ def bootstrap(ratios: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, flo
     return float(low), float(high)
 
 
-def groups(ranks: int, millions: float, variants: Sequence[str]) -> Iterator[list[str]]:
+def groups(ranks: int, millions: float, variants: Sequence[str], *, views: bool) -> Iterator[list[str]]:
     """Variants whose models fit into memory together, `stock_clip` among each."""
-    room = max(1, int(MEMORY_BYTES / (ranks * millions * 1e6 * 16)) - 1)
+    room = max(1, int(MEMORY_BYTES / (ranks * millions * 1e6 * (16 if views else 20))) - 1)
     others = [variant for variant in variants if variant != "stock_clip"]
     for first in range(0, max(1, len(others)), room):
         yield ["stock_clip", *others[first : first + room]]
 
 
 def compare(
-    ranks: int, millions: float, clipping: str, *, rounds: int, variants: Sequence[str]
+    ranks: int, millions: float, clipping: str, *, rounds: int, variants: Sequence[str], views: bool
 ) -> Iterator[dict[str, Any]]:
     """One table row per variant. rounds: of each launch."""
     with tempfile.TemporaryDirectory() as name, collecting(Path(name)) as (grpc, http):
         folder = Path(name)
-        shape = ("--parameters", str(millions), "--clipping", clipping)
+        shape = ["--parameters", str(millions), "--clipping", clipping, *(["--bucket-views"] if views else [])]
         ratios: dict[str, Any] = {}
-        for together in groups(ranks, millions, variants):
+        for together in groups(ranks, millions, variants, views=views):
             timed = []
             for number in range(LAUNCHES):
                 progress(f"{', '.join(together)}: launch {number + 1} of {LAUNCHES}")
@@ -187,6 +189,7 @@ def compare(
                 "ranks": ranks,
                 "parameters": int(millions * 1e6),
                 "clipping": clipping,
+                "bucket_views": views,
                 "ratio_to_stock_clip": float(np.median(ratios[variant])),
                 "ci95": list(bootstrap(ratios[variant])),
                 "peak_rss_bytes": alone["peak_rss_bytes"],
@@ -248,6 +251,7 @@ def main() -> None:
     parser.add_argument("--clipping", choices=list(MAX_NORM), nargs="+", default=list(MAX_NORM))
     parser.add_argument("--rounds", type=int, help=f"of each of {LAUNCHES} launches; default by size")
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=list(VARIANTS), help="with stock_clip")
+    parser.add_argument("--bucket-views", action="store_true", help="DDP with gradient_as_bucket_view=True")
     parser.add_argument("--json", action="store_true", help="one object with all results")
     parser.add_argument("--result", help=argparse.SUPPRESS)
     parser.add_argument("--launch", type=int, default=0, help=argparse.SUPPRESS)
@@ -264,7 +268,8 @@ def main() -> None:
                 if not options.json:
                     print(f"\n{ranks} rank(s), {millions:g} M parameters, clipping {clipping}", flush=True)
                 rounds = options.rounds or next((n for most, n in ROUNDS.items() if millions <= most), FEWEST_ROUNDS)
-                for row in compare(ranks, millions, clipping, rounds=rounds, variants=options.variants):
+                how = {"rounds": rounds, "variants": options.variants, "views": options.bucket_views}
+                for row in compare(ranks, millions, clipping, **how):
                     results.append(row)
                     if not options.json:
                         low, high = row["ci95"]

@@ -84,13 +84,11 @@ class Measure:
 
     def averaged(self, sequence: int) -> NormSummary:
         """Return the norms of the averaged gradient as it is now. sequence: of the record it is for."""
-        gradients, present = [], []
-        for position, parameter in enumerate(self.plan.parameters):
-            if parameter.grad is not None:
-                gradients.append(parameter.grad)
-                present.append(position)
-        if self._layout.parameters != tuple(present):
-            self._layout = self.plan.layout(tuple(present))
+        gradients, present = self.gradients(), self._all
+        if len(gradients) < len(present):
+            present = tuple(i for i in present if self.plan.parameters[i].grad is not None)
+        if self._layout.parameters != present:
+            self._layout = self.plan.layout(present)
         self._gradients, self._norms = gradients, self._arithmetic.norms(gradients)
         summary = self._arithmetic.summarize(self._norms, self._layout)
         if gradients and due(sequence):

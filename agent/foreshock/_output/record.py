@@ -153,12 +153,8 @@ class Record:
             values["first_nonfinite_local"] = step.local.first_nonfinite
             local_layers = step.local.layers
         reduced: Sequence[Number] = self._no_sums if self.sums is None else self.sums.collect(step.loss_scale)
-        row: list[Number] = []
-        for name, missing in self._missing:
-            value = values.get(name)
-            row.append(missing if value is None else value)
-        row += reduced
-        return self._arithmetic.row(row, summary.layers, local_layers)
+        row = [missing if (value := values.get(name)) is None else value for name, missing in self._missing]
+        return self._arithmetic.row([*row, *reduced], summary.layers, local_layers)
 
     def _stage_parts(self, step: Step, row: Norms | None) -> None:
         sequence, ring = self.sequence, self.ring
