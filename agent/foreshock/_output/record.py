@@ -152,8 +152,8 @@ class Record:
             values["local_inf_parameters"] = step.local.inf_parameters
             values["first_nonfinite_local"] = step.local.first_nonfinite
             local_layers = step.local.layers
-        reduced: Sequence[Number] = self._no_sums if self.sums is None else self.sums.collect(step.loss_scale)
         row = [missing if (value := values.get(name)) is None else value for name, missing in self._missing]
+        reduced: Sequence[Number] = self._no_sums if self.sums is None else self.sums.collect(step.loss_scale)
         return self._arithmetic.row([*row, *reduced], summary.layers, local_layers)
 
     def _stage_parts(self, step: Step, row: Norms | None) -> None:
