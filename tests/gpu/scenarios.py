@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
@@ -141,6 +143,42 @@ def no_sync(device: torch.device) -> list[str]:
     return list(SETTINGS)
 
 
+def sharded(device: torch.device) -> dict[str, Any]:
+    """Beside stock clipping, a model that `fully_shard` has sharded; from the fifth step on, no wait for the device."""
+    found: dict[str, Any] = {}
+    models = []
+    for stock in (True, False):
+        torch.manual_seed(0)
+        layers = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 8))
+        model: Any = layers.to(device)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        optimizer = optimizer_of(model)
+        watch = None if stock else foreshock.attach(model, optimizer, run="sharded", clip=MAX_NORM, skip=True)
+        norms: list[Any] = []
+
+        def clip(model: nn.Module = model, norms: list[Any] = norms) -> None:
+            norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM))
+
+        train(model, optimizer, watch, steps=5, clip=clip)
+        if device.type == "cuda" and not stock:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            train(model, optimizer, watch, steps=STEPS, clip=clip)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        if watch is None:
+            found["norms"] = [float(norm.full_tensor()) for norm in norms]
+        else:
+            watch.detach()
+        models.append([parameter.full_tensor() for parameter in model.parameters()])
+    found["apart"] = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(*models, strict=True))
+    return found
+
+
 def skip(device: torch.device) -> dict[str, Any]:
     """A NaN in one batch of many, with steps that may be skipped."""
     model = model_on(device)
@@ -180,7 +218,7 @@ def main() -> None:
         # Ranks share the card.
         torch.cuda.set_device(device)
     dist.init_process_group(backend)
-    scenarios = (parity, no_sync, skip, blame, crash)
+    scenarios = (parity, no_sync, sharded, skip, blame, crash)
     known: dict[str, Callable[[torch.device], Any]] = {scenario.__name__: scenario for scenario in scenarios}
     found = {each: known[each](device) for each in names}
     if dist.get_rank() == 0:

@@ -61,7 +61,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def alone(device: str, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """A job of one rank that runs most scenarios."""
-    return Job(tmp_path_factory.mktemp("alone"), device, "parity", "no_sync", "skip")
+    return Job(tmp_path_factory.mktemp("alone"), device, "parity", "no_sync", "sharded", "skip")
 
 
 def test_clipped_training_is_stock_training(alone: Job) -> None:
@@ -87,6 +87,13 @@ def test_no_step_waits_for_the_device(alone: Job) -> None:
     assert alone.result["no_sync"] == list(SETTINGS)
     for name in SETTINGS:
         assert all(math.isfinite(norm) for norm in alone.column(f"no-sync-{name}", "global_norm"))
+
+
+def test_a_sharded_model_is_clipped_as_stock_and_no_step_waits_for_the_device(alone: Job) -> None:
+    found = alone.result["sharded"]
+    assert found["apart"] < 1e-4 and len(found["norms"]) == STEPS + 5
+    assert alone.column("sharded", "global_norm") == pytest.approx(found["norms"], rel=1e-4)
+    assert min(alone.column("sharded", "clip_coefficient")) < 0.5
 
 
 def test_a_nan_is_skipped_and_recorded(alone: Job) -> None:

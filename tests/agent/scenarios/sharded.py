@@ -27,8 +27,10 @@ from tests.agent.scenarios.training import (
     told,
 )
 
-STEPS = 20
+STEPS = {2: 20}
+"""By number of ranks; else ten."""
 MAX_NORM = 0.5
+MAX_VALUE = 0.05
 
 
 class Checkpointed(nn.Module):
@@ -85,6 +87,12 @@ def measured(model: nn.Module) -> float:
 Observe = Callable[[Tensor], Any]
 
 
+def clipped_elements(model: nn.Module) -> float:
+    norm = measured(model)
+    nn.utils.clip_grad_value_(model.parameters(), MAX_VALUE)
+    return norm
+
+
 def backward(
     model: nn.Module, data: torch.Generator, observe: Observe = lambda _: None, *, parts: int = 1, sync: bool = False
 ) -> None:
@@ -119,20 +127,20 @@ def beside_stock(
     optimizer_of: Optimizer,
     *,
     clip: Any = MAX_NORM,
-    steps: int = STEPS,
+    steps: int | None = None,
     train: Callable[[nn.Module, torch.Generator, Observe], Any] = backward,
     between: Callable[[torch.optim.Optimizer, int], Any] = lambda *_: None,
     scaler: Callable[[], torch.amp.GradScaler] | None = None,
 ) -> dict[str, Any]:
     """Train twice, with and without Foreshock. between: before each backward pass."""
-    norm = measured if clip is None else clipped
+    norm = measured if clip is None else clipped_elements if isinstance(clip, foreshock.ValueClip) else clipped
 
     def run(*, stock: bool) -> tuple[list[Tensor], list[float], dict[str, Any]]:
         model = make()
         optimizer, data, norms = optimizer_of(model), batches(), []
         scales = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler()
         watch = None if stock else foreshock.attach(model, optimizer, clip=clip)
-        for step in range(steps):
+        for step in range(steps or STEPS.get(dist.get_world_size(), 10)):
             between(optimizer, step)
             optimizer.zero_grad()
             if scaler is None:
@@ -214,10 +222,15 @@ def checkpointed_reentrant() -> dict[str, Any]:
     return beside_stock(lambda: make_model(wrap=lambda block: Checkpointed(block, reentrant=True)), fused, steps=6)
 
 
+def clipped_by_value() -> dict[str, Any]:
+    return beside_stock(make_model, unfused, clip=foreshock.ValueClip(clip_value=MAX_VALUE), steps=6)
+
+
 def compiled() -> dict[str, Any]:
     def make() -> nn.Module:
         model = make_model()
         model[1].compile(backend="eager")
+        model.compile(backend="eager")
         return model
 
     return beside_stock(make, fused, steps=6)
@@ -272,7 +285,7 @@ def scaled_unfused() -> dict[str, Any]:
 
 def adaptive() -> dict[str, Any]:
     """No stock clipping does that; ranks must agree, and by their own history."""
-    return beside_stock(make_model, fused, clip=foreshock.AdaptiveClip(max_norm=MAX_NORM))
+    return beside_stock(make_model, fused, clip=foreshock.AdaptiveClip(max_norm=MAX_NORM), steps=6)
 
 
 if __name__ == "__main__":

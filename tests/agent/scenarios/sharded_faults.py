@@ -59,48 +59,49 @@ class Beside:
         return far
 
 
-def everywhere(*, fused: bool) -> dict[str, Any]:
+def everywhere() -> dict[str, Any]:
     """Each call of ours by ours that a step makes fails once, on rank 1, in a training that goes on."""
     weights.EVERY_STEPS = weights.NORMS_EVERY_STEPS_IF_SMALL = CLOSE_LOOK
-    pair = Beside(fused=fused)
-    sites: dict[Site, None] = {}
-
-    def find(frame: FrameType, event: str, _: Any) -> None:
-        if (site := site_of(frame, event)) is not None:
-            sites[site] = None
-
-    # The first steps do more.
-    for _ in range(3):
-        pair.step()
-    for _ in range(CLOSE_LOOK):
-        pair.step(find)
+    tried: dict[Site, None] = {}
     wrong: list[str] = []
-    for site in of_rank_1(list(sites)):
-        fired = False
+    for fused in (True, False):
+        pair = Beside(fused=fused)
+        # The first steps do more.
+        for _ in range(3):
+            pair.step()
+        sites: dict[Site, None] = {}
 
-        def fail(frame: FrameType, event: str, _: Any, site: Site = site) -> None:
-            nonlocal fired
-            if not fired and site_of(frame, event) == site:
-                fired = True
-                raise KeyError("a bug of ours")
+        def find(frame: FrameType, event: str, _: Any, sites: dict[Site, None] = sites) -> None:
+            if (site := site_of(frame, event)) is not None:
+                sites[site] = None
 
-        before = dropped(pair.watch)
-        # What it leaves behind, the step for the next site shows.
-        far = pair.step(fail if dist.get_rank() == 1 else None)
-        drops = dropped(pair.watch) - before
-        if far > 1e-5 or drops != int(fired) or fired != (dist.get_rank() == 1):
-            wrong.append(f"{site}: {far:.2g} from stock, {drops} drops, fired: {fired}")
-    pair.watch.detach()
-    return {"wrong": wrong, "called": sorted({callee for _, _, callee in sites})}
-
-
-def everywhere_fused() -> dict[str, Any]:
-    return everywhere(fused=True)
+        for _ in range(CLOSE_LOOK):
+            pair.step(find)
+        for site in of_rank_1([site for site in sites if site not in tried]):
+            # What it leaves behind, the step for the next site shows.
+            wrong += fails(site, pair)
+        tried |= sites
+        pair.watch.detach()
+    return {"wrong": wrong, "called": sorted({callee for _, _, callee in tried})}
 
 
-def everywhere_unfused() -> dict[str, Any]:
-    return everywhere(fused=False)
+def fails(site: Site, pair: Beside) -> list[str]:
+    """What is wrong if one call fails on rank 1."""
+    fired = False
+
+    def fail(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal fired
+        if not fired and site_of(frame, event) == site:
+            fired = True
+            raise KeyError("a bug of ours")
+
+    before = dropped(pair.watch)
+    far = pair.step(fail if dist.get_rank() == 1 else None)
+    drops = dropped(pair.watch) - before
+    if far <= 1e-5 and drops == int(fired) and fired == (dist.get_rank() == 1):
+        return []
+    return [f"{site}: {far:.2g} from stock, {drops} drops, fired: {fired}"]
 
 
 if __name__ == "__main__":
-    main({"everywhere_fused": everywhere_fused, "everywhere_unfused": everywhere_unfused})
+    main({"everywhere": everywhere})
