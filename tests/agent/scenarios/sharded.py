@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -129,7 +130,7 @@ def beside_stock(
     clip: Any = MAX_NORM,
     steps: int | None = None,
     train: Callable[[nn.Module, torch.Generator, Observe], Any] = backward,
-    between: Callable[[torch.optim.Optimizer, int], Any] = lambda *_: None,
+    between: Callable[[nn.Module, torch.optim.Optimizer, int], Any] = lambda *_: None,
     scaler: Callable[[], torch.amp.GradScaler] | None = None,
 ) -> dict[str, Any]:
     """Train twice, with and without Foreshock. between: before each backward pass."""
@@ -141,7 +142,7 @@ def beside_stock(
         scales = torch.amp.GradScaler("cpu", enabled=False) if scaler is None else scaler()
         watch = None if stock else foreshock.attach(model, optimizer, clip=clip)
         for step in range(steps or STEPS.get(dist.get_world_size(), 10)):
-            between(optimizer, step)
+            between(model, optimizer, step)
             optimizer.zero_grad()
             if scaler is None:
                 train(model, data, (lambda _: None) if watch is None else lambda loss: watch.observe(loss=loss))
@@ -254,9 +255,12 @@ def after_an_evaluation() -> dict[str, Any]:
 
 
 def resumed() -> dict[str, Any]:
-    def reload(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Weights and moments as a distributed checkpoint has them, loaded into the model that trains."""
+
+    def reload(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         if step == 3:
-            optimizer.load_state_dict(optimizer.state_dict())
+            of_model, of_optimizer = get_state_dict(model, optimizer)
+            set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
 
     return beside_stock(make_model, fused, steps=6, between=reload)
 
