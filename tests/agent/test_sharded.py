@@ -16,7 +16,7 @@ CASES = [
 ]  # fmt: skip
 SCRIPTS = [
     "nan_batch", "nan_batch_skipped", "one_rank_detaches", "attached_before_a_step", "own_clipping",
-    "own_clipping_scaled", "refusals",
+    "own_clipping_scaled", "let_go", "refusals",
 ]  # fmt: skip
 JOBS = {1: ["observed"], 2: [*EVERYWHERE, *CASES, "adaptive"], 3: EVERYWHERE, 4: [*EVERYWHERE[:2], *REPLICAS]}
 """Scenarios by the number of ranks."""
@@ -122,6 +122,10 @@ def test_a_rank_that_has_detached_still_adds_its_shards(scripts: dict[str, Scena
     assert first["ours"] == pytest.approx(first["norms"], rel=1e-5) and len(first["ours"]) == 6
     assert second["ours"] == pytest.approx(second["norms"][:3], rel=1e-5)
     assert first["dropped"] == second["dropped"] == {}
+
+
+def test_nothing_of_ours_keeps_a_sharded_model_or_its_parameters(scripts: dict[str, Scenario]) -> None:
+    assert scripts["let_go"].results == [0, 0]
 
 
 def test_a_gradient_from_before_attach_is_clipped(scripts: dict[str, Scenario]) -> None:

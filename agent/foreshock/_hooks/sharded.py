@@ -34,8 +34,10 @@ class ShardedHooks:
         """Autograd's numbers of the tasks of this pass that a gradient has arrived in: several under reentrant
         checkpointing. One that raised never ends."""
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(outside_graphs(self._forward))]
+        # Garbage collection does not see what these hooks hold: if that led to the parameters, none would be freed.
+        arrived = partial(self._arrived, weakref.ref(self))
         for parameter in filter(attrgetter("requires_grad"), sums.parameters):
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))  # type: ignore[no-untyped-call]
+            self._handles.append(parameter.register_post_accumulate_grad_hook(arrived))  # type: ignore[no-untyped-call]
 
     def place(self, observer: BackwardObserver) -> None:
         """Start calling an observer. Every rank sums up once: the next step may come before any backward pass."""
@@ -58,9 +60,10 @@ class ShardedHooks:
         if observer is not None and torch.is_grad_enabled():
             observer.backward_computed()
 
-    def _arrived(self, parameter: Tensor) -> None:
-        task = graph_task_id()
-        if task in self._tasks:
+    @staticmethod
+    def _arrived(hooks: weakref.ref[ShardedHooks], parameter: Tensor) -> None:
+        self, task = hooks(), graph_task_id()
+        if self is None or task in self._tasks:
             return
         observer = None if self._observer is None else self._observer()
         began = not self._tasks
