@@ -201,6 +201,45 @@ class FaultDetector:
         )
         return [transition for transition in found if transition is not None]
 
+    def scan_calm(self, norms: Sequence[float], losses: Sequence[float], rules: FaultRules = DEFAULT.faults) -> bool:
+        """Do the same as `update` for finite steps without ranks and layers, only faster, if none of them shows a fault
+        and the start is over; else change nothing.
+
+        norms, losses: of each step, NaN if unknown.
+        """
+        trend = self.loss_trend
+        has_losses = any(loss == loss for loss in losses)
+        starting = (len(trend.norms) < _FIRST_STEPS and any(norm > 0 for norm in norms)) or (
+            len(trend.losses) < _FIRST_STEPS and has_losses
+        )
+        if starting or any(streak.on for streak in self.streaks.values()):
+            return False
+        follows = len(trend.losses) == _FIRST_STEPS
+        start_loss = median(trend.losses) if follows else math.nan
+        faded = rules.faded * median(trend.norms) if follows and len(trend.norms) == _FIRST_STEPS else -math.inf
+        unlearned = rules.unlearned * start_loss if start_loss > 0 else math.inf
+        floor, rise, beta = 0.1 * abs(start_loss), rules.divergence, 1 - _LOSS_ALPHA
+        mean, best = trend.loss, trend.best
+        for norm, loss in zip(norms, losses, strict=True):
+            if loss == loss:
+                mean = _LOSS_ALPHA * mean + beta * loss
+                if mean < best:
+                    best = mean
+                elif mean - best > rise * max(abs(best), floor):
+                    return False
+            if norm < faded and mean > unlearned:
+                return False
+        trend.loss, trend.best = mean, best
+        if faded > -math.inf:
+            self._miss("vanishing_gradients", len(norms))
+        if has_losses:
+            self._miss("loss_divergence", len(losses))
+        return True
+
+    def _miss(self, cause: Cause, steps: int) -> None:
+        streak = self.streaks.setdefault(cause, Streak())
+        streak.shown, streak.missed = 0, streak.missed + steps
+
     def _duplicate(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if math.isnan(signals.agreement) or math.isnan(signals.spread):
             return None

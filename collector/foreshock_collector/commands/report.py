@@ -8,8 +8,11 @@ import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from foreshock_collector.commands.client import ClientError, add_url, ask
 from foreshock_collector.commands.logs import LogError
+from foreshock_collector.commands.logs.columns import values_or_none
 from foreshock_collector.commands.replay import Replay, replay_file
 from foreshock_collector.commands.report_page import Report, as_markdown, as_page
 from foreshock_collector.config import ConfigError, Parser
@@ -43,11 +46,12 @@ def main(arguments: list[str]) -> int:
 
 def from_log(path: Path, found: Replay) -> Report:
     """Report on a recorded log."""
+    log = found.log
     columns: dict[str, list[Any]] = {
-        "step": [row.step for row in found.log],
-        "loss": [row.loss for row in found.log],
-        "global_norm": [row.norm for row in found.log],
-        "learning_rate": [row.rate for row in found.log],
+        "step": log.step.tolist(),
+        "loss": values_or_none(log.loss, log.loss_logged),
+        "global_norm": values_or_none(log.norm, log.norm_logged),
+        "learning_rate": values_or_none(log.rate, ~np.isnan(log.rate)),
     }
     events = [{"kind": event.kind, "step": event.step} for event in found.events]
     verdicts = [] if found.verdict.cause == "healthy" else [verdict_answer(found.verdict)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import random
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 
 from foreshock_collector.commands import terminal
 from foreshock_collector.commands.cli import diagnose
+from foreshock_collector.commands.log_follower import LogFollower
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay, replay_file
 from foreshock_collector.server import Server
@@ -127,10 +129,10 @@ def test_people_read_what_happened_and_what_to_try(tmp_path: Path, capsys: pytes
     [
         ("missing.csv", None, "No such file"),
         ("empty.csv", "", "neither a loss nor a gradient norm"),
-        ("other.csv", "a,b\n1,2\n", "found a,b"),
+        ("other.csv", "a,b\n1,2\n", "found a, b; name the columns with --columns step=...,loss=...,norm=...,lr=..."),
         ("word.csv", "step,loss\n1,high\n", "data row 0: loss is 'high', not a number"),
         ("header.csv", "step,loss\n", "no rows"),
-        ("torn.jsonl", '{"loss": 1.0}\n{"loss": 1', "line 2"),
+        ("other.jsonl", '{"perplexity": 1.0, "step": 1}\n', "found perplexity, step; name the columns with --columns"),
         ("state.json", '{"log_history": 3}', "log_history is not a list"),
         ("bytes.csv", b"\xff\xfe\x00", "bytes.csv"),
     ],
@@ -249,7 +251,61 @@ def test_short_work_and_work_in_a_pipe_say_nothing(
     assert screen.getvalue() == ""
 
 
-def test_each_row_is_told_of_as_it_is_looked_at() -> None:
+def test_progress_reaches_the_last_row() -> None:
     seen: list[int] = []
-    replay(rows(*[(2.0, 1.0)] * 40), at=seen.append)
-    assert seen == [*range(40)]
+    replay(rows(*[(2.0, 1.0)] * 400), at=seen.append)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 400
+
+
+def eventful(count: int) -> list[Row]:
+    """Calm parts of all lengths, between spikes, build-ups, NaN, planned changes, a drift of the loss, and gaps."""
+    rng, found, rate, level, step = random.Random(1), list[Row](), 0.1, 2.0, 0
+    while len(found) < count:
+        kind = rng.choice(["spike", "climb", "nan", "rate", "drift", "no norm", "no loss", "gap", "fade"])
+        for _ in range(rng.randrange(5, 400)):
+            level *= 1.002 if kind == "drift" else 1.0
+            norm = math.exp(rng.gauss(-30 if kind == "fade" else 0, 0.1))
+            loss = level + 0.01 * rng.random()
+            found.append(
+                Row(
+                    step=(step := step + 1),
+                    loss=None if kind == "no loss" else loss,
+                    norm=None if kind == "no norm" else norm,
+                    rate=rate,
+                )
+            )
+        step += 300 if kind == "gap" else 0
+        rate *= 10 ** rng.choice([-1, 1]) if kind == "rate" else 1
+        level = 2.0
+        tail = {"spike": [50.0], "climb": [3.0**i for i in range(8)], "nan": [math.nan] * 3}.get(kind, [])
+        found += [Row(step=(step := step + 1), loss=2.0, norm=norm, rate=rate) for norm in tail]
+    return found
+
+
+def test_calm_blocks_are_judged_as_their_rows_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = eventful(12_000)
+    in_blocks = replay(log)
+    monkeypatch.setattr(LogFollower, "_scan_calm", lambda *_: False)
+    one_by_one = replay(log)
+    assert len(one_by_one.events) > 20
+    assert len({event.kind for event in one_by_one.events}) >= 4
+    assert [e.sequence for e in in_blocks.events] == [e.sequence for e in one_by_one.events]
+    for mine, other in zip(in_blocks.events, one_by_one.events, strict=True):
+        assert mine.kind == other.kind
+        assert mine.score == pytest.approx(other.score, rel=1e-9)
+    assert in_blocks.verdict.summary == one_by_one.verdict.summary
+
+
+def test_calm_blocks_carry_a_lasting_fault_to_its_row() -> None:
+    """A fault that begins after thousands of calm rows begins where it would if each were processed alone."""
+    for log in (
+        [(2.0, 1.0)] * 5000 + [(2.0, 1e-7)] * 300,
+        [(2.0, 1.0)] * 5000 + [(2 + 0.01 * i, 1.0) for i in range(999)],
+    ):
+        found = replay(rows(*log))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LogFollower, "_scan_calm", lambda *_: False)
+            other = replay(rows(*log))
+        assert found.verdict.cause in ("vanishing_gradients", "loss_divergence")
+        assert found.verdict == other.verdict

@@ -1,0 +1,207 @@
+"""Runs detection over the rows of a log as the live service does over steps: calm blocks at once, others one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from foreshock_collector.analysis.detection import Detector, Event
+from foreshock_collector.analysis.diagnosis import diagnose
+from foreshock_collector.analysis.fault_verdicts import verdict_on_fault
+from foreshock_collector.analysis.faults import FaultDetector, StepSignals
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.analysis.verdicts import Verdict, make_verdict
+from foreshock_collector.commands.logs.columns import Floats, Log
+from foreshock_collector.records.buffer import RecordBuffer
+from foreshock_collector.records.steps import LARGEST, ModelFacts, Step
+
+_BUFFER, _MODEL = RecordBuffer(world_size=1, layers=0), ModelFacts()
+_UNSEEN = StepSignals(math.nan, math.nan, -1, math.nan)
+"""A log contains no ranks or layers."""
+_WINDOW_ROWS = 512
+"""Rows that a diagnosis sees, as many as the live service keeps."""
+_SMALLEST_BLOCK, _LARGEST_BLOCK = 16, 8192
+_EMPTY_ROWS = 20
+"""Rows in a row without any value that no logging interval explains."""
+
+
+class ReplayRows:
+    """Prepares the columns of a log for detection."""
+
+    def __init__(self, log: Log, rules: Rules) -> None:
+        self.log = log
+        self.loss, self.norm, self.rate = (_bounded(column) for column in (log.loss, log.norm, log.rate))
+        self.nonfinite = (log.loss_logged & ~np.isfinite(log.loss)) | (log.norm_logged & ~np.isfinite(log.norm))
+        with np.errstate(all="ignore"):
+            self.gaps = np.nan_to_num(np.maximum(0.0, np.diff(log.step, prepend=log.step[:1])), posinf=0.0)
+            last = np.concatenate(([0.0], self.gaps[:-1]))
+            factor = rules.interval_change
+            self.restarts = ((self.gaps > factor * last) & (last > 0)) | ((last > factor * self.gaps) & (self.gaps > 0))
+            known = np.flatnonzero(np.isfinite(self.rate) & (self.rate > 0))
+            jumps = np.abs(np.diff(np.log(self.rate[known]))) > math.log(rules.planned_rate_change)
+        self.eventful = self.nonfinite | self.restarts
+        self.eventful[known[1:][jumps]] = True
+
+    def __len__(self) -> int:
+        return len(self.log)
+
+    def step(self, row: int) -> Step:
+        """Return a row as a step of one rank."""
+        log, loss, norm = self.log, float(self.loss[row]), float(self.norm[row])
+        label = float(log.step[row])
+        has_loss, has_norm = bool(log.loss_logged[row]), bool(log.norm_logged[row])
+        return Step(
+            attempt=0,
+            sequence=row + 1,
+            step=int(label) if math.isfinite(label) else row,
+            wall_seconds=0.0,
+            duration_seconds=None,
+            learning_rate=float(self.rate[row]),
+            loss=loss if has_loss else None,
+            loss_scale=1.0,
+            global_norm=norm,
+            clip_coefficient=1.0,
+            skipped=False,
+            nan_loss=has_loss and math.isnan(loss),
+            inf_loss=has_loss and math.isinf(loss),
+            nan_gradient=has_norm and math.isnan(norm),
+            inf_gradient=has_norm and math.isinf(norm),
+            ranks=1,
+        )
+
+    def overflows(self, first: int) -> int:
+        """Count non-finite gradients in a row from `first` on, if losses are finite and training continues; else 0."""
+        nonfinite = self.nonfinite[first:]
+        count = int(nonfinite.argmin()) if not nonfinite.all() else len(nonfinite)
+        if not np.isfinite(self.loss[first : first + count + 1]).all():
+            return 0
+        # Where the log ends, one such step proves nothing; a scaler must have skipped many with a finite loss.
+        return count if first + count < len(self) or count >= DEFAULT.collapse_after else 0
+
+
+class LogFollower:
+    """Follows a log from its first row and keeps what it finds."""
+
+    def __init__(self, rows: ReplayRows, rules: Rules) -> None:
+        self.events: list[Event] = []
+        self.first_nonfinite: int | None = None
+        """Row of the first failure."""
+        self._rows, self._rules = rows, rules
+        self._detector, self._faults = Detector(), FaultDetector()
+        self._failure: Verdict | None = None
+        self._trouble: Verdict | None = None
+        """Verdict on the first lasting fault."""
+
+    def follow(self, at: Callable[[int], None]) -> None:
+        """Process all rows. at: called with the number of rows that are done."""
+        row, size, count = 0, _SMALLEST_BLOCK, len(self._rows)
+        eventful = np.append(np.flatnonzero(self._rows.eventful), count)
+        while row < count:
+            end = min(row + size, int(eventful[np.searchsorted(eventful, row)]))
+            if end > row and self._scan_calm(row, end):
+                row, size = end, min(2 * size, _LARGEST_BLOCK)
+            elif end - row > _SMALLEST_BLOCK:
+                size = max(_SMALLEST_BLOCK, (end - row) // 4)
+            else:
+                end = max(end, row + 1)
+                for each in range(row, end):
+                    self._process(each)
+                row, size = end, _SMALLEST_BLOCK
+            at(row)
+
+    def verdict(self) -> Verdict:
+        """Return the verdict on the log as a whole."""
+        failure, trouble, log = self._failure, self._trouble, self._rows.log
+        if trouble is not None and (failure is None or failure.cause == "amp_overflow"):
+            self.first_nonfinite = None
+            return trouble
+        if log.empty_rows >= _EMPTY_ROWS and (failure is None or failure.cause == "amp_overflow"):
+            return _without_values(self._rows.step(len(log) - 1).step, log.empty_rows)
+        if failure is None:
+            last = self._rows.step(len(log) - 1)
+            return diagnose([last], self.events, _BUFFER, _MODEL, finite_before=True, climbing=0)
+        return _of_epochs(failure) if log.by_epoch else failure
+
+    def _scan_calm(self, first: int, end: int) -> bool:
+        """Process a block without non-finite values at once, if nothing happens in it; else do nothing."""
+        rows, part = self._rows, slice(first, end)
+        norms, losses, rates = rows.norm[part], rows.loss[part], rows.rate[part]
+        known = rates[rates > 0]
+        rate = float(known[-1]) if len(known) else math.nan
+        detector = replace(self._detector)
+        known_norms = norms[rows.log.norm_logged[part]].tolist()
+        known_losses = losses[rows.log.loss_logged[part]].tolist()
+        if not detector.scan_calm(known_norms, known_losses, end - first, rate, self._rules):
+            return False
+        if not self._faults.scan_calm(norms.tolist(), losses.tolist(), self._rules.faults):
+            return False
+        self._detector = detector
+        return True
+
+    def _process(self, row: int) -> None:
+        rows, rules, detector, faults = self._rows, self._rules, self._detector, self._faults
+        step = rows.step(row)
+        finite_before, climbing, diverging = detector.finite_ever, detector.climbing, faults.diverging
+        if rows.restarts[row]:
+            detector.reset()
+        was_failing = detector.failing
+        self.events += detector.update(
+            attempt=0,
+            sequence=step.sequence,
+            step=step.step,
+            norm=step.global_norm,
+            loss=step.loss,
+            rate=step.learning_rate,
+            nonfinite=len(step.nonfinite),
+            skipped=step.overflow,
+            rules=rules,
+        )
+        building_up = detector.gradient.in_build_up
+        for change in faults.update(step, _UNSEEN, building_up=building_up, rules=rules.faults):
+            if change.begins and self._trouble is None:
+                self._trouble = verdict_on_fault(change, 0, _MODEL)
+        benign = self._failure is not None and self._failure.cause == "amp_overflow"
+        if step.nonfinite and not was_failing and (self._failure is None or benign):
+            verdict = diagnose(
+                [rows.step(each) for each in range(max(0, row - _WINDOW_ROWS + 1), row + 1)],
+                self.events,
+                _BUFFER,
+                _MODEL,
+                apart=math.inf if rows.log.by_epoch else float(rows.gaps[row]) or 1,
+                overflows=rows.overflows(row),
+                finite_before=finite_before,
+                climbing=climbing,
+                diverging=diverging,
+                rules=rules,
+            )
+            if not (benign and verdict.cause == "amp_overflow"):
+                self._failure, self.first_nonfinite = verdict, row
+
+
+def _without_values(step: int, rows: int) -> Verdict:
+    verdict = make_verdict("unknown", attempt=0, step=step, evidence=[f"the last {rows} rows have neither of them"])
+    summary = f"Neither loss nor gradient norm since step {step}: pandas, among others, writes NaN as nothing."
+    return replace(verdict, summary=summary)
+
+
+def _of_epochs(verdict: Verdict) -> Verdict:
+    """Return the verdict on a log of epochs, which says so. It cannot name a batch."""
+    step, epoch = f"step {verdict.first_bad_step}", f"epoch {verdict.first_bad_step}"
+    evidence = [line.replace(step, epoch) for line in verdict.evidence if not line.startswith("the previous record")]
+    return replace(
+        verdict,
+        summary=verdict.summary.replace(step, epoch),
+        evidence=(*evidence, "each row is an epoch: it does not show the steps before"),
+        try_=tuple(line for line in verdict.try_ if step not in line),
+    )
+
+
+def _bounded(values: Floats) -> Floats:
+    """Do to all values what `records.steps.bounded` does to one."""
+    with np.errstate(all="ignore"):
+        cut = np.clip(values, -LARGEST, LARGEST)
+        cut = np.where(np.abs(cut) >= 1 / LARGEST, cut, 0.0)
+        return np.where(np.isfinite(values), cut, values)

@@ -1,0 +1,145 @@
+"""Reads JSON: an object per line, a list, an object of columns, or the state of Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+
+from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder, LogError
+from foreshock_collector.commands.logs.names import Names
+from foreshock_collector.commands.logs.source import Source
+
+_decoder = msgspec.json.Decoder()
+
+
+class ObjectRows:
+    """Holds consecutive rows, each a JSON object."""
+
+    def __init__(self, rows: list[dict[str, Any]], first: int, unit: str = "line") -> None:
+        """first: number of the first one. unit: what `first` counts."""
+        self.fields = list(dict.fromkeys(name for keys in {tuple(row) for row in rows} for name in keys))
+        self._rows, self._first, self._unit = rows, first, unit
+
+    def column(self, name: str) -> Sequence[Any]:
+        """Return one value of each object; None where it has no such key."""
+        return [row.get(name) for row in self._rows]
+
+    def empty(self, row: int, names: Names) -> bool:
+        """Return whether an object has a loss or a norm which is null."""
+        return names.loss in self._rows[row] or names.norm in self._rows[row]
+
+    def where(self, row: int) -> str:
+        """Return the number of an object."""
+        return f"{self._unit} {self._first + row}"
+
+
+def is_json(text: str) -> bool:
+    """Return whether the text begins with a JSON object, or with a list of objects."""
+    begin = "".join(text[:4096].split())
+    return begin.startswith(('{"', "{}", '[{"', "[]"))
+
+
+def read_json(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
+    """Yield the rows. Raises `LogError`."""
+    first_line = source.text.lstrip().partition("\n")[0].strip()
+    if first_line.startswith("{") and first_line.endswith("}") and not _is_document(first_line):
+        yield from _lines(source, builder)
+        return
+    text = source.whole()
+    try:
+        whole = decoded(text)
+    except json.JSONDecodeError as error:
+        if "\n" not in text.strip():
+            raise LogError(f"{source.path}: {error}") from error
+        yield from _spread_lines(text, builder)
+        return
+    yield from _document(source, whole, builder)
+
+
+def _document(source: Source, whole: Any, builder: ColumnBuilder) -> Iterator[Chunk]:
+    if isinstance(whole, dict) and "log_history" in whole:
+        whole = whole["log_history"]
+        builder.names.add(["log_history"])
+        if not isinstance(whole, list):
+            raise LogError(f"{source.path}: log_history is not a list")
+    elif isinstance(whole, dict):
+        whole = _transposed(whole)
+    yield ObjectRows([row for row in whole if isinstance(row, dict)], 0, "entry")
+
+
+def _lines(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
+    number = 1
+    for block in source.blocks():
+        rows: list[dict[str, Any]] = []
+        try:
+            found = _decoder.decode_lines("".join(block))
+        except (msgspec.DecodeError, RecursionError):
+            found = [_object(source, line, number + i, builder) for i, line in enumerate(block)]
+            if not source.complete and found[-1] is None:
+                # A torn last line is how a killed script, or one that still writes, leaves its log.
+                builder.unread_lines -= 1
+        rows = [row for row in found if isinstance(row, dict)]
+        if rows:
+            yield ObjectRows(rows, number)
+        number += len(block)
+
+
+def _object(source: Source, line: str, number: int, builder: ColumnBuilder) -> Any:
+    """Return what a line holds; None if it is empty, torn, or of something else."""
+    if not line.strip():
+        return None
+    try:
+        return decoded(line)
+    except json.JSONDecodeError:
+        builder.unread_lines += 1
+        return None
+    except ValueError as error:
+        raise LogError(f"{source.path}, line {number}: {error}") from error
+
+
+def decoded(text: str) -> Any:
+    """Decode JSON. Python's own decoder, slower, also takes NaN and Infinity."""
+    try:
+        return _decoder.decode(text)
+    except msgspec.DecodeError:
+        return json.loads(text)
+
+
+def _spread_lines(text: str, builder: ColumnBuilder) -> Iterator[Chunk]:
+    """Yield objects that follow each other, whatever the line breaks between and in them."""
+    decoder, place, rows = json.JSONDecoder(), 0, []
+    while (place := text.find("{", place)) >= 0:
+        try:
+            row, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError:
+            following = text.find("\n", place)
+            builder.unread_lines += following >= 0
+            if following < 0:
+                break
+            place = following
+            continue
+        rows.append(row)
+    yield ObjectRows(rows, 0, "entry")
+
+
+def _is_document(line: str) -> bool:
+    """Return whether a line is a whole log rather than a row of one."""
+    try:
+        whole = decoded(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(whole, dict) and (
+        "log_history" in whole or (bool(whole) and all(isinstance(value, list) for value in whole.values()))
+    )
+
+
+def _transposed(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of an object of columns, as pandas and many scripts write it; one row if it is none."""
+    lists = {name: column for name, column in columns.items() if isinstance(column, list)}
+    if not lists:
+        return [columns]
+    length = max(map(len, lists.values()))
+    return [{name: column[i] for name, column in lists.items() if i < len(column)} for i in range(length)]
