@@ -28,7 +28,7 @@ FOREIGN_OPTIONS = {
 FOREIGN_WORDS = {
     *("foreshock_recorder", "foreshock_collector", "foreshock_protos"),  # packages
     *("foreshock_clip", "foreshock_clip_global_only"),  # variants of benchmarks/step.py
-    *("trainer_state.json", "report.html"),  # users' files
+    *("trainer_state.json", "metrics.json", "scalars.json", "log.txt", "report.html"),  # users' files
 }
 SKIPPED = {"__pycache__", "node_modules"}
 
