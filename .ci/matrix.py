@@ -64,7 +64,8 @@ def dependencies() -> list[Requirement]:
 def pins() -> dict[str, str]:
     """Name to version, as requirements-dev.txt has them."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines())
-    return {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines if line)}
+    pins = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
 
 
 def wanted(which: str) -> list[str]:
@@ -87,7 +88,8 @@ def tools() -> list[str]:
     """What the tests themselves need, as pinned for development."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["dev"]
     # hatchling asks for editables when it builds an editable install.
-    names = (*(Requirement(text).name for text in groups), "editables")
+    wanted_here = [each for each in map(Requirement, groups) if each.marker is None or each.marker.evaluate()]
+    names = (*(each.name for each in wanted_here), "editables")
     return [f"{name}=={pins()[name]}" for name in map(canonicalize_name, names)]
 
 

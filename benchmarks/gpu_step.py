@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +67,8 @@ class Result:
     host_ms_low: float
     host_ms_high: float
     rounds: int
+    kernels: bool
+    """Whether Triton's kernels have decided its steps."""
     profile: Profile | None
     """Of one step; None without a card."""
     gradient_passes: float | None
@@ -76,6 +78,11 @@ class Result:
 def local_norms_of(kind: str) -> bool:
     """Return whether a variant measures each rank's own gradient."""
     return kind != "foreshock_clip_global_only"
+
+
+def decided_by_kernels(watch: foreshock.Watch | None) -> bool:
+    """Return whether Triton's kernels decide the steps of a variant."""
+    return type(getattr(watch, "_measure", None)).__name__ == "KernelMeasure"
 
 
 def variant_step(name: str, model: str, device: torch.device, *, views: bool) -> tuple[Training, Step]:
@@ -190,8 +197,12 @@ def results_of(
     parameters: int,
     buckets: str,
     copy_bytes_per_second: float | None,
+    kernels: Collection[str] = (),
 ) -> Iterator[Result]:
-    """One row per variant. whole, host: seconds by round, [rounds] for each variant, `stock_clip` among them."""
+    """One row per variant. whole, host: seconds by round, [rounds] for each variant, `stock_clip` among them.
+
+    kernels: names of the variants whose steps Triton's kernels have decided.
+    """
     for name, seconds in whole.items():
         ratios = [mine / stock for mine, stock in zip(seconds, whole["stock_clip"], strict=True)]
         low, high = interval(ratios)
@@ -214,6 +225,7 @@ def results_of(
             host_ms_low=1e3 * host_low,
             host_ms_high=1e3 * host_high,
             rounds=len(seconds),
+            kernels=name in kernels,
             profile=profiled,
             gradient_passes=passes,
         )
@@ -274,5 +286,6 @@ def train(
             parameters=MODELS[model].parameter_count(),
             buckets=buckets,
             copy_bytes_per_second=copy_bytes_per_second,
+            kernels=[name for name, (training, _) in built.items() if decided_by_kernels(training.watch)],
         )
     )

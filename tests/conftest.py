@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ import pytest
 
 from tests.support.forked_jobs import forking
 from tests.support.waiting import PATIENCE
+
+# Before anything imports Triton: its interpreter runs the kernels on a CPU. Tests on a card set it to 0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A suite that a script has started in the background ignores Ctrl-C, and so would every process of a test.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -50,9 +50,11 @@ PARTS: dict[str, dict[str, set[str]]] = {
             "_errors",
             "_handle",
             "_hooks",
+            "_kernels",
             "_log",
             "_measure",
             "_output",
+            "_stages",
             "_torch",
             "_version",
             "_watch",
@@ -62,14 +64,27 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "_demo_training": set(),
         "_errors": set(),
         "_handle": set(),
+        "_kernels": {"_arithmetic", "_control", "_measure", "_step", "_torch"},
         "_hooks": {"_log", "_measure", "_torch"},
         "_log": set(),
         "_measure": {"_arithmetic", "_control", "_log", "_step", "_torch"},
         "_output": {"_arithmetic", "_log", "_measure", "_step"},
+        "_stages": {"_arithmetic", "_control", "_kernels", "_measure", "_step"},
         "_step": {"_arithmetic"},
         "_torch": set(),
         "_version": set(),
-        "_watch": {"_arithmetic", "_control", "_handle", "_hooks", "_log", "_measure", "_output", "_step", "_torch"},
+        "_watch": {
+            "_arithmetic",
+            "_control",
+            "_handle",
+            "_hooks",
+            "_log",
+            "_measure",
+            "_output",
+            "_stages",
+            "_step",
+            "_torch",
+        },
     },
     "foreshock_collector": {
         "records": set(),
@@ -206,9 +221,22 @@ def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
 
 @pytest.mark.integration
 def test_the_probe_brings_neither_grpc_nor_protobuf_into_the_training_process() -> None:
-    loaded = loaded_by(*module_names("foreshock"))
+    # Triton is not to be had everywhere; a test below checks what those modules import.
+    loaded = loaded_by(*(name for name in module_names("foreshock") if "_kernels" not in name))
     assert not top_level(loaded) & {"grpc", "foreshock_collector"}
     assert not any(module.startswith(("google.protobuf", "foreshock_protos.v1")) for module in loaded)
+
+
+@pytest.mark.integration
+def test_importing_the_probe_does_not_import_triton() -> None:
+    assert "triton" not in top_level(loaded_by("foreshock", "foreshock._kernels.choice"))
+
+
+def test_the_kernels_import_nothing_but_triton_torch_and_the_probe() -> None:
+    of_kernels = [path for path in sources("foreshock") if path.parent.name == "_kernels"]
+    imported = top_level({name for path in of_kernels for _, name in imported_by(path)})
+    known = {"foreshock", "foreshock_protos", "foreshock_recorder", "torch", "triton"}
+    assert {"torch", "triton"} <= imported <= known | set(sys.stdlib_module_names)
 
 
 @pytest.mark.integration
@@ -291,9 +319,9 @@ def test_every_dependency_is_pinned_for_development_within_its_range() -> None:
     pins = {}
     for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
         if line and not line.startswith("#"):
-            name, _, version = line.partition("==")
-            assert version, f"{line} is not pinned"
-            pins[canonicalize_name(name)] = version
+            pin = Requirement(line)
+            (version,) = (each.version for each in pin.specifier if each.operator == "==")
+            pins[canonicalize_name(pin.name)] = version
     for text in wanted:
         requirement = Requirement(text)
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), text

@@ -70,6 +70,8 @@ class Step:
     shadow: Number | None = None
     """Column `shadow`: what a dry run would have done."""
 
+    words: Tensor | None = None
+    """Measured and observed part as the ring lays them out, where kernels have written them on the device: int64."""
     begun: bool = False
     """Whether the ring has a record of it."""
     complete: bool = False

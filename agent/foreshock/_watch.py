@@ -13,22 +13,19 @@ from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import NormSummary
-from foreshock._control.apply import Apply, DryRun
-from foreshock._control.clip import Clip
-from foreshock._control.decide import Decide
-from foreshock._control.optimizer import OptimizerControl
+from foreshock._control.apply import DryRun
 from foreshock._handle import Watch
 from foreshock._hooks.backward import BackwardHooks, StepHooks
 from foreshock._hooks.guard import Guard
 from foreshock._hooks.sharded import ShardedHooks
 from foreshock._log import rank_zero_info, rank_zero_info_once, rank_zero_warn_once
-from foreshock._measure.measure import Measure
-from foreshock._measure.rank_sums import Sums, wait_for_sums
+from foreshock._measure.rank_sums import wait_for_sums
 from foreshock._measure.script import Habit, Observations, log_edits, observation_of
 from foreshock._output import leaving
 from foreshock._output.leaving import Ending, ending_by
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import CHECK_SECONDS, RecorderProcess
+from foreshock._stages import Stages
 from foreshock._step import Observation, Step
 from foreshock._torch import has_rebuilt_buckets
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason
@@ -53,12 +50,8 @@ class ActiveWatch(Watch):
         group: dist.ProcessGroup,
         optimizer: torch.optim.Optimizer,
         arithmetic: Arithmetic,
-        control: OptimizerControl,
-        measure: Measure,
-        sums: Sums | None,
-        clip: Clip | None,
-        skip: bool,
-        shadow: bool,
+        stages: Stages,
+        clips: bool,
         by_bucket: bool,
         record: Record,
         recorder: RecorderProcess,
@@ -67,18 +60,16 @@ class ActiveWatch(Watch):
         # Nothing of ours keeps a model alive: its end is the end of the watch.
         self._model: weakref.ref[Any] = weakref.ref(model, leaving.with_model(self))
         self._optimizer = optimizer
-        self._clip = clip
+        self._clips = clips
         self._by_bucket = by_bucket
         self._record = record
         self._recorder = recorder
         self.guard = Guard(record.ring, strict=strict)
         self._arithmetic = arithmetic
         self.rank, self._ranks = group.rank(), group.size()
-        self._control = control
-        self._measure = measure
-        self._decide = Decide(arithmetic, measure.plan.device(), clip=clip, skip=skip)
-        self._apply = (DryRun if shadow else Apply)(arithmetic, control, clip)
-        self.sums = record.sums = sums
+        self._control, self._measure = stages.control, stages.measure
+        self._decide, self._apply = stages.decide, stages.apply
+        self.sums = record.sums = stages.sums
         self._next_number = 0
         self.steps = 0
         """Steps of the optimizer that this watch has seen."""
@@ -90,7 +81,7 @@ class ActiveWatch(Watch):
         self._dropped = 0
         """Backward passes in a row whose gradients no step has used."""
         self._edits_seen = False
-        self._step_hooks = StepHooks(optimizer, self, clips=clip is not None)
+        self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
         self.enabled = True
@@ -165,7 +156,7 @@ class ActiveWatch(Watch):
             if last:
                 local.close()
             if last and self.sums is not None:
-                self.sums.prepare(self._record.sequence + 1, local.summary, self._observations.pending)
+                self.sums.prepare(self._record.sequence + 1, local, self._observations.pending)
         except Exception as error:
             self.guard.count(error)
 
@@ -205,7 +196,7 @@ class ActiveWatch(Watch):
             self.guard.count(error)
         try:
             if sums and local is not None and self.sums is not None:
-                self.sums.prepare(self._record.sequence + 1, local.summary, pending)
+                self.sums.prepare(self._record.sequence + 1, local, pending)
         except Exception as error:
             self.guard.count(error)
 
@@ -263,14 +254,14 @@ class ActiveWatch(Watch):
             self._measure.at_end = None
         if step.edited and not self._edits_seen:
             self._edits_seen = True
-            log_edits(clips=self._clip is not None)
+            log_edits(clips=self._clips)
 
     def _fall_back(self, step: Step) -> None:
         """Clip and skip as the other ranks do, where a stage has failed on this one."""
         if step.decision is None:
             self._control.read(step)
             self._measure.measure_fallback(step)
-            self._decide.decide(step)
+            self._decide.decide_fallback(step)
         self._apply.apply_fallback(step)
 
     def _check(self, _: Step) -> None:
@@ -364,6 +355,7 @@ class ActiveWatch(Watch):
         self.after_step()
         # A device that has failed, or hangs, must not cost the exit's own report.
         self.guard.run(self._log_shadow, wait=wait)
+        self.guard.run(self._record.close)
         if not self.retired:
             self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
 
@@ -371,7 +363,7 @@ class ActiveWatch(Watch):
         """Report that the training has finished; keep clipping, and record nothing more."""
         self.retired = True
         self.guard.run(self._record.flush)
-        self._record.close()
+        self.guard.run(self._record.close)
         ending = Ending(ExitReason.FINISHED)
         self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=False)
 

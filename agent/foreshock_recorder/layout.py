@@ -14,8 +14,9 @@ slot n % weight_slots:
 
 The opening number is written first and the closing one last, so a reader that finds both equal, and the checksum
 right, has the whole part. (A single closing number let 1 % of reads through torn; the checksum is for processors that
-reorder stores, and costs about a microsecond per kilobyte.) Measured parts are written in the order of their records,
-so one that is missing below the newest will never come.
+reorder stores, and costs about a microsecond per kilobyte.) The host writes a CRC-32; a part that a device has written
+has the checksum of `device_checksum`. Measured parts are written in the order of their records, so one that is missing
+below the newest will never come.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ import mmap
 import struct
 import zlib
 from enum import IntEnum
+from operator import mul
 from pathlib import Path
 from typing import NamedTuple
 
 from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 7
+LAYOUT_VERSION = 8
 COLUMNS_CHECKSUM = zlib.crc32(",".join((*MEASURED_NAMES, *WEIGHT_BLOCKS)).encode())
 """Probe and recorder may come from different environments: they must agree on the measured columns as well."""
 MAX_RING_BYTES = 4 * 2**20
@@ -62,7 +64,7 @@ EDITED, NOT_STEPPED, GRADIENT_UNKNOWN = 4, 128, 256
 # Header: fixed facts, then words that change while the ring is in use, then text and JSON.
 FACTS = struct.Struct("<8sIIIIIIIQ")
 """Magic, version, checksum of the columns, slot bytes, slot count, layers, JSON bytes, process id, its start."""
-WORD_BEGUN, WORD_MEASURED, WORD_ACKNOWLEDGED, WORD_EXIT_ACKNOWLEDGED = 8, 9, 10, 11
+WORD_BEGUN, WORD_ACKNOWLEDGED, WORD_EXIT_ACKNOWLEDGED = 8, 10, 11
 WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_DROPPED = 12, 13, 14, 16
 TEXT_BYTES = 256
 ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
@@ -77,13 +79,30 @@ class Part(NamedTuple):
     words: int
     """Length of the payload."""
 
+    @property
+    def end(self) -> int:
+        """Position of the end marker."""
+        return self.begin + self.words + 2
+
 
 BEGUN = Part(0, 5)
 OBSERVED = Part(8, 3)
 MEASURED_BEGIN = 14
+RECORD_ROW = MEASURED_BEGIN - OBSERVED.begin
+"""Words from the payload of the observed part to that of the measured part: a device writes both at once."""
 BEGUN_PAYLOAD = struct.Struct("<qdddQ")
 OBSERVED_PAYLOAD = struct.Struct("<qdQ")
 HAS_STEP, HAS_LOSS = 1, 2
+
+
+def device_checksum(payload: bytes) -> int:
+    """Return a device's checksum of a payload: its words of eight bytes, each times an odd weight, modulo 2^64.
+
+    Many threads can add their words in any order, which a CRC does not allow. A word that changes, changes the sum.
+    """
+    words = memoryview(payload).cast("Q")
+    total: int = sum(map(mul, words, range(1, 2 * len(words), 2)))
+    return total % 2**64
 
 
 class Layout:
@@ -126,6 +145,7 @@ class RingFile:
         self.memory = memory
         self._bytes = memoryview(memory)
         self._words = self._bytes.cast("Q")
+        self._measured = 0
 
     @property
     def begun(self) -> int:
@@ -134,8 +154,17 @@ class RingFile:
 
     @property
     def measured(self) -> int:
-        """Sequence number of the newest record whose measured part is whole; 0 before the first."""
-        return self._words[WORD_MEASURED]
+        """Sequence number of the newest record whose measured part is whole; 0 before the first.
+
+        A device marks the end of a part in its slot and nowhere else, so the newest slots are searched.
+        """
+        begun = self.begun
+        if len(self.memory) > self.layout.header_bytes:
+            for sequence in range(begun, max(self._measured, begun - MIN_SLOTS, 0), -1):
+                if self._words[self.layout.word(sequence) + self.layout.measured.end] == sequence:
+                    self._measured = sequence
+                    break
+        return self._measured
 
     @property
     def acknowledged(self) -> int:

@@ -43,6 +43,7 @@ from foreshock_recorder.layout import (
     Layout,
     Part,
     RingFile,
+    device_checksum,
 )
 
 _FILE_LOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, process
@@ -226,5 +227,6 @@ class RingReader(RingFile):
         if self._words[end + 1] != sequence:
             return None
         data = bytes(self._bytes[8 * start : 8 * end])
-        whole = self._words[begin] == sequence and self._words[end] == zlib.crc32(data)
+        checksum = self._words[end]
+        whole = self._words[begin] == sequence and (checksum == zlib.crc32(data) or checksum == device_checksum(data))
         return data if whole else None

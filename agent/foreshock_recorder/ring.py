@@ -40,7 +40,6 @@ from foreshock_recorder.layout import (
     WORD_DROPPED,
     WORD_EXIT_ACKNOWLEDGED,
     WORD_HEARTBEAT,
-    WORD_MEASURED,
     Layout,
     Part,
     RingFile,
@@ -103,7 +102,6 @@ class Ring(RingFile):
         """Write the measured part. row: `layout.columns` long."""
         slot = self.layout.slot_words[sequence % self.layout.slot_count]
         self._write(self.layout.measured, slot, sequence, self._row.pack(*row))
-        self._words[WORD_MEASURED] = sequence
 
     def write_weights(self, sequence: int, blocks: Sequence[float]) -> None:
         """Write what a step has measured of the weights by layer, before its measured part. blocks: WEIGHT_BLOCKS."""
@@ -113,6 +111,14 @@ class Ring(RingFile):
     def open_measured(self, sequence: int) -> None:
         """Announce the measured part: before its row is written to `measured_offset`."""
         self._words[self.layout.word(sequence) + MEASURED_BEGIN] = sequence
+
+    def open_weights(self, sequence: int) -> None:
+        """Announce the weights: before a device writes them."""
+        self._words[self.layout.weights_word(sequence)] = sequence
+
+    def open_observed(self, sequence: int) -> None:
+        """Announce the observed part: before a device writes it."""
+        self._words[self.layout.word(sequence) + OBSERVED.begin] = sequence
 
     def measured_offset(self, sequence: int) -> int:
         """Byte offset in `memory` of the record's row of float64, `layout.columns` long."""
@@ -124,7 +130,6 @@ class Ring(RingFile):
         end = start + self.layout.columns
         self._words[end] = zlib.crc32(self._bytes[8 * start : 8 * end])
         self._words[end + 1] = sequence
-        self._words[WORD_MEASURED] = sequence
 
     def write_observed(self, sequence: int, *, step: int | None, loss: float | None) -> None:
         """Write the observed part: what the script has passed to `observe`."""

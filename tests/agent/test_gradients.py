@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import ARITHMETIC, PATHS, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
@@ -20,7 +20,7 @@ NAMES = [
 NOBODY = -1.0
 
 
-@pytest.fixture(scope="module", params=ARITHMETIC)
+@pytest.fixture(scope="module", params=PATHS)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("gradients")
     return run_scenarios(folder, "gradients.py", NAMES, TEST_ARITHMETIC=request.param)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import PATHS, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
@@ -22,7 +22,7 @@ NAMES = [
 STEPS, BAD = 9, 5
 
 
-@pytest.fixture(scope="module", params=ARITHMETIC)
+@pytest.fixture(scope="module", params=PATHS)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     return run_scenarios(tmp_path_factory.mktemp("left_out"), SCRIPT, NAMES, TEST_ARITHMETIC=request.param)
 

@@ -66,8 +66,7 @@ class Rank:
             DryRun(self.arithmetic, self.control, clip),
         )
         ring: Any = SimpleNamespace(layout=Layout(len(self.plan.layers), 0))
-        # Nothing is written: a host's record needs no pinned memory.
-        self.record = Record(ring, torch.device("cpu"), self.arithmetic)
+        self.record = Record(ring, self.arithmetic)
         for parameter in self.plan.parameters:
             parameter.grad = torch.empty_like(parameter)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import PATHS, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
@@ -16,7 +16,7 @@ BAD = 2
 """The step with the bad value."""
 
 
-@pytest.fixture(scope="module", params=ARITHMETIC)
+@pytest.fixture(scope="module", params=PATHS)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("nonfinite")
     return run_scenarios(folder, "nonfinite.py", NAMES, TEST_ARITHMETIC=request.param)

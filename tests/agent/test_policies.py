@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foreshock._control.decide import TRIP_LAG
-from tests.support.torch_jobs import ARITHMETIC, Scenario, run_scenarios
+from tests.support.torch_jobs import PATHS, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
@@ -19,7 +19,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=ARITHMETIC)
+@pytest.fixture(scope="module", params=PATHS)
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
     folder = tmp_path_factory.mktemp("policies")
     return run_scenarios(folder, "policies.py", NAMES, TEST_ARITHMETIC=request.param)

@@ -111,8 +111,9 @@ def parity(device: torch.device) -> dict[str, Any]:
         optimizer = optimizer_of(ours, **options)
         watch = foreshock.attach(ours, optimizer, run=f"parity-{name}", clip=MAX_NORM)
         train(ours, optimizer, watch, scaled=scaled)
+        kernels = type(vars(watch)["_measure"]).__name__ == "KernelMeasure"
         watch.detach()
-        found[name] = {"apart": apart(stock, ours), "norms": [float(norm) for norm in norms]}
+        found[name] = {"apart": apart(stock, ours), "norms": [float(norm) for norm in norms], "kernels": kernels}
     return found
 
 

@@ -9,8 +9,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.support.forked_jobs import forking
 from tests.support.repository import ROOT
@@ -19,6 +22,9 @@ from tests.support.waiting import PATIENCE
 SCRIPTS = ROOT / "tests/agent/scenarios"
 ARITHMETIC = ["host", "device"]
 """Floats, as on a CPU; small kernels without a read-back, as on a GPU, tried on the CPU's tensors."""
+_NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton has wheels for Linux on x86-64 only")
+PATHS = [*ARITHMETIC, pytest.param("kernels", marks=_NO_TRITON)]
+"""Ways through a step: either arithmetic, and that of Triton's kernels, in whose place `kernels_in_torch` computes."""
 Job = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -28,7 +28,8 @@ class DeviceArithmetic:
         return torch.full((), value, dtype=torch.float64, device=self._device)
 
     def number(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(torch.float64).reshape(())
+        # A loss may lie elsewhere, and kernels can read it on this device only.
+        return tensor.detach().to(self._device, torch.float64, non_blocking=True).reshape(())
 
     def numbers(self, vector: Tensor) -> tuple[Tensor, ...]:
         return vector.to(torch.float64).unbind()

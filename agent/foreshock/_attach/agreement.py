@@ -36,6 +36,10 @@ class RankProposal:
     """Why this rank cannot attach."""
     needs_comm_hook: bool = False
     """Whether the model's own gradients show only in a communication hook."""
+    triton: bool = False
+    """Whether Triton's kernels run on this rank."""
+    kernel_error: str = ""
+    """Why they do not, where they should."""
     comm_hook_taken: bool = False
     """Whether the script has registered a communication hook of its own."""
 
@@ -53,6 +57,11 @@ class Agreement:
     """Why attach raises everywhere."""
     by_bucket: bool = False
     """Whether local norms come from the communication hook, on every rank or on none: sums are issued there too."""
+    triton: bool = False
+    """Whether kernels decide, on every rank or on none: their norms may differ from those of tensor operations in the
+    last bit, and so would weights."""
+    kernel_error: str = ""
+    """Which ranks cannot run kernels, and why; empty where that is no fault."""
     local_norms_missing: bool = False
     """Whether a script's own communication hook prevents local norms."""
 
@@ -81,7 +90,16 @@ def decide(proposals: list[RankProposal | None], *, run: str, launch: str, timeo
     by_bucket = any(proposal.needs_comm_hook for proposal in present.values())
     missing = by_bucket and any(proposal.comm_hook_taken for proposal in present.values())
     local_norms = present[0].local_norms and not missing
-    return Agreement(run=run, launch=launch, local_norms=local_norms, by_bucket=by_bucket, local_norms_missing=missing)
+    without = [rank for rank, proposal in present.items() if proposal.kernel_error]
+    return Agreement(
+        run=run,
+        launch=launch,
+        local_norms=local_norms,
+        by_bucket=by_bucket,
+        triton=all(proposal.triton for proposal in present.values()),
+        kernel_error=f"{_ranks(without)}: {present[without[0]].kernel_error}" if without else "",
+        local_norms_missing=missing,
+    )
 
 
 def agree(

@@ -8,7 +8,7 @@ import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,24 +22,28 @@ from foreshock._attach.models import WatchedModel, checked_model, checked_plan, 
 from foreshock._attach.settings import Settings, kill_switch, settings_from
 from foreshock._attach.variables import unknown_variables
 from foreshock._control.clip import Clip
-from foreshock._control.optimizer import OptimizerControl, divides_gradients, why_not_skipped
+from foreshock._control.optimizer import divides_gradients, why_not_skipped
 from foreshock._errors import AttachError, SettingsError
 from foreshock._handle import DisabledWatch, Watch
 from foreshock._hooks.ddp import comm_hook_taken, needs_comm_hook, observe_backward
 from foreshock._hooks.sharded import observe_shards
+from foreshock._kernels.choice import step_kernel, wants_kernel, why_not
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
-from foreshock._measure.measure import Measure
-from foreshock._measure.rank_sums import RankSums
-from foreshock._measure.shards import ShardedMeasure, ShardSums
+from foreshock._measure.shards import ShardSums
+from foreshock._output.device_record import DeviceRecord, record_for
 from foreshock._output.leaving import make_room
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
+from foreshock._stages import Policy, ddp_stages, sharded_stages
 from foreshock._torch import PrefixStore, default_store, original_type
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.paths import ring_folder, ring_name
 from foreshock_recorder.ring import Ring
+
+if TYPE_CHECKING:
+    from foreshock._kernels.launches import StepKernel
 
 
 def attach(
@@ -110,7 +114,7 @@ class LocalConfig:
     plan: ParameterPlan
     settings: Settings
 
-    def proposal(self, error: str = "") -> RankProposal:
+    def proposal(self, error: str = "", *, triton: bool = False, kernel_error: str = "") -> RankProposal:
         return RankProposal(
             version=__version__,
             clip=str(self.settings.clip or "none"),
@@ -119,6 +123,8 @@ class LocalConfig:
             experiment=self.settings.experiment,
             local_norms=self.settings.local_norms and self.model.ddp is not None,
             error=error,
+            triton=triton,
+            kernel_error=kernel_error,
             needs_comm_hook=self.model.ddp is not None and needs_comm_hook(self.model.ddp),
             comm_hook_taken=self.model.ddp is not None and comm_hook_taken(self.model.ddp),
         )
@@ -141,11 +147,13 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
     arithmetic = arithmetic_for(config.plan.device())
     try:
         ring = Ring.create(path, _identity(config, agreement, ranks), layers=len(config.plan.layers))
-        record = Record(ring, config.plan.device(), arithmetic)
+        record = record_for(ring, config.plan.device(), arithmetic)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
+    kernel, kernel_error = (None, "") if failure else _kernel(config, agreement)
     try:
-        ready = ranks.agree(config.proposal(failure), timeout=settings.attach_timeout)
+        proposal = config.proposal(failure, triton=kernel is not None, kernel_error=kernel_error)
+        ready = ranks.agree(proposal, timeout=settings.attach_timeout)
     except BaseException:
         _withdraw(ring)
         raise
@@ -162,6 +170,13 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
     if config.model.ddp is None:
         line = "the model is sharded, so only global norms are measured: not each rank's own gradient, nor the weights"
         rank_zero_info(line, rank=ranks.rank)
+    if ready.kernel_error:
+        line = f"Triton's kernels do not run on {ready.kernel_error}; each step launches more, on every rank"
+        rank_zero_info(line, rank=ranks.rank)
+    if not ready.triton:
+        kernel = None
+    if kernel is not None and isinstance(record, DeviceRecord):
+        record.observe_by(kernel.write_observed)
     recorder = RecorderProcess(
         folder,
         run=agreement.run,
@@ -171,38 +186,35 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
     )
     recorder.ensure()
     make_room(config.model.root, config.optimizer)
-    watch = _watched(config, agreement, arithmetic, record, recorder)
+    watch = _watched(config, agreement, arithmetic, kernel, record, recorder)
     rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
     return watch
 
 
 def _watched(
-    config: LocalConfig, agreement: Agreement, arithmetic: Arithmetic, record: Record, recorder: RecorderProcess
+    config: LocalConfig,
+    agreement: Agreement,
+    arithmetic: Arithmetic,
+    kernel: StepKernel | None,
+    record: Record,
+    recorder: RecorderProcess,
 ) -> ActiveWatch:
     """Make the parts of a watch for this kind of model, and register its hooks."""
     settings, model, optimizer, plan = config.settings, config.model, config.optimizer, config.plan
-    control = OptimizerControl(optimizer, arithmetic, plan.parameters)
-    measure: Measure
-    rank_sums, shard_sums = None, None
+    policy = Policy(clip=settings.clip, skip=settings.skip, shadow=settings.shadow)
+    shard_sums = None
     if model.ddp is None:
         shard_sums = ShardSums(sharded_parameters(model), model.group, model.replicas, arithmetic)
-        measure = ShardedMeasure(plan, optimizer, arithmetic, control, shard_sums)
+        stages = sharded_stages(optimizer, plan, arithmetic, policy, shard_sums)
     else:
-        single = model.group.size() == 1
-        local_norms, views = agreement.local_norms, model.ddp.gradient_as_bucket_view
-        measure = Measure(plan, optimizer, arithmetic, control, local_norms=local_norms, single=single, views=views)
-        rank_sums = None if measure.local is None else RankSums(model.group, plan.device(), arithmetic)
+        stages = ddp_stages(model.ddp, optimizer, plan, arithmetic, policy, kernel, local_norms=agreement.local_norms)
     watch = ActiveWatch(
         model=model.root,
         group=model.group,
         optimizer=optimizer,
         arithmetic=arithmetic,
-        control=control,
-        measure=measure,
-        sums=shard_sums or rank_sums,
-        clip=settings.clip,
-        skip=settings.skip,
-        shadow=settings.shadow,
+        stages=stages,
+        clips=settings.clip is not None,
         by_bucket=agreement.by_bucket,
         record=record,
         recorder=recorder,
@@ -211,9 +223,22 @@ def _watched(
     if shard_sums is not None:
         watch.backward_hooks = observe_shards(model.root, watch, shard_sums)
     elif model.ddp is not None:
+        rank_sums = stages.rank_sums
         by_bucket = agreement.by_bucket and rank_sums is not None
         watch.backward_hooks = observe_backward(model.ddp, watch, rank_sums, by_bucket=by_bucket)
     return watch
+
+
+def _kernel(config: LocalConfig, agreement: Agreement) -> tuple[StepKernel | None, str]:
+    """Return the kernels that decide, or why they do not run here. Neither where they are not wanted."""
+    settings = config.settings
+    by_bucket = agreement.by_bucket and agreement.local_norms and config.model.group.size() > 1
+    if config.model.ddp is None or not wants_kernel(config.plan, clip=settings.clip, by_bucket=by_bucket):
+        return None, ""
+    try:
+        return step_kernel(config.plan, clip=settings.clip, skip=settings.skip, shadow=settings.shadow), ""
+    except Exception as error:
+        return None, why_not(error)
 
 
 def _withdraw(ring: Ring | None) -> None:

@@ -7,13 +7,15 @@ decision without communicating.
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Flag, Number
 from foreshock._control.clip import AdaptiveClip, Clip
-from foreshock._control.history import History, Standing
+from foreshock._control.history import History, Standing, State
 from foreshock._step import Step, StepDecision
 
 SKIPS_IN_A_ROW = 3
@@ -23,6 +25,26 @@ WINDOW = 100
 TRIP_LAG = 8
 """Steps by which `watch.tripped` lags: the device is further behind only where it limits steps so small that waiting
 for one costs nothing."""
+
+
+class BudgetState(NamedTuple):
+    """Holds what a budget remembers."""
+
+    newest: tuple[Number, ...]
+    """[WINDOW]: 1 for each of the newest steps that was skipped, else 0; the oldest first."""
+    skipped: Number
+    """Skips among them."""
+    in_a_row: Number
+    """Bad steps in a row."""
+    spent: Number
+    """1 once the budget has run out, else 0."""
+
+
+class Memory(NamedTuple):
+    """Holds what decisions remember from step to step."""
+
+    history: State | None
+    budget: BudgetState | None
 
 
 class Decide:
@@ -52,6 +74,10 @@ class Decide:
             self._history.state = standing.after
         step.decision = StepDecision(divisor=divisor, skip=skip)
 
+    def decide_fallback(self, step: Step) -> None:
+        """Fill in the decision where a stage before it, or `decide`, has failed on this rank."""
+        self.decide(step)
+
     def _is_bad(self, step: Step, standing: Standing) -> Flag:
         """Return whether the norm is not finite or far beyond history. A step that a `GradScaler` skips is no fault."""
         assert step.norm is not None
@@ -63,6 +89,19 @@ class Decide:
         """Whether the budget had run out `TRIP_LAG` steps ago: the same answer on every rank at the same step."""
         return self._budget is not None and self._budget.tripped
 
+    @property
+    def memory(self) -> Memory:
+        """What is remembered from step to step."""
+        history, budget = self._history, self._budget
+        return Memory(None if history is None else history.state, None if budget is None else budget.state)
+
+    @memory.setter
+    def memory(self, memory: Memory) -> None:
+        if self._history is not None and memory.history is not None:
+            self._history.state = memory.history
+        if self._budget is not None and memory.budget is not None:
+            self._budget.state = memory.budget
+
 
 class Budget:
     """Limits how many steps are skipped."""
@@ -70,33 +109,47 @@ class Budget:
     def __init__(self, arithmetic: Arithmetic, device: torch.device) -> None:
         self._arithmetic = arithmetic
         zero = arithmetic.constant(0.0)
-        self._newest: deque[Number] = deque([zero] * WINDOW, maxlen=WINDOW)
-        """1 for each of the newest steps that was skipped, else 0."""
-        # Skips among them; bad steps in a row; 1 once the budget has run out.
-        self._state = (zero, zero, zero)
-        self._pinned = None
+        self.state = BudgetState((zero,) * WINDOW, zero, zero, zero)
+        self._spent = SpentFlags(device)
+
+    def grant(self, bad: Flag) -> Flag:
+        """Return whether a step that is bad may be skipped."""
+        where = self._arithmetic.where
+        newest, skipped, in_a_row, spent = self.state
+        skipped = skipped - newest[0]
+        granted = bad & (in_a_row < SKIPS_IN_A_ROW) & (skipped < SKIPS_IN_WINDOW)
+        one = self._arithmetic.counted(granted)
+        in_a_row, spent = where(bad, in_a_row + 1, 0.0), where(bad ^ granted, 1.0, spent)
+        self._spent.add(spent)
+        self.state = BudgetState((*newest[1:], one), skipped + one, in_a_row, spent)
+        return granted
+
+    @property
+    def tripped(self) -> bool:
+        """Whether it had run out `TRIP_LAG` steps ago."""
+        return self._spent.tripped
+
+
+class SpentFlags:
+    """Follows whether the budget has run out, `TRIP_LAG` steps late.
+
+    If each rank read the newest flag that has arrived, answers would differ and one rank would stop alone. So it is
+    always the flag of that step, and it is waited for if it has not arrived.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned: Tensor | None = None
         if device.type == "cuda":
             self._pinned = torch.zeros(TRIP_LAG + 1, dtype=torch.float64, pin_memory=True)
         self._flags: deque[tuple[Number, torch.cuda.Event | None]] = deque(maxlen=TRIP_LAG + 1)
         self._turn = 0
         self._tripped = False
 
-    def grant(self, bad: Flag) -> Flag:
-        """Return whether a step that is bad may be skipped."""
-        where = self._arithmetic.where
-        skipped, in_a_row, spent = self._state
-        skipped = skipped - self._newest[0]
-        granted = bad & (in_a_row < SKIPS_IN_A_ROW) & (skipped < SKIPS_IN_WINDOW)
-        one = self._arithmetic.counted(granted)
-        in_a_row, spent = where(bad, in_a_row + 1, 0.0), where(bad ^ granted, 1.0, spent)
-        self._copy_to_host(spent)
-        self._newest.append(one)
-        self._state = (skipped + one, in_a_row, spent)
-        return granted
-
-    def _copy_to_host(self, spent: Number) -> None:
+    def add(self, spent: Number) -> None:
+        """Add a step's flag, 1 or 0, without waiting for it."""
         if self._pinned is None:
-            self._flags.append((spent, None))
+            # A copy: the kernels go on to write the same number.
+            self._flags.append((float(spent), None))
             return
         host = self._pinned[self._turn % (TRIP_LAG + 1)]
         self._turn += 1
@@ -107,11 +160,7 @@ class Budget:
 
     @property
     def tripped(self) -> bool:
-        """Whether it had run out `TRIP_LAG` steps ago.
-
-        If each rank read the newest flag that has arrived, answers would differ and one rank would stop alone. So it is
-        always the flag of that step, and it is waited for if it has not arrived.
-        """
+        """Whether the budget had run out `TRIP_LAG` steps ago."""
         if not self._tripped and len(self._flags) > TRIP_LAG:
             flag, arrived = self._flags[0]
             if arrived is not None:

@@ -64,10 +64,9 @@ class History:
         a = self._arithmetic
         where, at_least, at_most = a.where, a.at_least, a.at_most
         (mean, deviation, count, spikes, accepting), rate = self.state
-        if math.isfinite(learning_rate) and learning_rate > 0:
-            if rate is not None and abs(math.log(learning_rate / rate)) > math.log(PLANNED_RATE_CHANGE):
-                accepting = at_least(accepting, ACCEPT_STEPS)
-            rate = learning_rate
+        planned, rate = planned_change(rate, learning_rate)
+        if planned:
+            accepting = at_least(accepting, ACCEPT_STEPS)
         # A planned change is one whatever the norm of that step.
         old = (mean, deviation, count, spikes, accepting)
         x = a.log(norm)
@@ -92,3 +91,14 @@ class History:
         )
         mean, deviation, count, spikes, accepting = (where(known, n, o) for n, o in zip(new, old, strict=True))
         return Standing(ceiling=ceiling, far=far, after=((mean, deviation, count, spikes, accepting), rate))
+
+
+def planned_change(before: float | None, learning_rate: float) -> tuple[bool, float | None]:
+    """Return whether the learning rate was changed on purpose, and the rate to compare the next one with.
+
+    before: that rate of the step before, None if unknown. learning_rate: NaN if unknown.
+    """
+    if not math.isfinite(learning_rate) or learning_rate <= 0:
+        return False, before
+    jump = 0.0 if before is None else abs(math.log(learning_rate / before))
+    return jump > math.log(PLANNED_RATE_CHANGE), learning_rate

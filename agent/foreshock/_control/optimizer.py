@@ -86,32 +86,41 @@ class OptimizerControl:
         rate = self._optimizer.param_groups[0]["lr"]
         return math.nan if getattr(rate, "is_cpu", True) is False else float(rate)
 
-    def divide(self, divisor: Number) -> bool:
-        """Divide the gradients in the optimizer's kernel; return False if it cannot divide just those to be clipped.
+    def can_divide(self) -> bool:
+        """Return whether the optimizer's kernel can divide just the gradients to be clipped.
 
         Asked at each step: a loaded checkpoint brings the `fused` of its own optimizer.
         """
-        fused = self._supports_division and all(map(is_fused, self._optimizer.param_groups))
-        if not fused or not self._all_clipped:
+        return self._all_clipped and self._supports_division and all(map(is_fused, self._optimizer.param_groups))
+
+    def divide(self, divisor: Number) -> bool:
+        """Divide the gradients in the optimizer's kernel; return False if it cannot."""
+        if not self.can_divide():
             return False
-        self._override("grad_scale", self._divisor.fill_(divisor))
+        self.override("grad_scale", self._divisor.fill_(divisor))
         return True
 
     def keep_undivided(self) -> None:
         """Keep the optimizer from unscaling: the gradients are unscaled already."""
-        self._override("grad_scale", None)
+        self.override("grad_scale", None)
+
+    def can_skip(self) -> bool:
+        """Return whether the optimizer can skip a step, and warn once if it no longer can."""
+        if divides_gradients(self._optimizer):
+            return True
+        rank_zero_warn_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
+        return False
 
     def skip(self, step: Step, skip: Flag) -> None:
         """Skip the step where the flag is true."""
-        if not divides_gradients(self._optimizer):
-            rank_zero_warn_once("not fused", f"steps can no longer be skipped: {why_not_skipped(self._optimizer)}")
+        if not self.can_skip():
             return
-        self._guard_momentum()
+        self.guard_momentum()
         if skip is False:
             return
         theirs = step.found_inf
         value = self._skip.fill_(skip if theirs is None else skip | (theirs > 0))
-        self._override("found_inf", value)
+        self.override("found_inf", value)
         step.found_inf = self._arithmetic.number(value)
 
     def restore(self) -> None:
@@ -124,7 +133,8 @@ class OptimizerControl:
             if getattr(self._optimizer, name, None) is ours:
                 setattr(self._optimizer, name, theirs)
 
-    def _override(self, name: str, value: Tensor | None) -> None:
+    def override(self, name: str, value: Tensor | None) -> None:
+        """Set `grad_scale` or `found_inf` for one step. value: float32, no dimensions, or None."""
         self.overridden[name] = (value, getattr(self._optimizer, name, None))
         setattr(self._optimizer, name, value)
 
@@ -146,7 +156,7 @@ class OptimizerControl:
         scale = None if scaler is None else scale_of(scaler)
         return None if scale is None else self._arithmetic.number(scale)
 
-    def _guard_momentum(self) -> None:
+    def guard_momentum(self) -> None:
         """Create the momentum of a fused SGD, which leaves it uninitialized if its first step is skipped.
 
         Zeros give the same first step without dampening; with dampening, attach refuses to skip.

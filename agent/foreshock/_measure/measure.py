@@ -126,10 +126,14 @@ class Measure:
         plan = updated_plan(self.plan, averaged, self._optimizer)
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
-        measure = Measure(plan, self._optimizer, self._arithmetic, self._control, **self._options)
+        measure = self._like(plan)
         for index in self._learned:
             measure.arrived(self.plan.parameters[index])
         return measure
+
+    def _like(self, plan: ParameterPlan) -> Measure:
+        """Return a measure of another plan."""
+        return Measure(plan, self._optimizer, self._arithmetic, self._control, **self._options)
 
     def _in_order_of_arrival(self) -> tuple[Tensor, ParameterLayout]:
         """Return the positions of the newest norms, int64, [n], in the order of arrival, and their layout then."""

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,11 +22,30 @@ SUM_FIELDS = REDUCED_NAMES[1:]
 """Fields of the all-reduce, after its sequence number: a fixed number, whatever the number of ranks."""
 
 
+class FinishedSum(NamedTuple):
+    """Holds a sum over ranks that has arrived."""
+
+    sequence: int
+    """Sequence number of its record."""
+    values: Tensor
+    """float64, [len(SUM_FIELDS)]: a buffer that a later sum will use."""
+    scale: Number | None
+    """Scale of that step's loss, which the square sum contains; None without a `GradScaler`."""
+
+
+class OwnGradient(Protocol):
+    """Knows the norms of this rank's own gradient."""
+
+    @property
+    def summary(self) -> NormSummary | None:
+        """None if they were not measured."""
+
+
 class Sums(Protocol):
     """Sums over the ranks of a model, once per backward pass that averages."""
 
-    def prepare(self, sequence: int, summary: NormSummary | None, observation: Observation | None) -> None:
-        """Set what this rank adds to the next sum. sequence: of the record. summary: of its own gradient."""
+    def prepare(self, sequence: int, local: OwnGradient | None, observation: Observation | None) -> None:
+        """Set what this rank adds to the next sum. sequence: of the record. local: its own gradient."""
 
     def collect(self, scale: Number | None) -> Sequence[Number]:
         """Return the sequence number of the newest finished sum (0 if none), then its `SUM_FIELDS`.
@@ -91,17 +110,20 @@ class RankSums:
             idle = a.counted(summary.total == 0)
         return a.vector((square, nan, inf, idle, *losses))
 
-    def prepare(self, sequence: int, summary: NormSummary | None, observation: Observation | None) -> None:
-        """Set what this rank adds to the next sum. sequence: of the record. summary: of its own gradient."""
-        contribution = self.contribution(summary, None if observation is None else observation.loss)
+    def prepare(self, sequence: int, local: OwnGradient | None, observation: Observation | None) -> None:
+        """Set what this rank adds to the next sum. sequence: of the record. local: its own gradient."""
         slot = self._slots[self._turn % len(self._slots)]
         if slot.work is not None and not slot.work.is_completed():
             # Four steps behind: leave that buffer to its collective rather than wait for it.
             slot.values = self._buffer()
-        slot.values.copy_(contribution)
+        self._fill(slot.values, local, None if observation is None else observation.loss)
         self._turn += 1
         slot.sequence, slot.turn, slot.scale, slot.taken = sequence, self._turn, self._scale, False
         self._prepared = slot
+
+    def _fill(self, values: Tensor, local: OwnGradient | None, loss: Number | None) -> None:
+        """Write what this rank adds to the sum."""
+        values.copy_(self.contribution(None if local is None else local.summary, loss))
 
     def issue(self) -> None:
         """Start the sum. Where nothing is prepared, after an internal error or a detach, this rank still takes part."""
@@ -111,23 +133,31 @@ class RankSums:
             slot.values = self._idle.clone()
         slot.work = dist.all_reduce(slot.values, group=self._group, async_op=True)
 
-    def collect(self, scale: Number | None) -> Sequence[Number]:
-        """Return `newest`, updated with what has finished by now, without waiting.
+    def arrived(self, scale: Number | None) -> FinishedSum | None:
+        """Return the newest sum that has finished since this was asked last, without waiting; None if none has.
 
         scale: of the loss of the newest sum, the same on every rank; None without a `GradScaler`.
         """
         self._slots[(self._turn - 1) % len(self._slots)].scale = self._scale = scale
+        found: FinishedSum | None = None
         for slot in self._slots:
             if slot.work is None or slot.taken or not slot.work.is_completed():
                 continue
             slot.taken = True
             if slot.turn > self._newest_turn and (not self._futures_fail or succeeded(slot.work.get_future())):
                 self._newest_turn = slot.turn
-                # A copy: the buffer is used again.
-                square, *others = self._arithmetic.numbers(slot.values.clone())
-                if slot.scale is not None:
-                    square = self._arithmetic.ratio(square, slot.scale * slot.scale)
-                self.newest = [self._arithmetic.constant(float(slot.sequence)), square, *others]
+                found = FinishedSum(slot.sequence, slot.values, slot.scale)
+        return found
+
+    def collect(self, scale: Number | None) -> Sequence[Number]:
+        """Return `newest`, updated with what has finished by now, without waiting. scale: as in `arrived`."""
+        found = self.arrived(scale)
+        if found is not None:
+            # A copy: the buffer is used again.
+            square, *others = self._arithmetic.numbers(found.values.clone())
+            if found.scale is not None:
+                square = self._arithmetic.ratio(square, found.scale * found.scale)
+            self.newest = [self._arithmetic.constant(float(found.sequence)), square, *others]
         return self.newest
 
     def under_way(self) -> bool:

@@ -1,19 +1,10 @@
-"""Step records on their way from the device into the ring.
-
-On a CPU each part is written at once. On CUDA a part is staged: copied without blocking into pinned memory, and moved
-into the ring at a later step, once an event shows that it has arrived. Only `flush` waits.
-"""
+"""A record of each step: what the host knows at its begin, and what was measured and observed of it."""
 
 from __future__ import annotations
 
 import struct
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Norms, NormSummary, Number
@@ -25,24 +16,12 @@ from foreshock_recorder.ring import Ring
 _OWN = tuple(column for column in MEASURED_COLUMNS if column.part is not Part.REDUCED)
 assert MEASURED_COLUMNS == _OWN + REDUCED_COLUMNS
 _LOSSES = ("reduced_loss_count", "reduced_nan_losses", "reduced_inf_losses")
-_STAGES = 32
-"""Most rows under way: a device further behind loses records, which are counted, rather than memory."""
-_FLUSH_SECONDS = 2.0
-"""Seconds to wait for a device, which is normally a few steps behind."""
-
-
-@dataclass(kw_only=True)
-class _Stage:
-    host: Tensor
-    length: int
-    arrived: torch.cuda.Event
-    deliver: Callable[[list[float]], None]
 
 
 class Record:
-    """Writes the three parts of each step's record into a rank's ring."""
+    """Writes the three parts of each step's record into a rank's ring, at once: floats, or tensors on a CPU."""
 
-    def __init__(self, ring: Ring, device: torch.device, arithmetic: Arithmetic) -> None:
+    def __init__(self, ring: Ring, arithmetic: Arithmetic) -> None:
         self.ring = ring
         self.sums: Sums | None = None
         """Sums over ranks that go into the records."""
@@ -62,12 +41,6 @@ class Record:
             layers=self._no_layers,
         )
         """Summary of a gradient that was not measured."""
-        self._staged: deque[_Stage] = deque()
-        self._on_host = device.type == "cpu"
-        self._free: list[Tensor] = []
-        if not self._on_host:
-            shape = (_STAGES, max(ring.layout.columns, ring.layout.weights.words))
-            self._free = list(torch.empty(shape, dtype=torch.float64, pin_memory=True).unbind())
 
     @property
     def ranks_with_loss(self) -> int:
@@ -80,8 +53,6 @@ class Record:
 
     def begin(self, step: Step) -> None:
         """Begin the record of a step, with what the host knows."""
-        if self._staged:
-            self._drain()
         if not self._closed:
             self.ring.begin_step(
                 self.sequence + 1,
@@ -99,9 +70,6 @@ class Record:
         if not step.begun or self._closed:
             return
         row = self._row(step) if step.complete else None
-        if not self._on_host:
-            self._stage_parts(step, row)
-            return
         if step.observation is not None:
             number, loss = step.observation
             self.ring.write_observed(self.sequence, step=number, loss=None if loss is None else float(loss))
@@ -119,12 +87,7 @@ class Record:
 
         A device that waits for a rank that has gone never finishes: the process must end all the same.
         """
-        deadline = time.monotonic() + _FLUSH_SECONDS
-        self._drain()
-        while self._staged and time.monotonic() < deadline:
-            time.sleep(0.001)
-            self._drain()
-        return not self._staged
+        return True
 
     def close(self) -> None:
         """Keep counting, and write no more: after the exit, nothing is sent to the collector."""
@@ -155,35 +118,3 @@ class Record:
         row = [missing if (value := values.get(name)) is None else value for name, missing in self._missing]
         reduced: Sequence[Number] = self._no_sums if self.sums is None else self.sums.collect(step.loss_scale)
         return self._arithmetic.row([*row, *reduced], summary.layers, local_layers)
-
-    def _stage_parts(self, step: Step, row: Norms | None) -> None:
-        sequence, ring = self.sequence, self.ring
-        if step.observation is not None:
-            number, loss = step.observation
-            if loss is None:
-                ring.write_observed(sequence, step=number, loss=None)
-            else:
-                value = self._arithmetic.row([loss])
-                self._stage(value, lambda floats: ring.write_observed(sequence, step=number, loss=floats[0]))
-        if row is not None:
-            if step.weights is not None and step.weights.layers is not None:
-                self._stage(step.weights.layers, lambda floats: ring.write_weights(sequence, floats))
-            self._stage(row, lambda floats: ring.write_measured(sequence, floats))
-
-    def _stage(self, row: Norms, deliver: Callable[[list[float]], None]) -> None:
-        if not self._free:
-            self.ring.count_dropped("probe_error")
-            self.ring.write_error(f"the device is more than {_STAGES} values behind")
-            return
-        host, length = self._free.pop(), len(row)
-        # On a device, rows are tensors.
-        host[:length].copy_(row, non_blocking=True)  # type: ignore[arg-type]
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        self._staged.append(_Stage(host=host, length=length, arrived=arrived, deliver=deliver))
-
-    def _drain(self) -> None:
-        while self._staged and self._staged[0].arrived.query():  # type: ignore[no-untyped-call]
-            stage = self._staged.popleft()
-            stage.deliver(stage.host[: stage.length].tolist())
-            self._free.append(stage.host)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock._output import record
+from foreshock._output import staging
+from foreshock._output.device_record import DeviceRecord
+from foreshock._output.record import Record
 from foreshock._watch import ActiveWatch
 
 MODE, PLACE = sys.argv[1], Path(sys.argv[2])
@@ -58,6 +61,13 @@ class Device:
         return False
 
 
+def staged(record: Record) -> DeviceRecord:
+    """The record of a device, with one value under way."""
+    value, target = torch.ones(1), object.__new__(staging.StagedRing)
+    target._staged = deque([staging._Stage(host=value, whole=value, arrived=Device(), deliver=print)])
+    return DeviceRecord(record.ring, record._arithmetic, target)
+
+
 def main() -> None:
     if MODE == "old_error":
         sys.last_value = NameError("of an earlier cell")
@@ -85,7 +95,7 @@ def main() -> None:
     if MODE.startswith("device"):
         assert isinstance(watch, ActiveWatch)
         watch.guard._strict = False
-        watch._record._staged.append(record._Stage(host=torch.ones(1), length=1, arrived=Device(), deliver=print))  # type: ignore[arg-type]
+        watch._record = staged(watch._record)
     if MODE == "raises" or MODE.startswith("device"):
         raise ValueError("bad batch")
     if MODE == "interrupted":

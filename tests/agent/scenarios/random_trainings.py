@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
-from foreshock._arithmetic import arithmetic
-from tests.agent.scenarios.training import main, told
+from tests.agent.scenarios.training import main, told, use
 
 RATE, STEPS = 0.05, 3
 ROUNDING = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 3e-2}
 """Of an average over two ranks and its norm, relative."""
+KERNELS = [] if find_spec("triton") is None else ["kernels"]
 POLICIES: dict[str, Any] = {
     "none": None,
     "norm": foreshock.NormClip(max_norm=0.3),
@@ -46,7 +47,7 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
         "local_norms": draw(st.booleans()),
         "skip": fused and draw(st.booleans()),
         "poison": draw(st.sampled_from([None, None, 0, 1, 2])),
-        "device": draw(st.booleans()),
+        "path": draw(st.sampled_from(["host", "device", *KERNELS])),
         "seed": draw(st.integers(0, 1000)),
     }
 
@@ -108,8 +109,8 @@ def differences(case: dict[str, Any]) -> list[str]:
     rounding, wrong = ROUNDING[case["dtype"]], []
     # A fused kernel takes its divisor in float32, whatever the weights.
     moving = max(rounding, 1e-6) if case["fused"] else rounding
-    # A GPU's arithmetic, or a CPU's.
-    arithmetic.HOSTS = frozenset() if case["device"] else frozenset({"cpu"})
+    # A GPU's way through a step, or a CPU's.
+    use(case["path"])
     watch = foreshock.attach(
         model, optimizer, clip=POLICIES[case["policy"]], skip=case["skip"], local_norms=case["local_norms"]
     )

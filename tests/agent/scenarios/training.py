@@ -23,11 +23,19 @@ from torch.nn.parallel import DistributedDataParallel
 import foreshock
 from foreshock import _log
 from foreshock._arithmetic import arithmetic
+from foreshock._attach import attach
+from foreshock._kernels import choice
 from foreshock._measure.rank_sums import RankSums
+from foreshock._output import device_record
+from foreshock._output.pinned_ring import PinnedRing
+from foreshock._output.record import Record
 from foreshock._watch import ActiveWatch
 from foreshock_protos.columns import MEASURED_NAMES
+from foreshock_recorder import reader as ring_reader
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
-from foreshock_recorder.reader import Record, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.ring import Ring
+from tests.support.cudart import Cudart
 
 STEPS = 6
 WIDTH = 12
@@ -125,7 +133,7 @@ def told_in(path: Path) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     for sequence in range(1, reader.begun + 1):
         record = reader.read(sequence)
-        assert isinstance(record, Record)
+        assert isinstance(record, ring_reader.Record)
         measured = None
         if record.measured is not None:
             measured = dict(zip(MEASURED_NAMES, record.measured, strict=False))
@@ -189,12 +197,29 @@ def error_of(call: Callable[[], Any]) -> str | None:
     return None
 
 
+def use(path: str) -> None:
+    """Take one of the ways through a step, `PATHS`, from the next attach on. "interpreter": the kernels themselves."""
+    kernels = path in ("kernels", "interpreter")
+    arithmetic.HOSTS = frozenset({"cpu"} if path == "host" else ())
+    choice.DEVICES = frozenset({"cpu"} if kernels else ())
+    vars(attach)["record_for"] = pinned_record if kernels else device_record.record_for
+    if path == "kernels":
+        # Imports Triton.
+        from tests.support.kernels_in_torch import replace_kernels
+
+        replace_kernels()
+
+
+def pinned_record(ring: Ring, _: torch.device, numbers: arithmetic.Arithmetic) -> Record:
+    """A record that a device would write."""
+    return device_record.DeviceRecord(ring, numbers, PinnedRing(ring, Cudart()))
+
+
 def main(scenarios: dict[str, Callable[[], Any]]) -> None:
     """Run those named in the arguments after the folder for results; each rank writes a file there."""
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
-    if os.environ.get("TEST_ARITHMETIC") == "device":
-        arithmetic.HOSTS = frozenset()
+    use(os.environ.get("TEST_ARITHMETIC", "host"))
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -53,18 +53,6 @@ class Log:
     """Rows at the end that have neither a loss nor a norm, though the rows before had; they are not in the columns."""
     unread_lines: int = 0
     """Torn or foreign lines that were left out, other than a torn last one."""
-
-    def with_rows(self, more: Log) -> Log:
-        """Return a log of these rows and then those."""
-        return replace(
-            more,
-            step=np.concatenate((self.step, more.step)),
-            loss=np.concatenate((self.loss, more.loss)),
-            norm=np.concatenate((self.norm, more.norm)),
-            rate=np.concatenate((self.rate, more.rate)),
-            loss_logged=np.concatenate((self.loss_logged, more.loss_logged)),
-            norm_logged=np.concatenate((self.norm_logged, more.norm_logged)),
-        )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> Self:
@@ -123,8 +111,6 @@ class ColumnBuilder:
         self.unread_lines = 0
         self._parts: list[tuple[Floats, Floats, Floats, Floats, Floats, Flags, Flags]] = []
         self._empty_rows = 0
-        self.row_count = 0
-        """Number of training rows."""
 
     def add(self, chunk: Chunk) -> None:
         """Add the training rows of a chunk. Raises `LogError` if a value is not a number."""
@@ -149,7 +135,6 @@ class ColumnBuilder:
             self._count_empty(chunk, kept)
         elif count:
             self._empty_rows = 0
-        self.row_count += int(kept.sum())
         self._parts.append(
             (step[kept], epoch[kept], loss[kept], norm[kept], rate[kept], loss_logged[kept], norm_logged[kept])
         )
@@ -157,19 +142,12 @@ class ColumnBuilder:
     def build(self) -> Log:
         """Return the log. Raises `LogError` if no row has a loss or a norm."""
         self.names.check(self._name)
-        log = self.take(0)
-        if log is None:
+        columns = [np.concatenate(parts) for parts in zip(*self._parts, strict=True)] if self._parts else []
+        if not columns or not len(columns[0]):
             raise LogError(f"{self._name}: no rows")
-        return log
-
-    def take(self, first: int) -> Log | None:
-        """Return the rows since the last call; None if there are none. first: number of the first row."""
-        if not self.row_count:
-            return None
-        step, epoch, loss, norm, rate, loss_logged, norm_logged = map(np.concatenate, zip(*self._parts, strict=True))
-        self._parts, self.row_count = [], 0
+        step, epoch, loss, norm, rate, loss_logged, norm_logged = columns
         by_epoch = self.names.step is None and _counts_epochs(epoch)
-        steps = epoch if by_epoch else _steps(step, epoch, first)
+        steps = epoch if by_epoch else _steps(step, epoch)
         if self.names.silences_nan:
             loss = _with_silenced_nan(loss, norm, norm_logged)
         log = Log(
@@ -225,11 +203,11 @@ def _counts_epochs(epoch: Floats) -> bool:
     return len(epoch) > 1 and bool((epoch == np.floor(epoch)).all() and (np.diff(epoch) > 0).all())
 
 
-def _steps(step: Floats, epoch: Floats, first: int) -> Floats:
+def _steps(step: Floats, epoch: Floats) -> Floats:
     """Return a step for each row: its own, else the one before, else its number in the log."""
     missing = np.isnan(step)
     if missing.all():
-        return np.arange(first, first + len(step), dtype=float)
+        return np.arange(len(step), dtype=float)
     if missing.any():
         before = np.maximum.accumulate(np.where(missing, -1, np.arange(len(step))))
         step = np.where(before >= 0, step[before], 0.0)

@@ -1,0 +1,121 @@
+"""The stages of a step before its record: measure, decide, apply. Chosen once, at attach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.parameters import ParameterPlan
+from foreshock._control.apply import Apply, DryRun
+from foreshock._control.clip import Clip, ValueClip
+from foreshock._control.decide import Decide
+from foreshock._control.optimizer import OptimizerControl
+from foreshock._measure.measure import Measure
+from foreshock._measure.rank_sums import RankSums, Sums
+from foreshock._measure.shards import ShardedMeasure, ShardSums
+from foreshock._step import Step
+
+if TYPE_CHECKING:
+    from foreshock._kernels.launches import StepKernel
+
+
+class Decider(Protocol):
+    """Decides whether to scale a step's gradient, skip the step, or do nothing."""
+
+    def decide(self, step: Step) -> None:
+        """Fill in the decision."""
+
+    def decide_fallback(self, step: Step) -> None:
+        """Fill in the same decision by other means, where this or an earlier stage has failed on this rank."""
+
+    @property
+    def tripped(self) -> bool:
+        """Whether the budget of skipped steps had run out a few steps ago: the same answer on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Says what may be done to a step."""
+
+    clip: Clip | None
+    skip: bool
+    shadow: bool
+    """Nothing is done, and what would have been is counted."""
+
+
+@dataclass(kw_only=True)
+class Stages:
+    """Holds what a step goes through before its record."""
+
+    control: OptimizerControl
+    measure: Measure
+    decide: Decider
+    apply: Apply | DryRun
+    sums: Sums | None
+    """Sums over ranks; None for a single rank, or without local norms."""
+
+    @property
+    def rank_sums(self) -> RankSums | None:
+        """Sums over the ranks of a DDP model."""
+        return self.sums if isinstance(self.sums, RankSums) else None
+
+
+def sharded_stages(
+    optimizer: torch.optim.Optimizer, plan: ParameterPlan, arithmetic: Arithmetic, policy: Policy, sums: ShardSums
+) -> Stages:
+    """Return the stages for a model that `fully_shard` has sharded."""
+    control = OptimizerControl(optimizer, arithmetic, plan.parameters)
+    measure = ShardedMeasure(plan, optimizer, arithmetic, control, sums)
+    return _with_numbers(control, measure, sums, arithmetic, policy)
+
+
+def ddp_stages(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    plan: ParameterPlan,
+    arithmetic: Arithmetic,
+    policy: Policy,
+    kernel: StepKernel | None,
+    *,
+    local_norms: bool,
+) -> Stages:
+    """Return the stages for a DDP model, whose numbers an arithmetic computes or, with a kernel, Triton's kernels."""
+    group, device = model.process_group, plan.device()
+    single = group.size() == 1
+    control = OptimizerControl(optimizer, arithmetic, plan.parameters)
+    options = {"local_norms": local_norms, "single": single, "views": model.gradient_as_bucket_view}
+    if kernel is None:
+        measure = Measure(plan, optimizer, arithmetic, control, **options)
+        rank_sums = RankSums(group, device, arithmetic) if local_norms and not single else None
+        return _with_numbers(control, measure, rank_sums, arithmetic, policy)
+    # Imports Triton.
+    from foreshock._kernels.decide import KernelDecide
+    from foreshock._kernels.stages import KernelApply, KernelDryRun, KernelMeasure, KernelRankSums
+
+    clip = policy.clip
+    assert not isinstance(clip, ValueClip)
+    sums = KernelRankSums(group, device, arithmetic, kernel) if local_norms and not single else None
+    return Stages(
+        control=control,
+        measure=KernelMeasure(plan, optimizer, arithmetic, control, kernel=kernel, **options),
+        decide=KernelDecide(kernel, arithmetic, control, sums, clip=clip, skip=policy.skip, shadow=policy.shadow),
+        apply=(KernelDryRun if policy.shadow else KernelApply)(arithmetic, control, kernel),
+        sums=sums,
+    )
+
+
+def _with_numbers(
+    control: OptimizerControl, measure: Measure, sums: Sums | None, arithmetic: Arithmetic, policy: Policy
+) -> Stages:
+    """Return stages whose decisions are made from the numbers of an arithmetic."""
+    return Stages(
+        control=control,
+        measure=measure,
+        decide=Decide(arithmetic, measure.plan.device(), clip=policy.clip, skip=policy.skip),
+        apply=(DryRun if policy.shadow else Apply)(arithmetic, control, policy.clip),
+        sums=sums,
+    )
