@@ -85,20 +85,30 @@ class ReplayRows:
 class LogFollower:
     """Follows a log from its first row and keeps what it finds."""
 
-    def __init__(self, rows: ReplayRows, rules: Rules) -> None:
+    def __init__(self, rows: ReplayRows, rules: Rules, *, every: bool = False) -> None:
+        """every: diagnose every failure instead of the first."""
+        self.rows = rows
+        """All rows; may be replaced by more rows that begin with these."""
+        self.done = 0
+        """Number of rows that were processed."""
         self.events: list[Event] = []
+        self.verdicts: list[Verdict] = []
+        """Verdicts on failures and lasting faults, in the order in which they were found."""
         self.first_nonfinite: int | None = None
         """Row of the first failure."""
-        self._rows, self._rules = rows, rules
+        self._rules, self._every = rules, every
         self._detector, self._faults = Detector(), FaultDetector()
         self._failure: Verdict | None = None
         self._trouble: Verdict | None = None
         """Verdict on the first lasting fault."""
 
-    def follow(self, at: Callable[[int], None]) -> None:
-        """Process all rows. at: called with the number of rows that are done."""
-        row, size, count = 0, _SMALLEST_BLOCK, len(self._rows)
-        eventful = np.append(np.flatnonzero(self._rows.eventful), count)
+    def follow(self, at: Callable[[int], None] = lambda _: None, *, held_back: int = 0) -> None:
+        """Process the rows that were not yet.
+
+        at: called with the number of rows that are done. held_back: how many of the newest rows are left for later.
+        """
+        row, size, count = self.done, _SMALLEST_BLOCK, len(self.rows) - held_back
+        eventful = np.append(np.flatnonzero(self.rows.eventful[:count]), count)
         while row < count:
             end = min(row + size, int(eventful[np.searchsorted(eventful, row)]))
             if end > row and self._scan_calm(row, end):
@@ -110,26 +120,27 @@ class LogFollower:
                 for each in range(row, end):
                     self._process(each)
                 row, size = end, _SMALLEST_BLOCK
+            self.done = row
             at(row)
 
     def verdict(self) -> Verdict:
         """Return the verdict on the log as a whole."""
-        failure, trouble, log = self._failure, self._trouble, self._rows.log
+        failure, trouble, log = self._failure, self._trouble, self.rows.log
         if trouble is not None and (failure is None or failure.cause == "amp_overflow"):
             self.first_nonfinite = None
             return trouble
         if log.empty_rows >= _EMPTY_ROWS and (failure is None or failure.cause == "amp_overflow"):
-            return _without_values(self._rows.step(len(log) - 1).step, log.empty_rows)
+            return _without_values(self.rows.step(len(log) - 1).step, log.empty_rows)
         if failure is None:
-            last = self._rows.step(len(log) - 1)
+            last = self.rows.step(len(log) - 1)
             return diagnose([last], self.events, _BUFFER, _MODEL, finite_before=True, climbing=0)
         return _of_epochs(failure) if log.by_epoch else failure
 
     def _scan_calm(self, first: int, end: int) -> bool:
         """Process a block without non-finite values at once, if nothing happens in it; else do nothing."""
-        rows, part = self._rows, slice(first, end)
+        rows, part = self.rows, slice(first, end)
         norms, losses, rates = rows.norm[part], rows.loss[part], rows.rate[part]
-        known = rates[rates > 0]
+        known = rates[np.isfinite(rates) & (rates > 0)]
         rate = float(known[-1]) if len(known) else math.nan
         detector = replace(self._detector)
         known_norms = norms[rows.log.norm_logged[part]].tolist()
@@ -142,7 +153,7 @@ class LogFollower:
         return True
 
     def _process(self, row: int) -> None:
-        rows, rules, detector, faults = self._rows, self._rules, self._detector, self._faults
+        rows, rules, detector, faults = self.rows, self._rules, self._detector, self._faults
         step = rows.step(row)
         finite_before, climbing, diverging = detector.finite_ever, detector.climbing, faults.diverging
         if rows.restarts[row]:
@@ -161,10 +172,11 @@ class LogFollower:
         )
         building_up = detector.gradient.in_build_up
         for change in faults.update(step, _UNSEEN, building_up=building_up, rules=rules.faults):
-            if change.begins and self._trouble is None:
-                self._trouble = verdict_on_fault(change, 0, _MODEL)
-        benign = self._failure is not None and self._failure.cause == "amp_overflow"
-        if step.nonfinite and not was_failing and (self._failure is None or benign):
+            if change.begins:
+                self.verdicts.append(verdict_on_fault(change, 0, _MODEL))
+                self._trouble = self._trouble or self.verdicts[-1]
+        first = self._failure is None or self._failure.cause == "amp_overflow"
+        if step.nonfinite and not was_failing and (first or self._every):
             verdict = diagnose(
                 [rows.step(each) for each in range(max(0, row - _WINDOW_ROWS + 1), row + 1)],
                 self.events,
@@ -177,7 +189,8 @@ class LogFollower:
                 diverging=diverging,
                 rules=rules,
             )
-            if not (benign and verdict.cause == "amp_overflow"):
+            self.verdicts.append(verdict)
+            if self._failure is None or (first and verdict.cause != "amp_overflow"):
                 self._failure, self.first_nonfinite = verdict, row
 
 

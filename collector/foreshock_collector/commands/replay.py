@@ -14,6 +14,7 @@ from typing import Any
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdicts import Verdict
+from foreshock_collector.commands.follow import follow
 from foreshock_collector.commands.log_follower import LogFollower, ReplayRows
 from foreshock_collector.commands.logs import Log, LogError, Row, find_logs, parse_columns, read_log
 from foreshock_collector.commands.terminal import working
@@ -54,12 +55,16 @@ def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT, columns: d
     """Read a log and replay it, showing progress on a terminal. Raises `LogError`."""
     now = f"reading {path}"
 
+    def read(rows: int) -> None:
+        nonlocal now
+        now = f"reading {path}: {rows:,} rows"
+
     def at(row: int) -> None:
         nonlocal now
         now = f"{path}: row {row:,} of {len(log):,}"
 
     with working(lambda: now):
-        log = read_log(path, run=run, columns=columns)
+        log = read_log(path, run=run, columns=columns, at=read)
         return replay(log, rules, at=at)
 
 
@@ -91,12 +96,17 @@ def main(arguments: list[str]) -> int:
         help="change a detection rule: gradient.spike_z=8, recovered_after=100; see docs/configuration.md",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object per file, one per line")
+    parser.add_argument("--follow", action="store_true", help="watch a log that is being written, until Ctrl-C")
     try:
         options = parser.parse_args(arguments)
         rules = _rules(options.set)
+        if options.follow and len(options.files) > 1:
+            raise ValueError("--follow watches one file")
     except ValueError as error:
         sys.stderr.write(f"foreshock diagnose: {error}\n")
         return 2
+    if options.follow:
+        return _followed(options.files[0], rules, options.columns, as_json=options.json)
     code = 0
     for path in chain.from_iterable(map(find_logs, options.files)):
         try:
@@ -113,6 +123,16 @@ def main(arguments: list[str]) -> int:
             code = max(code, int(_trouble(found)))
             sys.stdout.write(text)
     return code
+
+
+def _followed(path: Path, rules: Rules, columns: dict[str, str], *, as_json: bool) -> int:
+    try:
+        return follow(path, rules, columns, as_json=as_json)
+    except LogError as error:
+        sys.stderr.write(f"foreshock diagnose: {error}\n")
+    except Exception:
+        sys.stderr.write(f"foreshock diagnose: {path}: internal error\n{traceback.format_exc()}")
+    return 2
 
 
 def _rules(settings: Sequence[str]) -> Rules:

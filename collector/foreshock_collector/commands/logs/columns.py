@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -53,6 +53,18 @@ class Log:
     """Rows at the end that have neither a loss nor a norm, though the rows before had; they are not in the columns."""
     unread_lines: int = 0
     """Torn or foreign lines that were left out, other than a torn last one."""
+
+    def with_rows(self, more: Log) -> Log:
+        """Return a log of these rows and then those."""
+        return replace(
+            more,
+            step=np.concatenate((self.step, more.step)),
+            loss=np.concatenate((self.loss, more.loss)),
+            norm=np.concatenate((self.norm, more.norm)),
+            rate=np.concatenate((self.rate, more.rate)),
+            loss_logged=np.concatenate((self.loss_logged, more.loss_logged)),
+            norm_logged=np.concatenate((self.norm_logged, more.norm_logged)),
+        )
 
     @classmethod
     def from_rows(cls, rows: Sequence[Row]) -> Self:
@@ -111,6 +123,8 @@ class ColumnBuilder:
         self.unread_lines = 0
         self._parts: list[tuple[Floats, Floats, Floats, Floats, Floats, Flags, Flags]] = []
         self._empty_rows = 0
+        self.row_count = 0
+        """Number of training rows."""
 
     def add(self, chunk: Chunk) -> None:
         """Add the training rows of a chunk. Raises `LogError` if a value is not a number."""
@@ -135,6 +149,7 @@ class ColumnBuilder:
             self._count_empty(chunk, kept)
         elif count:
             self._empty_rows = 0
+        self.row_count += int(kept.sum())
         self._parts.append(
             (step[kept], epoch[kept], loss[kept], norm[kept], rate[kept], loss_logged[kept], norm_logged[kept])
         )
@@ -142,12 +157,19 @@ class ColumnBuilder:
     def build(self) -> Log:
         """Return the log. Raises `LogError` if no row has a loss or a norm."""
         self.names.check(self._name)
-        columns = [np.concatenate(parts) for parts in zip(*self._parts, strict=True)] if self._parts else []
-        if not columns or not len(columns[0]):
+        log = self.take(0)
+        if log is None:
             raise LogError(f"{self._name}: no rows")
-        step, epoch, loss, norm, rate, loss_logged, norm_logged = columns
+        return log
+
+    def take(self, first: int) -> Log | None:
+        """Return the rows since the last call; None if there are none. first: number of the first row."""
+        if not self.row_count:
+            return None
+        step, epoch, loss, norm, rate, loss_logged, norm_logged = map(np.concatenate, zip(*self._parts, strict=True))
+        self._parts, self.row_count = [], 0
         by_epoch = self.names.step is None and _counts_epochs(epoch)
-        steps = epoch if by_epoch else _steps(step, epoch)
+        steps = epoch if by_epoch else _steps(step, epoch, first)
         if self.names.silences_nan:
             loss = _with_silenced_nan(loss, norm, norm_logged)
         log = Log(
@@ -203,11 +225,11 @@ def _counts_epochs(epoch: Floats) -> bool:
     return len(epoch) > 1 and bool((epoch == np.floor(epoch)).all() and (np.diff(epoch) > 0).all())
 
 
-def _steps(step: Floats, epoch: Floats) -> Floats:
+def _steps(step: Floats, epoch: Floats, first: int) -> Floats:
     """Return a step for each row: its own, else the one before, else its number in the log."""
     missing = np.isnan(step)
     if missing.all():
-        return np.arange(len(step), dtype=float)
+        return np.arange(first, first + len(step), dtype=float)
     if missing.any():
         before = np.maximum.accumulate(np.where(missing, -1, np.arange(len(step))))
         step = np.where(before >= 0, step[before], 0.0)

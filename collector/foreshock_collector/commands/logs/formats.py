@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder, Log, LogError
@@ -37,16 +38,27 @@ _FILES = ("metrics.csv", "trainer_state.json", "trainer_log.jsonl", "logging.jso
 """Names by which tools write logs, to look for in a folder."""
 
 
-def read_log(path: Path, *, run: str = "", columns: dict[str, str] | None = None) -> Log:
+def read_log(
+    path: Path, *, run: str = "", columns: dict[str, str] | None = None, at: Callable[[int], None] = lambda _: None
+) -> Log:
     """Read a file, a folder, or standard input for "-", in any supported format. Raises `LogError`.
 
-    run: which run of a database, by default the newest. columns: names of columns by meaning; see `parse_columns`.
+    run: which run of a database, by default the newest. columns: names of columns by meaning; see `parse_columns`. at:
+    called now and then with the number of rows that have been read.
     """
     builder = ColumnBuilder(str(path), columns or {})
-    try:
+    with log_errors(path):
         for chunk in _chunks(path, run, builder):
             builder.add(chunk)
+            at(builder.row_count)
         return builder.build()
+
+
+@contextmanager
+def log_errors(path: Path) -> Iterator[None]:
+    """Turn what reading a log may raise into a `LogError` that names the file."""
+    try:
+        yield
     except LogError:
         raise
     except StoreError as error:
@@ -81,11 +93,19 @@ def _chunks(path: Path, run: str, builder: ColumnBuilder) -> Iterator[Chunk]:
                 raise LogError(f"{path}: a database cannot be read from a pipe")
             yield from read_database(path, run)
             return
-        given = set(builder.names.given.values())
-        if given & set(header_of(source.text)[0]) and not is_json(source.text):
-            yield from read_table(source)
-            return
-        read = next(read for claims, read in _TEXTS if claims(source.text))
+        yield from read_lines(source, builder)
+
+
+def read_lines(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
+    """Yield the rows of a log of text, in the format that its first characters show. Raises `LogError`."""
+    given = set(builder.names.given.values())
+    if given & set(header_of(source.text)[0]) and not is_json(source.text):
+        yield from read_table(source)
+        return
+    read = next(read for claims, read in _TEXTS if claims(source.text))
+    try:
         yield from read(source, builder)
+    finally:
+        # It may have been meant as a table.
         if read is read_text and not builder.names.recognized:
             builder.names.note(header_of(source.text)[0])

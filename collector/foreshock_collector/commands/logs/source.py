@@ -37,6 +37,9 @@ class _Rejoined(io.RawIOBase):
 class Source:
     """Gives the bytes and lines of one log. They can be read once, since a pipe has them once."""
 
+    live = False
+    """Whether the log is still being written, so that each row counts as soon as it is there."""
+
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self.head = file.read(_HEAD_BYTES)

@@ -64,7 +64,7 @@ def read_text(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
     for block in source.blocks():
         for line in block:
             lines.add(line)
-        yield lines.rows(kept=2)
+        yield lines.rows(kept=0 if source.live else 2)
     lines.end(torn=not source.complete)
     yield lines.rows()
 
