@@ -102,6 +102,10 @@ fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the col
 bench-detection: $(INSTALLED) ## measure detection accuracy on recorded faults, next to other rules; ARGS="--json --part tune"
 	@$(BIN)/python -m benchmarks.detection $(ARGS)
 
+.PHONY: bench-logs
+bench-logs: $(INSTALLED) ## measure how fast long logs are diagnosed, and the memory; ARGS="--rows 100000 --json"
+	@$(BIN)/python -m benchmarks.logs $(ARGS)
+
 .PHONY: faults
 faults: $(INSTALLED) ## record the fault corpus again (20 minutes); ARGS="--only 'bit_flip-*'"
 	@$(BIN)/python -m benchmarks.faults $(ARGS)

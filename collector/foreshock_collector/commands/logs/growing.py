@@ -39,9 +39,9 @@ class GrowingSource(Source):
         self._first = self._lines(self.head)
         while not self._first and not self.ending:
             self._first = self._lines(self._read())
-        self.text = "".join(self._first)
+        self.text = self._first
 
-    def blocks(self) -> Iterator[list[str]]:
+    def blocks(self) -> Iterator[str]:
         """Yield complete lines as they come, until the log ends."""
         if self._first:
             yield self._first
@@ -50,17 +50,17 @@ class GrowingSource(Source):
                 yield lines
         if self._rest:
             self.complete = False
-            yield [self._rest]
+            yield self._rest
 
     def whole(self) -> str:
         """Raise `LogError`: what is written as a whole is never complete."""
         raise LogError(f"{self.path}: a log that is rewritten as a whole cannot be followed; only one of lines can")
 
-    def _lines(self, data: bytes) -> list[str]:
-        text = self._rest + self._decode(data)
-        lines = text.replace("\r\n", "\n").replace("\r", "\n").splitlines(keepends=True) if text else []
-        self._rest = lines.pop() if lines and not lines[-1].endswith("\n") else ""
-        return lines
+    def _lines(self, data: bytes) -> str:
+        text = (self._rest + self._decode(data)).replace("\r\n", "\n").replace("\r", "\n")
+        end = text.rfind("\n") + 1
+        self._rest = text[end:]
+        return text[:end]
 
     def _read(self) -> bytes:
         """Return what is new, waiting for it; nothing once the log has ended."""

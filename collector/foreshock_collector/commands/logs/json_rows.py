@@ -10,7 +10,7 @@ import msgspec
 
 from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder, LogError
 from foreshock_collector.commands.logs.names import Names
-from foreshock_collector.commands.logs.source import Source
+from foreshock_collector.commands.logs.source import Source, lines_of
 
 _decoder = msgspec.json.Decoder()
 
@@ -75,16 +75,16 @@ def _lines(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
     for block in source.blocks():
         rows: list[dict[str, Any]] = []
         try:
-            found = _decoder.decode_lines("".join(block))
+            found = _decoder.decode_lines(block)
         except (msgspec.DecodeError, RecursionError):
-            found = [_object(source, line, number + i, builder) for i, line in enumerate(block)]
+            found = [_object(source, line, number + i, builder) for i, line in enumerate(lines_of(block))]
             if not source.complete and found[-1] is None:
                 # A torn last line is how a killed script, or one that still writes, leaves its log.
                 builder.unread_lines -= 1
         rows = [row for row in found if isinstance(row, dict)]
         if rows:
             yield ObjectRows(rows, number)
-        number += len(block)
+        number += block.count("\n")
 
 
 def _object(source: Source, line: str, number: int, builder: ColumnBuilder) -> Any:

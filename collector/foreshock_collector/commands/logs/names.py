@@ -99,7 +99,7 @@ class Names:
 
     def has_values(self, fields: Collection[str]) -> bool:
         """Return whether one of these is a loss or a norm, by choice or by meaning."""
-        return any(name in fields for name in (self.loss, self.norm) if name) or any(map(has_meaning, fields))
+        return self.loss in fields or self.norm in fields or any(map(has_meaning, fields))
 
     def check(self, name: str) -> None:
         """Raise `ValueError` with what was found, if there is no loss and no norm, or a given column is missing.

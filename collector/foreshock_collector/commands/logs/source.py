@@ -55,16 +55,16 @@ class Source:
         self.complete = True
         """Whether the last line that was read ended with a line break."""
 
-    def blocks(self) -> Iterator[list[str]]:
-        """Yield the lines, about a million characters at a time."""
-        lines = io.TextIOWrapper(self._file, self.encoding, "replace")
-        while block := lines.readlines(_BLOCK_CHARACTERS):
-            self.complete = block[-1].endswith("\n")
+    def blocks(self) -> Iterator[str]:
+        """Yield whole lines, about a million characters at a time, each ended by a line feed."""
+        file = io.TextIOWrapper(self._file, self.encoding, "replace")
+        while block := file.read(_BLOCK_CHARACTERS) + file.readline():
+            self.complete = block.endswith("\n")
             yield block
 
     def whole(self) -> str:
         """Return all of the text."""
-        return "".join(line for block in self.blocks() for line in block)
+        return "".join(self.blocks())
 
 
 @contextmanager
@@ -87,3 +87,11 @@ def encoding_of(head: bytes) -> str:
     if len(odd) > 8 and even.count(0) > 0.9 * len(even):
         return "utf-16-be"
     return "utf-8-sig"
+
+
+def lines_of(block: str) -> list[str]:
+    """Return the lines of a block without their line breaks."""
+    lines = block.split("\n")
+    if not lines[-1]:
+        del lines[-1]
+    return lines

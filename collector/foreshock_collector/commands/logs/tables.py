@@ -9,7 +9,7 @@ from typing import Any
 
 from foreshock_collector.commands.logs.columns import Chunk
 from foreshock_collector.commands.logs.names import Names, has_meaning
-from foreshock_collector.commands.logs.source import Source
+from foreshock_collector.commands.logs.source import Source, lines_of
 
 _DELIMITERS = "\t;,|"
 _LONGEST_CELL = 1 << 24
@@ -65,12 +65,12 @@ def read_table(source: Source) -> Iterator[Chunk]:
     header, delimiter = header_of(source.text)
     known, number, begun = set(header), 0, False
     for block in source.blocks():
-        columns = _split_columns("".join(block), delimiter, len(header)) if begun else None
+        columns = _split_columns(block, delimiter, len(header)) if begun else None
         if columns is not None and known.isdisjoint(columns[0]):
             yield (chunk := TableRows(header, columns, number))
             number += len(chunk)
             continue
-        lines = csv.reader(block, delimiter=delimiter, skipinitialspace=delimiter == " ")
+        lines = csv.reader(lines_of(block), delimiter=delimiter, skipinitialspace=delimiter == " ")
         rows = [cells for cells in lines if cells]
         if rows and not source.complete and len(rows[-1]) < len(header):
             rows.pop()

@@ -12,13 +12,13 @@ from typing import Any
 
 from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder
 from foreshock_collector.commands.logs.names import Names
-from foreshock_collector.commands.logs.source import Source
+from foreshock_collector.commands.logs.source import Source, lines_of
 
 _NUMBER = r"[-+]?(?:\d+\.?\d*(?:[eE][-+]?\d+)?|\.\d+|(?i:nan|inf(?:inity)?)\b)"
 _WORD = r"[A-Za-z_][\w./()-]*"
 _PAIR = re.compile(
-    rf"(?<!\w)(?P<name>(?!(?:DEBUG|INFO|WARNING) ){_WORD}(?: (?:{_WORD}|\(\w+ \d+\))){{0,3}}?)"
-    rf"(?:['\"]?\s*[:=]\s*['\"]?|\s+)(?P<number>{_NUMBER})(?![\w.])"
+    rf"(?<!\w)((?!(?:DEBUG|INFO|WARNING) ){_WORD}(?: (?:{_WORD}|\(\w+ \d+\))){{0,3}}?)"
+    rf"(?:['\"]?\s*[:=]\s*['\"]?|\s+)({_NUMBER})(?![\w.])"
 )
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _EVALUATION = re.compile(
@@ -26,6 +26,8 @@ _EVALUATION = re.compile(
     re.IGNORECASE,
 )
 """Lines of an evaluation, or fairseq's summary of an epoch. A word in a path is none."""
+_EVALUATION_PARTS = ("val", "test", "dev", "| train |")
+"""Words of which each match of `_EVALUATION` contains one, in lower case."""
 _EPOCH = re.compile(r"\bepoch(?:\(train\))?:?\s*\[?(\d+)\]?:?\s*\[?\s*(\d+)\s*/\s*(\d+)", re.IGNORECASE)
 """Epoch, iteration in it and iterations of an epoch: "Epoch(train) [2][ 50/7330]", "epoch 002:  50 / 7330"."""
 _ITERATION = re.compile(r"\bIter(?:\(train\))?\s*\[\s*(\d+)\s*/\s*\d+\]")
@@ -62,7 +64,7 @@ def read_text(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
     """Yield the rows of a log of text."""
     lines = _Lines(builder.names)
     for block in source.blocks():
-        for line in block:
+        for line in lines_of(block):
             lines.add(line)
         yield lines.rows(kept=0 if source.live else 2)
     lines.end(torn=not source.complete)
@@ -92,13 +94,15 @@ class _Lines:
                 self._open.update({name: value for name, value in pairs.items() if name not in self._open})
                 return
             self._close()
-        if _EVALUATION.search(line):
+        # Regular expressions that ignore case are slow: most lines have none of these words at all.
+        lower = line.lower()
+        if any(word in lower for word in _EVALUATION_PARTS) and _EVALUATION.search(line):
             return
-        if epoch := _EPOCH.search(line):
+        if "epoch" in lower and (epoch := _EPOCH.search(line)):
             index, iteration, length = map(int, epoch.groups())
             self._first_epoch = index if self._first_epoch is None else self._first_epoch
             pairs[_COUNTED] = str((index - min(1, self._first_epoch)) * length + iteration)
-        elif found := _ITERATION.search(line):
+        elif "Iter" in line and (found := _ITERATION.search(line)):
             pairs[_COUNTED] = found[1]
         if _OPENING in line:
             self._open = pairs
@@ -139,4 +143,4 @@ class _Lines:
     @staticmethod
     def _pairs(line: str) -> dict[str, str]:
         text = _ANSI.sub("", line) if "\x1b" in line else line
-        return {found["name"]: found["number"] for found in _PAIR.finditer(text)}
+        return dict(_PAIR.findall(text))
