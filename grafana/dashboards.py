@@ -121,8 +121,8 @@ def run() -> Json:
             (c.CLIPPED_STEPS, "clipped"),
             (c.SKIPPED_STEPS, "skipped"),
             (c.ABANDONED_STEPS, "left out by the script"),
-            (c.SHADOW_CLIPPED_STEPS, "shadow: clipped"),
-            (c.SHADOW_SKIPPED_STEPS, "shadow: skipped"),
+            (c.SHADOW_CLIPPED_STEPS, "dry run: clipped"),
+            (c.SHADOW_SKIPPED_STEPS, "dry run: skipped"),
         )
     )
     durations = of(c.STEP_DURATION, suffix="_bucket")

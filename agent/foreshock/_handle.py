@@ -30,10 +30,10 @@ class Watch:
         """
         return False
 
-    def shadow_counts(self) -> dict[str, int]:
-        """With `shadow`: "steps" so far, and how many of them would have been "clipped" and "skipped".
+    def dry_run_counts(self) -> dict[str, int]:
+        """With `dry_run`: "steps" so far, and how many of them would have been "clipped" and "skipped".
 
-        Waits for the device: not for every step. Empty without `shadow`.
+        Waits for the device: not for every step. Empty without `dry_run`.
         """
         return {}
 

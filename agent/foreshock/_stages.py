@@ -43,7 +43,7 @@ class Policy:
 
     clip: Clip | None
     skip: bool
-    shadow: bool
+    dry_run: bool
     """Nothing is done, and what would have been is counted."""
 
 
@@ -102,8 +102,8 @@ def ddp_stages(
     return Stages(
         control=control,
         measure=KernelMeasure(plan, optimizer, arithmetic, control, kernel=kernel, **options),
-        decide=KernelDecide(kernel, arithmetic, control, sums, clip=clip, skip=policy.skip, shadow=policy.shadow),
-        apply=(KernelDryRun if policy.shadow else KernelApply)(arithmetic, control, kernel),
+        decide=KernelDecide(kernel, arithmetic, control, sums, clip=clip, skip=policy.skip, dry_run=policy.dry_run),
+        apply=(KernelDryRun if policy.dry_run else KernelApply)(arithmetic, control, kernel),
         sums=sums,
     )
 
@@ -116,6 +116,6 @@ def _with_numbers(
         control=control,
         measure=measure,
         decide=Decide(arithmetic, measure.plan.device(), clip=policy.clip, skip=policy.skip),
-        apply=(DryRun if policy.shadow else Apply)(arithmetic, control, policy.clip),
+        apply=(DryRun if policy.dry_run else Apply)(arithmetic, control, policy.clip),
         sums=sums,
     )

@@ -104,7 +104,7 @@ class ActiveWatch(Watch):
     def tripped(self) -> bool:
         return self._decide.tripped
 
-    def shadow_counts(self) -> dict[str, int]:
+    def dry_run_counts(self) -> dict[str, int]:
         return self._apply.counts() if isinstance(self._apply, DryRun) else {}
 
     def detach(self) -> None:
@@ -354,7 +354,7 @@ class ActiveWatch(Watch):
             self.guard.run(self.backward_hooks.leave)
         self.after_step()
         # A device that has failed, or hangs, must not cost the exit's own report.
-        self.guard.run(self._log_shadow, wait=wait)
+        self.guard.run(self._log_dry_run, wait=wait)
         self.guard.run(self._record.close)
         if not self.retired:
             self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
@@ -381,6 +381,6 @@ class ActiveWatch(Watch):
         """Return whether this is the watch's optimizer or model."""
         return which is self._optimizer or which is self._model()
 
-    def _log_shadow(self, *, wait: bool) -> None:
+    def _log_dry_run(self, *, wait: bool) -> None:
         if self._record.flush() and wait and isinstance(self._apply, DryRun):
             rank_zero_info(self._apply.line(), rank=self.rank)

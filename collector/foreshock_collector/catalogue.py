@@ -164,10 +164,10 @@ ABANDONED_STEPS = _counter(
 CLIPPED_STEPS = _counter("foreshock_clipped_steps_total", "Steps whose gradient was scaled down.")
 SKIPPED_STEPS = _counter("foreshock_skipped_steps_total", "Steps that the optimizer skipped.")
 SHADOW_CLIPPED_STEPS = _counter(
-    "foreshock_shadow_clipped_steps_total", "Steps that would have been clipped, in shadow mode."
+    "foreshock_shadow_clipped_steps_total", "Steps that would have been clipped, in a dry run."
 )
 SHADOW_SKIPPED_STEPS = _counter(
-    "foreshock_shadow_skipped_steps_total", "Steps that would have been skipped, in shadow mode."
+    "foreshock_shadow_skipped_steps_total", "Steps that would have been skipped, in a dry run."
 )
 GRADIENT_SPIKES = _counter("foreshock_gradient_spikes_total", "Steps whose global norm was far above its history.")
 GRADIENT_BUILD_UPS = _counter(

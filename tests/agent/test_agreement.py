@@ -55,7 +55,7 @@ def test_what_a_rank_has_said_goes_before_what_is_missing_or_differs(spoken: Ran
     [
         ("clip", "norm 2"),
         ("skip", True),
-        ("shadow", True),
+        ("dry_run", True),
         ("experiment", "other"),
         ("local_norms", False),
         ("version", "2.0"),

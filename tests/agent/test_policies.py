@@ -1,4 +1,4 @@
-"""Adaptive clipping, steps that are left out, and shadows of both, beside trainings that do it by hand."""
+"""Adaptive clipping, steps that are left out, and dry runs of both, beside trainings that do it by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
     "early_and_high", "budget_spent", "nan_for_good", "skip_and_clip", "own_clip_and_skip", "scaled_and_skipped",
-    "shadow_of_all", "scaled_value_clip", "refusals",
+    "dry_run_of_all", "scaled_value_clip", "refusals",
 ]  # fmt: skip
 
 
@@ -84,8 +84,8 @@ def test_overflows_of_a_scaler_cost_no_budget_and_a_spike_leaves_its_scale_alone
         assert result["scales"][0] == result["scales"][1] == 2.0**13
 
 
-def test_a_shadow_changes_not_a_bit_and_counts(found: dict[str, Scenario]) -> None:
-    scenario = found["shadow_of_all"]
+def test_a_dry_run_changes_not_a_bit_and_counts(found: dict[str, Scenario]) -> None:
+    scenario = found["dry_run_of_all"]
     for result in scenario.results:
         for seen in result.values():
             assert seen["as stock"] and seen["quiet"] and seen["dropped"] == {}
@@ -94,8 +94,10 @@ def test_a_shadow_changes_not_a_bit_and_counts(found: dict[str, Scenario]) -> No
             assert seen["counts"]["clipped"] == sum(int(bits) & 1 for bits in seen["shadow"]) > 0
         assert [int(bits) & 1 for bits in result["norm"]["shadow"]] == [norm > 0.5 for norm in result["norm"]["norms"]]
         assert [int(bits) & 1 for bits in result["adaptive"]["shadow"]][:25] == [0] * 25
-    assert sum("shadow: of 36 steps 36 would have been clipped and 2 skipped" in line for line in scenario.said[0]) >= 1
-    assert not any("shadow: of" in line for line in scenario.said[1])
+    assert (
+        sum("dry run: of 36 steps 36 would have been clipped and 2 skipped" in line for line in scenario.said[0]) >= 1
+    )
+    assert not any("dry run: of" in line for line in scenario.said[1])
 
 
 def test_clipping_by_value_under_a_scaler_compares_unscaled_elements(found: dict[str, Scenario]) -> None:
@@ -110,7 +112,7 @@ REFUSED: list[tuple[str, str]] = [
     ),
     ("no fused path", "SettingsError: skip: NAdam is not fused, so skipping a step would require"),
     ("dampening", "SettingsError: skip: SGD with dampening must not skip its first step; use"),
-    ("nothing to try", "SettingsError: shadow: nothing to simulate; also pass clip or skip"),
+    ("nothing to try", "SettingsError: dry_run: nothing to simulate; also pass clip or skip"),
     ("skip on rank 1 alone", "AttachError: skip differs: False on rank 0, True on rank 1; it must be the same on"),
     ("another experiment on rank 1", "AttachError: experiment differs: default on rank 0, other on rank 1; it must"),
 ]
@@ -131,7 +133,7 @@ def test_the_environment_has_twins_for_all_of_it(tmp_path: Path) -> None:
         ["refusals"],
         FORESHOCK_SKIP="0",
         FORESHOCK_CLIP="adaptive",
-        FORESHOCK_SHADOW="",
+        FORESHOCK_DRY_RUN="",
     )["refusals"].results
     # With a clip from the environment, there is something to try.
     assert all(result["nothing to try"] is None for result in results)

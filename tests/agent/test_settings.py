@@ -32,7 +32,7 @@ def test_without_anything_said_the_defaults_hold() -> None:
     assert settings_from({}) == Settings(
         clip=None,
         skip=False,
-        shadow=False,
+        dry_run=False,
         collector="",
         experiment="default",
         run="",
@@ -75,7 +75,7 @@ WRONG: list[tuple[str, Any]] = [
     ("clip", "adaptive -1"),
     ("clip", "none 1"),
     ("skip", "some"),
-    ("shadow", "gray"),
+    ("dry_run", "gray"),
     ("collector", "monitor"),
     ("collector", "monitor:"),
     ("collector", ":4327"),
@@ -122,11 +122,11 @@ def test_an_argument_of_another_type_is_an_error_too(setting: str, wrong: Any) -
 
 
 @pytest.mark.parametrize("policy", [{"clip": "1.0"}, {"skip": "1"}], ids=str)
-def test_a_shadow_needs_something_to_try(policy: dict[str, str]) -> None:
+def test_a_dry_run_needs_something_to_try(policy: dict[str, str]) -> None:
     environment = {f"FORESHOCK_{name.upper()}": text for name, text in policy.items()}
-    assert settings_from(environment, shadow=True).shadow
-    with pytest.raises(SettingsError, match=r"^shadow: nothing to simulate; also pass clip or skip"):
-        settings_from({}, shadow=True)
+    assert settings_from(environment, dry_run=True).dry_run
+    with pytest.raises(SettingsError, match=r"^dry_run: nothing to simulate; also pass clip or skip"):
+        settings_from({}, dry_run=True)
 
 
 @pytest.mark.parametrize(

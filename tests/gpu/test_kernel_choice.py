@@ -43,8 +43,8 @@ def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
 
 def test_kernels_that_have_been_tried_start_from_nothing() -> None:
     plan = plan_of(3, 2)
-    kernel = step_kernel(plan, clip=AdaptiveClip(), skip=True, shadow=False)
-    fresh = StepKernel(len(plan.layers), DEVICE, clip=AdaptiveClip(), skip=True, shadow=False)
+    kernel = step_kernel(plan, clip=AdaptiveClip(), skip=True, dry_run=False)
+    fresh = StepKernel(len(plan.layers), DEVICE, clip=AdaptiveClip(), skip=True, dry_run=False)
     assert torch.equal(kernel.state, fresh.state) and kernel.turn == fresh.turn == 0
 
 
@@ -62,7 +62,7 @@ def test_the_interpreter_never_reads_the_memory_of_a_card() -> None:
     plan = plan_of(3)
     on_card = replace(plan, parameters=tuple(nn.Parameter(p.to("meta")) for p in plan.parameters))
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"):
-        step_kernel(on_card, clip=None, skip=False, shadow=False)
+        step_kernel(on_card, clip=None, skip=False, dry_run=False)
 
 
 def test_an_error_of_triton_is_a_part_of_a_line() -> None:

@@ -121,7 +121,7 @@ def test_a_row_is_that_of_the_cpu_path(
     averaged: list[Tensor | None], local: list[Tensor | None] | None, order: list[int], scale: float
 ) -> None:
     plan = plan_of(*[4] * SIZES, layers=3)
-    kernels = Kernels(plan, order, clip=NormClip(max_norm=1.0), skip=False, shadow=False)
+    kernels = Kernels(plan, order, clip=NormClip(max_norm=1.0), skip=False, dry_run=False)
     # As large as the plan says, or absent.
     whole = [None if g is None else nn.functional.pad(g.float(), (0, 4 - len(g))) for g in averaged]
     own = (
@@ -148,12 +148,12 @@ def test_a_row_is_that_of_the_cpu_path(
     assert (checksum % 2**64, sequence) == (device_checksum(payload), 7)
 
 
-@pytest.mark.parametrize("shadow", [False, True])
-def test_kernel_and_host_clip_and_skip_alike(shadow: bool) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_kernel_and_host_clip_and_skip_alike(dry_run: bool) -> None:
     """Adaptive clipping and skipping of 40 steps of a run that has a history already."""
     plan = plan_of(3, 2, layers=1, dtypes=[torch.float64] * 2)
     clip = AdaptiveClip(max_norm=50.0)
-    kernels = Kernels(plan, [0, 1], clip=clip, skip=True, shadow=shadow)
+    kernels = Kernels(plan, [0, 1], clip=clip, skip=True, dry_run=dry_run)
     host = Decide(HOST, CPU, clip=clip, skip=True)
     assert host._history is not None
     chance = np.random.default_rng(1)
@@ -186,16 +186,16 @@ def test_kernel_and_host_clip_and_skip_alike(shadow: bool) -> None:
         assert decision is not None and decision.skip is not None and (decision.divisor is None) == edited
         divisor = 1.0 if decision.divisor is None else float(decision.divisor)
         bits = (divisor > 1) + 2 * bool(decision.skip)
-        skips = 0.0 if shadow else float(bool(decision.skip) or scaler_skips > 0)
-        assert row["skipped"] == (scaler_skips if shadow else skips)
-        assert row["shadow"] == (bits if shadow else 0.0)
-        assert row["clip_coefficient"] == pytest.approx(1.0 if shadow else 1 / divisor, rel=1e-12)
-        assert float(kernels.kernel.divisor) == pytest.approx(1.0 if shadow else divisor, rel=1e-6)
-        assert float(kernels.kernel.skips) == (1.0 if shadow else skips)
+        skips = 0.0 if dry_run else float(bool(decision.skip) or scaler_skips > 0)
+        assert row["skipped"] == (scaler_skips if dry_run else skips)
+        assert row["shadow"] == (bits if dry_run else 0.0)
+        assert row["clip_coefficient"] == pytest.approx(1.0 if dry_run else 1 / divisor, rel=1e-12)
+        assert float(kernels.kernel.divisor) == pytest.approx(1.0 if dry_run else divisor, rel=1e-6)
+        assert float(kernels.kernel.skips) == (1.0 if dry_run else skips)
         clipped, skipped = clipped + (divisor > 1), skipped + bool(decision.skip)
     assert clipped >= 4 and 3 <= skipped < 9
-    counts = kernels.kernel.state[[kernel_step.SHADOW_CLIPPED.value, kernel_step.SHADOW_SKIPPED.value]]
-    assert counts.tolist() == ([clipped, skipped] if shadow else [0.0, 0.0])
+    counts = kernels.kernel.state[[kernel_step.DRY_RUN_CLIPPED.value, kernel_step.DRY_RUN_SKIPPED.value]]
+    assert counts.tolist() == ([clipped, skipped] if dry_run else [0.0, 0.0])
 
 
 @pytest.mark.parametrize("loss", [None, 0.5, NAN, INF])
@@ -205,7 +205,7 @@ def test_a_ranks_part_of_the_sum_is_that_of_the_cpu_path(loss: float | None) -> 
     sums._arithmetic, sums._zero, sums._one = HOST, 0.0, 1.0
     cases: list[list[Tensor | None]] = [[torch.ones(3), torch.ones(2)], [torch.zeros(3), None]]
     for gradients in (*cases, [torch.tensor([NAN, INF, 1.0]), None]):
-        kernels = Kernels(plan, [1, 0], clip=None, skip=False, shadow=False)
+        kernels = Kernels(plan, [1, 0], clip=None, skip=False, dry_run=False)
         kernels.local.sums.measure(on_device(gradients))
         contribution = torch.full((len(SUM_FIELDS),), -1.0, dtype=torch.float64, device=DEVICE)
         kernels.kernel.contribute(kernels.local, None if loss is None else number(loss), contribution)
@@ -216,7 +216,7 @@ def test_a_ranks_part_of_the_sum_is_that_of_the_cpu_path(loss: float | None) -> 
 
 
 def test_the_newest_sum_over_ranks_is_in_each_record_until_another_arrives() -> None:
-    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, shadow=False)
+    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, dry_run=False)
     missing = [column.missing for column in REDUCED_COLUMNS]
     sums = torch.arange(1.0, 1 + len(SUM_FIELDS), dtype=torch.float64, device=DEVICE)
     arrived = [None, FinishedSum(1, sums, None), None, FinishedSum(3, 2 * sums, None), None]
@@ -230,7 +230,7 @@ def test_the_newest_sum_over_ranks_is_in_each_record_until_another_arrives() -> 
 
 
 def test_an_optimizer_that_can_no_longer_skip_is_recorded_as_not_skipping() -> None:
-    kernels = Kernels(plan_of(3), [0], clip=None, skip=True, shadow=False)
+    kernels = Kernels(plan_of(3), [0], clip=None, skip=True, dry_run=False)
     for can_skip in (True, False):
         row = dict(zip(MEASURED_NAMES, kernels.step([torch.full((3,), NAN)], None, can_skip=can_skip), strict=False))
         assert row["skipped"] == float(kernels.kernel.skips) == float(can_skip)
@@ -239,7 +239,7 @@ def test_an_optimizer_that_can_no_longer_skip_is_recorded_as_not_skipping() -> N
 
 @pytest.mark.parametrize("step_number", [None, 12])
 def test_what_the_script_observed_goes_with_the_record_or_after_it(step_number: int | None) -> None:
-    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, shadow=False)
+    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, dry_run=False)
     kernels.step([torch.ones(3)], None, sequence=9, loss=number(0.75), number=step_number)
     *payload, check, end, begin = kernels.kernel.words[:6].tolist()
     flags = HAS_LOSS if step_number is None else HAS_LOSS | HAS_STEP
@@ -251,12 +251,12 @@ def test_what_the_script_observed_goes_with_the_record_or_after_it(step_number: 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compares on a CPU")
 @pytest.mark.parametrize("clip", [None, NormClip(max_norm=2.0), AdaptiveClip(max_norm=40.0)], ids=str)
-@pytest.mark.parametrize(("skip", "shadow"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("skip", "dry_run"), [(False, False), (True, False), (True, True)])
 def test_what_stands_for_the_kernels_in_jobs_computes_the_same(
-    clip: Any, skip: bool, shadow: bool, monkeypatch: pytest.MonkeyPatch
+    clip: Any, skip: bool, dry_run: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(3, 2, 4, layers=2, dtypes=[torch.float32, torch.bfloat16, torch.float64])
-    kernels, theirs = (Kernels(plan, [2, 0, 1], clip=clip, skip=skip, shadow=shadow) for _ in range(2))
+    kernels, theirs = (Kernels(plan, [2, 0, 1], clip=clip, skip=skip, dry_run=dry_run) for _ in range(2))
     sums = torch.arange(16.0, 16 + len(SUM_FIELDS), dtype=torch.float64)
     for sequence, value in enumerate([1.0, 30.0, NAN, 2.0, INF, 1e30, 3.0], 1):
         averaged = [torch.full((3,), value), torch.ones(2, dtype=torch.bfloat16), torch.ones(4, dtype=torch.float64)]
@@ -287,7 +287,7 @@ def test_what_stands_for_the_kernels_in_jobs_computes_the_same(
 
 
 def test_a_second_record_of_one_measurement_has_its_own_checksum() -> None:
-    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, shadow=False)
+    kernels = Kernels(plan_of(3), [0], clip=None, skip=False, dry_run=False)
     row = kernels.step([torch.ones(3)], None, sequence=1)
     kernels.kernel.decide(Measurement(averaged=kernels.averaged), sequence=2)
     assert kernels.kernel.row.tolist() == row

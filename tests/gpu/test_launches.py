@@ -75,7 +75,7 @@ class Rank:
         self.arithmetic = arithmetic = DeviceArithmetic(CPU)
         self.control = OptimizerControl(self.optimizer, arithmetic, plan.parameters)
         ring = Ring.create(folder / "rank.ring", {}, layers=len(plan.layers))
-        kernel = StepKernel(len(plan.layers), CPU, clip=clip, skip=False, shadow=False)
+        kernel = StepKernel(len(plan.layers), CPU, clip=clip, skip=False, dry_run=False)
         group: Any = None
         self.sums = KernelRankSums(group, CPU, arithmetic, kernel)
         self.measure = KernelMeasure(
@@ -88,7 +88,7 @@ class Rank:
             single=False,
             views=False,
         )
-        self.decide = KernelDecide(kernel, arithmetic, self.control, self.sums, clip=clip, skip=False, shadow=False)
+        self.decide = KernelDecide(kernel, arithmetic, self.control, self.sums, clip=clip, skip=False, dry_run=False)
         self.apply = KernelApply(arithmetic, self.control, kernel)
         self.record = DeviceRecord(ring, arithmetic, PinnedRing(ring, Cudart()))
         for parameter in plan.parameters:

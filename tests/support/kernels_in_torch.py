@@ -142,17 +142,17 @@ def finish_step(
     local_numbers: Tensor, layer_begin: Tensor, _: int, __: int, layers: int,
     carried: Tensor, loss_scale: Tensor, optimizer_scale: Tensor, found_inf: Tensor, sums: Tensor, sums_scale: Tensor,
     sums_sequence: int, facts: int, turn: int, sequence: int, number: int, flags: int,
-    *, CLIP: int, SKIP: bool, SHADOW: bool, SUM_BLOCK: int, LAYER_BLOCK: int,
+    *, CLIP: int, SKIP: bool, DRY_RUN: bool, SUM_BLOCK: int, LAYER_BLOCK: int,
 ) -> None:  # fmt: skip
     has_local = bool(facts & kernels.HAS_LOCAL.value)
     scale, local_scale, theirs = float(carried), float(loss_scale), float(found_inf)
     averaged = summary_of(squares, statuses, measurement, positions, numbers, scale)
     divisor, skip = decide(state, float(averaged.total), theirs, facts, turn, CLIP=CLIP, SKIP=SKIP)
     columns = dict(zip(MEASURED_NAMES, defaults.tolist(), strict=True))
-    if SHADOW:
+    if DRY_RUN:
         bits = (float(divisor > 1), float(skip))
-        state[kernels.SHADOW_CLIPPED.value] += bits[0]
-        state[kernels.SHADOW_SKIPPED.value] += bits[1]
+        state[kernels.DRY_RUN_CLIPPED.value] += bits[0]
+        state[kernels.DRY_RUN_SKIPPED.value] += bits[1]
         columns["shadow"] = bits[0] + 2 * bits[1]
     else:
         if SKIP and not facts & kernels.CANNOT_SKIP.value:

@@ -27,7 +27,7 @@ class RankProposal:
     version: str
     clip: str = ""
     skip: bool = False
-    shadow: bool = False
+    dry_run: bool = False
     experiment: str = ""
     local_norms: bool = True
     disabled: bool = False
@@ -80,7 +80,7 @@ def decide(proposals: list[RankProposal | None], *, run: str, launch: str, timeo
     if absent := [rank for rank, proposal in enumerate(proposals) if proposal is None]:
         error = f"{_ranks(absent)} did not call foreshock.attach within {timeout:g} s; call it on every rank"
         return Agreement(run=run, launch=launch, error=error)
-    for setting in ("version", "clip", "skip", "shadow", "experiment", "local_norms"):
+    for setting in ("version", "clip", "skip", "dry_run", "experiment", "local_norms"):
         values = {rank: getattr(proposal, setting) for rank, proposal in present.items()}
         other = [rank for rank, value in values.items() if value != values[0]]
         if other:

@@ -52,7 +52,7 @@ def attach(
     *,
     clip: float | Clip | None = None,
     skip: bool | None = None,
-    shadow: bool | None = None,
+    dry_run: bool | None = None,
     collector: str | None = None,
     experiment: str | None = None,
     run: str | None = None,
@@ -65,7 +65,7 @@ def attach(
     must go.
     skip: leave out steps whose gradient is not finite or far beyond the run's history, three in a row and five in a
     hundred at most (default no; needs a fused optimizer). See `Watch.tripped`.
-    shadow: do neither, and count what would have been done (default no). See `Watch.shadow_counts`.
+    dry_run: do neither, and count what would have been done (default no). See `Watch.dry_run_counts`.
     collector: host:port; default this machine. experiment, run: names; the run's default comes from the launcher.
     local_norms: measure each rank's gradient before the all-reduce (default yes; never of a sharded model).
 
@@ -83,7 +83,7 @@ def attach(
             settings = settings_from(
                 clip=clip,
                 skip=skip,
-                shadow=shadow,
+                dry_run=dry_run,
                 collector=collector,
                 experiment=experiment,
                 run=run,
@@ -119,7 +119,7 @@ class LocalConfig:
             version=__version__,
             clip=str(self.settings.clip or "none"),
             skip=self.settings.skip,
-            shadow=self.settings.shadow,
+            dry_run=self.settings.dry_run,
             experiment=self.settings.experiment,
             local_norms=self.settings.local_norms and self.model.ddp is not None,
             error=error,
@@ -201,7 +201,7 @@ def _watched(
 ) -> ActiveWatch:
     """Make the parts of a watch for this kind of model, and register its hooks."""
     settings, model, optimizer, plan = config.settings, config.model, config.optimizer, config.plan
-    policy = Policy(clip=settings.clip, skip=settings.skip, shadow=settings.shadow)
+    policy = Policy(clip=settings.clip, skip=settings.skip, dry_run=settings.dry_run)
     shard_sums = None
     if model.ddp is None:
         shard_sums = ShardSums(sharded_parameters(model), model.group, model.replicas, arithmetic)
@@ -236,7 +236,7 @@ def _kernel(config: LocalConfig, agreement: Agreement) -> tuple[StepKernel | Non
     if config.model.ddp is None or not wants_kernel(config.plan, clip=settings.clip, by_bucket=by_bucket):
         return None, ""
     try:
-        return step_kernel(config.plan, clip=settings.clip, skip=settings.skip, shadow=settings.shadow), ""
+        return step_kernel(config.plan, clip=settings.clip, skip=settings.skip, dry_run=settings.dry_run), ""
     except Exception as error:
         return None, why_not(error)
 
@@ -280,7 +280,7 @@ def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
     settings, plan = config.settings, config.plan
     does = [f"clipping by {settings.clip}"] if settings.clip else []
     does += ["skipping bad steps"] if settings.skip else []
-    clip = ("trying " if settings.shadow else "") + " and ".join(does) if does else "observing only"
+    clip = ("trying " if settings.dry_run else "") + " and ".join(does) if does else "observing only"
     where = settings.collector or "this machine's collector"
     ranks = f"{size} rank{'s' if size > 1 else ''}"
     model = original_type(config.model.module).__name__
@@ -327,5 +327,5 @@ class _Ranks:
 
 
 def _check_skip(optimizer: torch.optim.Optimizer, settings: Settings) -> None:
-    if settings.skip and not settings.shadow and (why := why_not_skipped(optimizer)):
-        raise SettingsError(f"skip: {why}; shadow=True only counts")
+    if settings.skip and not settings.dry_run and (why := why_not_skipped(optimizer)):
+        raise SettingsError(f"skip: {why}; dry_run=True only counts")

@@ -23,7 +23,7 @@ class Settings:
     """Clipping policy; None only observes."""
     skip: bool
     """Leave out steps whose gradient is not finite or far beyond the run's history, within a budget."""
-    shadow: bool
+    dry_run: bool
     """Clip and leave out nothing, and count what would have been."""
     collector: str
     """host:port of the collector's gRPC service; empty: this machine, default port."""
@@ -46,7 +46,7 @@ def settings_from(
     *,
     clip: float | Clip | None = None,
     skip: bool | None = None,
-    shadow: bool | None = None,
+    dry_run: bool | None = None,
     collector: str | None = None,
     experiment: str | None = None,
     run: str | None = None,
@@ -65,7 +65,7 @@ def settings_from(
     settings = Settings(
         clip=_clip(*setting("clip", clip, None)),
         skip=_switch(*setting("skip", skip, False)),
-        shadow=_switch(*setting("shadow", shadow, False)),
+        dry_run=_switch(*setting("dry_run", dry_run, False)),
         collector=_address(*setting("collector", collector, "")),
         experiment=_name(*setting("experiment", experiment, "default")),
         run=_name(*setting("run", run, ""), may_be_empty=True),
@@ -74,8 +74,8 @@ def settings_from(
         recorder_python=env.get("FORESHOCK_RECORDER_PYTHON", ""),
         strict=_switch(*setting("strict", None, False)),
     )
-    if settings.shadow and settings.clip is None and not settings.skip:
-        raise SettingsError("shadow: nothing to simulate; also pass clip or skip")
+    if settings.dry_run and settings.clip is None and not settings.skip:
+        raise SettingsError("dry_run: nothing to simulate; also pass clip or skip")
     return settings
 
 

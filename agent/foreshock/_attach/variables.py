@@ -23,7 +23,7 @@ class Variable(NamedTuple):
 VARIABLES = (
     Variable("FORESHOCK_CLIP", "none", "Clipping: a maximum norm, `adaptive`, `adaptive 1.0`, or `none`."),
     Variable("FORESHOCK_SKIP", "0", "1 skips steps that would corrupt the weights, within a budget."),
-    Variable("FORESHOCK_SHADOW", "0", "1 is a dry run: clips and skips nothing, and counts what it would have done."),
+    Variable("FORESHOCK_DRY_RUN", "0", "1 is a dry run: clips and skips nothing, and counts what it would have done."),
     Variable("FORESHOCK_LOCAL_NORMS", "1", "0 does not measure each rank's own gradient, before the all-reduce."),
     Variable("FORESHOCK_COLLECTOR", "127.0.0.1:4327", "host:port of the collector's gRPC service."),
     Variable("FORESHOCK_EXPERIMENT", "default", "Experiment that the run belongs to; groups runs on dashboards."),

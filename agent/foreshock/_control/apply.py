@@ -97,4 +97,4 @@ class DryRun:
         """Return the counts as a line for the log."""
         counts = self.counts()
         would = f"{counts['clipped']} would have been clipped and {counts['skipped']} skipped"
-        return f"shadow: of {counts['steps']} steps {would}"
+        return f"dry run: of {counts['steps']} steps {would}"

@@ -23,7 +23,7 @@ def wants_kernel(plan: ParameterPlan, *, clip: Clip | None, by_bucket: bool) -> 
     return plan.device().type in DEVICES and not isinstance(clip, ValueClip) and not by_bucket
 
 
-def step_kernel(plan: ParameterPlan, *, clip: Clip | None, skip: bool, shadow: bool) -> StepKernel:
+def step_kernel(plan: ParameterPlan, *, clip: Clip | None, skip: bool, dry_run: bool) -> StepKernel:
     """Return the kernels for a plan, compiled and tried. Raises whatever Triton raises where it cannot run them.
 
     Triton comes with torch's CUDA builds, and needs a C compiler for what launches a kernel.
@@ -37,7 +37,7 @@ def step_kernel(plan: ParameterPlan, *, clip: Clip | None, skip: bool, shadow: b
     assert not isinstance(clip, ValueClip)
     if plan.device().type != "cpu" and not isinstance(measure_chunks, JITFunction):
         raise RuntimeError("TRITON_INTERPRET is set, and Triton's interpreter reads no memory of a card")
-    kernel = StepKernel(len(plan.layers), plan.device(), clip=clip, skip=skip, shadow=shadow)
+    kernel = StepKernel(len(plan.layers), plan.device(), clip=clip, skip=skip, dry_run=dry_run)
     order = ParameterOrder(range(len(plan.parameters)), plan.numbers, plan.device())
     kernel.compile(OrderedSums(GradientSums(ChunkTable(plan)), order))
     return kernel

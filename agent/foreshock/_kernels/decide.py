@@ -25,7 +25,7 @@ class KernelDecide:
         *,
         clip: NormClip | AdaptiveClip | None,
         skip: bool,
-        shadow: bool,
+        dry_run: bool,
     ) -> None:
         self._kernel = kernel
         self._arithmetic = arithmetic
@@ -33,7 +33,7 @@ class KernelDecide:
         self._sums = sums
         self._clip: Clip | None = clip
         self._skip = skip
-        self._acts = not shadow
+        self._acts = not dry_run
         self._rate: float | None = None
         self._spent = SpentFlags(kernel.device)
 

@@ -51,11 +51,11 @@ class StepKernel:
     """
 
     def __init__(
-        self, layers: int, device: torch.device, *, clip: NormClip | AdaptiveClip | None, skip: bool, shadow: bool
+        self, layers: int, device: torch.device, *, clip: NormClip | AdaptiveClip | None, skip: bool, dry_run: bool
     ) -> None:
         self.device = device
         self._current = current_device(device)
-        self._skip, self._shadow = skip, shadow
+        self._skip, self._dry_run = skip, dry_run
         kinds = (
             triton_step.NO_CLIP,
             triton_step.ADAPTIVE_CLIP if isinstance(clip, AdaptiveClip) else triton_step.NORM_CLIP,
@@ -174,7 +174,7 @@ class StepKernel:
                 observed,
                 CLIP=self._clip,
                 SKIP=self._skip,
-                SHADOW=self._shadow,
+                DRY_RUN=self._dry_run,
                 SUM_BLOCK=triton_step.SUM_BLOCK,
                 LAYER_BLOCK=triton_step.LAYER_BLOCK,
                 num_warps=_WARPS,
@@ -240,9 +240,9 @@ class StepKernel:
             self.state[triton_step.WINDOW.value + self.turn] = newest[-1]
         self.turn = (self.turn + 1) % WINDOW
 
-    def shadow_counts(self) -> tuple[int, int]:
+    def dry_run_counts(self) -> tuple[int, int]:
         """Return how many steps would have been clipped and skipped. Waits for the device."""
-        counts = self.state[[triton_step.SHADOW_CLIPPED.value, triton_step.SHADOW_SKIPPED.value]].tolist()
+        counts = self.state[[triton_step.DRY_RUN_CLIPPED.value, triton_step.DRY_RUN_SKIPPED.value]].tolist()
         return int(counts[0]), int(counts[1])
 
     def _with(self, columns: Mapping[str, Number]) -> Tensor:

@@ -210,5 +210,5 @@ class KernelDryRun(DryRun):
         self._steps += 1
 
     def counts(self) -> dict[str, int]:
-        clipped, skipped = self._kernel.shadow_counts()
+        clipped, skipped = self._kernel.dry_run_counts()
         return {"steps": self._steps, "clipped": clipped, "skipped": skipped}

@@ -33,8 +33,8 @@ changed; the script has clipped by itself; the optimizer can no longer skip a st
     SKIPPED,
     BAD_IN_A_ROW,
     SPENT,
-    SHADOW_CLIPPED,
-    SHADOW_SKIPPED,
+    DRY_RUN_CLIPPED,
+    DRY_RUN_SKIPPED,
     LIMIT,
     SUMS,
 ) = (tl.constexpr(index) for index in range(12))
@@ -134,7 +134,7 @@ def finish_step(
     layer_begin, chunks, parameters, layers,
     carried, loss_scale, optimizer_scale, found_inf, sums, sums_scale, sums_sequence,
     facts, turn, sequence, number, flags,
-    CLIP: tl.constexpr, SKIP: tl.constexpr, SHADOW: tl.constexpr,
+    CLIP: tl.constexpr, SKIP: tl.constexpr, DRY_RUN: tl.constexpr,
     SUM_BLOCK: tl.constexpr, LAYER_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the record's row and the decision on the step. One program for each layer, and one for everything else.
@@ -214,11 +214,11 @@ def finish_step(
         # -- act, or count --
         i = tl.arange(0, _SCALAR_BLOCK)
         values = tl.load(defaults + i, mask=i < SCALARS, other=0.0)
-        if SHADOW:
+        if DRY_RUN:
             clipped = (divisor > 1).to(tl.float64)
             skips = skip.to(tl.float64)
-            tl.store(state + SHADOW_CLIPPED, tl.load(state + SHADOW_CLIPPED) + clipped)
-            tl.store(state + SHADOW_SKIPPED, tl.load(state + SHADOW_SKIPPED) + skips)
+            tl.store(state + DRY_RUN_CLIPPED, tl.load(state + DRY_RUN_CLIPPED) + clipped)
+            tl.store(state + DRY_RUN_SKIPPED, tl.load(state + DRY_RUN_SKIPPED) + skips)
             values = tl.where(i == _SHADOW_COLUMN, clipped * _CLIPPED + skips * _SKIPPED, values)
         else:
             if SKIP:

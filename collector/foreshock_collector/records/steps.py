@@ -42,9 +42,9 @@ class Step:
     stepped: bool = True
     """False if the optimizer was never called: the script's own guard, or a GradScaler, skipped the step."""
     shadow_clipped: bool = False
-    """True if, in shadow mode, the gradient would have been clipped."""
+    """True if, in a dry run, the gradient would have been clipped."""
     shadow_skipped: bool = False
-    """True if, in shadow mode, the step would have been skipped."""
+    """True if, in a dry run, the step would have been skipped."""
     measurements: Mapping[str, float] = field(default_factory=dict)
     """Columns that are exported as they are, by name, as far as they were measured at this step."""
 

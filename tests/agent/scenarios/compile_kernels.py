@@ -47,9 +47,9 @@ def main() -> None:
     compile_for(older, chunks.measure_chunks, MEASURE, 8, KIND=chunks.MIXED.value, **sizes)
     compile_for(newer, chunks.measure_chunks, MEASURE, 8, KIND=chunks.FLOAT32.value, **sizes)
     blocks = {"SUM_BLOCK": step.SUM_BLOCK, "LAYER_BLOCK": step.LAYER_BLOCK}
-    most = {"CLIP": step.ADAPTIVE_CLIP.value, "SKIP": True, "SHADOW": False, **blocks}
+    most = {"CLIP": step.ADAPTIVE_CLIP.value, "SKIP": True, "DRY_RUN": False, **blocks}
     compile_for(older, step.finish_step, STEP, 4, **most)
-    least = {"CLIP": step.NO_CLIP.value, "SKIP": False, "SHADOW": True, **blocks}
+    least = {"CLIP": step.NO_CLIP.value, "SKIP": False, "DRY_RUN": True, **blocks}
     compile_for(newer, step.finish_step, STEP, 4, **least)
     compile_for(newer, step.contribute, CONTRIBUTE, 4, BLOCK=step.SUM_BLOCK)
     compile_for(newer, step.write_observed, OBSERVE, 4)

@@ -1,4 +1,4 @@
-"""Scenarios of test_policies.py: adaptive clipping, steps left out, shadows. Each rank runs it."""
+"""Scenarios of test_policies.py: adaptive clipping, steps left out, dry runs. Each rank runs it."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def scaled_and_skipped() -> dict[str, Any]:
     }
 
 
-def shadow_of_all() -> dict[str, Any]:
+def dry_run_of_all() -> dict[str, Any]:
     """Neither clipped nor left out, and with an optimizer that could not leave anything out."""
     factors = {30: 1000.0, 33: 1000.0, 36: math.nan}
     found = {}
@@ -233,10 +233,10 @@ def shadow_of_all() -> dict[str, Any]:
         stock = train(model, make("AdamW", model, fused=False), 36, factors)
         model = make_model()
         optimizer = make("AdamW", model, fused=False)
-        with foreshock.attach(model, optimizer, clip=clip, skip=True, shadow=True) as watch:
+        with foreshock.attach(model, optimizer, clip=clip, skip=True, dry_run=True) as watch:
             ours = train(model, optimizer, 36, factors)
             seen = told(watch)
-            counts = watch.shadow_counts()
+            counts = watch.dry_run_counts()
         found[name] = {
             "as stock": same(stock, ours),
             "counts": counts,
@@ -278,7 +278,7 @@ def refusals() -> dict[str, Any]:
         "not fused": error_of(lambda: foreshock.attach(model, make("AdamW", model, fused=False), skip=True)),
         "no fused path": error_of(lambda: foreshock.attach(model, torch.optim.NAdam(model.parameters()), skip=True)),
         "dampening": error_of(lambda: foreshock.attach(model, dampened, skip=True)),
-        "nothing to try": error_of(lambda: foreshock.attach(model, make("SGD", model), shadow=True)),
+        "nothing to try": error_of(lambda: foreshock.attach(model, make("SGD", model), dry_run=True)),
         "skip on rank 1 alone": error_of(
             lambda: foreshock.attach(model, make("SGD", model), skip=bool(dist.get_rank()))
         ),

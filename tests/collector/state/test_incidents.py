@@ -214,7 +214,7 @@ def test_a_scaler_that_leaves_out_a_bad_loss_does_not_hide_it() -> None:
     assert len(job.causes()) == 1
 
 
-def test_what_a_shadow_would_have_done_is_counted_apart() -> None:
+def test_what_a_dry_run_would_have_done_is_counted_apart() -> None:
     job = Job(ranks=1)
     flags = [RANK_COLUMNS | pb.SHADOW_CLIPPED, RANK_COLUMNS | pb.SHADOW_CLIPPED | pb.SHADOW_SKIPPED, RANK_COLUMNS]
     job.tell(0, [1.0] * 3, flags=flags)
