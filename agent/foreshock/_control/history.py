@@ -27,7 +27,7 @@ ACCEPT_STEPS = 20
 PLANNED_RATE_CHANGE = 1.5
 SKIP_RISE = math.log(30.0)
 """Rise of a spike beyond all history, in logarithms: harmless spikes of real runs are 3 to 15 times the usual norm."""
-_SIGMA = 1.2533
+SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
 
@@ -71,7 +71,7 @@ class History:
         old = (mean, deviation, count, spikes, accepting)
         x = a.log(norm)
         known = a.finite(x)
-        sigma = at_least(_SIGMA * deviation, LEAST_SIGMA)
+        sigma = at_least(SIGMA * deviation, LEAST_SIGMA)
         reach, off = CLAMP * sigma, x - mean
         ready, first = count >= READY_AFTER, count == 0
         spike = ready & (off > SPIKE_Z * sigma) & (off > SPIKE_RISE) & known
