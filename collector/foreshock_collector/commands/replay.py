@@ -87,7 +87,9 @@ def main(arguments: list[str]) -> int:
         metavar="step=NAME,loss=NAME,norm=NAME,lr=NAME",
         help="name the columns to read, any of them; the others are found by meaning",
     )
-    parser.add_argument("--run", default="", help="run to read from a database (default: the newest)")
+    parser.add_argument(
+        "--run", default="", help="run to read from a database (default: the newest) or a table with several"
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -88,6 +88,22 @@ def test_a_loss_of_zero_with_a_gradient_of_zero_is_a_zero(tmp_path: Path) -> Non
     assert [each.loss for each in rows] == [0.0, 0.5, 0.0]
 
 
+def test_of_a_trainers_checkpoints_the_newest_has_the_whole_log(tmp_path: Path) -> None:
+    for folder in ("a/checkpoint-500", "a/checkpoint-1000", "b", "b/checkpoint-500"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "trainer_state.json").write_text("{}")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_logs(tmp_path)]
+    assert found == ["a/checkpoint-1000/trainer_state.json", "b/trainer_state.json"]
+
+
+def test_one_run_of_several_in_a_table_is_chosen_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "export.csv"
+    path.write_text('"Step","sun-1 - train/loss","sea-2 - train/loss"\n"0","2.0","3.0"\n')
+    with pytest.raises(LogError, match="several runs, choose one with --run; found sun-1, sea-2"):
+        read_log(path)
+    assert read_log(path, run="sea-2").rows() == [row(0, 3.0)]
+
+
 def test_mlflow_runs_are_found_in_their_store(tmp_path: Path) -> None:
     for run in ("1f", "2e"):
         folder = tmp_path / "mlruns/0" / run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import random
 import sys
 import threading
 from pathlib import Path
@@ -13,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 
 from foreshock_collector.commands.cli import diagnose
-from foreshock_collector.commands.logs import read_log
+from foreshock_collector.commands.logs import LogError, read_log
 from foreshock_collector.commands.replay import replay
 from tests.support.logs import csv, explosion, healthy
 
+SAMPLES = Path(__file__).parent / "samples"
 TEXT = "step,loss,grad_norm\n0,2.0,1.0\n1,nan,1.5\n"
 
 
@@ -168,3 +170,42 @@ def test_an_exploding_run_among_others_is_found_in_its_folder(
     (tmp_path / "empty").mkdir()
     assert diagnose([str(tmp_path / "empty")]) == 2
     assert "no log in this folder" in capsys.readouterr().err
+
+
+def damaged(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    for _ in range(rng.randrange(1, 8)):
+        first = rng.randrange(len(data) + 1)
+        last = first + rng.randrange(60)
+        other = rng.choice(others)
+        pieces = [
+            b"",
+            data[first:last] * 3,
+            other[: last - first],
+            rng.randbytes(1),
+            b"1e999",
+            b"\n",
+            b'"',
+            b"{",
+            b"\0",
+            b"nan",
+        ]
+        data = data[:first] + rng.choice(pieces) + data[last:]
+    return data
+
+
+def test_a_damaged_log_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    rng, read, refused = random.Random(0), 0, list[str]()
+    samples = [path.read_bytes() for path in sorted(SAMPLES.iterdir())]
+    for number in range(40 * len(samples)):
+        path = tmp_path / "log"
+        path.write_bytes(damaged(samples[number % len(samples)], samples, rng))
+        try:
+            found = replay(read_log(path))
+        except LogError as error:
+            refused.append(str(error))
+        else:
+            read += 1
+            assert len(found.log) > 0
+    assert read > 100
+    assert len(refused) > 100
+    assert [error for error in refused if not error.startswith(str(tmp_path)) or "\n" in error] == []

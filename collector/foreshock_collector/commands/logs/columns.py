@@ -116,10 +116,12 @@ class Chunk(Protocol):
 class ColumnBuilder:
     """Collects chunks and makes a log of them."""
 
-    def __init__(self, name: str, given: dict[str, str]) -> None:
-        """name: how messages call the file. given: names of columns that the user chose, by their meaning."""
+    def __init__(self, name: str, given: dict[str, str], run: str = "") -> None:
+        """name: how messages call the file. given: names of columns that the user chose, by their meaning. run: of
+        which run, if columns of several are there.
+        """
         self._name = name
-        self.names = Names(given)
+        self.names = Names(given, run)
         self.unread_lines = 0
         self._parts: list[tuple[Floats, Floats, Floats, Floats, Floats, Flags, Flags]] = []
         self._empty_rows = 0
@@ -168,8 +170,10 @@ class ColumnBuilder:
             return None
         step, epoch, loss, norm, rate, loss_logged, norm_logged = map(np.concatenate, zip(*self._parts, strict=True))
         self._parts, self.row_count = [], 0
-        by_epoch = self.names.step is None and _counts_epochs(epoch)
-        steps = epoch if by_epoch else _steps(step, epoch, first)
+        # A step may be anything that is a number, such as Inf.
+        with np.errstate(all="ignore"):
+            by_epoch = self.names.step is None and _counts_epochs(epoch)
+            steps = epoch if by_epoch else _steps(step, epoch, first)
         if self.names.silences_nan:
             loss = _with_silenced_nan(loss, norm, norm_logged)
         log = Log(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ _TEXTS: tuple[tuple[Callable[[str], bool], Callable[[Source, ColumnBuilder], Ite
     (lambda _: True, read_text),
 )
 """Formats that are known by the first characters, in order."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FILES = ("metrics.csv", "trainer_state.json", "trainer_log.jsonl", "logging.jsonl", "metrics.json", "log.txt")
 """Names by which tools write logs, to look for in a folder."""
 
@@ -46,7 +49,7 @@ def read_log(
     run: which run of a database, by default the newest. columns: names of columns by meaning; see `parse_columns`. at:
     called now and then with the number of rows that have been read.
     """
-    builder = ColumnBuilder(str(path), columns or {})
+    builder = ColumnBuilder(str(path), columns or {}, run)
     with log_errors(path):
         for chunk in _chunks(path, run, builder):
             builder.add(chunk)
@@ -76,8 +79,18 @@ def find_logs(path: Path) -> list[Path]:
         return [path]
     folders = sorted(folder for folder in path.rglob("*") if folder.is_dir())
     runs = [folder for folder in folders if any(claims(folder) for claims, _ in _PATHS)]
-    files = sorted(file for name in _FILES for file in path.rglob(name))
-    return sorted([*runs, *files]) or [path]
+    files = [file for name in _FILES for file in path.rglob(name)]
+    return sorted([*runs, *_newest(files)]) or [path]
+
+
+def _newest(files: list[Path]) -> list[Path]:
+    """Return the files without those of older checkpoints: each checkpoint of a Trainer has the log up to its step."""
+    newest: dict[Path, tuple[float, Path]] = {}
+    for file in files:
+        checkpoint = _CHECKPOINT.fullmatch(file.parent.name)
+        run = file.parent.parent / file.name if checkpoint else file
+        newest[run] = max(newest.get(run, (-1.0, file)), (float(checkpoint[1]) if checkpoint else math.inf, file))
+    return [file for _, file in newest.values()]
 
 
 def _chunks(path: Path, run: str, builder: ColumnBuilder) -> Iterator[Chunk]:

@@ -36,9 +36,11 @@ _OPTIONS = {"step": "step", "loss": "loss", "norm": "norm", "lr": "rate"}
 class Names:
     """Holds the chosen name of each column, None while there is none. A choice made is kept for the whole log."""
 
-    def __init__(self, given: dict[str, str]) -> None:
+    def __init__(self, given: dict[str, str], run: str = "") -> None:
         self.given = given
         """Names that the user chose, by meaning."""
+        self._run = run
+        self._runs: dict[str, None] = {}
         self._chosen = dict(given)
         self._found: dict[str, None] = {}
         self._noted: dict[str, None] = {}
@@ -84,6 +86,9 @@ class Names:
         if not new:
             return
         self._found.update(dict.fromkeys(new))
+        self._runs.update(dict.fromkeys(run for field in new if (run := _run_of(field))))
+        if self._run in self._runs:
+            new = [field for field in new if _run_of(field) in ("", self._run)]
         for meaning in _MEANINGS.keys() - self._chosen.keys():
             # What the user gave is complete as to loss and norm: a second one that happens to be there is not meant.
             if self.given.keys() & {"loss", "norm"} and meaning in ("loss", "norm"):
@@ -114,6 +119,8 @@ class Names:
             if field not in self._found:
                 key = next(key for key, value in _OPTIONS.items() if value == meaning)
                 raise ValueError(f"{name}: --columns {key}={field}: no such column; found {found}")
+        if len(self._runs) > 1 and self._run not in self._runs and not self.given:
+            raise ValueError(f"{name}: several runs, choose one with --run; found {', '.join(self._runs)}")
         if not self.recognized:
             raise ValueError(
                 f"{name}: neither a loss nor a gradient norm; found {found}; "
@@ -142,8 +149,12 @@ def has_meaning(field: str) -> bool:
     return any(_rank(meaning, field) is not None for meaning in ("loss", "norm"))
 
 
+def _run_of(field: str) -> str:
+    """Return the run that W&B puts in front, "brisk-sun-12" of "brisk-sun-12 - train/loss"; empty if there is none."""
+    return field.rpartition(" - ")[0]
+
+
 def _words(field: str) -> list[str]:
-    # W&B puts the run in front: "brisk-sun-12 - train/loss".
     return [word.lower() for word in _WORDS.findall(field.rpartition(" - ")[2])]
 
 
