@@ -110,9 +110,11 @@ def measure(options: argparse.Namespace) -> None:
     shape = (options.parameters[0], options.clipping[0])
     steps = {name: variant_step(name, *shape, views=options.bucket_views) for name in order}
     seconds: list[dict[str, float]] = []
-    for _ in range(WARM_UP_ROUNDS + options.rounds):
-        # Each variant follows each other one as often: none always runs on the caches of the same neighbor.
-        random.shuffle(order)
+    for number in range(WARM_UP_ROUNDS + options.rounds):
+        # Each variant follows each other one as often: none always runs on the caches of the same neighbor. Not at
+        # first: a training without a step between the first two of a later one is taken for finished.
+        if number >= 2:
+            random.shuffle(order)
         took = {}
         for name in order:
             dist.barrier()
