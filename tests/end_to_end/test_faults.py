@@ -115,7 +115,7 @@ def test_two_nodes_are_one_run_with_all_its_ranks(collector: Collector, job: Job
     for node in (0, 1):
         place = ("--nnodes", "2", "--node-rank", str(node), "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting)
         own = {"FORESHOCK_RING_DIR": str(tmp_path / f"node-{node}")}
-        nodes.append(job("wide", collector.address, ranks=2, torchrun=place, environment=own, steps=150, pace=0.01))
+        nodes.append(job("wide", collector.address, ranks=2, torchrun=place, environment=own, steps=400, pace=0.01))
     folders = (tmp_path / "node-0", tmp_path / "node-1")
     eventually(lambda: all(len(recorders(folder)) == 1 for folder in folders), "a recorder on each node")
     for process in nodes:
@@ -123,8 +123,8 @@ def test_two_nodes_are_one_run_with_all_its_ranks(collector: Collector, job: Job
     run = left(collector, "wide")
     assert collector.names() == ["wide"]
     assert [rank["rank"] for rank in run["ranks"]] == [0, 1, 2, 3]
-    assert {rank["last_step"] for rank in run["ranks"]} == {149}
-    assert run["counters"]["steps"] == 150
+    assert {rank["last_step"] for rank in run["ranks"]} == {399}
+    assert run["counters"]["steps"] == 400
 
 
 def test_a_killed_recorder_is_replaced_and_no_step_is_lost_or_counted_twice(
