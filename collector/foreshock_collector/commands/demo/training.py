@@ -79,8 +79,18 @@ async def _ended(process: asyncio.subprocess.Process, log: Path) -> None:
 
 
 async def _recorder_exited(rings: Path) -> None:
-    """Wait for the recorder, which exits once the ranks are gone and removes the run's folder."""
+    """Wait for the recorder, which exits once the ranks are gone: first the run's folder goes, then its process."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _RECORDER_SECONDS
-    while rings.is_dir() and any(rings.iterdir()) and loop.time() < deadline:
+    while (rings.is_dir() and any(rings.iterdir()) or _is_served(rings)) and loop.time() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
+
+
+def _is_served(rings: Path) -> bool:
+    """Return whether a process has a folder of these rings in its command line, as recorders do."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        # It may end meanwhile.
+        with suppress(OSError):
+            if f"{rings}/".encode() in path.read_bytes():
+                return True
+    return False
