@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.commands.demo.training import _recorder_exited
+from foreshock_collector.commands.demo.training import _is_served, _recorder_exited
+from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.integration
 
@@ -18,6 +19,8 @@ def test_a_recorder_that_has_removed_its_folder_is_waited_for_until_its_process_
     rings = tmp_path / "rings"
     command = [sys.executable, "-c", "input()", "--folder", str(rings / "explodes" / "first")]
     recorder = subprocess.Popen(command, stdin=subprocess.PIPE)
+    # A process that has just been started has no command line for a moment.
+    eventually(lambda: _is_served(rings), "a process with this folder")
 
     async def wait() -> None:
         waiting = asyncio.create_task(_recorder_exited(rings))

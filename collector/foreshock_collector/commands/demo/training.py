@@ -82,7 +82,7 @@ async def _recorder_exited(rings: Path) -> None:
     """Wait for the recorder, which exits once the ranks are gone: first the run's folder goes, then its process."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _RECORDER_SECONDS
-    while (rings.is_dir() and any(rings.iterdir()) or _is_served(rings)) and loop.time() < deadline:
+    while ((rings.is_dir() and any(rings.iterdir())) or _is_served(rings)) and loop.time() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
 
 
