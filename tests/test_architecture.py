@@ -65,7 +65,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "_errors": set(),
         "_handle": set(),
         "_kernels": {"_arithmetic", "_control", "_measure", "_step", "_torch"},
-        "_hooks": {"_log", "_measure", "_torch"},
+        "_hooks": {"_arithmetic", "_log", "_measure", "_torch"},
         "_log": set(),
         "_measure": {"_arithmetic", "_control", "_log", "_step", "_torch"},
         "_output": {"_arithmetic", "_log", "_measure", "_step"},

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+import torch.distributed as dist
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.parameters import ParameterPlan
@@ -60,7 +60,7 @@ class Stages:
 
     @property
     def rank_sums(self) -> RankSums | None:
-        """Sums over the ranks of a DDP model."""
+        """Sums over the ranks of a model that each holds as a whole."""
         return self.sums if isinstance(self.sums, RankSums) else None
 
 
@@ -73,8 +73,8 @@ def sharded_stages(
     return _with_numbers(control, measure, sums, arithmetic, policy)
 
 
-def ddp_stages(
-    model: DistributedDataParallel,
+def replica_stages(
+    group: dist.ProcessGroup | None,
     optimizer: torch.optim.Optimizer,
     plan: ParameterPlan,
     arithmetic: Arithmetic,
@@ -82,15 +82,21 @@ def ddp_stages(
     kernel: StepKernel | None,
     *,
     local_norms: bool,
+    views: bool,
 ) -> Stages:
-    """Return the stages for a DDP model, whose numbers an arithmetic computes or, with a kernel, Triton's kernels."""
-    group, device = model.process_group, plan.device()
-    single = group.size() == 1
+    """Return the stages for a model that each rank holds as a whole.
+
+    group: of a DDP model; None for a process that trains alone. kernel: Triton's, which computes in the arithmetic's
+    place. views: gradients are views of DDP's buckets.
+    """
+    device = plan.device()
+    summed = group if group is not None and group.size() > 1 and local_norms else None
+    single = group is None or group.size() == 1
     control = OptimizerControl(optimizer, arithmetic, plan.parameters)
-    options = {"local_norms": local_norms, "single": single, "views": model.gradient_as_bucket_view}
+    options = {"local_norms": local_norms, "single": single, "views": views}
     if kernel is None:
         measure = Measure(plan, optimizer, arithmetic, control, **options)
-        rank_sums = RankSums(group, device, arithmetic) if local_norms and not single else None
+        rank_sums = None if summed is None else RankSums(summed, device, arithmetic)
         return _with_numbers(control, measure, rank_sums, arithmetic, policy)
     # Imports Triton.
     from foreshock._kernels.decide import KernelDecide
@@ -98,7 +104,7 @@ def ddp_stages(
 
     clip = policy.clip
     assert not isinstance(clip, ValueClip)
-    sums = KernelRankSums(group, device, arithmetic, kernel) if local_norms and not single else None
+    sums = None if summed is None else KernelRankSums(summed, device, arithmetic, kernel)
     return Stages(
         control=control,
         measure=KernelMeasure(plan, optimizer, arithmetic, control, kernel=kernel, **options),

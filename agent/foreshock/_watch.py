@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
@@ -47,7 +46,8 @@ class ActiveWatch(Watch):
         self,
         *,
         model: nn.Module,
-        group: dist.ProcessGroup,
+        rank: int,
+        ranks: int,
         optimizer: torch.optim.Optimizer,
         arithmetic: Arithmetic,
         stages: Stages,
@@ -66,7 +66,7 @@ class ActiveWatch(Watch):
         self._recorder = recorder
         self.guard = Guard(record.ring, strict=strict)
         self._arithmetic = arithmetic
-        self.rank, self._ranks = group.rank(), group.size()
+        self.rank, self._ranks = rank, ranks
         self._control, self._measure = stages.control, stages.measure
         self._decide, self._apply = stages.decide, stages.apply
         self.sums = record.sums = stages.sums

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from foreshock._torch import original_type
 
@@ -64,6 +65,14 @@ class ParameterPlan:
 def trainable(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return all parameters that the optimizer may change."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def averaged_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters whose gradients DDP averages, by name; of a model without DDP, all."""
+    if not isinstance(model, DistributedDataParallel):
+        return list(model.named_parameters())
+    ignored = model.parameters_to_ignore
+    return [(name, parameter) for name, parameter in model.module.named_parameters() if name not in ignored]
 
 
 def plan_parameters(model: nn.Module, optimizer: torch.optim.Optimizer, ignored: Collection[str] = ()) -> ParameterPlan:

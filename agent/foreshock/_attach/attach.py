@@ -16,9 +16,16 @@ from torch import nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic, arithmetic_for
 from foreshock._arithmetic.parameters import ParameterPlan, model_summary
-from foreshock._attach.agreement import Agreement, RankProposal, agree
+from foreshock._attach.agreement import Agreement, RankProposal, agree, decide
 from foreshock._attach.identity import launch_name, local_rank, node_name, run_name
-from foreshock._attach.models import WatchedModel, checked_model, checked_plan, group_of, sharded_parameters
+from foreshock._attach.models import (
+    WatchedModel,
+    checked_model,
+    checked_plan,
+    group_of,
+    inner_optimizer,
+    sharded_parameters,
+)
 from foreshock._attach.settings import Settings, kill_switch, settings_from
 from foreshock._attach.variables import unknown_variables
 from foreshock._control.clip import Clip
@@ -34,7 +41,7 @@ from foreshock._output.device_record import DeviceRecord, record_for
 from foreshock._output.leaving import make_room
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
-from foreshock._stages import Policy, ddp_stages, sharded_stages
+from foreshock._stages import Policy, replica_stages, sharded_stages
 from foreshock._torch import PrefixStore, default_store, original_type
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
@@ -60,7 +67,8 @@ def attach(
 ) -> Watch:
     """Watch a model's gradients, on every rank, from the next step on. Call it once, after making the optimizer.
 
-    model: a `DistributedDataParallel`, or one that `fully_shard` was applied to. optimizer: holds its parameters.
+    model: a `DistributedDataParallel`, or one that `fully_shard` was applied to; any module in a job of one process.
+    optimizer: holds its parameters. Either may be as Accelerate, Fabric or `torch.compile` returned it.
     clip: largest L2 norm, `NormClip`, `ValueClip`, `AdaptiveClip`, or None to observe only. A script's own clipping
     must go.
     skip: leave out steps whose gradient is not finite or far beyond the run's history, three in a row and five in a
@@ -75,7 +83,7 @@ def attach(
     Blocks until every rank has called it, at most 60 seconds. Raises `SettingsError` for a wrong argument and
     `AttachError` where ranks are missing or disagree; never raises into training after that.
     """
-    ranks = _Ranks(model)
+    ranks, optimizer = _Ranks(model), inner_optimizer(optimizer)
     set_rank(ranks.rank)
     try:
         config = None
@@ -121,7 +129,7 @@ class LocalConfig:
             skip=self.settings.skip,
             dry_run=self.settings.dry_run,
             experiment=self.settings.experiment,
-            local_norms=self.settings.local_norms and self.model.ddp is not None,
+            local_norms=self.settings.local_norms and not self.model.sharded,
             error=error,
             triton=triton,
             kernel_error=kernel_error,
@@ -167,7 +175,7 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
             "gradient_as_bucket_view nor static_graph"
         )
         rank_zero_info(line, rank=ranks.rank)
-    if config.model.ddp is None:
+    if config.model.sharded:
         line = "the model is sharded, so only global norms are measured: not each rank's own gradient, nor the weights"
         rank_zero_info(line, rank=ranks.rank)
     if ready.kernel_error:
@@ -203,14 +211,25 @@ def _watched(
     settings, model, optimizer, plan = config.settings, config.model, config.optimizer, config.plan
     policy = Policy(clip=settings.clip, skip=settings.skip, dry_run=settings.dry_run)
     shard_sums = None
-    if model.ddp is None:
+    if model.sharded:
+        assert model.group is not None
         shard_sums = ShardSums(sharded_parameters(model), model.group, model.replicas, arithmetic)
         stages = sharded_stages(optimizer, plan, arithmetic, policy, shard_sums)
     else:
-        stages = ddp_stages(model.ddp, optimizer, plan, arithmetic, policy, kernel, local_norms=agreement.local_norms)
+        stages = replica_stages(
+            model.group,
+            optimizer,
+            plan,
+            arithmetic,
+            policy,
+            kernel,
+            local_norms=agreement.local_norms,
+            views=model.ddp is not None and model.ddp.gradient_as_bucket_view,
+        )
     watch = ActiveWatch(
         model=model.root,
-        group=model.group,
+        rank=0 if model.group is None else model.group.rank(),
+        ranks=model.ranks,
         optimizer=optimizer,
         arithmetic=arithmetic,
         stages=stages,
@@ -222,18 +241,18 @@ def _watched(
     )
     if shard_sums is not None:
         watch.backward_hooks = observe_shards(model.root, watch, shard_sums)
-    elif model.ddp is not None:
+    else:
         rank_sums = stages.rank_sums
         by_bucket = agreement.by_bucket and rank_sums is not None
-        watch.backward_hooks = observe_backward(model.ddp, watch, rank_sums, by_bucket=by_bucket)
+        watch.backward_hooks = observe_backward(model.root, watch, rank_sums, by_bucket=by_bucket)
     return watch
 
 
 def _kernel(config: LocalConfig, agreement: Agreement) -> tuple[StepKernel | None, str]:
     """Return the kernels that decide, or why they do not run here. Neither where they are not wanted."""
     settings = config.settings
-    by_bucket = agreement.by_bucket and agreement.local_norms and config.model.group.size() > 1
-    if config.model.ddp is None or not wants_kernel(config.plan, clip=settings.clip, by_bucket=by_bucket):
+    by_bucket = agreement.by_bucket and agreement.local_norms and config.model.ranks > 1
+    if config.model.sharded or not wants_kernel(config.plan, clip=settings.clip, by_bucket=by_bucket):
         return None, ""
     try:
         return step_kernel(config.plan, clip=settings.clip, skip=settings.skip, dry_run=settings.dry_run), ""
@@ -291,7 +310,7 @@ def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
 
 
 class _Ranks:
-    """The ranks that have to agree: those of the model's process group, through the job's own store."""
+    """Finds the agreement of those that train the model: its process group, through the job's store, or one process."""
 
     def __init__(self, model: nn.Module) -> None:
         self._group: dist.ProcessGroup | None = None
@@ -304,26 +323,26 @@ class _Ranks:
         self, proposal: RankProposal, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
     ) -> Agreement:
         """Return the agreement of all ranks. Rank 0 logs why none watches, unless it raises that."""
-        assert self._group is not None
-        store = PrefixStore(f"foreshock/{self._group.group_name}", default_store())
-        agreement = agree(
-            store,
-            rank=self.rank,
-            world_size=self.size,
-            proposal=proposal,
-            run=run,
-            launch=launch,
-            timeout=timeout,
-        )
+        if self._group is None:
+            agreement = decide([proposal], run=run, launch=launch, timeout=timeout)
+        else:
+            agreement = agree(
+                PrefixStore(f"foreshock/{self._group.group_name}", default_store()),
+                rank=self.rank,
+                world_size=self.size,
+                proposal=proposal,
+                run=run,
+                launch=launch,
+                timeout=timeout,
+            )
         if agreement.disabled and not silent:
             rank_zero_info(f"not watching: {agreement.disabled}", rank=self.rank)
         return agreement
 
     def leave(self, proposal: RankProposal) -> None:
         """Post that this rank does not take part, without waiting."""
-        if self._group is not None:
-            with suppress(AttachError):
-                self.agree(proposal, silent=bool(proposal.error))
+        with suppress(AttachError):
+            self.agree(proposal, silent=bool(proposal.error))
 
 
 def _check_skip(optimizer: torch.optim.Optimizer, settings: Settings) -> None:

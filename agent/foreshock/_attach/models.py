@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,25 +23,32 @@ Placed = tuple[Any, tuple[Any, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedModel:
-    """Describes a model that several ranks train."""
+    """Describes the model to be watched."""
 
     root: nn.Module
-    """The DDP model, or the root of a sharded one."""
+    """The DDP model, the root of a sharded one, or the model of a process that trains alone."""
     module: nn.Module
     """The script's own module, whose parameters are measured."""
-    ddp: DistributedDataParallel | None
-    """None for a model that is sharded by `fully_shard`."""
-    group: dist.ProcessGroup
-    """All ranks that train it."""
+    ddp: DistributedDataParallel | None = None
+    """The DDP model; None for one that is sharded by `fully_shard` or trained by a single process."""
+    sharded: bool = False
+    """Whether `fully_shard` has sharded it."""
+    group: dist.ProcessGroup | None = None
+    """All ranks that train it; None for a process that trains alone."""
     replicas: int = 1
     """Ranks that hold the same shard; 1 for DDP."""
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks that train it."""
+        return 1 if self.group is None else self.group.size()
 
 
 def group_of(model: nn.Module) -> dist.ProcessGroup:
     """Return the ranks that must agree to watch a model; for one that cannot be watched, all ranks: they must learn."""
     inner = _unwrapped(model)
     group: dist.ProcessGroup | None = getattr(inner, "process_group", None)
-    if group is None and _is_sharded(inner):
+    if group is None and is_sharded(inner):
         placed = {_placed(parameter) for parameter in _resharded(inner).parameters()}
         meshes = {mesh for mesh, _ in filter(None, placed)}
         if len(meshes) == 1 and (mesh := meshes.pop()).ndim == 1:
@@ -57,12 +66,14 @@ def sharded_parameters(model: WatchedModel) -> dict[str, nn.Parameter]:
 def checked_model(model: nn.Module) -> WatchedModel:
     """Return what is known of a model; raise `SettingsError` if it cannot be watched."""
     inner = _unwrapped(model)
-    if _is_sharded(inner):
+    if is_sharded(inner):
         watched = _checked_shards(inner)
     elif isinstance(inner, DistributedDataParallel):
         watched = WatchedModel(root=inner, module=inner.module, ddp=inner, group=inner.process_group)
+    elif why := _why_not_watched(inner):
+        raise SettingsError(why)
     else:
-        raise SettingsError(_why_neither(model, inner))
+        watched = WatchedModel(root=inner, module=inner)
     if any(getattr(module, "sparse", False) is True for module in watched.module.modules()):
         raise SettingsError(
             "model: has an embedding with sparse gradients, whose norm is not measured; use sparse=False"
@@ -72,6 +83,14 @@ def checked_model(model: nn.Module) -> WatchedModel:
             "model: has complex parameters, whose gradients are not measured; store them as torch.view_as_real"
         )
     return watched
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that steps inside the wrapper of a trainer: Accelerate's, Lightning's or Fabric's."""
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, torch.optim.Optimizer) and inner.param_groups is optimizer.param_groups:
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
 
 
 def checked_plan(model: WatchedModel, optimizer: torch.optim.Optimizer) -> ParameterPlan:
@@ -84,10 +103,10 @@ def checked_plan(model: WatchedModel, optimizer: torch.optim.Optimizer) -> Param
     if not plan.parameters:
         raise SettingsError("optimizer: holds none of the model's parameters; create it from model.parameters()")
     if others := set(trainable(optimizer)) - set(model.module.parameters()):
-        kind = "sharded" if model.ddp is None else "DDP"
+        kind = "sharded" if model.sharded else "DDP"
+        why = "" if model.group is None else f", whose gradients this {kind} model does not average"
         raise SettingsError(
-            f"optimizer: holds {len(others)} parameter(s) of another model, whose gradients this {kind} model does not "
-            "average; give each model its own optimizer"
+            f"optimizer: holds {len(others)} parameter(s) of another model{why}; give each model its own optimizer"
         )
     devices = {parameter.device for parameter in plan.parameters}
     if len(devices) > 1:
@@ -102,25 +121,40 @@ def checked_plan(model: WatchedModel, optimizer: torch.optim.Optimizer) -> Param
     return plan
 
 
+def is_sharded(module: object) -> bool:
+    """Return whether `fully_shard` was applied to a module."""
+    # Not imported here: that would take most of the time of `attach`, and a script that shards has imported it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def trains_alone() -> bool:
+    """Return whether this process is the only one of its job."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size() == 1
+    return os.environ.get("WORLD_SIZE", "1") in ("", "1")
+
+
 def _unwrapped(model: nn.Module) -> nn.Module:
-    inner = uncompiled(model)
-    return inner if isinstance(inner, DistributedDataParallel) or _is_sharded(inner) else model
+    """Return the model that `torch.compile` and Lightning's Fabric wrap, in any order."""
+    inner = model
+    while (wrapped := uncompiled(getattr(inner, "_forward_module", inner))) is not inner:
+        inner = wrapped
+    return inner
 
 
-def _is_sharded(module: object) -> bool:
-    # Imported late: it would take most of the time of `import foreshock`.
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
-
-
-def _why_neither(model: nn.Module, inner: nn.Module) -> str:
-    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(inner).__mro__):
+def _why_not_watched(model: object) -> str:
+    """Return why a model that is neither DDP nor sharded is not watched; empty if this process trains it alone."""
+    if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(model).__mro__):
         return "model: FullyShardedDataParallel flattens parameters, so layers cannot be measured; use fully_shard"
-    if isinstance(model, nn.Module) and any(map(_is_sharded, model.modules())):
+    if isinstance(model, nn.Module) and any(map(is_sharded, model.modules())):
         return "model: fully_shard was applied only to parts of it; apply it to the whole model too, last"
-    wrap = "wrap it first: DistributedDataParallel(model)"
-    return f"model: must be a DistributedDataParallel, not {type(model).__name__}; {wrap}"
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        return f"model: must be a torch.nn.Module, not {kind}"
+    if trains_alone():
+        return ""
+    return f"model: must be a DistributedDataParallel, not {kind}; wrap it first: DistributedDataParallel(model)"
 
 
 def _checked_shards(model: nn.Module) -> WatchedModel:
@@ -142,7 +176,7 @@ def _checked_shards(model: nn.Module) -> WatchedModel:
         if mesh.ndim > 1 and mesh.size() != dist.get_world_size():
             raise SettingsError("model: its mesh of replicas and shards must contain every rank of the job")
     group = group_of(model)
-    return WatchedModel(root=model, module=model, ddp=None, group=group, replicas=group.size() // mesh.shape[-1])
+    return WatchedModel(root=model, module=model, sharded=True, group=group, replicas=group.size() // mesh.shape[-1])
 
 
 def _resharded(model: nn.Module) -> nn.Module:
@@ -150,7 +184,7 @@ def _resharded(model: nn.Module) -> nn.Module:
 
     The next forward pass gathers them again.
     """
-    for module in filter(_is_sharded, model.modules()):
+    for module in filter(is_sharded, model.modules()):
         module.reshard()  # type: ignore[operator]
     return model
 

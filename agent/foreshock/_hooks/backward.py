@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from foreshock._arithmetic.parameters import averaged_parameters
 from foreshock._hooks.guard import Guard
 from foreshock._log import rank_zero_warn_once
 from foreshock._measure.rank_sums import RankSums
@@ -62,22 +63,24 @@ class _Task:
 
 
 class BackwardHooks:
-    """Follows the backward passes of one DDP model, and issues the sum over ranks once for each that DDP averages.
+    """Follows the backward passes of one model, and issues the sum over ranks once for each that DDP averages.
 
     One per model, for the model's life: a rank whose watch has left still takes part in the sums. Holds nothing that
     would keep a model alive, since its parameters hold the hooks.
     """
 
-    def __init__(self, model: DistributedDataParallel) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        """model: DDP, or that of a process that trains alone."""
+        ddp = model if isinstance(model, DistributedDataParallel) else None
         self._model = weakref.ref(model)
         self._observer: weakref.ref[BackwardObserver] | None = None
         self._sums: RankSums | None = None
         self._by_bucket = False
-        self._writes_back = not model.gradient_as_bucket_view
+        self._writes_back = ddp is not None and not ddp.gradient_as_bucket_view
         """Whether DDP copies averages into the gradients, so that their version shows whether it has averaged."""
-        self._static = bool(model.static_graph)
+        self._static = ddp is not None and bool(ddp.static_graph)
         """Whether DDP may average before our first callback: in its first pass, it requests its own first."""
-        self._unused = bool(model.find_unused_parameters)
+        self._unused = ddp is None or bool(ddp.find_unused_parameters)
         """Whether a pass may leave out any parameter: then only hooks on all notice each pass."""
         self._handles: dict[int, RemovableHandle] = {}
         self._order: list[int] = []
@@ -119,9 +122,11 @@ class BackwardHooks:
         self._remove()
         # Hooks of a tensor go neither into its copies nor into files, as a module's would.
         self._handles = {
-            number: parameter.register_post_accumulate_grad_hook(partial(self._arrived, number))
-            for number, (name, parameter) in enumerate(model.module.named_parameters())
-            if parameter.requires_grad and name not in model.parameters_to_ignore
+            number: parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                partial(self._arrived, number)
+            )
+            for number, (_, parameter) in enumerate(averaged_parameters(model))
+            if parameter.requires_grad
         }
         self._order, self._all_hooked, self._seen = [], True, set()
 
@@ -174,7 +179,7 @@ class BackwardHooks:
         whole = self._unused or len(self._seen) >= len(self._handles)
         if whole:
             self._seen = set()
-        if observer is not None and whole and model is not None and model.require_backward_grad_sync:
+        if observer is not None and whole and model is not None and _averages(model):
             observer.backward_computed()
         if whole or self._writes_back:
             # DDP has requested its own callback after ours, and waits there: go behind it once more.
@@ -192,13 +197,14 @@ class BackwardHooks:
             self._remove()
         if model is None or task is None or first is None:
             return
-        averaged = bool(model.require_backward_grad_sync)
+        averaged = _averages(model)
         if self._writes_back:
             averaged = first.grad is not None and version_of(first.grad) != task.version
         if averaged:
             self._tasks = {}
         # Within join, a rank that has run out of inputs makes no backward pass, so none issues a sum.
-        sums = averaged and self._sums is not None and not self._by_bucket and not in_join(model)
+        summed = averaged and self._sums is not None and not self._by_bucket
+        sums = summed and isinstance(model, DistributedDataParallel) and not in_join(model)
         if observer is not None:
             observer.backward_ended(averaged=averaged, sums=sums)
             if averaged and self._all_hooked and not self._unused and not self._reentrant:
@@ -207,6 +213,11 @@ class BackwardHooks:
                 observer.guard.run(self._hook_all)
         if sums and self._sums is not None:
             self._sums.issue()
+
+
+def _averages(model: nn.Module) -> bool:
+    """Return whether gradients are final at the end of a backward pass: not if DDP only accumulates."""
+    return not isinstance(model, DistributedDataParallel) or bool(model.require_backward_grad_sync)
 
 
 class StepObserver(Protocol):

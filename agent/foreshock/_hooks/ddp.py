@@ -132,13 +132,13 @@ def comm_hook_taken(model: DistributedDataParallel) -> bool:
 
 
 def observe_backward(
-    model: DistributedDataParallel, observer: BackwardObserver, sums: RankSums | None, *, by_bucket: bool
+    model: nn.Module, observer: BackwardObserver, sums: RankSums | None, *, by_bucket: bool
 ) -> BackwardHooks:
-    """Let an observer follow the model's backward passes. by_bucket: through the communication hook as well."""
+    """Let an observer follow the model's backward passes. by_bucket: through DDP's communication hook as well."""
     hooks = _hooked.get(model)
     if hooks is None:
         hooks = _hooked[model] = BackwardHooks(model)
-    if by_bucket and model not in _ours:
+    if by_bucket and isinstance(model, DistributedDataParallel) and model not in _ours:
         wrapped = _wrapped(model)
         if wrapped is None:
             model.register_comm_hook(HookState(model, hooks), measure_then_allreduce_hook)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Norms, NormSummary
-from foreshock._arithmetic.parameters import ParameterLayout, ParameterPlan, updated_plan
+from foreshock._arithmetic.parameters import ParameterLayout, ParameterPlan, averaged_parameters, updated_plan
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._measure.local import LocalNorms
 from foreshock._measure.script import GradientEdits
@@ -119,11 +118,9 @@ class Measure:
                 arrived = self._arithmetic.summarize(self._arithmetic.taken(self._norms, positions), layout)
                 step.local = replace(summary, first_nonfinite=arrived.first_nonfinite)
 
-    def updated(self, model: DistributedDataParallel) -> Measure | None:
+    def updated(self, model: nn.Module) -> Measure | None:
         """Return the measure of the parameters that the optimizer holds by now; None if they are the same."""
-        ignored = model.parameters_to_ignore
-        averaged = [(name, p) for name, p in model.module.named_parameters() if name not in ignored]
-        plan = updated_plan(self.plan, averaged, self._optimizer)
+        plan = updated_plan(self.plan, averaged_parameters(model), self._optimizer)
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
         measure = self._like(plan)

@@ -215,12 +215,16 @@ def pinned_record(ring: Ring, _: torch.device, numbers: arithmetic.Arithmetic) -
     return device_record.DeviceRecord(ring, numbers, PinnedRing(ring, Cudart()))
 
 
-def main(scenarios: dict[str, Callable[[], Any]]) -> None:
-    """Run those named in the arguments after the folder for results; each rank writes a file there."""
+def main(scenarios: dict[str, Callable[[], Any]], *, group: bool = True) -> None:
+    """Run those named in the arguments after the folder for results; each rank writes a file there.
+
+    group: the ranks are a process group; else the only rank has none.
+    """
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     use(os.environ.get("TEST_ARITHMETIC", "host"))
-    dist.init_process_group("gloo")
+    if group:
+        dist.init_process_group("gloo")
     found: dict[str, Any] = {}
     for name in names:
         # Each says its lines anew.
@@ -230,8 +234,9 @@ def main(scenarios: dict[str, Callable[[], Any]]) -> None:
             result = scenarios[name]()
         sys.stderr.write(said.getvalue())
         found[name] = {"result": result, "said": said.getvalue().splitlines()}
-    Path(folder, f"{dist.get_rank()}.json").write_text(json.dumps(found))
-    dist.barrier()
+    Path(folder, f"{dist.get_rank() if group else 0}.json").write_text(json.dumps(found))
+    if group:
+        dist.barrier()
     # Not through the interpreter's end: a thread of gloo that lets go of a collective meanwhile aborts the process,
     # in trainings without Foreshock too (torch 2.13).
     sys.stderr.flush()
