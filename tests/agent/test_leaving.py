@@ -19,6 +19,7 @@ from foreshock._output.leaving import Ending
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import RingReader
+from tests.support.forked_jobs import ForkedJob, forking
 from tests.support.repository import ROOT
 from tests.support.rings import make_ring
 from tests.support.torch_jobs import SCRIPTS
@@ -54,23 +55,31 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._started: list[subprocess.Popen[str]] = []
+        self._environment = {
+            "FORESHOCK_RING_DIR": str(self.folder / "rings"), "FORESHOCK_COLLECTOR": "127.0.0.1:9",
+            "FORESHOCK_RECORDER_PYTHON": "/bin/true", "FORESHOCK_STRICT": "1", "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        self._forked: list[ForkedJob] = []
 
-    def start(self, *command: str, rank: int = 0, ranks: int = 1) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={
-                **os.environ, "FORESHOCK_RING_DIR": str(self.folder / "rings"), "FORESHOCK_COLLECTOR": "127.0.0.1:9",
-                "FORESHOCK_RECORDER_PYTHON": "/bin/true", "FORESHOCK_STRICT": "1", "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": str(ranks),
-            },
+    def prompt(self, lines: str) -> str:
+        """What an interactive interpreter answers to these."""
+        command = [sys.executable, "-i"]
+        done = subprocess.run(
+            command, input=lines, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            check=False, env={**os.environ, **self._environment},
         )  # fmt: skip
-        self._started.append(process)
-        return process
+        return done.stdout
 
-    def leave(self, mode: str, **options: int) -> subprocess.Popen[str]:
-        return self.start(str(SCRIPTS / "leaves.py"), mode, str(self.folder), **options)
+    def leave(self, mode: str, *, ranks: int = 1) -> ForkedJob:
+        """Fork ranks that leave in this way."""
+        output = self.folder / f"{len(self._forked)}.txt"
+        job = forking().start(
+            SCRIPTS / "leaves.py", mode, str(self.folder),
+            ranks=ranks, output=(output, output), environment=self._environment,
+        )  # fmt: skip
+        self._forked.append(job)
+        return job
 
     def ring(self, mode: str, rank: int = 0) -> RingReader:
         """Of the newest run of this name."""
@@ -90,10 +99,9 @@ class Place:
         return path
 
     def close(self) -> None:
-        for process in self._started:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+        for job in self._forked:
+            job.kill()
+            job.wait()
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +114,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 @pytest.fixture(scope="module")
 def endings(place: Place) -> dict[str, tuple[int, str, str, bool]]:
     """Exit code of each script, its goodbye in two parts, and whether a file for its stack is left."""
-    output, _ = place.leave(",".join(ENDINGS)).communicate(timeout=170)
+    output, _ = place.leave(",".join(ENDINGS)).communicate(170)
     assert "foreshock/_" not in output, output
     found = {}
     for mode, code in json.loads(Path(place.folder, "codes.json").read_text()).items():
@@ -123,17 +131,15 @@ def test_a_goodbye_says_how_the_rank_left(endings: dict[str, tuple[int, str, str
 
 
 def test_a_spawned_rank_says_which_exception_it_left_by(place: Place) -> None:
-    process = place.leave("spawned_raises")
-    process.communicate(timeout=120)
-    assert process.returncode == 1
+    job = place.leave("spawned_raises")
+    job.wait(120)
+    assert job.codes[job.pid] == 1
     ring = place.ring("spawned_raises", 1)
     assert (ring.exit_reason.name, ring.exit_detail) == ("EXCEPTION", "ValueError: bad batch")
 
 
 def test_spawned_ranks_that_are_done_have_finished(place: Place) -> None:
-    process = place.leave("spawned")
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert place.leave("spawned").wait(120) == 0
     assert [place.ring("spawned", rank).exit_reason.name for rank in (0, 1)] == ["FINISHED", "FINISHED"]
 
 
@@ -142,7 +148,6 @@ def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
     lines = lines.replace("from __future__ import annotations", "").replace("sys.argv[1]", "'prompt'")
     script = place.folder / "cell.py"
     script.write_text(lines.replace("sys.argv[2]", f"{str(place.folder)!r}"))
-    process = place.start("-i")
     cells = (
         f"exec(open({str(script)!r}).read())",
         "unknown_before",
@@ -151,13 +156,13 @@ def test_an_error_at_a_prompt_is_not_the_end_of_the_run(place: Place) -> None:
         "unknown_after",
         "exit()",
     )
-    output, _ = process.communicate("\n".join((*cells, "")), timeout=120)
+    output = place.prompt("\n".join((*cells, "")))
     assert output.count("NameError") == output.count("Traceback") == 2
     assert place.ring("prompt").exit_reason.name == "FINISHED"
 
 
 def test_a_rank_in_a_collective_dies_at_once_of_sigterm_and_leaves_its_stack(place: Place) -> None:
-    ranks = [place.leave("collective", rank=rank, ranks=2) for rank in (0, 1)]
+    job = place.leave("collective", ranks=2)
     for rank in (0, 1):
         place.ready("collective", rank)
     ring = place.ring("collective")
@@ -167,20 +172,22 @@ def test_a_rank_in_a_collective_dies_at_once_of_sigterm_and_leaves_its_stack(pla
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert place.ring("collective", 1).backward_passes == 3
-    ranks[0].send_signal(signal.SIGTERM)
-    assert ranks[0].wait(timeout=10) == -signal.SIGTERM
+    os.kill(job.pid, signal.SIGTERM)
+    # Which ends the other rank as well.
+    job.wait(10)
+    assert job.codes[job.pid] == -signal.SIGTERM
     assert ring.exit_reason.name == "NONE"
     stack = ring.path.with_suffix(".stack")
     assert "leaves.py" in stack.read_text() and stack.stat().st_mode & 0o777 == 0o600
-    ranks[1].kill()
 
 
 @pytest.mark.parametrize("mode", ["handler_before", "handler_after"])
 def test_a_scripts_own_handler_of_sigterm_works_as_without_foreshock(place: Place, mode: str) -> None:
-    process = place.leave(mode)
+    job = place.leave(mode)
     place.ready(mode)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 1
+    os.kill(job.pid, signal.SIGTERM)
+    job.wait(60)
+    assert job.codes[job.pid] == 1
     ring = place.ring(mode)
     assert (ring.exit_reason.name, ring.exit_detail) == ("EXCEPTION", "exit code 1: asked to end")
     stack = ring.path.with_suffix(".stack")
@@ -188,11 +195,11 @@ def test_a_scripts_own_handler_of_sigterm_works_as_without_foreshock(place: Plac
 
 
 def test_sigterm_of_a_forked_worker_is_not_the_ranks(place: Place) -> None:
-    process = place.leave("worker")
+    job = place.leave("worker")
     place.ready("worker")
     ring = place.ring("worker")
     os.kill(int(place.await_file("pid").read_text()), signal.SIGTERM)
-    assert process.wait(timeout=60) == 0
+    assert job.wait(60) == 0
     assert ring.exit_reason.name == "FINISHED"
 
 

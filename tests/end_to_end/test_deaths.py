@@ -41,7 +41,7 @@ def descendants(pid: int) -> list[int]:
     ("run", "launcher", "options", "named", "steps"),
     [
         ("killed", STANDALONE, {"kill_at": 30, "who": [1]}, ("rank 1", "SIGKILL"), 31),
-        ("one-raises", STANDALONE, {"raise_at": 20, "who": [1], "error": "bad"}, ("rank 1", "RuntimeError: bad"), 21),
+        ("one-raises", (), {"raise_at": 20, "who": [1], "error": "bad"}, ("rank 1", "RuntimeError: bad"), 21),
         # Nobody is left for a launcher to end.
         ("all-raise", (), {"raise_at": 20, "error": OUT_OF_MEMORY}, (f"RuntimeError: {OUT_OF_MEMORY}",), 21),
         ("exits", (), {"exit_at": 20, "exit_code": 3}, ("exit code 3",), 21),

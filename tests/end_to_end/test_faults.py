@@ -77,7 +77,7 @@ def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str
 
 def test_a_pipeline_ends_with_its_job_though_the_recorder_goes_on_trying(black_hole: str, tmp_path: Path) -> None:
     rings, log = tmp_path / "rings", tmp_path / "log"
-    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", TRAINING]
+    train = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", TRAINING]
     pipeline = f"{shlex.join(map(str, train))} 2>&1 | tee {shlex.quote(str(log))}"
     environment = {**os.environ, "FORESHOCK_RING_DIR": str(rings), "FORESHOCK_COLLECTOR": black_hole}
     subprocess.run(
@@ -115,7 +115,7 @@ def test_two_nodes_are_one_run_with_all_its_ranks(collector: Collector, job: Job
     for node in (0, 1):
         place = ("--nnodes", "2", "--node-rank", str(node), "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting)
         own = {"FORESHOCK_RING_DIR": str(tmp_path / f"node-{node}")}
-        nodes.append(job("wide", collector.address, ranks=2, torchrun=place, environment=own, steps=400, pace=0.01))
+        nodes.append(job("wide", collector.address, ranks=2, torchrun=place, environment=own, steps=150, pace=0.01))
     folders = (tmp_path / "node-0", tmp_path / "node-1")
     eventually(lambda: all(len(recorders(folder)) == 1 for folder in folders), "a recorder on each node")
     for process in nodes:
@@ -123,8 +123,8 @@ def test_two_nodes_are_one_run_with_all_its_ranks(collector: Collector, job: Job
     run = left(collector, "wide")
     assert collector.names() == ["wide"]
     assert [rank["rank"] for rank in run["ranks"]] == [0, 1, 2, 3]
-    assert {rank["last_step"] for rank in run["ranks"]} == {399}
-    assert run["counters"]["steps"] == 400
+    assert {rank["last_step"] for rank in run["ranks"]} == {149}
+    assert run["counters"]["steps"] == 150
 
 
 def test_a_killed_recorder_is_replaced_and_no_step_is_lost_or_counted_twice(

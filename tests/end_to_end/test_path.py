@@ -8,12 +8,12 @@ import pytest
 
 from foreshock_collector.catalogue import COLUMN_GAUGES
 from tests.support.collector_process import Collector, left
-from tests.support.launched_jobs import STANDALONE, Job, said
+from tests.support.launched_jobs import Job, said
 from tests.support.waiting import eventually
 
 
 def test_an_explosion_is_called_one_and_its_lead_is_counted_in_steps(collector: Collector, job: Job) -> None:
-    assert "rank 0 done" in said(job("boom", collector.address, torchrun=STANDALONE, steps=150, explode_at=40))
+    assert "rank 0 done" in said(job("boom", collector.address, steps=150, explode_at=40))
     run = left(collector, "boom")
     assert run["counters"]["steps"] == 150
     (incident,) = run["incidents"]

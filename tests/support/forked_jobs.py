@@ -26,7 +26,8 @@ class ForkedJob:
         self.pids: list[int] = []
         self._output = output
         self._store = store
-        self._codes: dict[int, int] = {}
+        self.codes: dict[int, int] = {}
+        """Exit codes of the ranks that are over, by process id."""
         self._changed = threading.Condition()
 
     def started(self, pids: list[int]) -> None:
@@ -36,7 +37,7 @@ class ForkedJob:
 
     def ended(self, pid: int, code: int) -> None:
         with self._changed:
-            self._codes[pid] = code
+            self.codes[pid] = code
             self._changed.notify_all()
         if code:
             self.send_signal(signal.SIGTERM)
@@ -71,7 +72,7 @@ class ForkedJob:
         """To each rank that is not over, and to all that it has forked."""
         with self._changed:
             assert self._changed.wait_for(lambda: bool(self.pids), WAIT_SECONDS)
-            left = [pid for pid in self.pids if pid not in self._codes]
+            left = [pid for pid in self.pids if pid not in self.codes]
         for pid in left:
             with suppress(ProcessLookupError):
                 os.killpg(pid, number)
@@ -83,9 +84,9 @@ class ForkedJob:
         self.send_signal(signal.SIGKILL)
 
     def _returncode(self) -> int | None:
-        if not self.pids or len(self._codes) < len(self.pids):
+        if not self.pids or len(self.codes) < len(self.pids):
             return None
-        return int(any(self._codes.values()))
+        return int(any(self.codes.values()))
 
 
 class Forking:
