@@ -15,6 +15,7 @@ _PURPOSE = {
     "diagnose": "diagnose a recorded training log",
     "report": "write a run or a recorded log as one self-contained page",
     "recorder": "deliver records that jobs left on this machine while the collector was down",
+    "run": "run a training command and watch it, without a change to its script",
     "demo": "run a real training job that explodes, and see why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]

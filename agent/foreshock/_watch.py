@@ -81,6 +81,8 @@ class ActiveWatch(Watch):
         self._dropped = 0
         """Backward passes in a row whose gradients no step has used."""
         self._edits_seen = False
+        self.loss_of_pass: Callable[[object], Tensor | None] | None = None
+        """Returns the loss of the passes of a step, named by the argument, so far; None where the script observes."""
         self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
@@ -140,6 +142,9 @@ class ActiveWatch(Watch):
                 self._skip_pass()
             if self._control.is_changed():
                 self._update_parameters()
+            if self.loss_of_pass is not None:
+                self._observations.habit = Habit.BEFORE_BACKWARD
+                self._observe(self.loss_of_pass((self.steps, self._dropped)), None)
         except Exception as error:
             self.guard.count(error)
 
@@ -187,8 +192,9 @@ class ActiveWatch(Watch):
             if averaged:
                 self._measure.at_end = None
                 self._measure.edits.backward_ended()
-                # The first time too: it is not known yet what this script does between here and its step.
-                if self._edits_seen or self._skips or not self._record.sequence:
+                # The first time too: it is not known yet what this script does between here and its step. Under
+                # `foreshock run`, that is the second record's.
+                if self._edits_seen or self._skips or self._record.sequence < 1 + (self.loss_of_pass is not None):
                     self._measure_at_end()
                 if self._control.scaler is not None:
                     self._control.backward_ended()
@@ -292,7 +298,9 @@ class ActiveWatch(Watch):
 
     def _skip_pass(self, *, at_end: bool = False) -> None:
         """Record that no step followed the newest backward pass. at_end: of the run, so its gradients still exist."""
-        observation = self._observations.skipped()
+        skipped = self._observations.skipped()
+        # Where the script observes nothing, dropping gradients may be its design.
+        observation = None if self.loss_of_pass is not None else skipped
         self._skips = True
         self._dropped += 1
         if self._dropped == _PASSES_WITHOUT_STEP:

@@ -38,7 +38,7 @@ from foreshock._kernels.choice import step_kernel, wants_kernel, why_not
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
 from foreshock._measure.shards import ShardSums
 from foreshock._output.device_record import DeviceRecord, record_for
-from foreshock._output.leaving import make_room
+from foreshock._output.leaving import detach_all, make_room
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock._stages import Policy, replica_stages, sharded_stages
@@ -51,6 +51,10 @@ from foreshock_recorder.ring import Ring
 
 if TYPE_CHECKING:
     from foreshock._kernels.launches import StepKernel
+
+
+_by_script = False
+"""Whether the script has called `attach`."""
 
 
 def attach(
@@ -83,20 +87,36 @@ def attach(
     Blocks until every rank has called it, at most 60 seconds. Raises `SettingsError` for a wrong argument and
     `AttachError` where ranks are missing or disagree; never raises into training after that.
     """
+    global _by_script
+    if not _by_script:
+        _by_script = True
+        detach_all()
+    return attach_without_script(
+        model,
+        optimizer,
+        clip=clip,
+        skip=skip,
+        dry_run=dry_run,
+        collector=collector,
+        experiment=experiment,
+        run=run,
+        local_norms=local_norms,
+    )
+
+
+def called_by_script() -> bool:
+    """Return whether the script has called `attach`: then `foreshock run` leaves everything to it."""
+    return _by_script
+
+
+def attach_without_script(model: nn.Module, optimizer: torch.optim.Optimizer, **arguments: Any) -> Watch:
+    """Do what `attach` does, with the same arguments, where the script has not called it."""
     ranks, optimizer = _Ranks(model), inner_optimizer(optimizer)
     set_rank(ranks.rank)
     try:
         config = None
         if not kill_switch():
-            settings = settings_from(
-                clip=clip,
-                skip=skip,
-                dry_run=dry_run,
-                collector=collector,
-                experiment=experiment,
-                run=run,
-                local_norms=local_norms,
-            )
+            settings = settings_from(**arguments)
             watched = checked_model(model)
             plan = checked_plan(watched, optimizer)
             _check_skip(optimizer, settings)

@@ -253,6 +253,12 @@ def is_watched(which: object) -> bool:
     return any(each.enabled and not each.retired and each.watches(which) for each in present())
 
 
+def detach_all() -> None:
+    """Detach each watch."""
+    for each in present():
+        each.leave(Ending(ExitReason.DETACHED))
+
+
 def make_room(*those: object) -> None:
     """Detach retired watches of a model or optimizer that is attached again."""
     for each in present():

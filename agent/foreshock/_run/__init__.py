@@ -1,0 +1,1 @@
+"""`foreshock run`: attaches to a training whose script does not call `attach`."""
