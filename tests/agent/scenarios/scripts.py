@@ -1,7 +1,7 @@
 """Small training scripts in public styles, written anew. All but the last know nothing of Foreshock.
 
-A script returns its models, and the losses that its optimizers were to step on, by optimizer in the order of their first
-steps.
+A script returns its models, and the losses that its optimizers were to step on, by optimizer in the order of their
+first steps.
 """
 
 from __future__ import annotations
