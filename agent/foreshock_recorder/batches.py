@@ -49,6 +49,8 @@ def hello(identity: dict[str, Any], pid: int) -> pb.FromRecorder:
             capabilities=identity["capabilities"],
             versions=identity["versions"],
             pid=pid,
+            # Rings of older versions have none.
+            token=identity.get("token", ""),
         )
     )
 

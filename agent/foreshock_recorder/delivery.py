@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from contextlib import suppress
@@ -43,7 +44,8 @@ class Delivery:
         self._held = held
         self._linger, self._empty = linger, empty
         self._ranks: dict[Path, Rank] = {}
-        self._unreadable: set[Path] = set()
+        self._unreadable: dict[Path, tuple[int, int]] = {}
+        """Rings that are damaged or of another version, and the inode and size at which they were found so."""
         self._interval = 1.0
         self._limit = 512
         self._answered = self._stopping = False
@@ -84,7 +86,11 @@ class Delivery:
             self._streaming.result()
         self._find_rings()
         for path, rank in list(self._ranks.items()):
-            rank.poll(now, all_asked=self._stopping)
+            try:
+                rank.poll(now, all_asked=self._stopping)
+            except Exception as error:
+                self._ignore(path, error)
+                continue
             if rank.delivered:
                 self._remove_ring(path)
         if all(rank.exited for rank in self._ranks.values()):
@@ -104,17 +110,24 @@ class Delivery:
 
     def _find_rings(self) -> None:
         for path in sorted(self.folder.glob("*.ring")):
-            if path in self._ranks or path in self._unreadable:
+            if path in self._ranks or self._unreadable.get(path) == _version(path):
                 continue
             try:
                 rank = Rank(path)
             except (OSError, ValueError) as error:
-                self._unreadable.add(path)
-                logger.warning("ignored: %s", error)
+                self._ignore(path, error)
                 continue
             self._ranks[path] = rank
             rank.watch_process()
             rank.report_problem(self._problem)
+
+    def _ignore(self, path: Path, error: Exception) -> None:
+        """Leave a ring alone that cannot be read, until its file changes; the others are served."""
+        self._unreadable[path] = _version(path)
+        rank = self._ranks.pop(path, None)
+        if rank is not None:
+            rank.close()
+        logger.warning("ignored: %s", error)
 
     def _remove_ring(self, path: Path) -> None:
         rank = self._ranks.pop(path)
@@ -151,7 +164,9 @@ class Delivery:
         # Full jitter: gRPC's own leaves two thirds of a fleet in the same second.
         share = random.random()  # noqa: S311 - no secret
         with suppress(TimeoutError):
-            async with asyncio.timeout(pause_seconds(failures, share, refused=refused)):
+            # A fast run overwrites its ring within seconds: half of it is left for the way back.
+            fastest = min((rank.fill_seconds() for rank in self._ranks.values() if not rank.exited), default=math.inf)
+            async with asyncio.timeout(pause_seconds(failures, share, refused=refused, fill_seconds=fastest)):
                 await self._all_exited.wait()
                 # A pause as long as the linger would end after the recorder.
                 await asyncio.sleep(share * self._linger / _TRIES_WHILE_LINGERING)
@@ -159,8 +174,15 @@ class Delivery:
     async def _send_messages(self, send: Send) -> None:
         while True:
             interval = min(self._interval, STOP_SECONDS / 10) if self._stopping else self._interval
-            for rank in list(self._ranks.values()):
-                for message in rank.next_messages(time.monotonic(), interval=interval, limit=self._limit):
+            for path, rank in list(self._ranks.items()):
+                if path not in self._ranks:
+                    continue  # ignored or removed while another rank's messages were sent
+                try:
+                    messages = rank.next_messages(time.monotonic(), interval=interval, limit=self._limit)
+                except Exception as error:
+                    self._ignore(path, error)
+                    continue
+                for message in messages:
                     await send(message)
             await asyncio.sleep(POLL_SECONDS)
 
@@ -203,11 +225,20 @@ class Delivery:
             rank.report_problem(text)
 
 
-def pause_seconds(failures: int, share: float, *, refused: bool) -> float:
+def _version(path: Path) -> tuple[int, int]:
+    """Return inode and size of a file; zeros if it is gone."""
+    with suppress(OSError):
+        found = path.lstat()
+        return found.st_ino, found.st_size
+    return 0, 0
+
+
+def pause_seconds(failures: int, share: float, *, refused: bool, fill_seconds: float = math.inf) -> float:
     """Return how long to wait before the next stream.
 
-    failures: streams without an answer before this one; share: in [0, 1).
+    failures: streams without an answer before this one; share: in [0, 1). fill_seconds: in which the fastest rank
+    overwrites its whole ring.
     """
     if refused:
         return _RETRY_CAP_SECONDS * (0.5 + share)
-    return share * min(_RETRY_CAP_SECONDS, 2.0 ** min(failures, 10))
+    return share * min(_RETRY_CAP_SECONDS, 2.0 ** min(failures, 10), fill_seconds / 2)

@@ -22,6 +22,8 @@ _UNDER_WAY = 48
 _IN_FLIGHT = 4096
 """Records sent and not yet acknowledged at most; the others stay in the ring. A record that the ring had overwritten
 before it was sent is not in flight."""
+_PACE_STEPS = 32
+"""Newest steps whose time is a rank's pace."""
 _POLL_SECONDS = 0.25
 _STATUS_SECONDS = 0.5
 """From the release of a process' locks to its exit status, at most."""
@@ -74,6 +76,16 @@ class Rank:
         """Records that the collector does not have."""
         return max(0, self.reader.begun - self.acknowledged)
 
+    def fill_seconds(self) -> float:
+        """Return how long the rank takes to overwrite its whole ring, by its newest records; Inf if unknown."""
+        newest = self.reader.begun
+        before = max(1, newest - _PACE_STEPS)
+        first, last = self.reader.read(before), self.reader.read(newest)
+        if before == newest or not (isinstance(first, Record) and isinstance(last, Record)):
+            return math.inf
+        seconds = max(0.0, last.monotonic_seconds - first.monotonic_seconds)
+        return self.reader.layout.slot_count * seconds / (newest - before)
+
     @property
     def stack_path(self) -> Path:
         """File that a rank writes its stack to when it gets SIGTERM; it is empty before."""
@@ -91,6 +103,7 @@ class Rank:
         if self.delivered or self._dead or now - self._polled < _POLL_SECONDS:
             return
         self._polled = now
+        self.reader.check_size()
         if self.reader.alive:
             self.reader.heartbeat(now)
             return
@@ -164,6 +177,7 @@ class Rank:
         """Return what to send now. interval: seconds between batches that are not urgent; limit: records in a batch."""
         if self.delivered or self.refusal:
             return []
+        self.reader.check_size()
         self._hello.hello.exited = self.exited
         messages = [] if self._hello_sent else [self._hello]
         self._hello_sent = True

@@ -9,6 +9,7 @@ import os
 import struct
 import weakref
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -169,8 +170,10 @@ class RingReader(RingFile):
 
     @property
     def exit_reason(self) -> ExitReason:
-        """Why the rank left; NONE while it is attached."""
-        return ExitReason(self._words[WORD_EXIT_REASON])
+        """Why the rank left; NONE while it is attached, and where the file holds no reason that is known."""
+        with suppress(ValueError):
+            return ExitReason(self._words[WORD_EXIT_REASON])
+        return ExitReason.NONE
 
     @property
     def exit_detail(self) -> str:
@@ -199,6 +202,11 @@ class RingReader(RingFile):
     def modified(self) -> float:
         """Unix seconds at which the file was made or cut, as far as its file system knows of writes to memory."""
         return os.fstat(self._descriptor).st_mtime
+
+    def check_size(self) -> None:
+        """Raise `ValueError` if the file has been cut or extended: reading beyond its end would kill this process."""
+        if os.fstat(self._descriptor).st_size != len(self.memory):
+            raise ValueError(f"{self.path} is damaged: its size has changed")
 
     def give_up(self) -> int:
         """Cut the ring of a dead rank down to its header and close it. Return how many records are lost by that.

@@ -51,8 +51,13 @@ from foreshock_recorder.process import start_ticks
 class Ring(RingFile):
     """The writing side, made by the probe. Every method but `create` takes microseconds and never waits."""
 
-    def __init__(self, path: Path, memory: mmap.mmap, layout: Layout) -> None:
+    def __init__(self, path: Path, memory: mmap.mmap, layout: Layout, descriptor: int, header: bytes) -> None:
+        """descriptor: of the file. header: its first bytes, up to the end of the identity."""
         super().__init__(path, memory, layout)
+        self._descriptor = descriptor
+        self._header = header
+        self._newest = 0
+        memory[: len(header)] = header
         self._row = struct.Struct(f"<{layout.columns}d")
 
     @classmethod
@@ -76,13 +81,12 @@ class Ring(RingFile):
             draft.unlink()
             os.close(descriptor)
             raise
-        ring = cls(path, memory, layout)
-        # Not at the interpreter's exit: the exit reason may still have to be written.
-        weakref.finalize(ring, os.close, descriptor).atexit = False
         pid = os.getpid()
         sizes = (layout.slot_bytes, layout.slot_count, layers, len(text))
-        FACTS.pack_into(memory, 0, MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM, *sizes, pid, start_ticks(pid) or 0)
-        memory[JSON_OFFSET : JSON_OFFSET + len(text)] = text
+        facts = FACTS.pack(MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM, *sizes, pid, start_ticks(pid) or 0)
+        ring = cls(path, memory, layout, descriptor, facts + bytes(JSON_OFFSET - FACTS.size) + text)
+        # Not at the interpreter's exit: the exit reason may still have to be written.
+        weakref.finalize(ring, os.close, descriptor).atexit = False
         draft.rename(path)
         return ring
 
@@ -96,7 +100,7 @@ class Ring(RingFile):
         payload = BEGUN_PAYLOAD.pack(step, wall, monotonic, learning_rate, flags)
         slot = self.layout.slot_words[sequence % self.layout.slot_count]
         self._write(BEGUN, slot, sequence, payload)
-        self._words[WORD_BEGUN] = sequence
+        self._words[WORD_BEGUN] = self._newest = sequence
 
     def write_measured(self, sequence: int, row: Sequence[float]) -> None:
         """Write the measured part. row: `layout.columns` long."""
@@ -140,6 +144,7 @@ class Ring(RingFile):
 
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
+        self._restore_if_cut()
         self._words[WORD_BACKWARD_PASSES] += 1
 
     def count_dropped(self, reason: str) -> None:
@@ -165,8 +170,20 @@ class Ring(RingFile):
         """Why the recorder cannot reach the collector; empty while it can."""
         return self._read_text(PROBLEM_OFFSET)
 
+    def _restore_if_cut(self) -> None:
+        """Give a file that somebody has cut its size and header again; what it held is lost.
+
+        Access to memory beyond the end of its file would kill the training by SIGBUS. Raises `OSError` if there is no
+        room.
+        """
+        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
+            os.posix_fallocate(self._descriptor, 0, self.layout.file_bytes)
+            self.memory[: len(self._header)] = self._header
+            self._words[WORD_BEGUN] = self._newest
+
     def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
         """Write a part of a record. slot: its first word."""
+        self._restore_if_cut()
         begin = slot + part.begin
         start, end = begin + 1, begin + 1 + part.words
         self._words[begin] = sequence

@@ -24,7 +24,7 @@ from foreshock_collector.web.api import Api
 from foreshock_collector.web.exposition import RunSeries
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-_LIMITS = {"ended_seconds": 900.0, "silent": 900.0}
+_LIMITS: dict[str, Any] = {"ended_seconds": 900.0, "silent": 900.0}
 _SAMPLE = re.compile(r" (\S+)$", re.MULTILINE)
 
 

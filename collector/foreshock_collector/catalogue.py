@@ -59,11 +59,11 @@ COLLECTOR_STAGES = ("ingest", "load", "commit", "page")
 
 REFUSAL_REASONS = (
     *("malformed", "schema_version", "invalid_value", "no_hello"),
-    *("contradiction", "collector_error"),
+    *("contradiction", "collector_error", "limit"),
 )
 """Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it uses another schema
 version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
-launch; or the collector failed on it."""
+launch; the collector failed on it; or too many runs report."""
 
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -281,6 +281,11 @@ BUILD_INFO = Series(
 )
 COLLECTOR_STREAMS = _gauge("foreshock_collector_streams", "Open streams of recorders, one per node.", labels=())
 COLLECTOR_MESSAGES = _counter("foreshock_collector_messages_total", "Messages received from recorders.", ())
+COLLECTOR_SKIPPED = _counter(
+    "foreshock_collector_skipped_messages_total",
+    "Messages of a kind that this collector does not know, from a newer recorder.",
+    (),
+)
 COLLECTOR_RECORDS = _counter(
     "foreshock_collector_records_total", "Step records received from ranks, including repeated ones.", ()
 )

@@ -43,6 +43,13 @@ class Config:
         1.0, "Seconds between commits, acknowledgements and the recorders' flushes; at most 5."
     )
     retention_seconds: float = setting(900.0, "Seconds for which the series of an ended run stay.")
+    most_runs: int = setting(
+        1000, "Runs that may report at the same time; one machine may have half of them. More are refused."
+    )
+    history_days: float = setting(28.0, "Days for which the steps of an ended run are kept; its incidents stay.")
+    database_gigabytes: float = setting(
+        4.0, "Size of the database above which the oldest steps are deleted, whatever their age."
+    )
     silent_seconds: float = setting(900.0, "Seconds without a report after which a run counts as ended.")
     metrics_cache_seconds: float = setting(
         1.0, "Seconds for which scrapes share one rendering of /metrics; 0 renders each time."
@@ -71,6 +78,9 @@ class Config:
         for name in ("ack_seconds", "retention_seconds", "silent_seconds"):
             if not 0 < getattr(self, name) < 1e7:
                 raise ConfigError(f"{_flag(name)} must be a positive number of seconds, not {getattr(self, name):g}")
+        for name in ("most_runs", "history_days", "database_gigabytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{_flag(name)} must be more than 0, not {getattr(self, name):g}")
         if self.ack_seconds > _MOST_ACK_SECONDS:
             most = f"at most {_MOST_ACK_SECONDS:g}, not {self.ack_seconds:g}"
             raise ConfigError(f"--ack-seconds must be {most}: ranks that report less often look dead")
@@ -86,7 +96,7 @@ class Config:
                 DEFAULT.with_overrides(overrides)
             except ValueError as error:
                 raise ConfigError(f"runs.{pattern}: {error}") from error
-        if not _is_loopback(self.host) and not self.allow_unauthenticated:
+        if not is_loopback(self.host) and not self.allow_unauthenticated:
             raise ConfigError(
                 f"--host {self.host} lets anyone on the network read and write: add --allow-unauthenticated to allow it"
             )
@@ -177,7 +187,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine reaches an address."""
     if host == "localhost":
         return True
     try:

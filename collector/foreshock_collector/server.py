@@ -8,7 +8,8 @@ import json
 import logging
 import signal
 import socket
-import time
+import sqlite3
+import urllib.parse
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -19,9 +20,13 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, ProcessCollector
 
-from foreshock_collector.config import Config, ConfigError
+from foreshock_collector.clock import SystemClock
+from foreshock_collector.config import Config, ConfigError, is_loopback
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.state import recovery
+from foreshock_collector.state.database_file import GoneError
+from foreshock_collector.state.retention import Retention
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.app import WebApplication
 from foreshock_collector.web.collector_series import CollectorSeries
@@ -38,12 +43,12 @@ _SERVICES = ("", "foreshock.v1.Telemetry")
 class Server:
     """Runs a collector: `async with Server(config) as server:` listens until the block ends, then drains.
 
-    Raises `ConfigError` or `StoreError` if it cannot start. `clock` returns Unix time.
+    Raises `ConfigError` or `StoreError` if it cannot start. clock: returns Unix time; by default, the machine's.
     """
 
-    def __init__(self, config: Config, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float] | None = None) -> None:
         self._config = config
-        self._clock = clock
+        self._clock = clock or SystemClock()
         self._stack = AsyncExitStack()
         self.grpc_port = 0
         self.http_port = 0
@@ -55,11 +60,20 @@ class Server:
         # Each part registers how it ends: in the reverse order, also when a later part cannot start.
         async with self._stack as stack:
             config, clock = self._config, self._clock
-            self.store = store = Store(config.database)
+            self.store, runs = recovery.load(config.database, clock(), config.rules_of)
+            store = self.store
             stack.callback(store.close)
-            runs = store.load(clock(), config.rules_of)
             limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}
-            intake = Intake(runs, store, clock, **limits)
+            retention = Retention(
+                store,
+                seconds=config.history_days * 86400,
+                most_bytes=config.database_gigabytes * 1e9,
+                silent=config.silent_seconds,
+            )
+            jumped = clock.jumped if isinstance(clock, SystemClock) else _never
+            intake = Intake(
+                runs, store, clock, **limits, jumped=jumped, retention=retention, most_runs=config.most_runs
+            )
             registry = CollectorRegistry()
             registry.register(RunSeries(runs, clock, **limits))
             registry.register(CollectorSeries(intake.statistics, runs.errors, store.size_bytes, clock, version=VERSION))
@@ -72,6 +86,7 @@ class Server:
                 silent=config.silent_seconds,
                 cache_seconds=config.metrics_cache_seconds,
                 storing=lambda: intake.storing,
+                hosts=self._hosts(),
             )
             telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.public_url)
             await self._open_http(stack, application)
@@ -110,6 +125,13 @@ class Server:
             await servicer.set(service, health_pb2.HealthCheckResponse.SERVING)
         stack.push_async_callback(servicer.enter_graceful_shutdown)
 
+    def _hosts(self) -> frozenset[str] | None:
+        """Return the names under which a browser on this machine reaches it; None if any machine may read it anyway."""
+        if not is_loopback(self._config.host):
+            return None
+        public = urllib.parse.urlsplit(self._config.public_url).hostname or ""
+        return frozenset(("localhost", self._config.host, public.lower()))
+
     @property
     def url(self) -> str:
         """Address for people and Prometheus."""
@@ -135,10 +157,21 @@ class Server:
 
 
 async def serve(config: Config) -> None:
-    """Run until SIGTERM or SIGINT."""
+    """Run until SIGTERM or SIGINT. Where its database is damaged or gone, begin again with a new one."""
     stopping: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, stopping, number.name)
+    while not stopping.done():
+        try:
+            await _serve(config, stopping)
+        except GoneError as error:
+            logger.error("%(error)s; the collector begins again with a new one", {"error": str(error)})
+        except sqlite3.DatabaseError as error:
+            recovery.replace(Path(config.database), error)
+    logger.info("collector stopped on %(signal)s", {"signal": stopping.result()})
+
+
+async def _serve(config: Config, stopping: asyncio.Future[str]) -> None:
     async with Server(config) as server:
         if config.ready_file:
             try:
@@ -158,7 +191,10 @@ async def serve(config: Config) -> None:
         await asyncio.wait((stopping, server.committer), return_when=asyncio.FIRST_COMPLETED)
         if server.committer.done():
             server.committer.result()
-    logger.info("collector stopped on %(signal)s", {"signal": stopping.result()})
+
+
+def _never() -> float:
+    return 0.0
 
 
 def _stop(stopping: asyncio.Future[str], signal_name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,19 @@ def test_recorders_that_all_end_are_told(ring: Ring, caplog: pytest.LogCaptureFi
         "recorders keep exiting; nothing reaches the collector (try /bin/false -m foreshock_recorder"
     )
     assert str(ring.path.parent) in line
+
+
+@pytest.mark.integration
+def test_a_recorder_that_served_for_a_minute_does_not_count_against_the_next(
+    ring: Ring, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, reader = process(ring), RingReader(ring.path)
+    for again in range(1, 8):
+        one.check(ring, LATER + 1000 * again)
+        reader.heartbeat(time.monotonic() + 61)
+    reader.heartbeat(2 * LATER)
+    one.check(ring, 2 * LATER)
+    assert said(caplog) == []
 
 
 def test_no_recorder_is_started_beside_one_or_beside_a_side_car(ring: Ring) -> None:

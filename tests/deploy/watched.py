@@ -40,7 +40,7 @@ class Watched:
     def __init__(self, *, ranks: int = 2, layers: int = 0) -> None:
         self.now = (FIRST_SCRAPE - 1.0) * SCRAPE_SECONDS
         self.runs = Runs(lambda _: SOON)
-        limits = {"ended_seconds": SILENT_SECONDS, "silent": SILENT_SECONDS}
+        limits: dict[str, Any] = {"ended_seconds": SILENT_SECONDS, "silent": SILENT_SECONDS}
         store, clock = Store(":memory:"), lambda: self.now
         weakref.finalize(self, store.close)
         self._intake = Intake(self.runs, store, clock, **limits)

@@ -294,6 +294,7 @@ def _identity(config: LocalConfig, agreement: Agreement, ranks: _Ranks) -> dict[
     return {
         "schema_version": 1,
         "instance": f"{agreement.launch}-{ranks.rank}-{secrets.token_hex(4)}",
+        "token": secrets.token_hex(16),
         "experiment": config.settings.experiment,
         "run": agreement.run,
         "launch_id": agreement.launch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import subprocess
@@ -18,6 +19,9 @@ EXIT_SECONDS = 2.0
 """Longest wait of a leaving rank for the collector's last acknowledgement."""
 CHECK_SECONDS = 5.0
 _STARTS = 3
+"""Recorders that a rank starts in a row: one that cannot run must not be started forever."""
+_RENEWAL_SECONDS = 60.0
+"""A recorder that has looked at the ring so long after it was started does not count among these."""
 
 
 class RecorderProcess:
@@ -33,6 +37,7 @@ class RecorderProcess:
         self.checked = time.monotonic()
         """Monotonic time of the newest check."""
         self._starts = 0
+        self._started = -math.inf
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def ensure(self) -> None:
@@ -46,6 +51,7 @@ class RecorderProcess:
                 warn_once("recorder", f"recorders keep exiting; nothing reaches the collector ({self._log_hint()})")
                 return
             self._starts += 1
+            self._started = time.monotonic()
             # A session of its own, and none of our files: `torchrun | tee` ends with the job, torchrun's clean-up
             # misses it, and no socket of the job stays open with it.
             process = subprocess.Popen(
@@ -68,6 +74,8 @@ class RecorderProcess:
             return
         self.checked = now
         self._reap()
+        if ring.recorder_seen - self._started > _RENEWAL_SECONDS:
+            self._starts = 0
         if now - ring.recorder_seen > 2 * CHECK_SECONDS:
             self.ensure()
         self._log_problem(ring)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 def collector(arguments: list[str]) -> int:
     """Serve until stopped. Return 2 if a setting is invalid, 1 if the collector failed."""
     from foreshock_collector.server import serve
-    from foreshock_collector.state.schema import StoreError
+    from foreshock_collector.state.database_file import StoreError
 
     try:
         config = config_from(arguments)

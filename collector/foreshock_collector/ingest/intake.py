@@ -3,61 +3,99 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
+from foreshock_collector.ingest.run_limits import RunLimits
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.ingest.statistics import IngestStatistics
+from foreshock_collector.ingest.validation import check_instance, check_version, validated
 from foreshock_collector.records.buffer import MAX_SEQUENCE, ColumnsError
+from foreshock_collector.state.database_file import GoneError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.instances import Instance
-from foreshock_collector.state.runs import ContradictionError, Run
+from foreshock_collector.state.retention import Retention
+from foreshock_collector.state.runs import LIVE_SECONDS, ContradictionError, Run
+from foreshock_collector.state.schema import is_damage
 from foreshock_collector.state.store import Store
-from foreshock_protos import SCHEMA_VERSION
+from foreshock_collector.text import NAME_LENGTH, TEXT_LENGTH, printable
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
-_NAME_LENGTH = 200
-"""Names become labels of series, which should be short."""
-_PATH_LENGTH = 2000
-"""Parameters and layers of deeply wrapped models have long paths."""
-_TEXT_LENGTH = 2000
-_MOST_RANKS = 65_536
+
+@dataclass(frozen=True, kw_only=True)
+class Sender:
+    """Names a rank in the log."""
+
+    instance: str
+    run: str
+    rank: int
+    node: str
 
 
 class Intake:
-    """Applies messages to the state, and commits it. `clock` returns Unix time."""
+    """Applies messages to the state, and commits it.
+
+    clock: returns Unix time. jumped: returns by how many seconds it was set since it was last asked.
+    """
 
     def __init__(
-        self, runs: Runs, store: Store, clock: Callable[[], float], *, ended_seconds: float, silent: float
+        self,
+        runs: Runs,
+        store: Store,
+        clock: Callable[[], float],
+        *,
+        ended_seconds: float,
+        silent: float,
+        jumped: Callable[[], float] = lambda: 0.0,
+        retention: Retention | None = None,
+        most_runs: int = 1000,
     ) -> None:
         self._runs = runs
         self._store = store
         self._clock = clock
+        self._jumped = jumped
+        self._retention = retention
         self._ended_seconds = ended_seconds
         self._silent = silent
         self.statistics = IngestStatistics()
+        self._limits = RunLimits(most_runs)
+        self._streams: WeakValueDictionary[str, Session] = WeakValueDictionary()
+        """The newest stream of each instance without a token."""
         self.urgent: set[str] = set()
         """Instances that must be acknowledged at once."""
         self.storing = True
         """Whether the last commit succeeded."""
+        self.database_error: Exception | None = None
+        """Why no commit can succeed any more: the database is damaged, or gone."""
 
     @property
     def errors(self) -> Errors:
         """Internal errors that no single run has caused."""
         return self._runs.errors
 
+    def _now(self) -> float:
+        """Return Unix time. If the clock was set, first move all that is known of the past: ages stay what they are."""
+        if seconds := self._jumped():
+            text = "the clock of this machine was set by %(seconds)+.0f s; what was measured by it is moved as well"
+            logger.warning(text, {"seconds": seconds})
+            self._runs.move_clock(seconds)
+            self.statistics.move_clock(seconds)
+        return self._clock()
+
     def apply(self, message: pb.FromRecorder, session: Session) -> None:
         """Apply one message of a stream. Raises `RefusedError` for one that no recorder sends.
 
-        A wrong hello affects its own instance alone.
+        What is wrong with one instance affects that one alone. A kind of message that is not known is skipped.
         """
         which = message.WhichOneof("message")
         if which is None:
-            raise RefusedError("the message is empty: it holds no hello, steps, event or exit", reason="malformed")
+            self.statistics.skipped += 1
+            return
         if which == "hello":
             self._hello(message.hello, session)
             return
@@ -65,7 +103,7 @@ class Intake:
         if content.instance in session.refused:
             return
         if content.instance not in session.registered:
-            name = content.instance[:_NAME_LENGTH]
+            name = content.instance[:NAME_LENGTH]
             raise RefusedError(f"instance {name!r} has not said hello on this stream", reason="no_hello")
         found = self._runs.find(content.instance)
         assert found is not None
@@ -77,8 +115,9 @@ class Intake:
                 self._event(run, instance, message.event)
             else:
                 self._exit(run, instance, message.exit)
-        except RefusedError:
-            raise
+        except RefusedError as error:
+            rank = Sender(instance=instance.name, run=run.name, rank=instance.rank, node=instance.node)
+            self._refuse_instance(rank, session, str(error), error.reason)
         except Exception as error:
             run.errors.add("ingest", error)
             if which == "steps":
@@ -86,34 +125,57 @@ class Intake:
                 self._commit([run])
 
     def _hello(self, hello: pb.Hello, session: Session) -> None:
-        _check_version(hello)
-        _check_name("hello.instance", hello.instance)
-        self.urgent.add(hello.instance)
+        check_version(hello)
+        check_instance(hello.instance)
+        sender = Sender(
+            instance=hello.instance,
+            run=printable(hello.run, NAME_LENGTH),
+            rank=hello.topology.rank,
+            node=printable(hello.topology.node, NAME_LENGTH),
+        )
         try:
-            hello = _validated(hello)
-            self._runs.register(hello, self._clock())
+            hello = validated(hello)
+            self._check_stream(hello, session)
+            now = self._now()
+            if self._runs.begins_run(hello):
+                self._limits.admit(session.host)
+            self._runs.register(hello, now, host=session.host)
         except RefusedError as error:
-            self._refuse_instance(hello, session, str(error), error.reason)
+            self._refuse_instance(sender, session, str(error), error.reason)
         except ContradictionError as error:
-            self._refuse_instance(hello, session, str(error), "contradiction")
+            self._refuse_instance(sender, session, str(error), "contradiction")
         except Exception as error:
             self._runs.errors.add("ingest", error)
             self._refuse_instance(
-                hello, session, "the collector failed on its hello; see the collector's log", "collector_error"
+                sender, session, "the collector failed on its hello; see the collector's log", "collector_error"
             )
         else:
             session.registered.add(hello.instance)
             session.refused.pop(hello.instance, None)
+            if not hello.token:
+                self._streams[hello.instance] = session
 
-    def _refuse_instance(self, hello: pb.Hello, session: Session, why: str, reason: str) -> None:
-        session.refused[hello.instance] = why
-        session.registered.discard(hello.instance)
+    def _check_stream(self, hello: pb.Hello, session: Session) -> None:
+        """Refuse an instance without a token that another stream sends. Raises `ContradictionError`.
+
+        A stream that has sent nothing for a while may be one whose end is not known yet.
+        """
+        other, known = self._streams.get(hello.instance), self._runs.find(hello.instance)
+        if other is None or other is session or not other.open or known is None:
+            return
+        if self._now() - known[1].last_report < LIVE_SECONDS:
+            raise ContradictionError("another stream sends this instance")
+
+    def _refuse_instance(self, sender: Sender, session: Session, why: str, reason: str) -> None:
+        session.refused[sender.instance] = why
+        session.registered.discard(sender.instance)
+        self.urgent.add(sender.instance)
         self.statistics.refused[reason] += 1
         facts = {
-            "instance": hello.instance,
-            "run": _printable(hello.run, _NAME_LENGTH),
-            "rank": hello.topology.rank,
-            "node": _printable(hello.topology.node, _NAME_LENGTH),
+            "instance": sender.instance,
+            "run": sender.run,
+            "rank": sender.rank,
+            "node": sender.node,
             "peer": session.peer,
             "reason": reason,
             "why": why,
@@ -121,7 +183,7 @@ class Intake:
         logger.warning("refused rank %(rank)d of run %(run)r on node %(node)r, %(peer)s: %(why)s", facts)
 
     def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
-        now = self._clock()
+        now = self._now()
         if batch.step:  # without any, it only says that the rank is alive
             self.statistics.records += len(batch.step)
             self.statistics.waiting_since.setdefault(run.name, now)
@@ -138,17 +200,17 @@ class Intake:
     def _event(self, run: Run, instance: Instance, event: pb.Event) -> None:
         if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:
             return  # a newer recorder sent it: nothing to refuse
-        event.detail = _printable(event.detail, _TEXT_LENGTH)
-        run.record_event(instance, event, self._clock())
+        event.detail = printable(event.detail, TEXT_LENGTH)
+        run.record_event(instance, event, self._now())
         self.urgent.add(instance.name)
 
     def _exit(self, run: Run, instance: Instance, exit_message: pb.Exit) -> None:
-        exit_message.detail = _printable(exit_message.detail, _TEXT_LENGTH)
+        exit_message.detail = printable(exit_message.detail, TEXT_LENGTH)
         if exit_message.last_sequence >= MAX_SEQUENCE:
             raise RefusedError(f"exit.last_sequence {exit_message.last_sequence} is out of range")
         if exit_message.reason not in pb.ExitReason.values():
             raise RefusedError(f"exit.reason {exit_message.reason} is unknown")
-        run.close(instance, exit_message, self._clock())
+        run.close(instance, exit_message, self._now())
         self.urgent.add(instance.name)
 
     def commit(self) -> None:
@@ -156,7 +218,8 @@ class Intake:
 
         Nothing runs in between, so that nobody sees a counter that a crash could still set back.
         """
-        now = self._clock()
+        now = self._now()
+        self._limits.count(self._runs)
         for run in self._runs:
             with run.errors.caught("evaluate"):
                 if not run.evicted or run.changed:
@@ -166,7 +229,7 @@ class Intake:
 
     def commit_urgent(self) -> set[str]:
         """Commit the runs in which something cannot wait. Return the instances to acknowledge at once."""
-        now = self._clock()
+        now = self._now()
         if not self.storing:
             return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
@@ -201,6 +264,8 @@ class Intake:
             self._store.commit(runs)
         except Exception as error:
             self._runs.errors.counts["commit"] += 1
+            if isinstance(error, GoneError) or is_damage(error):
+                self.database_error = error
             if self.storing:
                 facts = {"error": str(error), "stage": "commit"}
                 logger.exception("cannot commit: %(error)s; nothing is acknowledged until a commit succeeds", facts)
@@ -218,7 +283,7 @@ class Intake:
 
         An evicted run loses its series and records; its history stays in the database.
         """
-        now = self._clock()
+        now = self._now()
         for run in self._runs:
             with run.errors.caught("evaluate"):
                 run.check_silence(now, self._silent)
@@ -229,6 +294,8 @@ class Intake:
                         self._store.forget_window(run)
                         facts = {"run": run.name, "experiment": run.experiment}
                         logger.info("run %(run)s expired: its series are gone, its history stays", facts)
+        if self._retention is not None:
+            self._retention.delete_some(self._runs, now)
 
     def positions(self, session: Session) -> list[pb.Ack.Position]:
         """Return how far each instance of a stream is stored, or why it is refused."""
@@ -241,55 +308,3 @@ class Intake:
                 pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name)
             )
         return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(session.refused.items())]
-
-
-def _check_version(hello: pb.Hello) -> None:
-    if hello.schema_version != SCHEMA_VERSION:
-        raise RefusedError(
-            f"the recorder uses schema version {hello.schema_version}, the collector supports version "
-            f"{SCHEMA_VERSION}: install the same release of foreshock on both",
-            reason="schema_version",
-        )
-
-
-def _validated(hello: pb.Hello) -> pb.Hello:
-    """Return the hello with printable names. Raises `RefusedError`."""
-    # These identify a run, so they are never changed: accepted as they are, or refused.
-    for name in ("run", "experiment", "launch_id"):
-        _check_name(f"hello.{name}", getattr(hello, name))
-    if not math.isfinite(hello.started_seconds):
-        raise RefusedError("hello.started_seconds is not a time")
-    place, model = hello.topology, hello.model
-    if not place.rank < place.world_size <= _MOST_RANKS:
-        raise RefusedError(f"hello.topology: rank {place.rank} of world_size {place.world_size}")
-    parameters, layers = len(model.parameters), len(model.layers)
-    for name in ("parameter_sizes", "parameter_layers"):
-        if len(getattr(model, name)) != parameters:
-            raise RefusedError(f"hello.model: {len(getattr(model, name))} {name} for {parameters} parameters")
-    if any(layer >= layers for layer in model.parameter_layers):
-        raise RefusedError(f"hello.model: parameter_layers points beyond the {layers} layers")
-    shown = pb.Hello()
-    shown.CopyFrom(hello)
-    shown.clip = _printable(hello.clip, _NAME_LENGTH)
-    shown.topology.node = _printable(place.node, _NAME_LENGTH)
-    shown.optimizer.type = _printable(hello.optimizer.type, _NAME_LENGTH)
-    shown.model.type = _printable(model.type, _NAME_LENGTH)
-    shown.model.parameters[:] = [_printable(name, _PATH_LENGTH) for name in model.parameters]
-    shown.model.layers[:] = [_printable(name, _PATH_LENGTH) for name in model.layers]
-    shown.model.module_types.clear()
-    for kind, count in model.module_types.items():
-        shown.model.module_types[_printable(kind, _PATH_LENGTH)] = count
-    return shown
-
-
-def _check_name(where: str, name: str) -> None:
-    if not 0 < len(name) <= _NAME_LENGTH:
-        raise RefusedError(f"{where} must have 1 to {_NAME_LENGTH} characters, it has {len(name)}")
-    if not name.isprintable():
-        raise RefusedError(f"{where} holds characters that cannot be printed")
-
-
-def _printable(text: str, limit: int) -> str:
-    """Return text that fits a label and a terminal: shortened, with control characters escaped."""
-    shown = text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
-    return shown if len(shown) <= limit else shown[: limit - 3] + "..."

@@ -28,6 +28,9 @@ _OPTIONS = (
     ("grpc.server.max_pending_requests_hard_limit", 32768),
     # With it, windows grow until a stalled handler has buffered 4 MiB a stream.
     ("grpc.http2.bdp_probe", 0),
+    # Connections that say nothing end: those without a stream, and those that never begin.
+    ("grpc.max_connection_idle_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
     # Two collectors on one port would split the ranks of a run between them.
     ("grpc.so_reuseport", 0),
 )
@@ -55,7 +58,10 @@ class Telemetry:
         self._draining = False
 
     async def committer(self) -> None:
-        """Commit about once a second, urgent runs at once, and let streams acknowledge. Runs until canceled."""
+        """Commit about once a second, urgent runs at once, and let streams acknowledge. Runs until canceled.
+
+        Raises `GoneError` or `sqlite3.DatabaseError` if the database is gone or damaged: only a new one helps.
+        """
         loop = asyncio.get_running_loop()
         committed = expired = loop.time()
         while True:
@@ -72,6 +78,8 @@ class Telemetry:
                 if now - expired >= _EXPIRY_SECONDS:
                     expired = now
                     self._intake.expire()
+            if self._intake.database_error is not None:
+                raise self._intake.database_error
 
     def drain(self) -> None:
         """Commit, let every stream send its last acknowledgement, and end it."""
@@ -114,6 +122,7 @@ class Telemetry:
             self._errors.add("ingest", error)
             raise
         finally:
+            session.open = False
             self._streams.discard(stream)
             self._statistics.streams -= 1
             if end != "refused":

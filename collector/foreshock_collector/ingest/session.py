@@ -25,6 +25,14 @@ class Session:
     refused: dict[str, str] = field(default_factory=dict)
     """Instances whose hello was refused, and why. Their further messages are ignored; other instances go on."""
 
+    open: bool = True
+    """Whether the stream is."""
+
+    @property
+    def host(self) -> str:
+        """Address of the recorder's machine, without the port."""
+        return self.peer.rpartition(":")[0] or self.peer
+
     def includes(self, instances: set[str]) -> bool:
         """Whether any of these instances has sent a hello here."""
         return not instances.isdisjoint(self.registered) or not instances.isdisjoint(self.refused)

@@ -16,6 +16,8 @@ class IngestStatistics:
     """Streams that are open now."""
     messages: int = 0
     """Messages received, refused ones included."""
+    skipped: int = 0
+    """Messages of a kind that this version does not know."""
     records: int = 0
     """Step records received, repeated ones included."""
     refused: dict[str, int] = field(default_factory=lambda: dict.fromkeys(REFUSAL_REASONS, 0))
@@ -24,6 +26,10 @@ class IngestStatistics:
     """Durations of commits, failed ones included."""
     waiting_since: dict[str, float] = field(default_factory=dict)
     """By run, the Unix time at which the oldest record was received that is not committed yet."""
+
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to each time."""
+        self.waiting_since = {run: since + seconds for run, since in self.waiting_since.items()}
 
     def lag_seconds(self, now: float) -> float:
         """Return how long the oldest record has been waiting for its commit; 0 if none is."""

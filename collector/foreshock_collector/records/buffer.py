@@ -223,6 +223,10 @@ class RecordBuffer:
         slots = sequences % self.capacity
         self._deadlines[slots] = np.minimum(self._deadlines[slots], deadline)
 
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to the time until which each step waits."""
+        self._deadlines += seconds
+
     def due(self, now: float) -> int:
         """Return the sequence number up to which steps may be assembled: every rank has passed them, or time is up."""
         passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest

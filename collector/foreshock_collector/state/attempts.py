@@ -118,6 +118,14 @@ class Attempt(AttemptState):
         self._buffer = None
         self.steps.clear()
 
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to each time by the collector's clock."""
+        if self._buffer is not None:
+            self._buffer.move_clock(seconds)
+        for instance in self.instances.values():
+            instance.last_report += seconds
+            instance.left_seconds += seconds if instance.left_seconds else 0.0
+
     def departures(self) -> list[Departure]:
         """Ranks that left abnormally."""
         return [

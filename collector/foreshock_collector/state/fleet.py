@@ -35,6 +35,11 @@ class Runs:
         """An instance and its run."""
         return self._instances.get(instance)
 
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to each time by this machine's clock, which was set."""
+        for run in self._runs.values():
+            run.move_clock(seconds)
+
     def add(self, run: Run) -> None:
         """Add a run from the store, with its instances."""
         self._runs[run.name] = run
@@ -43,18 +48,28 @@ class Runs:
             for instance in attempt.instances.values():
                 self._instances[instance.name] = (run, instance)
 
-    def register(self, hello: pb.Hello, now: float) -> Instance:
-        """Return the instance of a hello; create it, and its run, if they are new. Raises `ContradictionError`."""
+    def begins_run(self, hello: pb.Hello) -> bool:
+        """Return whether a hello is the first of a launch, and so begins a run or brings one back."""
+        return (hello.run, hello.launch_id) not in self._launches
+
+    def register(self, hello: pb.Hello, now: float, *, host: str = "") -> Instance:
+        """Return the instance of a hello; create it, and its run, if they are new. Raises `ContradictionError`.
+
+        host: address of the machine that sends it.
+        """
         known = self._instances.get(hello.instance)
         if known is not None:
             run, instance = known
             first = run.attempts[instance.attempt].hello
             if (first.run, first.launch_id, instance.rank) != (hello.run, hello.launch_id, hello.topology.rank):
                 raise ContradictionError("this instance has given another run, launch or rank before")
+            if not instance.is_sent_by(hello):
+                raise ContradictionError("this instance has given another token before")
             run.heartbeat(instance, now)
             instance.gone |= hello.exited
             return instance
         run = self._run_of(hello, now)
+        run.host = run.host or host
         instance = run.register(hello, now)
         self._runs[run.name] = run
         self._launches[hello.run, hello.launch_id] = run

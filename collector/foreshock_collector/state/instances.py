@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -55,6 +57,8 @@ class InstanceState:
     """Records that the rank dropped since its attach, by reason: kept, so that nothing counts twice."""
     reported_events: list[str] = field(default_factory=list)
     """Kinds of events that were reported of it: a recorder repeats them after each reconnect."""
+    token_digest: str = ""
+    """SHA-256 of the secret that its first hello gave; empty if it gave none."""
 
     @classmethod
     def from_hello(cls, hello: pb.Hello, attempt: int, now: float) -> InstanceState:
@@ -69,7 +73,13 @@ class InstanceState:
             pid=hello.pid,
             layers=len(hello.model.layers),
             last_report=now,
+            token_digest=token_digest(hello),
         )
+
+
+def token_digest(hello: pb.Hello) -> str:
+    """Return the SHA-256 of a hello's secret; empty without one."""
+    return hashlib.sha256(hello.token.encode()).hexdigest() if hello.token else ""
 
 
 class Instance(InstanceState):
@@ -87,6 +97,10 @@ class Instance(InstanceState):
         """The reason of an exit whose last steps are not all finalized yet."""
         self.nonfinite = False
         """Whether something that is not finite has come since this was last reset."""
+
+    def is_sent_by(self, hello: pb.Hello) -> bool:
+        """Return whether a hello has the secret of this instance."""
+        return hmac.compare_digest(self.token_digest, token_digest(hello))
 
     @property
     def status(self) -> str:

@@ -26,7 +26,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, will not report any more."""
-_LIVE_SECONDS = 10.0
+LIVE_SECONDS = 10.0
 """A rank that reported within it is live: its recorder reports every second."""
 _KEPT_OPEN = (DEATH, SILENCE)
 """Incidents of ranks and not of steps: they close only when a later attempt makes steps, or the run is evicted."""
@@ -42,6 +42,8 @@ class Run:
     def __init__(self, experiment: str, name: str, rules: Rules = DEFAULT, totals: Totals | None = None) -> None:
         self.experiment = experiment
         self.name = name
+        self.host = ""
+        """Address of the machine that began it, since the collector's start; empty if none has reported since."""
         self.rules = rules
         self.errors = Errors(f"run {name!r}", RUN_STAGES)
         """Internal errors in this run."""
@@ -65,7 +67,10 @@ class Run:
         attempt = next((a for a in self.attempts if a.launch == hello.launch_id), None)
         place = hello.topology
         if attempt is None:
-            attempt = Attempt(len(self.attempts), hello)
+            public = pb.Hello()
+            public.CopyFrom(hello)
+            public.ClearField("token")
+            attempt = Attempt(len(self.attempts), public)
             if self.attempts and not hello.exited:
                 attempt.started_seconds = max(attempt.started_seconds, self.newest.started_seconds)
             self.attempts.append(attempt)
@@ -137,6 +142,13 @@ class Run:
         """Record that the instance has left: what is missing up to its last record will not come."""
         self.heartbeat(instance, now)
         self._missing["ring_overrun"] += instance.close(exit_message, now)
+
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to each time by the collector's clock, which was set."""
+        self.watched_since += seconds
+        self.totals.move_clock(seconds)
+        for attempt in self.attempts:
+            attempt.move_clock(seconds)
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +252,7 @@ class Run:
     def has_live_ranks(self, now: float) -> bool:
         """Whether a rank has just reported, and may still write records."""
         return any(
-            now - instance.last_report < _LIVE_SECONDS
+            now - instance.last_report < LIVE_SECONDS
             for attempt in self.attempts
             for instance in attempt.instances.values()
             if not (instance.ended or instance.gone or instance.left_seconds)

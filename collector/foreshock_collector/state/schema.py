@@ -9,11 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 
 from foreshock_collector.records.steps import Step
+from foreshock_collector.state.database_file import APPLICATION, DamagedError, StoreError
 from foreshock_collector.state.migrations import OLDEST, SCHEMA, MigrationError, back_up, migrate
 
 logger = logging.getLogger(__name__)
 
-_APPLICATION = 0x464F5245  # "FORE"
 STEP_COLUMNS = tuple(field.name for field in fields(Step))
 _TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -33,14 +33,28 @@ CREATE INDEX rank_window_by_run ON rank_window (run, attempt, last_sequence);
 
 A change here needs a migration, and a column of `steps` is a field of `Step`.
 """
+TABLES = {
+    "meta": ("key",),
+    "runs": ("rowid",),
+    "attempts": ("rowid",),
+    "instances": ("rowid",),
+    "steps": ("run", "attempt", "sequence"),
+    "events": ("id",),
+    "incidents": ("run", "id"),
+    "rank_window": ("id",),
+}
+"""Each table, and the columns by which it is ordered on disk."""
+_BUSY_SECONDS = 0.25
+"""How long the collector, which serves others meanwhile, waits for a process that holds the database."""
 
 
-class StoreError(ValueError):
-    """The file is not a database that this collector can use."""
+def is_damage(error: Exception) -> bool:
+    """Return whether an error of SQLite says that the file is damaged: not that it is locked, full or unwritable."""
+    return type(error) is sqlite3.DatabaseError
 
 
 def open_database(path: Path | str) -> sqlite3.Connection:
-    """Open a database for writing: create a new one, upgrade an older one. Raises `StoreError`."""
+    """Open a database for writing: create a new one, upgrade an older one. Raises `StoreError` or `DamagedError`."""
     try:
         database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
     except sqlite3.Error as error:
@@ -57,9 +71,10 @@ def open_database(path: Path | str) -> sqlite3.Connection:
             text = "upgraded database %(database)s from schema %(from)d to %(to)d; %(backup)s is a copy of the old one"
             logger.info(text, facts)
         database.execute("PRAGMA synchronous=NORMAL")
+        database.execute(f"PRAGMA busy_timeout={1000 * _BUSY_SECONDS:.0f}")
     except (sqlite3.Error, MigrationError) as error:
         database.close()
-        raise StoreError(f"database {path} cannot be used: {error}") from error
+        raise (DamagedError if is_damage(error) else StoreError)(f"database {path} cannot be used: {error}") from error
     except StoreError:
         database.close()
         raise
@@ -94,14 +109,14 @@ def open_read_only(path: Path) -> sqlite3.Connection:
 
 
 def _create(database: sqlite3.Connection) -> None:
-    stamp = f"PRAGMA application_id={_APPLICATION}; PRAGMA user_version={SCHEMA};"
+    stamp = f"PRAGMA application_id={APPLICATION}; PRAGMA user_version={SCHEMA};"
     epoch = f"INSERT INTO meta VALUES ('epoch', '{uuid.uuid4().hex}');"  # noqa: S608
     database.executescript(f"BEGIN; {_TABLES} {epoch} {stamp} COMMIT;")
 
 
 def _schema(database: sqlite3.Connection, path: Path | str) -> int:
     """Return its version. Raises `StoreError` if it is older than can be upgraded, or newer than is known."""
-    if _one(database, "PRAGMA application_id") != _APPLICATION:
+    if _one(database, "PRAGMA application_id") != APPLICATION:
         raise StoreError(f"database {path} is not a Foreshock database; give another path")
     schema = _one(database, "PRAGMA user_version")
     if schema > SCHEMA:

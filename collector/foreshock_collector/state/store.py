@@ -6,7 +6,6 @@ whole; their records come again from the ranks' rings, if the ranks still run.
 
 from __future__ import annotations
 
-import fcntl
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.records.steps import Step, kind_of
 from foreshock_collector.state.attempts import WINDOW_STEPS, Attempt
+from foreshock_collector.state.database_file import DamagedError, DatabaseFile, StoreError
 from foreshock_collector.state.encoding import decode, encode
 from foreshock_collector.state.events import EVENTS_KEPT, DetectedEvent, RankEvent, RunEvent
 from foreshock_collector.state.fleet import Runs
@@ -24,10 +24,12 @@ from foreshock_collector.state.incidents import INCIDENTS_KEPT, Incident
 from foreshock_collector.state.instances import Instance, InstanceState
 from foreshock_collector.state.run_state import RunState
 from foreshock_collector.state.runs import Run
-from foreshock_collector.state.schema import STEP_COLUMNS, StoreError, open_database
+from foreshock_collector.state.schema import STEP_COLUMNS, is_damage, open_database
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _EVENT_SOURCES: dict[str, type[RunEvent]] = {"detector": DetectedEvent, "rank": RankEvent}
+_DELETED_STEPS = 20_000
+"""Steps deleted at once: the collector does nothing else meanwhile, for some ten milliseconds."""
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
 
 
@@ -36,23 +38,31 @@ class Store(History):
 
     def __init__(self, path: Path | str) -> None:
         self._path = Path(path)
-        self._lock = _lock(path)
+        self._file = None if str(path) == ":memory:" else DatabaseFile(self._path)
         try:
             super().__init__(open_database(path))
         except StoreError:
             self._unlock()
             raise
-        self.epoch: str = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()[0]
+        try:
+            (epoch,) = self._db.execute("SELECT value FROM meta WHERE key='epoch'").fetchone()
+        except (sqlite3.DatabaseError, TypeError) as error:
+            self.close()
+            raise DamagedError(f"database {path} is damaged: {error}") from error
+        self.epoch: str = epoch
         """Identity of this database. A recorder that finds another one sends all records that it still has."""
 
     def commit(self, runs: Iterable[Run]) -> None:
-        """Store everything about these runs since their last commit, in one transaction. Raises `sqlite3.Error`.
+        """Store everything about these runs since their last commit, in one transaction.
 
-        If the state of a run cannot be written, its records and steps still are. Other runs are not affected.
+        If the state of a run cannot be written, its records and steps still are. Other runs are not affected. Raises
+        `sqlite3.Error` or `GoneError`.
         """
         changed = [run for run in runs if run.changed]
         if not changed:
             return
+        if self._file is not None:
+            self._file.check()
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             stored = [run for run in changed if self._save(run)]
@@ -70,7 +80,7 @@ class Store(History):
                     # The run survives a restart, but its state is older than its records: some events may come twice.
                     self._db.execute("INSERT OR IGNORE INTO runs VALUES (?,?)", (run.name, encode(run.bare_state())))
             except Exception as error:
-                if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+                if isinstance(error, sqlite3.OperationalError) or is_damage(error):
                     raise  # the whole database is affected, not one run
                 self._db.execute("ROLLBACK TO run")
                 run.errors.add("store", error)
@@ -126,20 +136,49 @@ class Store(History):
         """Delete the rank-level records of a run that has ended, except those around incidents."""
         self._db.execute("DELETE FROM rank_window WHERE run=?", (run.name,))
 
+    def delete_steps(self, run: Run, *, keep: int) -> int:
+        """Delete some thousands of a run's oldest steps, but none of the newest `keep` of an attempt.
+
+        Return their number. Raises `sqlite3.Error`.
+        """
+        for attempt in run.attempts:
+            where, these = "run=? AND attempt=?", (run.name, attempt.number)
+            (first,) = self._db.execute(f"SELECT min(sequence) FROM steps WHERE {where}", these).fetchone()  # noqa: S608
+            last = attempt.finalized - keep
+            if first is not None and first <= last:
+                last = min(last, first + _DELETED_STEPS - 1)
+                query = f"DELETE FROM steps WHERE {where} AND sequence<=?"  # noqa: S608
+                return self._db.execute(query, (*these, last)).rowcount
+        return 0
+
+    def used_bytes(self) -> int:
+        """Return the size of all pages in use: what is deleted leaves pages that are used again."""
+        (pages,), (free,), (size,) = (
+            self._db.execute(f"PRAGMA {name}").fetchone() for name in ("page_count", "freelist_count", "page_size")
+        )
+        used: int = (pages - free) * size
+        return used
+
     def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
-        """Return all runs as they were committed. A run that cannot be read is set aside. Raises `StoreError`."""
+        """Return all runs as they were committed. A run that cannot be decoded is set aside.
+
+        Raises `StoreError` or `DamagedError`.
+        """
         runs = Runs(rules_of)
         try:
             for name, state in self._db.execute("SELECT run, state FROM runs ORDER BY rowid").fetchall():
                 try:
                     run = self._restored(name, state, now, rules_of)
+                except sqlite3.Error:
+                    raise
                 except Exception as error:
                     runs.errors.add("load", error, f"run {name!r}, which is set aside")
                     self._set_aside(name, state)
                 else:
                     runs.add(run)
         except sqlite3.Error as error:
-            raise StoreError(f"the database cannot be read: {error}") from error
+            damaged = is_damage(error)
+            raise (DamagedError if damaged else StoreError)(f"database {self._path} cannot be read: {error}") from error
         return runs
 
     def _restored(self, name: str, state: bytes, now: float, rules_of: Callable[[str], Rules]) -> Run:
@@ -148,6 +187,10 @@ class Store(History):
         run = Run.from_state(name, decode(state, RunState), hellos, rules_of(hellos[0].run))
         run.watched_since = now
         instances = {instance.name: instance for instance in self._instances(run)}
+        # Times ahead of the clock: it was wrong then, and has been set back since.
+        run.totals.limit_times(now)
+        for instance in instances.values():
+            instance.last_report = min(instance.last_report, now)
         newest = "SELECT source, event FROM events WHERE run=? ORDER BY id DESC LIMIT ?"
         events = self._db.execute(newest, (name, EVENTS_KEPT)).fetchall()
         run.events.restore(decode(event, _EVENT_SOURCES[source]) for source, event in reversed(events))
@@ -156,6 +199,8 @@ class Store(History):
         run.incidents.restore(decode(incident, Incident) for (incident,) in reversed(incidents))
         waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
         for instance, batch in self._db.execute(waiting, (name,)).fetchall():
+            if instance not in instances:
+                continue  # of a damaged database: its recorder sends all records again
             with run.errors.caught("ingest"):
                 run.restore(instances[instance], pb.StepBatch.FromString(batch), now)
         for attempt in run.attempts:
@@ -200,26 +245,8 @@ class Store(History):
         self._unlock()
 
     def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-
-
-def _lock(path: Path | str) -> Any:
-    """Take a lock that lasts until this process ends, however it ends: two collectors would overwrite each other."""
-    if str(path) == ":memory:":
-        return None
-    try:
-        file = Path(f"{path}.lock").open("w")  # noqa: SIM115
-    except OSError as error:
-        raise StoreError(f"database {path} cannot be used: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise StoreError(
-            f"database {path} is in use by another collector; stop that one or give another path"
-        ) from None
-    return file
+        if self._file is not None:
+            self._file.close()
 
 
 def _column(value: Any) -> Any:

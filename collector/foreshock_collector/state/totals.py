@@ -134,6 +134,16 @@ class Totals:
         self.add_incident(verdict, now, superseded=superseded)
         self.last_incident[before] = seen
 
+    def move_clock(self, seconds: float) -> None:
+        """Add so many seconds to each time that is known."""
+        for times in (self.last, self.last_incident):
+            times.update({name: each + seconds for name, each in times.items() if each})
+
+    def limit_times(self, now: float) -> None:
+        """Take each time after `now` for now."""
+        for times in (self.last, self.last_incident):
+            times.update({name: min(each, now) for name, each in times.items()})
+
     def add_dropped(self, counts: Counter[str]) -> None:
         """Count records that will never come, by reason."""
         self.dropped = {reason: count + counts[reason] for reason, count in self.dropped.items()}

@@ -15,6 +15,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api, json_error
+from foreshock_collector.web.hosts import only_hosts
 from foreshock_collector.web.live import ChangeStreams
 from foreshock_collector.web.page import Page
 
@@ -30,7 +31,7 @@ _HEADERS = {
 class WebApplication:
     """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
 
-    storing: returns whether commits succeed.
+    storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any.
     """
 
     def __init__(
@@ -43,9 +44,11 @@ class WebApplication:
         silent: float,
         cache_seconds: float,
         storing: Callable[[], bool],
+        hosts: frozenset[str] | None = None,
     ) -> None:
         self._runs = runs
         self._storing = storing
+        self._hosts = hosts
         self._registry = registry
         self._cache_seconds = cache_seconds
         self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
@@ -61,7 +64,8 @@ class WebApplication:
 
     def as_aiohttp(self) -> web.Application:
         """Return the application with all routes."""
-        application = web.Application(middlewares=[_headers, self._count_failures])
+        checks = [] if self._hosts is None else [only_hosts(self._hosts)]
+        application = web.Application(middlewares=[_headers, *checks, self._count_failures])
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),

@@ -52,6 +52,7 @@ class CollectorSeries(Collector):
             yield Sample(c.COLLECTOR_ERRORS, (stage,), count)
         yield Sample(c.COLLECTOR_STREAMS, (), counted.streams)
         yield Sample(c.COLLECTOR_MESSAGES, (), counted.messages)
+        yield Sample(c.COLLECTOR_SKIPPED, (), counted.skipped)
         yield Sample(c.COLLECTOR_RECORDS, (), counted.records)
         for reason, count in counted.refused.items():
             yield Sample(c.COLLECTOR_REFUSED, (reason,), count)

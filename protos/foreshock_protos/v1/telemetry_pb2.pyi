@@ -57,7 +57,7 @@ class FromRecorder(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("schema_version", "instance", "experiment", "run", "launch_id", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "exited")
+    __slots__ = ("schema_version", "instance", "experiment", "run", "launch_id", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "exited", "token")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Hello(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     EXITED_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     instance: str
     experiment: str
@@ -93,7 +94,8 @@ class Hello(_message.Message):
     versions: _containers.ScalarMap[str, str]
     pid: int
     exited: bool
-    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch_id: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ..., exited: bool = ...) -> None: ...
+    token: str
+    def __init__(self, schema_version: _Optional[int] = ..., instance: _Optional[str] = ..., experiment: _Optional[str] = ..., run: _Optional[str] = ..., launch_id: _Optional[str] = ..., started_seconds: _Optional[float] = ..., topology: _Optional[_Union[Topology, _Mapping]] = ..., model: _Optional[_Union[ModelSummary, _Mapping]] = ..., optimizer: _Optional[_Union[OptimizerSummary, _Mapping]] = ..., clip: _Optional[str] = ..., capabilities: _Optional[_Iterable[str]] = ..., versions: _Optional[_Mapping[str, str]] = ..., pid: _Optional[int] = ..., exited: bool = ..., token: _Optional[str] = ...) -> None: ...
 
 class Topology(_message.Message):
     __slots__ = ("rank", "local_rank", "world_size", "node")

@@ -19,8 +19,8 @@ from prometheus_client.exposition import generate_latest
 
 from foreshock_collector.commands.logs import read_log
 from foreshock_collector.state import migrations
+from foreshock_collector.state.database_file import StoreError
 from foreshock_collector.state.history import History
-from foreshock_collector.state.schema import StoreError
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api
 from foreshock_collector.web.exposition import RunSeries

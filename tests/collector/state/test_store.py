@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from foreshock_collector.state.schema import StoreError
+from foreshock_collector.state.database_file import StoreError
 from foreshock_collector.state.store import Store
 
 

@@ -23,7 +23,7 @@ from foreshock_collector.commands.logs.stores import (
 )
 from foreshock_collector.commands.logs.tables import header_of, is_table, read_table
 from foreshock_collector.commands.logs.text_lines import read_text
-from foreshock_collector.state.schema import StoreError
+from foreshock_collector.state.database_file import StoreError
 
 _PATHS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Iterator[Chunk]]], ...] = (
     (is_event_folder, read_events),

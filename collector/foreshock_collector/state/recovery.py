@@ -1,0 +1,103 @@
+"""Start with a damaged database: it is set aside, and what can be read of it is copied to a new one."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.state.database_file import DamagedError, is_collectors, set_aside
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.migrations import SCHEMA
+from foreshock_collector.state.schema import TABLES, open_database
+from foreshock_collector.state.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+def load(path: str, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> tuple[Store, Runs]:
+    """Open a database and load its runs, after `replace` if it is damaged. Raises `StoreError`. now: Unix time."""
+    try:
+        return _load(path, now, rules_of)
+    except DamagedError as error:
+        replace(Path(path), error)
+    return _load(path, now, rules_of)
+
+
+def _load(path: str, now: float, rules_of: Callable[[str], Rules]) -> tuple[Store, Runs]:
+    store = Store(path)
+    try:
+        return store, store.load(now, rules_of)
+    except BaseException:
+        store.close()
+        raise
+
+
+def replace(path: Path, error: Exception) -> None:
+    """Set a damaged database aside, and put a new one in its place with all rows that can still be read.
+
+    Nobody may use it. error: how it was found. Raises it for a file that may not be a collector's at all, which stays
+    where it is, and `StoreError` if no new one can be made.
+    """
+    if not is_collectors(path):
+        raise error
+    aside = set_aside(path)
+    copied = dict.fromkeys(TABLES, 0)
+    target = open_database(path)
+    try:
+        source = sqlite3.connect(f"{aside.absolute().as_uri()}?mode=ro", isolation_level=None, uri=True)
+        try:
+            copied = salvage(source, target)
+        finally:
+            source.close()
+    finally:
+        target.close()
+    facts = {"database": str(path), "error": str(error), "aside": str(aside)} | copied
+    text = (
+        "%(error)s; it was set aside as %(aside)s, and a new one has what could be read: %(runs)d runs, "
+        "%(steps)d steps, %(incidents)d incidents"
+    )
+    logger.error(text, facts)
+
+
+def salvage(source: sqlite3.Connection, target: sqlite3.Connection) -> dict[str, int]:
+    """Copy the rows that can be read to an empty database of the newest schema. Return their number by table.
+
+    A damaged page ends a scan, so each table is read from both ends.
+    """
+    copied = dict.fromkeys(TABLES, 0)
+    # Otherwise SQLite reads nothing at all of a file that was cut.
+    source.execute("PRAGMA writable_schema=ON")
+    try:
+        if source.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
+            return copied
+    except sqlite3.DatabaseError:
+        return copied
+    for table, key in TABLES.items():
+        for order in ("ASC", "DESC"):
+            by = ", ".join(f"{column} {order}" for column in key)
+            before = target.total_changes
+            target.execute("BEGIN")
+            whole = _copy(source, target, table, by)
+            target.execute("COMMIT")
+            copied[table] += target.total_changes - before
+            if whole:
+                break
+    return copied
+
+
+def _copy(source: sqlite3.Connection, target: sqlite3.Connection, table: str, by: str) -> bool:
+    """Copy rows in an order, up to the first that cannot be read. Return whether there was none."""
+    query = ""
+    try:
+        for row in source.execute(f"SELECT * FROM {table} ORDER BY {by}"):  # noqa: S608
+            query = query or f"INSERT OR IGNORE INTO {table} VALUES ({','.join('?' * len(row))})"  # noqa: S608
+            # The identity of the new database is its own: recorders then send again what they have.
+            target.execute(query, row)
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        return False
+    return True

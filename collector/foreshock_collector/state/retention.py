@@ -1,0 +1,49 @@
+"""How long the steps of runs are kept: for weeks, and within a size that cannot fill a disk. Incidents stay."""
+
+from __future__ import annotations
+
+import logging
+
+from foreshock_collector.state.attempts import WINDOW_STEPS
+from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
+from foreshock_collector.state.store import Store
+
+logger = logging.getLogger(__name__)
+
+
+class Retention:
+    """Deletes the oldest steps of a store, some at a time.
+
+    seconds: for which the steps of an ended run are kept. most_bytes: size of the database above which even steps that
+    are newer are deleted, those of the run that reported longest ago first. silent: seconds without a report that end
+    a run.
+    """
+
+    def __init__(self, store: Store, *, seconds: float, most_bytes: float, silent: float) -> None:
+        self._store = store
+        self._seconds = seconds
+        self._most_bytes = most_bytes
+        self._silent = silent
+        self._emptied: dict[str, int] = {}
+        """Runs without a step that could be deleted, and the steps that they had made by then."""
+
+    def delete_some(self, runs: Runs, now: float) -> None:
+        """Delete steps that are due, of one run. now: Unix time. Raises `sqlite3.Error`."""
+        oldest = sorted((run for run in runs if run.attempts), key=Run.last_report)
+        for run in oldest:
+            if run.ended_for(now, self._silent) > self._seconds and self._delete(run):
+                return
+        if self._store.used_bytes() > self._most_bytes:
+            any(self._delete(run) for run in oldest)
+
+    def _delete(self, run: Run) -> bool:
+        """Delete some of a run's steps. Return whether there were any."""
+        made = sum(run.totals.counters[kind] for kind in ("steps", "abandoned"))
+        if self._emptied.get(run.name) == made:
+            return False
+        if self._store.delete_steps(run, keep=0 if run.evicted else WINDOW_STEPS):
+            return True
+        self._emptied[run.name] = made
+        logger.info("the oldest steps of run %(run)s were deleted; its incidents stay", {"run": run.name})
+        return False
