@@ -94,6 +94,10 @@ bench-gpu: $(INSTALLED) ## test and measure on a GPU: correctness, overhead, lau
 soak: $(INSTALLED) ## train two ranks for 20,000 steps: flat memory, no extra threads, nothing left behind (minutes)
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
+.PHONY: chaos
+chaos: $(INSTALLED) ## break things at 1,000 random moments under load and count what was lost (an hour); ARGS="--faults 100 --seed 7"
+	@$(BIN)/python -m benchmarks.chaos $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)

@@ -144,7 +144,8 @@ class Ring(RingFile):
 
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
-        self._restore_if_cut()
+        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
+            self._restore()
         self._words[WORD_BACKWARD_PASSES] += 1
 
     def count_dropped(self, reason: str) -> None:
@@ -170,20 +171,20 @@ class Ring(RingFile):
         """Why the recorder cannot reach the collector; empty while it can."""
         return self._read_text(PROBLEM_OFFSET)
 
-    def _restore_if_cut(self) -> None:
+    def _restore(self) -> None:
         """Give a file that somebody has cut its size and header again; what it held is lost.
 
         Access to memory beyond the end of its file would kill the training by SIGBUS. Raises `OSError` if there is no
         room.
         """
-        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
-            os.posix_fallocate(self._descriptor, 0, self.layout.file_bytes)
-            self.memory[: len(self._header)] = self._header
-            self._words[WORD_BEGUN] = self._newest
+        os.posix_fallocate(self._descriptor, 0, self.layout.file_bytes)
+        self.memory[: len(self._header)] = self._header
+        self._words[WORD_BEGUN] = self._newest
 
     def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
         """Write a part of a record. slot: its first word."""
-        self._restore_if_cut()
+        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
+            self._restore()
         begin = slot + part.begin
         start, end = begin + 1, begin + 1 + part.words
         self._words[begin] = sequence

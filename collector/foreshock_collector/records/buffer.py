@@ -184,7 +184,13 @@ class RecordBuffer:
         """The highest sequence number of each rank."""
         self.awaited = np.ones(world_size, np.bool_)
         """Ranks that may still report."""
-        self._cells: Rows = np.zeros((self.capacity, world_size), RECORD)
+        self._ranks = np.zeros(0, "i8")
+        """The rank of each column, in the order in which ranks first sent a record: one that claims a large job must
+        not cost the memory of it."""
+        self._columns: dict[int, int] = {}
+        self._by_rank = np.zeros(0, "i8")
+        """Columns, by rank."""
+        self._cells: Rows = np.zeros((self.capacity, 1), RECORD)
         self._sums: Rows = np.zeros(self.capacity, SUMS)
         self._layer_norms = np.zeros((self.capacity, layers), "f4")
         self._layer_sequences = np.zeros(self.capacity, "i8")
@@ -202,9 +208,10 @@ class RecordBuffer:
         last = int(rows["sequence"][-1])
         assert self.must_finalize(records) <= self.finalized
         slots = rows["sequence"] % self.capacity
+        column = self._columns[rank] if rank in self._columns else self._add_column(rank)
         # A very late record must not displace a newer one.
-        fresh = rows["sequence"] >= self._cells["sequence"][slots, rank]
-        self._cells[slots[fresh], rank] = rows[fresh]
+        fresh = rows["sequence"] >= self._cells["sequence"][slots, column]
+        self._cells[slots[fresh], column] = rows[fresh]
         if records.layer_norms is not None and records.layer_norms.shape[1] == self._layer_norms.shape[1]:
             self._layer_norms[slots[fresh]] = records.layer_norms[fresh]
             self._layer_sequences[slots[fresh]] = rows["sequence"][fresh]
@@ -218,6 +225,14 @@ class RecordBuffer:
         self._expedite(bad[bad > self.finalized], now + NONFINITE_PATIENCE_SECONDS)
         self.positions[rank] = max(last, int(self.positions[rank]))
         self.highest = max(last, self.highest)
+
+    def _add_column(self, rank: int) -> int:
+        column = self._columns[rank] = len(self._ranks)
+        self._ranks = np.append(self._ranks, rank)
+        self._by_rank = np.argsort(self._ranks)
+        if column == self._cells.shape[1]:
+            self._cells = np.concatenate((self._cells, np.zeros_like(self._cells)), axis=1)
+        return column
 
     def _expedite(self, sequences: NDArray[np.int64], deadline: float) -> None:
         slots = sequences % self.capacity
@@ -253,9 +268,9 @@ class RecordBuffer:
 
     def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
         """Return the ranks that have finished one step, and their records of it."""
-        cells = self._cells[sequence % self.capacity]
-        ranks = np.flatnonzero((cells["sequence"] == sequence) & complete(cells))
-        return ranks, cells[ranks]
+        cells = self._cells[sequence % self.capacity, self._by_rank]
+        found = (cells["sequence"] == sequence) & complete(cells)
+        return self._ranks[self._by_rank[found]], cells[found]
 
     def sums(self, sequence: int) -> Rows | None:
         """Return the result of one step's all-reduce, if any rank has sent it."""
@@ -268,23 +283,35 @@ class RecordBuffer:
         return self._layer_norms[slot] if self._layer_sequences[slot] == sequence else None
 
     def local_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return local norms, [steps, ranks]: NaN where no record holds one."""
-        cells = self._cells[sequences % self.capacity]
+        """Return local norms, [steps, ranks]: NaN where no record holds one.
+
+        Ranks that have never sent a record are a single last column of NaN.
+        """
+        cells = self._cells[np.ix_(sequences % self.capacity, self._by_rank)]
         known = (cells["sequence"] == sequences[:, None]) & locally_measured(cells)
         norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
-        return norms
+        if len(self._ranks) == len(self.positions):
+            return norms
+        return np.column_stack((norms, np.full(len(sequences), math.nan)))
+
+    def local_norms_by_rank(self, sequences: NDArray[np.int64]) -> dict[int, NDArray[np.float64]]:
+        """Return local norms, [steps], of each rank that has sent a record."""
+        norms = self.local_norms(sequences)
+        return {rank: norms[:, place] for place, rank in enumerate(self._ranks[self._by_rank].tolist())}
 
     def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return local norms for display, [steps, ranks]: NaN where none is known, Inf where it is not finite."""
-        slots = sequences % self.capacity
+        cells = np.ix_(sequences % self.capacity, self._by_rank)
         # Field by field: whole records would be twenty times as much to copy.
-        norms: NDArray[np.float64] = self._cells["local_norm"][slots]
-        bad = (self._cells["local_nan_parameters"][slots] > 0) | (self._cells["local_inf_parameters"][slots] > 0)
+        norms: NDArray[np.float64] = self._cells["local_norm"][cells]
+        bad = (self._cells["local_nan_parameters"][cells] > 0) | (self._cells["local_inf_parameters"][cells] > 0)
         norms[bad | ~np.isfinite(norms)] = math.inf
-        flags = self._cells["flags"][slots]
+        flags = self._cells["flags"][cells]
         measured = (flags & pb.LOCAL_NORMS != 0) & (flags & pb.INCOMPLETE == 0)
-        norms[~measured | (self._cells["sequence"][slots] != sequences[:, None])] = math.nan
-        return norms
+        norms[~measured | (self._cells["sequence"][cells] != sequences[:, None])] = math.nan
+        shown = np.full((len(sequences), len(self.positions)), math.nan)
+        shown[:, self._ranks[self._by_rank]] = norms
+        return shown
 
     def layer_norms_of(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return norms of the averaged gradient for display, [steps, layers]: NaN and Inf as in `rank_norms`."""
@@ -348,8 +375,9 @@ class RecordBuffer:
         return (float((losses / losses.size).sum()) if losses.size else None), False, False
 
     def _duration(self, sequence: int, rank: int) -> float | None:
-        this = self._cells[sequence % self.capacity, rank]
-        before = self._cells[(sequence - 1) % self.capacity, rank]
+        column = self._columns[rank]
+        this = self._cells[sequence % self.capacity, column]
+        before = self._cells[(sequence - 1) % self.capacity, column]
         # Sequence 0 is an empty cell, and no step before the first.
         if not 0 < before["sequence"] == sequence - 1:
             return None

@@ -225,8 +225,9 @@ def _local_norms(attempt: Attempt, sequences: list[int]) -> dict[str, list[Any]]
     """Return a column for each rank; None if the attempt is evicted or has too many ranks."""
     if attempt.evicted or attempt.world_size > _MOST_RANK_COLUMNS:
         return None
-    table = attempt.buffer.local_norms(np.array(sequences, np.int64))
-    return {str(rank): table[:, rank].tolist() for rank in sorted(attempt.instances)}
+    norms = attempt.buffer.local_norms_by_rank(np.array(sequences, np.int64))
+    unknown = [math.nan] * len(sequences)
+    return {str(rank): norms[rank].tolist() if rank in norms else unknown for rank in sorted(attempt.instances)}
 
 
 def query_number(request: web.Request, name: str, default: int) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
+from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -57,6 +60,26 @@ def test_records_that_wait_for_a_commit_are_the_ingest_lag_and_failed_commits_ar
         "cannot commit: No space left on device; nothing is acknowledged until a commit succeeds",
         "commits succeed again",
     ]
+
+
+def test_a_rank_that_claims_a_huge_job_costs_the_memory_of_one_rank() -> None:
+    buffer = RecordBuffer(world_size=65_536, layers=0)
+    few = RecordBuffer(world_size=3, layers=0)
+    for rank in (2, 0):
+        records = decode(steps(1, [1.0] * 50, local_norm=[1.0 + rank] * 50, flags=[pb.LOCAL_NORMS] * 50).steps, 0)
+        for each, place in ((buffer, 60_000 + rank), (few, rank)):
+            each.write(place, records, 0.0)
+    assert buffer._cells.nbytes < 2 * few._cells.nbytes
+    ranks, rows = buffer.records(7)
+    assert ranks.tolist() == [60_000, 60_002] and rows["local_norm"].tolist() == [1.0, 3.0]
+    at = np.array([7])
+    np.testing.assert_array_equal(buffer.local_norms(at), [[1.0, 3.0, math.nan]])
+    np.testing.assert_array_equal(few.local_norms(at), [[1.0, 3.0, math.nan]])
+    np.testing.assert_array_equal(few.rank_norms(at), [[1.0, math.nan, 3.0]])
+    few.write(1, records, 0.0)
+    np.testing.assert_array_equal(few.local_norms(at), [[1.0, 1.0, 3.0]])
+    (step, *_) = few.finalize(0, 50)
+    assert step.ranks == 3
 
 
 def test_records_that_are_refused_wait_for_no_commit(tmp_path: Path) -> None:
