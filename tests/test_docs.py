@@ -29,6 +29,7 @@ FOREIGN_WORDS = {
     *("foreshock_recorder", "foreshock_collector", "foreshock_protos"),  # packages
     *("foreshock_clip", "foreshock_clip_global_only"),  # variants of benchmarks/step.py
     *("trainer_state.json", "metrics.json", "scalars.json", "log.txt", "report.html"),  # users' files
+    "foreshock-RUN.html",
 }
 SKIPPED = {"__pycache__", "node_modules"}
 

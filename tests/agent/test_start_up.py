@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from foreshock._run.command import STARTUP, environment_of, parsed
-from foreshock_recorder.reader import Record, RingReader
 from tests.support.commands import FORESHOCK
 from tests.support.waiting import WAIT_SECONDS
 
@@ -118,49 +115,16 @@ def test_an_import_of_torch_that_fails_fails_as_alone(tmp_path: Path) -> None:
     ("arguments", "code", "said"),
     [
         ([], 2, "foreshock run: give the command after --, as in: foreshock run -- torchrun train.py\n"),
+        (
+            ["--embedded", "--collector", "monitor:4327", "--", "true"],
+            2,
+            "foreshock run: --embedded starts a collector of its own; leave out --collector\n",
+        ),
         (["--", "no-such-launcher"], 127, "foreshock run: cannot start no-such-launcher: No such file or directory\n"),
         (["--", sys.executable, "-c", "import sys; sys.exit(7)"], 7, ""),
     ],
-    ids=["nothing", "unknown", "ends"],
+    ids=["nothing", "two collectors", "unknown", "ends"],
 )
 def test_its_exit_code_is_that_of_the_command(arguments: list[str], code: int, said: str) -> None:
     done = subprocess.run([*FORESHOCK, "run", *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, said)
-
-
-TRAINING = """
-import json, sys
-import torch
-
-imported = "foreshock" in sys.modules
-model = torch.nn.Linear(4, 1)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-losses, weights = [], []
-for step in range(4):
-    loss = model(torch.ones(2, 4)).square().mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-print(json.dumps({"imported": imported, "losses": losses}))
-"""
-
-
-@pytest.mark.integration
-def test_a_script_is_watched_from_its_first_step_without_a_change(tmp_path: Path) -> None:
-    settings = {
-        "FORESHOCK_RING_DIR": str(tmp_path / "rings"),
-        "FORESHOCK_RECORDER_PYTHON": "true",
-        "FORESHOCK_COLLECTOR": "127.0.0.1:9",
-        "FORESHOCK_STRICT": "1",
-        "FORESHOCK_RUN": "unchanged",
-    }
-    done = run("-c", TRAINING, **settings)
-    assert "watching Linear (2 layers, 2 parameters) on 1 rank, observing only; run unchanged" in done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert not found["imported"]
-    (ring,) = (tmp_path / "rings").rglob("*.ring")
-    reader = RingReader(ring)
-    records = [reader.read(sequence) for sequence in range(1, reader.begun + 1)]
-    assert reader.exit_reason.name == "FINISHED"
-    assert [record.loss for record in records if isinstance(record, Record)] == [None, *found["losses"][1:]]

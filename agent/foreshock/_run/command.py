@@ -10,6 +10,7 @@ from pathlib import Path
 
 STARTUP = Path(__file__).parent / "startup"
 """Folder of the `sitecustomize` that each Python process of the job runs at its start."""
+EMBEDDED = "foreshock_collector.commands.embedded"
 _VARIABLES = ("clip", "collector", "experiment", "run")
 _SWITCHES = {"skip": "1", "dry_run": "1", "local_norms": "0"}
 
@@ -21,7 +22,13 @@ def main(arguments: Sequence[str]) -> int:
     if not command:
         sys.stderr.write("foreshock run: give the command after --, as in: foreshock run -- torchrun train.py\n")
         return 2
+    if options.embedded and options.collector is not None:
+        sys.stderr.write("foreshock run: --embedded starts a collector of its own; leave out --collector\n")
+        return 2
     environment = environment_of(options, os.environ)
+    if options.embedded:
+        # In its own process, since this package knows nothing of the collector.
+        command = [sys.executable, "-m", EMBEDDED, *command]
     try:
         os.execvpe(command[0], command, environment)  # noqa: S606
     except OSError as error:
@@ -66,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--no-local-norms", dest="local_norms", action="store_true", help="measure no rank's own gradient"
     )
     parser.add_argument("--collector", metavar="ADDRESS", help="host:port of the collector's gRPC service")
+    parser.add_argument(
+        "--embedded", action="store_true", help="start a collector for this job alone, and write a report at its end"
+    )
     parser.add_argument("--experiment", metavar="NAME", help="experiment that the run belongs to")
     parser.add_argument("--run", metavar="NAME", help="name of the run")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="what starts the training")
