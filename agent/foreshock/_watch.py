@@ -17,9 +17,9 @@ from foreshock._handle import Watch
 from foreshock._hooks.backward import BackwardHooks, StepHooks
 from foreshock._hooks.guard import Guard
 from foreshock._hooks.sharded import ShardedHooks
-from foreshock._log import rank_zero_info, rank_zero_info_once, rank_zero_warn_once
+from foreshock._log import rank_zero_info, rank_zero_info_once
 from foreshock._measure.rank_sums import wait_for_sums
-from foreshock._measure.script import Habit, Observations, log_edits, observation_of
+from foreshock._measure.script import Habit, Observations, log_dropped_passes, log_edits, observation_of
 from foreshock._output import leaving
 from foreshock._output.leaving import Ending, ending_by
 from foreshock._output.record import Record
@@ -87,7 +87,7 @@ class ActiveWatch(Watch):
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
         self.enabled = True
-        self.retired = False
+        self.idle = False
         leaving.arrived(self, record.ring.path)
 
     def __del__(self) -> None:
@@ -271,12 +271,16 @@ class ActiveWatch(Watch):
         self._apply.apply_fallback(step)
 
     def _check(self, _: Step) -> None:
-        if not self.retired and time.monotonic() - self._recorder.checked >= CHECK_SECONDS:
-            self._recorder.check(self._record.ring, time.monotonic())
+        ring = self._record.ring
+        if self.idle:
+            self.idle = False
+            self._recorder.resume(ring)
+        if due := time.monotonic() - self._recorder.checked >= CHECK_SECONDS:
+            self._recorder.check(ring, time.monotonic())
         # Whoever called `sys.exit` was caught.
         leaving.exits.called = None
-        if self.retired or self.steps <= 2:
-            leaving.went_on(self)
+        if due or self.steps <= 2:
+            leaving.pause_others(self)
 
     def _update_parameters(self) -> None:
         """Measure and clip what the optimizer holds by now, parameters added since attach included."""
@@ -304,11 +308,7 @@ class ActiveWatch(Watch):
         self._skips = True
         self._dropped += 1
         if self._dropped == _PASSES_WITHOUT_STEP:
-            rank_zero_warn_once(
-                "no step",
-                f"gradients are computed, but the watched optimizer has not stepped for {self._dropped} backward "
-                "passes: nothing is clipped; attach to the optimizer that steps",
-            )
+            log_dropped_passes(self._dropped)
         summary = self._measure.at_end
         if summary is None and at_end:
             summary = self._measure_at_end()
@@ -364,16 +364,13 @@ class ActiveWatch(Watch):
         # A device that has failed, or hangs, must not cost the exit's own report.
         self.guard.run(self._log_dry_run, wait=wait)
         self.guard.run(self._record.close)
-        if not self.retired:
-            self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
+        self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
 
-    def retire(self) -> None:
-        """Report that the training has finished; keep clipping, and record nothing more."""
-        self.retired = True
-        self.guard.run(self._record.flush)
-        self.guard.run(self._record.close)
-        ending = Ending(ExitReason.FINISHED)
-        self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=False)
+    def pause(self) -> None:
+        """Become idle until the next step. Unless that comes soon, the training counts as finished until then."""
+        self.idle = True
+        self._record.ring.write_idle(True)
+        self._record.drain()
 
     def leave_at_exit(self) -> None:
         """Leave at the interpreter's end, whether it ends normally or by an uncaught exception."""

@@ -30,10 +30,13 @@ class Delivery:
     """Sends all that the rings of a folder hold to a collector, and removes what it has stored. Needs a running loop.
 
     held: the folder's lock. collector: host:port. linger: seconds to keep trying without progress after the last
-    rank has exited. empty: seconds to look for another rank after everything is stored.
+    rank has exited. empty: seconds to look for another rank after everything is stored. awaits_idle: stay for ranks
+    that may step again, since they cannot start another recorder.
     """
 
-    def __init__(self, folder: Path, held: int, *, collector: str, linger: float, empty: float) -> None:
+    def __init__(
+        self, folder: Path, held: int, *, collector: str, linger: float, empty: float, awaits_idle: bool = False
+    ) -> None:
         self.folder = folder
         self.collector = collector
         self.acknowledged = 0
@@ -42,7 +45,7 @@ class Delivery:
         """Address of the run's page."""
         self._problem = ""
         self._held = held
-        self._linger, self._empty = linger, empty
+        self._linger, self._empty, self._awaits_idle = linger, empty, awaits_idle
         self._ranks: dict[Path, Rank] = {}
         self._unreadable: dict[Path, tuple[int, int]] = {}
         """Rings that are damaged or of another version, and the inode and size at which they were found so."""
@@ -91,9 +94,9 @@ class Delivery:
             except Exception as error:
                 self._ignore(path, error)
                 continue
-            if rank.delivered:
+            if rank.delivered and rank.left:
                 self._remove_ring(path)
-        if all(rank.exited for rank in self._ranks.values()):
+        if all(rank.exited and not (rank.idle and self._awaits_idle) for rank in self._ranks.values()):
             self._all_exited.set()
         else:
             self._all_exited.clear()

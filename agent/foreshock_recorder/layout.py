@@ -65,7 +65,7 @@ EDITED, NOT_STEPPED, GRADIENT_UNKNOWN = 4, 128, 256
 FACTS = struct.Struct("<8sIIIIIIIQ")
 """Magic, version, checksum of the columns, slot bytes, slot count, layers, JSON bytes, process id, its start."""
 WORD_BEGUN, WORD_ACKNOWLEDGED, WORD_EXIT_ACKNOWLEDGED = 8, 10, 11
-WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_DROPPED = 12, 13, 14, 16
+WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_IDLE, WORD_DROPPED = 12, 13, 14, 15, 16
 TEXT_BYTES = 256
 ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
 JSON_OFFSET = 1280
@@ -175,6 +175,11 @@ class RingFile:
     def page(self) -> str:
         """Address of the run's page at the collector; empty before the collector has answered."""
         return self._read_text(PAGE_OFFSET)
+
+    @property
+    def idle(self) -> bool:
+        """True while another training of the rank's process steps, and this one does not."""
+        return bool(self._words[WORD_IDLE])
 
     def write_exit(self, reason: ExitReason, detail: str = "") -> None:
         """Record how the rank left. The recorder sends what is left of its records, then removes the ring."""

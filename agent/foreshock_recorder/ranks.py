@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.batches import BatchPacker, global_norm, hello, is_urgent
@@ -24,6 +26,9 @@ _IN_FLIGHT = 4096
 before it was sent is not in flight."""
 _PACE_STEPS = 32
 """Newest steps whose time is a rank's pace."""
+_IDLE_SECONDS, _IDLE_STEPS, _MAX_IDLE_SECONDS = 30.0, 10, 300.0
+"""How long a training may be idle before it counts as finished: so many seconds, or so many of its steps if that is
+longer, within a limit. The collector reports a stall after twice as long at the earliest."""
 _POLL_SECONDS = 0.25
 _STATUS_SECONDS = 0.5
 """From the release of a process' locks to its exit status, at most."""
@@ -55,6 +60,10 @@ class Rank:
         self.acknowledged = self.reader.acknowledged
         self.delivered = False
         """True once the collector has stored every record, and the exit as well."""
+        self._finished_at = math.inf
+        """When it counts as finished if it is idle until then."""
+        self._finished = False
+        """Whether it counts as finished, though it may step again."""
         self._dead = False
         self._died = math.inf
         self._process_end: ProcessEnd | None = None
@@ -68,8 +77,18 @@ class Rank:
 
     @property
     def exited(self) -> bool:
+        """True if no further record is expected."""
+        return self.left or self._finished
+
+    @property
+    def left(self) -> bool:
         """True if no further record will be written."""
         return self.reader.exit_reason is not ExitReason.NONE
+
+    @property
+    def idle(self) -> bool:
+        """True if another training of the rank's process steps, and this one may step again."""
+        return self.reader.idle and not self.left
 
     @property
     def unacknowledged(self) -> int:
@@ -100,7 +119,8 @@ class Rank:
 
         all_asked: the recorder itself was asked to stop.
         """
-        if self.delivered or self._dead or now - self._polled < _POLL_SECONDS:
+        self._follow_idle(now)
+        if (self.delivered and self.left) or self._dead or now - self._polled < _POLL_SECONDS:
             return
         self._polled = now
         self.reader.check_size()
@@ -117,7 +137,28 @@ class Rank:
         if self.reader.exit_reason is ExitReason.LOST:
             self._record_event(pb.Event.RANK_LOST, self.reader.exit_detail)
 
+    def _follow_idle(self, now: float) -> None:
+        if not self.reader.idle:
+            self._finished_at = math.inf
+            if self._finished:
+                self._finished = self.delivered = self._exit_sent = False
+        elif self._finished_at == math.inf:
+            patience = max(_IDLE_SECONDS, min(_IDLE_STEPS * self._usual_step_seconds(), _MAX_IDLE_SECONDS))
+            self._finished_at = now + patience
+        else:
+            self._finished = now >= self._finished_at
+
+    def _usual_step_seconds(self) -> float:
+        """Return the median time from one of the newest records to the next; 0.0 if unknown."""
+        newest = self.reader.begun
+        records = map(self.reader.read, range(max(1, newest - _PACE_STEPS), newest + 1))
+        times = [record.monotonic_seconds for record in records if isinstance(record, Record)]
+        return median(after - before for before, after in pairwise(times)) if len(times) > 1 else 0.0
+
     def _exit(self, *, all_asked: bool) -> tuple[ExitReason, str]:
+        if self.reader.idle:
+            # What has ended the process is the end of the training that steps.
+            return ExitReason.FINISHED, ""
         stack = self.stack_path
         return exit_of(
             None if self._process_end is None else self._process_end.status,
@@ -257,7 +298,7 @@ class Rank:
         return pb.FromRecorder(
             exit=pb.Exit(
                 instance=self.instance,
-                reason=pb.ExitReason.Name(self.reader.exit_reason),
+                reason=pb.ExitReason.Name(self.reader.exit_reason if self.left else ExitReason.FINISHED),
                 detail=self.reader.exit_detail,
                 last_sequence=self.reader.begun,
             )

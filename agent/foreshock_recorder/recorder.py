@@ -134,4 +134,4 @@ class Recorder:
         return over
 
     def _delivery(self, folder: Path, held: int, collector: str, *, empty: float) -> Delivery:
-        return Delivery(folder, held, collector=collector, linger=self._linger, empty=empty)
+        return Delivery(folder, held, collector=collector, linger=self._linger, empty=empty, awaits_idle=self._side_car)

@@ -40,6 +40,7 @@ from foreshock_recorder.layout import (
     WORD_DROPPED,
     WORD_EXIT_ACKNOWLEDGED,
     WORD_HEARTBEAT,
+    WORD_IDLE,
     Layout,
     Part,
     RingFile,
@@ -151,6 +152,11 @@ class Ring(RingFile):
     def count_dropped(self, reason: str) -> None:
         """Count a record that could not be written."""
         self._words[WORD_DROPPED + DROP_REASONS.index(reason)] += 1
+
+    def write_idle(self, idle: bool) -> None:
+        """Record whether another training of this process steps, and this one does not."""
+        self._words[WORD_EXIT_ACKNOWLEDGED] = 0
+        self._words[WORD_IDLE] = idle
 
     def write_error(self, text: str) -> None:
         """Keep the probe's last internal error, for people."""

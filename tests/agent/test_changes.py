@@ -59,25 +59,23 @@ def test_nothing_of_ours_keeps_a_model_alive_and_its_end_is_the_end_of_the_run(f
     assert found["only_the_model_goes"].results == [{"before": True, "after": False, "second": True}] * 2
 
 
-def test_a_training_that_a_later_one_follows_has_ended_and_each_counts_its_own_steps(
+def test_a_training_that_another_one_follows_has_finished_however_its_process_ends(
     found: dict[str, Scenario],
 ) -> None:
     result: Any
     for result in found["a_sweep"].results:
         assert result == {
-            "retired": [True, True, False],
-            "exits": ["FINISHED", "FINISHED", "NONE"],
+            "idle": [True, True, False],
+            "exits": ["FINISHED", "FINISHED", "EXCEPTION"],
             "steps": [[0, 1, 2, 3]] * 3,
         }
-    assert not any("counts as finished" in line for line in found["a_sweep"].said[0])
 
 
-def test_a_training_that_goes_on_after_another_is_clipped_as_before_and_may_be_attached_to_again(
+def test_trainings_in_turn_are_clipped_and_recorded_and_an_idle_one_may_be_attached_to_again(
     found: dict[str, Scenario],
 ) -> None:
     result: Any
     for result in found["in_turn"].results:
         assert result["apart"] < 1e-4
-        assert (result["retired"], result["again"]) == ([True, False], [False, True])
-        assert result["records"] == [3, 6], "after its goodbye a training is not recorded"
-    assert found["in_turn"].lines_with("counts as finished") == [1, 0]
+        assert (result["idle"], result["again"]) == ([True, False], [False, True])
+        assert result["steps"] == [[0, 1, 2, 3, 4, 5]] * 2 and result["exits"] == ["NONE", "NONE"]

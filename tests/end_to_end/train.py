@@ -21,8 +21,8 @@ options = {
     "who": [0, 1, 2, 3],
     # What the script does about a loss or a gradient that is not finite.
     "guard": "",
-    # A second model and optimizer, trained and watched in turn with the first, as in a GAN.
-    "critic": False,
+    # Steps of a second model, trained and watched in turn with the first, as in a GAN, for each of its steps.
+    "critic": 0,
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -67,11 +67,11 @@ for i in range(options["steps"]):
     if options["guard"] == "error_if_nonfinite":
         nn.utils.clip_grad_norm_(model.parameters(), 1e9, error_if_nonfinite=True)
     optimizer.step()
-    if options["critic"]:
+    for turn in range(options["critic"]):
         critic_optimizer.zero_grad()
         critic(x.nan_to_num()).square().mean().backward()
         critic_optimizer.step()
-        critic_watch.observe(step=step)
+        critic_watch.observe(step=step * options["critic"] + turn)
     if rank == 0 and i % 1000 == 0:
         sys.stdout.write(f"step {i}\n")
         sys.stdout.flush()

@@ -122,6 +122,7 @@ class FakeCollector:
         if which == "steps" and inner.step:
             last = inner.first_sequence + len(inner.step) - 1
             self.position[inner.instance] = min(max(self.position[inner.instance], last), self.stores)
+            self.closed.discard(inner.instance)
         if which == "exit":
             self.closed.add(inner.instance)
         return str(inner.instance)

@@ -80,6 +80,8 @@ def main() -> None:
         elif what == "fail":
             ring.write_error(arguments["note"])
             ring.count_dropped("probe_error")
+        elif what == "idle":
+            ring.write_idle(arguments["idle"])
         elif what == "leave":
             ring.write_exit(ExitReason[arguments["reason"]], arguments.get("detail", ""))
         elif what == "exit":

@@ -156,6 +156,15 @@ def log_edits(*, clips: bool) -> None:
         rank_zero_info_once("edited", line)
 
 
+def log_dropped_passes(count: int) -> None:
+    """Log, once, that no step has followed so many backward passes."""
+    rank_zero_warn_once(
+        "no step",
+        f"gradients are computed, but the watched optimizer has not stepped for {count} backward passes: nothing is "
+        "clipped; attach to the optimizer that steps",
+    )
+
+
 def observation_of(loss: Any, step: Any, arithmetic: Arithmetic) -> Observation:
     """Return the observation; a wrong argument is logged once and ignored."""
     number, value = None, None

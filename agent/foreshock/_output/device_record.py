@@ -42,6 +42,10 @@ class DeviceRecord(Record):
         elif row is not None:
             target.write_measured(sequence, row)
 
+    def drain(self) -> None:
+        if isinstance(self.target, StagedRing):
+            self.target.drain()
+
     def flush(self) -> bool:
         return self.target.flush()
 

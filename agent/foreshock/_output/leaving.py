@@ -18,7 +18,6 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
-from foreshock._log import rank_zero_warn_once
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.ring import Ring
@@ -36,8 +35,8 @@ class Leaver(Protocol):
 
     enabled: bool
     """Whether it watches and clips."""
-    retired: bool
-    """Its goodbye is said: another training has followed. It clips on, and nothing is recorded."""
+    idle: bool
+    """Whether another training of this process steps, and this one does not."""
     steps: int
     """How many it has seen."""
 
@@ -47,8 +46,8 @@ class Leaver(Protocol):
     def leave_at_exit(self) -> None:
         """The interpreter ends."""
 
-    def retire(self) -> None:
-        """Report the end, and keep clipping."""
+    def pause(self) -> None:
+        """Become idle, until its next step."""
 
     def watches(self, which: object) -> bool:
         """This is its model, or its optimizer."""
@@ -191,8 +190,8 @@ exits = _Exits()
 _stack = _Stack()
 _here: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 """All that have arrived, and their number in order."""
-_steps: dict[int, int] = {}
-"""By number: how many steps the others had seen when the newest made its first."""
+_steps_before: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+"""For each: how many steps the others had seen at its last call of `pause_others`, by their numbers."""
 _process = 0
 """Process whose end calls us: a forked one needs a finalizer of its own."""
 
@@ -216,11 +215,17 @@ def arrived(leaver: Leaver, ring: Path) -> None:
 
 def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) -> None:
     """The goodbye. wait: for its acknowledgement, two seconds at most."""
-    ring.write_exit(*ending)
+    # It has counted as finished for long: no recorder has to come back for it.
+    delivered = ring.idle and ring.exit_acknowledged and ring.acknowledged >= ring.begun
+    # What ends the process meanwhile is the end of the training that steps.
+    ring.write_exit(*(Ending(ExitReason.FINISHED) if ring.idle else ending))
     _stack.drop(stack_path(ring.path))
-    if wait and not any(each.enabled and not each.retired for each in present()):
+    if wait and not any(each.enabled for each in present()):
         exits.let_go()
-    if wait:
+    if delivered:
+        with suppress(OSError):
+            ring.path.unlink()
+    elif wait:
         recorder.ensure()
         recorder.wait_for_exit(ring)
     else:
@@ -229,28 +234,24 @@ def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) ->
         _unconfirmed[:] = [*(each for each in _unconfirmed if now - each[0] < _ONE_END_SECONDS), (now, ring, recorder)]
 
 
-def went_on(leaver: Leaver) -> None:
-    """It has made a step. Trainings of this process that make none between two of a later one have ended."""
-    if leaver.retired:
-        rank_zero_warn_once(
-            "retired",
-            "a training that counts as finished is still running, because it made no step while a later one in this "
-            "process made two; it is clipped as before but no longer recorded; attach again to record it",
-        )
-    if leaver.steps > 2:
-        return
+def pause_others(stepping: Leaver) -> None:
+    """Pause each training of this process that has made no step since the last call for this one, which steps.
+
+    It may have ended, as in a sweep, or wait for its turn, as a GAN's generator does.
+    """
+    before, now = _steps_before.get(stepping, {}), {}
     for other, number in list(_here.items()):
-        if not other.enabled or other.retired or number >= _here[leaver]:
+        if other is stepping or not other.enabled or other.idle:
             continue
-        if leaver.steps == 1:
-            _steps[number] = other.steps
-        elif 0 < other.steps == _steps.get(number):
-            other.retire()
+        now[number] = other.steps
+        if 0 < other.steps == before.get(number):
+            other.pause()
+    _steps_before[stepping] = now
 
 
 def is_watched(which: object) -> bool:
-    """A watch of this model or optimizer has neither been detached nor retired."""
-    return any(each.enabled and not each.retired and each.watches(which) for each in present())
+    """A watch of this model or optimizer has not been detached, and is not idle."""
+    return any(each.enabled and not each.idle and each.watches(which) for each in present())
 
 
 def detach_all() -> None:
@@ -260,9 +261,9 @@ def detach_all() -> None:
 
 
 def make_room(*those: object) -> None:
-    """Detach retired watches of a model or optimizer that is attached again."""
+    """Detach idle watches of a model or optimizer that is attached again."""
     for each in present():
-        if each.retired and any(each.watches(which) for which in those):
+        if each.idle and any(each.watches(which) for which in those):
             each.leave(Ending(ExitReason.FINISHED), wait=False)
 
 

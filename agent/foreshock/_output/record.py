@@ -82,6 +82,9 @@ class Record:
         """Write what the script observed of the newest record's step."""
         self.write(Step(sequence=self.sequence, number=0, observation=observation, begun=True))
 
+    def drain(self) -> None:
+        """Move into the ring what has arrived of the device."""
+
     def flush(self) -> bool:
         """Wait a limited time for everything under way, at the end of a run. Return whether all has arrived.
 

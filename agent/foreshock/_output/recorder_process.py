@@ -68,6 +68,11 @@ class RecorderProcess:
             return
         self._processes.append(process)
 
+    def resume(self, ring: Ring) -> None:
+        """Note that a training that was idle steps again: its recorder may have left since."""
+        ring.write_idle(False)
+        self._starts = 0
+
     def check(self, ring: Ring, now: float) -> None:
         """Every few seconds: start another recorder if the last one is gone, and say once what troubles it."""
         if now - self.checked < CHECK_SECONDS:

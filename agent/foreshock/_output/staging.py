@@ -63,17 +63,17 @@ class StagedRing:
     def flush(self) -> bool:
         """Wait a limited time for everything under way. Return whether all has arrived."""
         deadline = time.monotonic() + FLUSH_SECONDS
-        self._drain()
+        self.drain()
         while self._staged and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-            self._drain()
+            self.drain()
         return not self._staged
 
     def close(self) -> None:
         """Give nothing back: its memory goes with it."""
 
     def _stage(self, values: Any, deliver: Callable[[list[Any]], None]) -> None:
-        self._drain()
+        self.drain()
         if not self._free:
             self._ring.count_dropped("probe_error")
             self._ring.write_error(f"the device is more than {_STAGES} values behind")
@@ -85,7 +85,8 @@ class StagedRing:
         arrived.record()
         self._staged.append(_Stage(host=host, whole=whole, arrived=arrived, deliver=deliver))
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Move into the ring what has arrived."""
         while self._staged and self._staged[0].arrived.query():
             stage = self._staged.popleft()
             stage.deliver(stage.host.tolist())

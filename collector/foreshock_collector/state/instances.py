@@ -171,6 +171,11 @@ class Instance(InstanceState):
             seen_seconds=now,
         )
 
+    def reopen(self) -> None:
+        """Forget that it had finished: its training had waited for another one of its process."""
+        self.closed = self.leaving = ""
+        self.gone = self.closed_stored = False
+
     def close(self, exit_message: pb.Exit, now: float) -> int:
         """Note that the rank has left; how many records are missing up to its last one, and will not come."""
         if self.closed:

@@ -112,6 +112,8 @@ class Run:
             return False
         self.unsaved.batches.append((instance, batch))
         attempt, finalized = self.attempts[instance.attempt], False
+        if instance.ended == "FINISHED":
+            self._reopen(attempt, now)
         buffer = attempt.buffer
         for piece in records.slices(buffer.capacity // 2):
             if (room := buffer.must_finalize(piece)) > buffer.finalized:
@@ -123,6 +125,15 @@ class Run:
             attempt.write(instance, piece, now)
             instance.update(piece)
         return finalized
+
+    def _reopen(self, attempt: Attempt, now: float) -> None:
+        """Note that a training that counted as finished steps again: on all its ranks, which take steps together."""
+        for instance in attempt.instances.values():
+            if instance.ended == "FINISHED":
+                instance.reopen()
+                self.unsaved.instances[instance.name] = instance
+        # It was expected to be silent until now.
+        self.watched_since = now
 
     def accept_unprocessed(self, instance: Instance, batch: pb.StepBatch) -> None:
         """Have records stored and acknowledged although an error kept them from being ingested."""

@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import foreshock
+from foreshock import _watch
+from foreshock._output.leaving import Ending
+from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.reader import RingReader
 from tests.agent.scenarios.training import (
     STEPS,
@@ -325,14 +329,15 @@ def a_sweep() -> dict[str, Any]:
             watch.observe(step=step)
         numbers.append([record["step"] for record in told(watch)["records"]])
         kept.append((model, optimizer, watch))
-    found = {"retired": [active(watch).retired for _, _, watch in kept], "steps": numbers}
+    found: dict[str, Any] = {"idle": [active(watch).idle for _, _, watch in kept], "steps": numbers}
+    for _, _, watch in kept:
+        active(watch).leave(Ending(ExitReason.EXCEPTION), wait=False)
     found["exits"] = [_exit_reason(active(watch)._record.ring) for _, _, watch in kept]
-    kept[-1][2].detach()
     return found
 
 
 def in_turn() -> dict[str, Any]:
-    """Two models, one for some steps and then the other: retired or not, each is clipped as stock clips it."""
+    """Two models, one for some steps and then the other: idle or not, each is clipped as stock clips it."""
 
     def pair() -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
         model = make_model()
@@ -353,10 +358,13 @@ def in_turn() -> dict[str, Any]:
 
     pairs = [pair(), pair()]
     stock, _ = trained([pair(), pair()], watched=False)
-    ours, watches = trained(pairs, watched=True)
+    # Each step looks for trainings that are idle, not one in five seconds.
+    with patch.object(_watch, "CHECK_SECONDS", 0.0):
+        ours, watches = trained(pairs, watched=True)
     first, second = map(active, watches)
-    found = {"apart": apart(stock, ours), "retired": [first.retired, second.retired]}
-    found["records"] = [watch._record.ring.begun for watch in (first, second)]
+    found: dict[str, Any] = {"apart": apart(stock, ours), "idle": [first.idle, second.idle]}
+    found["steps"] = [[record["step"] for record in told(watch)["records"]] for watch in watches]
+    found["exits"] = [_exit_reason(watch._record.ring) for watch in (first, second)]
     # What is attached to anew is watched by one.
     again = foreshock.attach(*pairs[0], clip=MAX_NORM)
     found["again"] = [first.enabled, again.enabled]

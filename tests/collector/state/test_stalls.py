@@ -47,6 +47,27 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
     assert job.causes(only_open=True) == []
 
 
+def test_a_run_whose_ranks_step_again_after_they_had_finished_has_not_stalled_and_waits_for_all_of_them() -> None:
+    job = Job(ranks=2)
+    job.train(30)
+    for rank in (0, 1):
+        job.leave(rank, pb.ExitReason.FINISHED)
+    job.settle()
+    assert condition(job.run, job.now, 900.0) == "ended"
+    job.now += 7200.0
+    job.tell(1, [1.0])
+    job.settle()
+    assert (condition(job.run, job.now, 900.0), job.causes()) == ("running", [])
+    assert job.run.newest.finalized == 30
+    job.tell(0, [1.0])
+    job.settle()
+    assert [step.ranks for step in job.run.newest.steps][-1] == 2
+    for rank in (0, 1):
+        job.leave(rank, pb.ExitReason.INTERRUPTED)
+    job.settle(10.0)
+    assert (condition(job.run, job.now, 900.0), job.causes()) == ("interrupted", [])
+
+
 @pytest.mark.parametrize("left", [False, True])
 def test_a_stall_never_says_that_all_have_arrived_where_a_rank_is_not_there(left: bool) -> None:
     job = Job(ranks=3)
