@@ -11,6 +11,7 @@ import grpc
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
+from foreshock_recorder.credentials import CredentialsError, open_channel, token_metadata
 
 ANSWER_SECONDS = 10.0
 """A collector that has not answered for so long after a message is taken for dead."""
@@ -47,8 +48,12 @@ async def run_stream(
     proxy = os.environ.get("FORESHOCK_HTTP_PROXY") == "1"
     # gRPC would obey http_proxy even for 127.0.0.1; and channels of one process would share its waits to reconnect.
     options = (("grpc.enable_http_proxy", int(proxy)), ("grpc.use_local_subchannel_pool", 1))
-    async with grpc.aio.insecure_channel(address, options=options) as channel:
-        call = TelemetryStub(channel).Stream()  # type: ignore[no-untyped-call]
+    try:
+        opened, metadata = open_channel(address, options), token_metadata()
+    except CredentialsError as error:
+        raise RefusedError(str(error)) from error
+    async with opened as channel:
+        call = TelemetryStub(channel).Stream(metadata=metadata)  # type: ignore[no-untyped-call]
 
         async def send(message: pb.FromRecorder) -> None:
             if patience.when() is None:

@@ -59,11 +59,12 @@ COLLECTOR_STAGES = ("ingest", "load", "commit", "page")
 
 REFUSAL_REASONS = (
     *("malformed", "schema_version", "invalid_value", "no_hello"),
-    *("contradiction", "collector_error", "limit"),
+    *("contradiction", "collector_error", "limit", "token"),
 )
 """Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it uses another schema
 version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
-launch; the collector failed on it; or too many runs report."""
+launch; the collector failed on it; too many runs report; or the recorder shows no token, or one for
+other experiments."""
 
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

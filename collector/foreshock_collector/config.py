@@ -54,6 +54,12 @@ class Config:
     metrics_cache_seconds: float = setting(
         1.0, "Seconds for which scrapes share one rendering of /metrics; 0 renders each time."
     )
+    tokens: str = setting(
+        "", "File of the tokens that may write and read (docs/security.md); default: none is asked for."
+    )
+    tls_certificate: str = setting("", "File of the certificate for gRPC and HTTP, in PEM; default: no TLS.")
+    tls_key: str = setting("", "File of its private key.")
+    tls_client_ca: str = setting("", "File of the certificates that sign those of recorders; each must then show one.")
     allow_unauthenticated: bool = setting(
         False, "Listen on other than loopback addresses, where anyone may read and write."
     )
@@ -96,9 +102,14 @@ class Config:
                 DEFAULT.with_overrides(overrides)
             except ValueError as error:
                 raise ConfigError(f"runs.{pattern}: {error}") from error
-        if not is_loopback(self.host) and not self.allow_unauthenticated:
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("--tls-certificate and --tls-key require each other")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigError("--tls-client-ca requires --tls-certificate and --tls-key")
+        if not (is_loopback(self.host) or self.tokens or self.allow_unauthenticated):
             raise ConfigError(
-                f"--host {self.host} lets anyone on the network read and write: add --allow-unauthenticated to allow it"
+                f"--host {self.host} lets anyone on the network read and write: set --tokens, or add "
+                "--allow-unauthenticated to allow it"
             )
 
 

@@ -20,6 +20,8 @@ from aiohttp import web
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, ProcessCollector
 
+from foreshock_collector.access.certificates import Certificates
+from foreshock_collector.access.tokens import Tokens, TokensError
 from foreshock_collector.clock import SystemClock
 from foreshock_collector.config import Config, ConfigError, is_loopback
 from foreshock_collector.ingest.intake import Intake
@@ -49,6 +51,7 @@ class Server:
     def __init__(self, config: Config, clock: Callable[[], float] | None = None) -> None:
         self._config = config
         self._clock = clock or SystemClock()
+        self._certificates = _certificates(config)
         self._stack = AsyncExitStack()
         self.grpc_port = 0
         self.http_port = 0
@@ -60,6 +63,7 @@ class Server:
         # Each part registers how it ends: in the reverse order, also when a later part cannot start.
         async with self._stack as stack:
             config, clock = self._config, self._clock
+            tokens = _tokens(config, clock)
             self.store, runs = recovery.load(config.database, clock(), config.rules_of)
             store = self.store
             stack.callback(store.close)
@@ -87,8 +91,15 @@ class Server:
                 cache_seconds=config.metrics_cache_seconds,
                 storing=lambda: intake.storing,
                 hosts=self._hosts(),
+                tokens=tokens,
             )
-            telemetry = Telemetry(intake, store.epoch, ack_seconds=config.ack_seconds, page_url=lambda: self.public_url)
+            telemetry = Telemetry(
+                intake,
+                store.epoch,
+                ack_seconds=config.ack_seconds,
+                page_url=lambda: self.public_url,
+                tokens=tokens,
+            )
             await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
             self.committer = asyncio.create_task(telemetry.committer())
@@ -103,7 +114,8 @@ class Server:
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
         try:
-            await web.TCPSite(runner, self._config.host, self._config.http_port).start()
+            context = None if self._certificates is None else self._certificates.http_context()
+            await web.TCPSite(runner, self._config.host, self._config.http_port, ssl_context=context).start()
         except OSError as error:
             where = f"--http-port {self._config.http_port} on --host {self._config.host}"
             raise ConfigError(f"{where} cannot be listened on: {error.strerror or error}") from error
@@ -114,7 +126,11 @@ class Server:
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         try:
-            self.grpc_port = server.add_insecure_port(_address(self._config.host, self._config.grpc_port))
+            address = _address(self._config.host, self._config.grpc_port)
+            if self._certificates is None:
+                self.grpc_port = server.add_insecure_port(address)
+            else:
+                self.grpc_port = server.add_secure_port(address, self._certificates.grpc_credentials())
         except RuntimeError as error:
             where = f"--grpc-port {self._config.grpc_port} on --host {self._config.host}"
             raise ConfigError(f"{where} cannot be listened on: is it in use?") from error
@@ -135,13 +151,18 @@ class Server:
     @property
     def url(self) -> str:
         """Address for people and Prometheus."""
-        return f"http://{_address(self._config.host, self.http_port)}"
+        return f"{self._scheme}://{_address(self._config.host, self.http_port)}"
+
+    @property
+    def _scheme(self) -> str:
+        return "http" if self._certificates is None else "https"
 
     @property
     def public_url(self) -> str:
         """Address under which people on other machines reach it, as far as it is known."""
         return (
-            self._config.public_url.rstrip("/") or f"http://{_address(_public_host(self._config.host), self.http_port)}"
+            self._config.public_url.rstrip("/")
+            or f"{self._scheme}://{_address(_public_host(self._config.host), self.http_port)}"
         )
 
     @property
@@ -191,6 +212,29 @@ async def _serve(config: Config, stopping: asyncio.Future[str]) -> None:
         await asyncio.wait((stopping, server.committer), return_when=asyncio.FIRST_COMPLETED)
         if server.committer.done():
             server.committer.result()
+
+
+def _tokens(config: Config, clock: Callable[[], float]) -> Tokens | None:
+    try:
+        return Tokens(Path(config.tokens), clock) if config.tokens else None
+    except TokensError as error:
+        raise ConfigError(f"--{error}") from error
+
+
+def _certificates(config: Config) -> Certificates | None:
+    """Return the certificates whose files can be used. Raises `ConfigError`."""
+    if not config.tls_certificate:
+        return None
+    certificates = Certificates(
+        certificate=Path(config.tls_certificate),
+        key=Path(config.tls_key),
+        client_ca=Path(config.tls_client_ca) if config.tls_client_ca else None,
+    )
+    try:
+        certificates.grpc_credentials()
+    except OSError as error:
+        raise ConfigError(f"--tls-certificate, --tls-key or --tls-client-ca cannot be used: {error}") from error
+    return certificates
 
 
 def _never() -> float:

@@ -54,12 +54,13 @@ class Listening(Protocol):
 class Stream:
     """A raw stream: messages go as bytes, so that wrong ones can too."""
 
-    def __init__(self, server: Listening) -> None:
+    def __init__(self, server: Listening, *, token: str | None = None) -> None:
         self._channel = grpc.aio.insecure_channel(server.address)
         open_stream = self._channel.stream_stream(
             "/foreshock.v1.Telemetry/Stream", response_deserializer=pb.Ack.FromString
         )
-        self.call = open_stream()
+        metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self.call = open_stream(metadata=metadata)
 
     async def send(self, *messages: pb.FromRecorder | bytes) -> None:
         for message in messages:

@@ -33,6 +33,10 @@ VARIABLES = (
     Variable("FORESHOCK_RECORDER_PYTHON", "", "Python interpreter that runs the recorder; defaults to the rank's."),
     Variable("FORESHOCK_RING_DIR", "", "Folder for rings; defaults to shared memory or the temporary folder."),
     Variable("FORESHOCK_HTTP_PROXY", "0", "1 lets the recorder and the commands use the proxy from the environment."),
+    Variable("FORESHOCK_TOKEN_FILE", "", "File of the token that the collector asks for."),
+    Variable("FORESHOCK_CA_FILE", "", "File of the certificates that sign the collector's, in PEM; turns TLS on."),
+    Variable("FORESHOCK_CERTIFICATE_FILE", "", "File of this machine's certificate, if the collector asks for one."),
+    Variable("FORESHOCK_KEY_FILE", "", "File of its private key."),
     Variable("FORESHOCK_STRICT", "0", "1 raises the probe's internal errors instead of counting them; for tests."),
     Variable("FORESHOCK_URL", "http://127.0.0.1:9327", "HTTP address of the collector, for commands."),
 )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 from foreshock_collector.config import Parser
@@ -31,19 +33,29 @@ def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
     Ignores `http_proxy` unless FORESHOCK_HTTP_PROXY=1, as recorders do: a collector is usually on the same network.
     """
     address = "/".join((url.rstrip("/"), "api/v1", *(urllib.parse.quote(part, safe="") for part in path)))
+    if not url.startswith(("http://", "https://")):
+        raise ClientError(f"{url!r} is not the address of a collector; it begins with http:// or https://")
     if query:
         address += "?" + urllib.parse.urlencode(query)
     # None means the proxies from the environment.
     proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
-        with opener.open(address, timeout=_SECONDS) as response:
+        context = ssl.create_default_context(cafile=os.environ.get("FORESHOCK_CA_FILE") or None)
+        handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context))
+        request = urllib.request.Request(address, headers=_authorization())  # noqa: S310 - checked above
+        with urllib.request.build_opener(*handlers).open(request, timeout=_SECONDS) as response:
             answer: dict[str, Any] = json.load(response)
     except urllib.error.HTTPError as error:
         raise ClientError(_reason(error)) from error
     except (OSError, ValueError) as error:
         raise ClientError(f"no collector at {url}: {error}") from error
     return answer
+
+
+def _authorization() -> dict[str, str]:
+    """Return the header with the token of FORESHOCK_TOKEN_FILE; nothing without one. Raises `OSError`."""
+    path = os.environ.get("FORESHOCK_TOKEN_FILE")
+    return {"Authorization": f"Bearer {Path(path).read_text().strip()}"} if path else {}
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -135,6 +135,9 @@ class Intake:
         )
         try:
             hello = validated(hello)
+            if session.token is not None and not session.token.allows(hello.experiment):
+                text = f"the recorder's token is for experiments {session.token.experiment!r}, not {hello.experiment!r}"
+                raise RefusedError(text, reason="token")
             self._check_stream(hello, session)
             now = self._now()
             if self._runs.begins_run(hello):

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
+from foreshock_collector.access.tokens import Tokens, secret_in
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -47,13 +48,23 @@ class _Stream:
 class Telemetry:
     """Serves one stream per recorder. Acknowledges about once a second, and only what is committed."""
 
-    def __init__(self, intake: Intake, epoch: str, *, ack_seconds: float, page_url: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        epoch: str,
+        *,
+        ack_seconds: float,
+        page_url: Callable[[], str],
+        tokens: Tokens | None = None,
+    ) -> None:
+        """tokens: who may write; None: everybody."""
         self._intake = intake
         self._errors = intake.errors
         self._statistics = intake.statistics
         self._epoch = epoch
         self._ack_seconds = ack_seconds
         self._page_url = page_url
+        self._tokens = tokens
         self._streams: set[_Stream] = set()
         self._draining = False
 
@@ -91,6 +102,15 @@ class Telemetry:
         """Handle one recorder."""
         stream = _Stream(urllib.parse.unquote(context.peer()))
         session = stream.session
+        if self._tokens is not None:
+            shown = dict(context.invocation_metadata() or ()).get("authorization", "")
+            session.token = self._tokens.find(secret_in(str(shown)), "write")
+            if session.token is None:
+                self._statistics.refused["token"] += 1
+                why = "a token with the right to write is required"
+                refusal = {"peer": session.peer, "reason": "token", "why": why}
+                logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
         reader = asyncio.create_task(self._read(requests, stream))
         self._streams.add(stream)
         self._statistics.streams += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from foreshock_collector.access.tokens import Token
+
 
 class RefusedError(ValueError):
     """A message that no recorder of this schema version sends. The text says what is wrong, `reason` names its kind."""
@@ -25,6 +27,8 @@ class Session:
     refused: dict[str, str] = field(default_factory=dict)
     """Instances whose hello was refused, and why. Their further messages are ignored; other instances go on."""
 
+    token: Token | None = None
+    """The token that the recorder showed; None if the collector asks for none."""
     open: bool = True
     """Whether the stream is."""
 

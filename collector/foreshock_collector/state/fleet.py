@@ -61,8 +61,9 @@ class Runs:
         if known is not None:
             run, instance = known
             first = run.attempts[instance.attempt].hello
-            if (first.run, first.launch_id, instance.rank) != (hello.run, hello.launch_id, hello.topology.rank):
-                raise ContradictionError("this instance has given another run, launch or rank before")
+            before = (first.experiment, first.run, first.launch_id, instance.rank)
+            if before != (hello.experiment, hello.run, hello.launch_id, hello.topology.rank):
+                raise ContradictionError("this instance has given another experiment, run, launch or rank before")
             if not instance.is_sent_by(hello):
                 raise ContradictionError("this instance has given another token before")
             run.heartbeat(instance, now)

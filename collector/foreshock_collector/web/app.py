@@ -12,9 +12,11 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from foreshock_collector.access.tokens import Tokens
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api, json_error
+from foreshock_collector.web.authorization import token_required
 from foreshock_collector.web.hosts import only_hosts
 from foreshock_collector.web.live import ChangeStreams
 from foreshock_collector.web.page import Page
@@ -31,7 +33,8 @@ _HEADERS = {
 class WebApplication:
     """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
 
-    storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any.
+    storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any. tokens:
+    who may read; None: everybody.
     """
 
     def __init__(
@@ -45,10 +48,12 @@ class WebApplication:
         cache_seconds: float,
         storing: Callable[[], bool],
         hosts: frozenset[str] | None = None,
+        tokens: Tokens | None = None,
     ) -> None:
         self._runs = runs
         self._storing = storing
         self._hosts = hosts
+        self._tokens = tokens
         self._registry = registry
         self._cache_seconds = cache_seconds
         self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
@@ -65,6 +70,7 @@ class WebApplication:
     def as_aiohttp(self) -> web.Application:
         """Return the application with all routes."""
         checks = [] if self._hosts is None else [only_hosts(self._hosts)]
+        checks += [] if self._tokens is None else [token_required(self._tokens, self._runs)]
         application = web.Application(middlewares=[_headers, *checks, self._count_failures])
         application.add_routes(
             [

@@ -1,0 +1,37 @@
+"""Which requests need a token, and what it must be for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aiohttp import web
+
+from foreshock_collector.access.tokens import Tokens, secret_in
+from foreshock_collector.state.fleet import Runs
+
+_OPEN = ("/-/healthy", "/-/ready")
+"""Paths that show nothing of any run."""
+_OF_ALL_RUNS = ("/metrics", "/api/v1/runs", "/api/v1/live")
+"""Paths that show runs of all experiments, unless a query names one run."""
+_ASK = {"WWW-Authenticate": 'Basic realm="foreshock", charset="UTF-8"'}
+"""Makes a browser ask for a password: the token, with any user name."""
+
+
+def token_required(tokens: Tokens, runs: Runs) -> Any:
+    """Return a middleware that answers only to tokens with the right to read, each for its own experiments."""
+
+    @web.middleware
+    async def check(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path not in _OPEN:
+            token = tokens.find(secret_in(request.headers.get("Authorization", "")), "read")
+            if token is None:
+                raise web.HTTPUnauthorized(text="a token with the right to read is required\n", headers=_ASK)
+            name = request.match_info.get("run", "") or request.query.get("run", "")
+            run = runs.get(name) if name else None
+            of_all = request.path in _OF_ALL_RUNS and not name
+            if not token.allows_all and (of_all or (run is not None and not token.allows(run.experiment))):
+                raise web.HTTPForbidden(text=f"this token is for experiments {token.experiment!r} only\n")
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    return check
