@@ -14,8 +14,8 @@ from foreshock_collector.config import Config, ConfigError
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
-from tests.collector.access.test_tokens import table
 from tests.support.streams import config, hello, serving
+from tests.support.tokens import table
 
 pytestmark = pytest.mark.integration
 

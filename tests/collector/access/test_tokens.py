@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,12 @@ from foreshock_collector.config import ConfigError
 from foreshock_collector.server import Server
 from tests.support.clock import Clock
 from tests.support.streams import Stream, config, hello, serving, steps
+from tests.support.tokens import digest, table
 
 
 @pytest.fixture
 def errors_expected() -> None:
     """A wrong file is logged as an error."""
-
-
-def digest(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def table(secret: str, rights: str, experiment: str = "*", more: str = "") -> str:
-    return (
-        f'[[tokens]]\nname = "{secret}"\nsha256 = "{digest(secret)}"\nexperiment = "{experiment}"\n'
-        f"rights = [{rights}]\n{more}\n"
-    )
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path: Path, text: str, says: str)
 @pytest.mark.parametrize(
     ("setting", "value", "says"),
     [
-        ("--database", "", "cannot be used: unable to open database file"),
+        ("--database", "", "cannot be written: Is a directory"),
         ("--ready-file", "nowhere/ready", "cannot be written: No such file or directory"),
     ],
 )

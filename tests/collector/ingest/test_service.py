@@ -124,7 +124,7 @@ def test_a_message_of_a_kind_that_only_a_newer_recorder_knows_is_skipped_and_cou
     serving(test())
 
 
-def test_nobody_else_ends_or_writes_an_instance_whose_name_is_known(tmp_path: Path) -> None:
+def test_only_its_own_recorder_ends_or_writes_an_instance_whose_name_is_known(tmp_path: Path) -> None:
     async def test() -> None:
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
             for run, token in (("with", "secret"), ("without", "")):
