@@ -1,10 +1,11 @@
 """Detects spikes and build-ups by streaming rules over a run's steps. Non-finite values never enter the history.
 
-Norms are products, so the rules work on their logarithm. History is its exponentially weighted mean and absolute
-deviation; values are clamped before they enter it, so that one spike does not hide the next. A single spike is an event
-and no more. A build-up takes a climb or spikes in quick succession: either a one-sided CUSUM with capped steps crosses
-its limit, or there is a surge, several steps in a row far above the usual. A surge needs no deviation, and so detects a
-run that explodes from its start.
+Norms are products, so the rules work on their logarithm. History is two exponentially weighted means of it, a slow and
+a quick one, and the mean absolute deviation from the quick one. The lower mean is the usual value: a fall is followed
+at once, and its slope is no noise. Values are clamped before they enter, so that one spike does not hide the next. A
+single spike is an event and no more. A build-up takes a climb or spikes in quick succession: either a one-sided CUSUM
+with capped steps crosses its limit, or there is a surge, several steps in a row far above the usual. A surge needs no
+deviation, and so detects a run that explodes from its start.
 
 A build-up lasts until the sum has stayed at zero for some steps in a row, so that a norm that climbs for a hundred
 steps is one warning and not twelve. The constants are in rules.py.
@@ -80,7 +81,10 @@ class ChannelState:
     """Follows the history of one quantity in a few numbers, which are stored with the run."""
 
     mean: float = 0.0
+    recent: float = math.inf
+    """Mean that forgets faster; Inf without history."""
     deviation: float = 0.0
+    """Mean absolute deviation from `recent`."""
     count: int = 0
     total: float = 0.0
     """CUSUM of the high steps."""
@@ -90,10 +94,15 @@ class ChannelState:
     quiet: int = 0
     spikes_in_a_row: int = 0
     accepting: int = 0
-    high: list[float] = field(default_factory=list)
-    """How far the newest steps stood above the usual, as long as each of them rose like a spike."""
+    high_in_a_row: int = 0
+    """Newest steps that rose like a spike, at any deviation."""
     first: list[float] = field(default_factory=list)
     """Values before the rule is ready, in order: their median keeps an explosion from the start from being usual."""
+
+    def __post_init__(self) -> None:
+        if self.count and math.isinf(self.recent):
+            # Stored before there was a second mean.
+            self.recent = self.mean
 
     def scan(self, values: Sequence[float], rule: ChannelRules) -> list[Finding]:
         """Add values in order and return the findings. Values that are not finite change nothing, nor do those that are
@@ -103,71 +112,74 @@ class ChannelState:
         """
         found: list[Finding] = []
         log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
-        beta, rise, steady_after = 1 - rule.alpha, rule.high_rise, self._steady_after(rule)
-        mean, deviation, count = self.mean, self.deviation, self.count
+        beta, gamma, rise, steady_after = 1 - rule.alpha, 1 - rule.recent_alpha, rule.high_rise, _steady_after(rule)
+        mean, recent, deviation, count = self.mean, self.recent, self.deviation, self.count
         calm = self._calm
         for place, value in enumerate(values):
             if calm and count >= steady_after and (plain or value > 0):
                 x = value if plain else log(value)
-                scale = abs(mean) if plain else 1.0
+                usual = mean if mean < recent else recent
+                scale = abs(usual) if plain else 1.0
                 sigma = _SIGMA * deviation
                 if sigma < floor * scale:
                     sigma = floor * scale
-                off = x - mean
-                size = off if off > 0 else -off
-                if size < clamp * sigma and off < rise * scale:
-                    deviation += beta * (size - deviation)
-                    mean += beta * off
+                off, reach = x - usual, clamp * sigma
+                if -reach < off < reach and off < rise * scale:
+                    step = x - recent
+                    size = step if step > 0 else -step
+                    deviation += beta * ((size if size < reach else reach) - deviation)
+                    mean += beta * (x - mean)
+                    recent += gamma * step
                     count += 1
                     continue
-            self.mean, self.deviation, self.count = mean, deviation, count
+            self.mean, self.recent, self.deviation, self.count = mean, recent, deviation, count
             self._evaluate(place, value, rule, found)
-            mean, deviation, count = self.mean, self.deviation, self.count
+            mean, recent, deviation, count = self.mean, self.recent, self.deviation, self.count
             calm = self._calm
-        self.mean, self.deviation, self.count = mean, deviation, count
+        self.mean, self.recent, self.deviation, self.count = mean, recent, deviation, count
         return found
 
     def expect_change(self, rule: ChannelRules) -> None:
         """Follow a planned change to its new level, and warn only of a surge."""
-        self.accepting, self.total, self.peak, self.high = rule.accept_steps, 0.0, 0.0, []
+        self.accepting, self.total, self.peak, self.high_in_a_row = rule.accept_steps, 0.0, 0.0, 0
 
     def usual(self, rule: ChannelRules) -> float | None:
         """Return the value that history leads to expect; None without history."""
         if not self.count:
             return None
-        return _exp(self.mean) if rule.logarithmic else self.mean
+        return _exp(self._usual) if rule.logarithmic else self._usual
 
     def band(self, rule: ChannelRules) -> tuple[float, float] | None:
         """Return the range to which values are clamped before they enter the history; None until the rule is ready."""
         if self.count < rule.ready_after:
             return None
         reach = rule.clamp * self._sigma(rule)
-        low, high = self.mean - reach, self.mean + reach
+        low, high = self._usual - reach, self._usual + reach
         return (_exp(low), _exp(high)) if rule.logarithmic else (low, high)
+
+    @property
+    def _usual(self) -> float:
+        return min(self.mean, self.recent)
 
     @property
     def _calm(self) -> bool:
         """Whether a step that is not high would change nothing but the history."""
-        return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high)
-
-    def _steady_after(self, rule: ChannelRules) -> int:
-        """Return the steps after which the mean has its final weights and deviations are used."""
-        return max(rule.ready_after, math.ceil(1 / (1 - rule.alpha)))
+        return not (self.total or self.in_build_up or self.accepting or self.spikes_in_a_row or self.high_in_a_row)
 
     def _evaluate(self, place: int, value: float, rule: ChannelRules, found: list[Finding]) -> None:
         if not math.isfinite(value) or (rule.logarithmic and value <= 0):
             return
         x = math.log(value) if rule.logarithmic else bounded(value)
         if self.count == 0:
-            self.mean, self.deviation, self.count = x, rule.first_deviation * (1 if rule.logarithmic else abs(x)), 1
-            self.first = [x]
+            self.mean, self.recent, self.count, self.first = x, x, 1, [x]
+            self.deviation = rule.first_deviation * (1 if rule.logarithmic else abs(x))
             return
-        scale = 1.0 if rule.logarithmic else abs(self.mean)
         sigma = self._sigma(rule)
         ready = self.count >= rule.ready_after
         # Under rules that have changed since, the first values may be gone.
-        usual = self.mean if ready or not self.first else median(self.first)
-        off, z = x - usual, (x - self.mean) / sigma
+        usual = self._usual if ready or not self.first else median(self.first)
+        scale = 1.0 if rule.logarithmic else abs(usual)
+        off, z = x - usual, (x - self._usual) / sigma
         expected = _exp(usual) if rule.logarithmic else usual
         spike = ready and z > rule.spike_z and off > rule.spike_rise * scale
         if spike:
@@ -183,14 +195,13 @@ class ChannelState:
         self._learn(x, sigma, rule, clamped=ready and not self.accepting)
 
     def _sigma(self, rule: ChannelRules) -> float:
-        scale = 1.0 if rule.logarithmic else abs(self.mean)
+        scale = 1.0 if rule.logarithmic else abs(self._usual)
         return max(_SIGMA * self.deviation, rule.least_sigma * scale, 1 / LARGEST)
 
     def _add_up(self, z: float, off: float, rule: ChannelRules, *, use_deviation: bool) -> float | None:
         """Add a step to the sum; return the sum if it is a build-up now. off: how far the step is above the usual."""
-        steep, highest = off >= rule.steep_rise, off >= self.peak
-        self.high = [*self.high, off][-rule.surge_steps :] if off >= rule.spike_rise else []
-        surge = len(self.high) == rule.surge_steps and (steep or off >= max(self.high) - rule.high_rise)
+        climbs = off >= rule.steep_rise and (not self.peak or off >= self.peak + rule.climb_rise)
+        self.high_in_a_row = self.high_in_a_row + 1 if off >= rule.spike_rise else 0
         if use_deviation:
             self.total = max(
                 0.0, self.total + (min(z, rule.cusum_cap) if off >= rule.high_rise else 0) - rule.cusum_slack
@@ -198,20 +209,28 @@ class ChannelState:
             self.quiet = self.quiet + 1 if self.total == 0.0 else 0
             self.peak = max(self.peak, off) if self.total else 0.0
             self.in_build_up = self.in_build_up and self.quiet < rule.quiet_steps
-        climbs = self.total >= rule.cusum_limit and steep and highest
+        climbs = climbs and (self.total >= rule.cusum_limit or self.high_in_a_row >= rule.surge_steps)
         lasts = self.total >= rule.lasting_limit and off >= rule.spike_rise
-        return max(self.total, rule.cusum_limit) if climbs or lasts or surge else None
+        return max(self.total, rule.cusum_limit) if climbs or lasts else None
 
     def _learn(self, x: float, sigma: float, rule: ChannelRules, *, clamped: bool) -> None:
-        if clamped:
-            x = min(max(x, self.mean - rule.clamp * sigma), self.mean + rule.clamp * sigma)
-        alpha = min(rule.alpha, 1 - 1 / (self.count + 1))
+        reach = rule.clamp * sigma if clamped else math.inf
+        x = min(max(x, self._usual - reach), self._usual + reach)
+        even = 1 - 1 / (self.count + 1)
+        alpha, recent_alpha = min(rule.alpha, even), min(rule.recent_alpha, even)
         if self.accepting:
-            alpha, self.accepting = rule.accept_alpha, self.accepting - 1
-        self.deviation = alpha * self.deviation + (1 - alpha) * abs(x - self.mean)
+            alpha, recent_alpha = rule.accept_alpha, min(rule.accept_alpha, recent_alpha)
+            self.accepting -= 1
+        self.deviation = alpha * self.deviation + (1 - alpha) * min(abs(x - self.recent), reach)
         self.mean = alpha * self.mean + (1 - alpha) * x
+        self.recent = recent_alpha * self.recent + (1 - recent_alpha) * x
         self.count += 1
         self.first = [*self.first, x] if self.count < rule.ready_after else []
+
+
+def _steady_after(rule: ChannelRules) -> int:
+    """Return the steps after which the means have their final weights and deviations are used."""
+    return max(rule.ready_after, *(math.ceil(1 / (1 - alpha)) for alpha in (rule.alpha, rule.recent_alpha)))
 
 
 def _part(off: float, scale: float) -> float:
@@ -244,6 +263,8 @@ class Detector:
     """Sequence number of the last step that belonged to a build-up; 0 if none did."""
     rate: float | None = None
     """Newest known learning rate."""
+    changing: int = 0
+    """Steps for which another jump of the learning rate belongs to the last one."""
 
     def update(
         self,
@@ -334,9 +355,15 @@ class Detector:
         self.gradient, self.loss = ChannelState(), ChannelState()
 
     def _expect(self, rate: float, rules: Rules) -> None:
-        """Accept a new level of the norm if the learning rate jumps, because that was done on purpose."""
+        """Accept a new level of the norm if the learning rate jumps, because that was done on purpose.
+
+        A rate that jumps again right after has run away: the norm has one change to follow, and not one at each step.
+        """
+        self.changing = max(0, self.changing - 1)
         if not math.isfinite(rate) or rate <= 0:
             return
         if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(rules.planned_rate_change):
-            self.gradient.expect_change(rules.gradient)
+            if not self.changing:
+                self.gradient.expect_change(rules.gradient)
+            self.changing = rules.gradient.accept_steps
         self.rate = rate

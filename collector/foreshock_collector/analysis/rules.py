@@ -27,6 +27,13 @@ class ChannelRules:
         least=0,
         most=0.9999,
     )
+    recent_alpha: float = setting(
+        0.85,
+        "Weight of the past in the quick mean, a half-life of 4 steps. The lower of the two means is the usual value, "
+        "so that a fall is followed at once.",
+        least=0,
+        most=0.9999,
+    )
     ready_after: int = setting(
         25,
         "Steps of history before the deviation is used (ZClip's); until then only a surge is noticed.",
@@ -71,13 +78,20 @@ class ChannelRules:
     )
     cusum_limit: float = setting(
         8.0,
-        "Sum that makes a build-up, if the step is steep and the highest since the sum was zero.",
+        "Sum that makes a build-up on a steep step that climbs further.",
         least=0,
         most=1e9,
     )
     steep_rise: float = setting(
         math.log(10.0),
-        "Rise from which a step is steep: a norm that falls again after a spike does not climb.",
+        "Rise from which a step is steep.",
+        least=0,
+        most=700,
+    )
+    climb_rise: float = setting(
+        math.log(1.5),
+        "Least rise of a steep step above the highest since the sum was zero: a norm that stays high or falls again "
+        "after a spike does not climb.",
         least=0,
         most=700,
     )
@@ -89,7 +103,7 @@ class ChannelRules:
     )
     surge_steps: int = setting(
         3,
-        "Rises of a spike in a row that make a build-up at any deviation, if the last is steep or half the highest.",
+        "Rises of a spike in a row that make a build-up at any deviation, on a steep step that climbs further.",
         least=1,
         most=1000,
     )

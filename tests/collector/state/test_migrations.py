@@ -30,7 +30,7 @@ SCHEMA_3 = Path(__file__).with_name("schema_3.sql")
 its second attempt, one withholds a failure, one waits for a rank with a NaN as its newest loss, one fell silent."""
 RUNS = ["done", "guarded", "silent", "again", "waiting"]
 ANSWERS_3 = Path(__file__).with_name("schema_3.json")
-"""What the same collector answered of it after a restart."""
+"""What the same collector answered of it after a restart; the usual bands are those of the rule as it is now."""
 ADDED = {"title", "verdict_title", "names_last_step"}
 """Keys that answers have gained since: each follows from the verdict's cause."""
 ADDED_COLUMNS = {"update_ratio", "parameter_norm", "first_moment_norm", "second_moment_norm"}
