@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal, NamedTuple
 
+from foreshock_collector.analysis.first_steps import FirstSteps
 from foreshock_collector.analysis.rules import DEFAULT, ChannelRules, Rules
 from foreshock_collector.records.steps import LARGEST, bounded
 
@@ -248,6 +249,7 @@ class Detector:
 
     gradient: ChannelState = field(default_factory=ChannelState)
     loss: ChannelState = field(default_factory=ChannelState)
+    first_steps: FirstSteps = field(default_factory=FirstSteps)
     failing: bool = False
     """Whether a failure lasts: from a non-finite step until enough finite ones in a row."""
     finite_steps: int = 0
@@ -308,6 +310,9 @@ class Detector:
         self.finite_ever = True
         for found in self.gradient.scan((norm,), rules.gradient):
             found_at(found.kind, found.score, norm, found.usual)
+        if self.first_steps.update(norm, loss, rules.gradient) and not self.gradient.in_build_up:
+            self.gradient.in_build_up = True
+            found_at("build_up", rules.gradient.cusum_limit, norm, self.first_steps.norm)
         if self.gradient.in_build_up:
             self.climbing = sequence
         for found in self.loss.scan((loss,), rules.loss) if loss is not None else ():
@@ -328,6 +333,8 @@ class Detector:
         unknown; there must be no planned change among the steps.
         """
         gradient, loss = copy(self.gradient), copy(self.loss)
+        if norms and losses and not self.first_steps.over(rules.gradient):
+            return False
         if self.failing or gradient.in_build_up or gradient.scan(norms, rules.gradient) or gradient.in_build_up:
             return False
         if loss.scan(losses, rules.loss):
@@ -335,6 +342,7 @@ class Detector:
         self.gradient, self.loss = gradient, loss
         self.finite_ever, self.withheld, self.skips_in_a_row = True, None, 0
         self.finite_steps += steps
+        self.changing = max(0, self.changing - steps)
         if rate > 0:
             self.rate = rate
         return True

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from foreshock_collector.analysis.detection import Event
-from foreshock_collector.analysis.explosion import blown_rank, counted, explosion
+from foreshock_collector.analysis.explosion import blown_rank, counted, explosion, explosion_in_one_step
 from foreshock_collector.analysis.failure_facts import FailureFacts
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.analysis.verdict_table import Cause
@@ -14,6 +15,8 @@ from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step
 
+_FEWEST_STEPS = 2
+"""Finite steps that a failure must follow to have come suddenly: one has nothing to be compared with."""
 _ONE_RANK_CONFIDENCE = 0.9
 """If one rank alone was not finite, that is strong evidence, whatever the cause."""
 
@@ -69,6 +72,15 @@ def _gradients_exploded(failure: FailureFacts) -> Verdict | None:
     return explosion(failure) if failure.signs else None
 
 
+def _loss_exploded_in_that_step(failure: FailureFacts) -> Verdict | None:
+    usual = failure.usual_loss
+    loss = failure.bad.loss
+    if failure.rank is not None or loss is None or not failure.loss_is_finite or usual is None:
+        return None
+    exploded = loss >= math.exp(failure.rules.gradient.steep_rise) * usual > 0
+    return explosion_in_one_step(failure, usual) if exploded else None
+
+
 def _scaler_skipped_overflows(failure: FailureFacts) -> Verdict | None:
     """Apply to a log, which does not show the loss scale but only that a run survives its overflows."""
     if not failure.overflows or failure.bad.overflow:
@@ -88,6 +100,13 @@ def _never_finite(failure: FailureFacts) -> Verdict | None:
     if failure.finite_before or failure.bad.step > 1:
         return None
     return _verdict(failure, "first_step_nonfinite", "no earlier step of this attempt was finite")
+
+
+def _too_few_steps(failure: FailureFacts) -> Verdict | None:
+    before = failure.bad.sequence - 1
+    if before >= _FEWEST_STEPS or failure.rank is not None:
+        return None
+    return _verdict(failure, "unknown", variant="too few", before=counted(before, "step"))
 
 
 def _records_too_sparse(failure: FailureFacts) -> Verdict | None:
@@ -118,9 +137,11 @@ def _gradient_not_finite(failure: FailureFacts) -> Verdict:
 _RULES: tuple[Callable[[FailureFacts], Verdict | None], ...] = (
     _one_rank_blew_up,
     _gradients_exploded,
+    _loss_exploded_in_that_step,
     _scaler_skipped_overflows,
     _loss_scale_collapsed,
     _never_finite,
+    _too_few_steps,
     _records_too_sparse,
     _loss_diverged,
     _loss_not_finite,
@@ -136,7 +157,7 @@ def _calm_before(failure: FailureFacts) -> str:
 
 
 def _verdict(
-    failure: FailureFacts, cause: Cause, *evidence: str, rank: int | None = None, variant: str = ""
+    failure: FailureFacts, cause: Cause, *evidence: str, rank: int | None = None, variant: str = "", **values: object
 ) -> Verdict:
     bad = failure.bad
     rank = failure.rank if rank is None else rank
@@ -153,4 +174,5 @@ def _verdict(
         confidence=None if rank is None else _ONE_RANK_CONFIDENCE,
         what="loss" if bad.nan_loss or bad.inf_loss else "gradient",
         loss_scale=bad.loss_scale,
+        **values,
     )

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from foreshock_collector.analysis.advice import USUAL_STEPS, against_explosion, likely_root
+from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.failure_facts import FailureFacts
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.analysis.weight_signs import weight_evidence
@@ -84,6 +85,28 @@ def explosion(failure: FailureFacts) -> Verdict:
     )
 
 
+def explosion_in_one_step(failure: FailureFacts, usual: float) -> Verdict:
+    """Return the verdict on a failure without signs before it, whose finite loss shows the explosion in that very step.
+
+    usual: the loss of the steps before.
+    """
+    bad = failure.bad
+    loss = math.nan if bad.loss is None else bad.loss
+    here = Event(kind="spike", attempt=bad.attempt, sequence=bad.sequence, step=bad.step, score=0.0)
+    root = likely_root(failure.steps, here, failure.model)
+    verdict = make_verdict(
+        "exploding_gradients",
+        variant="in one step",
+        attempt=bad.attempt,
+        step=bad.step,
+        evidence=[*failure.evidence, f"the loss is {loss / usual:.3g} times that of the steps before"],
+        usual=usual,
+        peak=loss,
+    )
+    advice = against_explosion(failure.steps, here, math.nan, "", failure.model, root)
+    return replace(verdict, onset_step=bad.step, likely_root=root, try_=advice)
+
+
 def counted(count: int, what: str) -> str:
     """Return a count with its noun, such as "1 step" or "3 steps"."""
     return f"{count} {what}{'' if count == 1 else 's'}"
@@ -95,7 +118,8 @@ def _usual_and_peak(failure: FailureFacts) -> tuple[float, float]:
     finite = [step for step in failure.steps if math.isfinite(step.global_norm)]
     calm = [step.global_norm for step in finite if step.sequence < onset.sequence]
     climb = [step.global_norm for step in finite if step.sequence >= onset.sequence]
-    usual = float(np.median(calm[-USUAL_STEPS:])) if calm else onset.usual or math.nan
+    # A median lags behind a norm that has been falling.
+    usual = onset.usual or (float(np.median(calm[-USUAL_STEPS:])) if calm else math.nan)
     return usual, max(climb, default=0.0)
 
 

@@ -108,6 +108,13 @@ class FailureFacts:
         return None
 
     @property
+    def usual_loss(self) -> float | None:
+        """Median loss of the steps shortly before; None if none is known."""
+        before = [step.loss for step in self.steps[-1 - self.rules.lead_steps : -1]]
+        finite = [loss for loss in before if loss is not None and math.isfinite(loss)]
+        return float(np.median(finite)) if finite else None
+
+    @property
     def evidence(self) -> list[str]:
         """What was seen, whatever the cause."""
         bad = self.bad

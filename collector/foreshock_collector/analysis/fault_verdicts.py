@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from foreshock_collector.analysis.faults import FaultTransition
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
@@ -16,8 +17,9 @@ def verdict_on_fault(transition: FaultTransition, attempt: int, model: ModelFact
     """Return the verdict on a fault that has begun."""
     layer = model.layers[transition.layer] if 0 <= transition.layer < len(model.layers) else ""
     rank = transition.rank if transition.rank >= 0 else None
-    return make_verdict(
+    verdict = make_verdict(
         transition.cause,
+        variant="from the start" if transition.exploded else "",
         attempt=attempt,
         step=transition.step,
         evidence=transition.evidence,
@@ -26,6 +28,7 @@ def verdict_on_fault(transition: FaultTransition, attempt: int, model: ModelFact
         in_layer=f" in layer {layer}" if layer else "",
         divergent="" if rank is None else f", and rank {rank} is unlike the others",
     )
+    return replace(verdict, likely_root="learning_rate") if transition.exploded else verdict
 
 
 def verdict_on_stall(

@@ -16,15 +16,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.analysis.loss_trend import FIRST_STEPS, LossTrend
 from foreshock_collector.analysis.rules import DEFAULT, FaultRules
 from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
 
-_FIRST_STEPS = 25
-"""Steps from which the initial norm and loss are taken."""
-_LOSS_ALPHA = 0.9
-"""Weight of the past in the running mean of the loss: a half-life of 7 steps."""
+_SETTLED_STEPS = 25
+"""Steps after which the running mean of the loss has reached a new level, if there is one."""
 
 
 class StepSignals(NamedTuple):
@@ -57,6 +56,8 @@ class FaultTransition(NamedTuple):
     evidence: tuple[str, ...] = ()
     layer: int = -1
     rank: int = -1
+    exploded: bool = False
+    """Whether loss and norm exploded in the first steps."""
 
 
 @dataclass
@@ -146,32 +147,6 @@ def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, .
 
 
 @dataclass
-class LossTrend:
-    """Tracks the initial norm and loss of an attempt, and its best loss."""
-
-    norms: list[float] = field(default_factory=list)
-    """Global norms of the first steps."""
-    losses: list[float] = field(default_factory=list)
-    """Losses of the first steps."""
-    loss: float = math.nan
-    """Running mean of the loss."""
-    best: float = math.inf
-    """Lowest value of the running mean so far."""
-
-    def update(self, norm: float, loss: float | None) -> None:
-        """Add a finite step."""
-        if len(self.norms) < _FIRST_STEPS and norm > 0:
-            self.norms.append(norm)
-        if loss is None or not math.isfinite(loss):
-            return
-        if len(self.losses) < _FIRST_STEPS:
-            self.losses.append(loss)
-        self.loss = loss if math.isnan(self.loss) else _LOSS_ALPHA * self.loss + (1 - _LOSS_ALPHA) * loss
-        if len(self.losses) == _FIRST_STEPS:
-            self.best = min(self.best, self.loss)
-
-
-@dataclass
 class FaultDetector:
     """Looks for faults that last in the steps of one attempt."""
 
@@ -186,9 +161,19 @@ class FaultDetector:
         return "loss_divergence" in self.streaks and self.streaks["loss_divergence"].on
 
     def update(
-        self, step: Step, signals: StepSignals, *, building_up: bool, rules: FaultRules = DEFAULT.faults
+        self,
+        step: Step,
+        signals: StepSignals,
+        *,
+        building_up: bool,
+        exploded: bool = False,
+        rules: FaultRules = DEFAULT.faults,
     ) -> list[FaultTransition]:
-        """Evaluate the next step. building_up: the norm is climbing, which explains a climbing loss."""
+        """Evaluate the next step.
+
+        building_up: the norm is climbing, which explains a climbing loss. exploded: loss and norm exploded in the first
+        steps, and the loss is still high.
+        """
         if step.nonfinite:
             return []
         self.loss_trend.update(step.global_norm, step.loss)
@@ -197,7 +182,7 @@ class FaultDetector:
             self._outlying(step, signals, rules),
             self._drifting(step, signals, rules),
             self._vanishing(step, signals, rules),
-            self._diverging(step, building_up, rules),
+            self._diverging(step, rules, building_up=building_up, exploded=exploded),
         )
         return [transition for transition in found if transition is not None]
 
@@ -209,28 +194,19 @@ class FaultDetector:
         """
         trend = self.loss_trend
         has_losses = any(loss == loss for loss in losses)
-        starting = (len(trend.norms) < _FIRST_STEPS and any(norm > 0 for norm in norms)) or (
-            len(trend.losses) < _FIRST_STEPS and has_losses
+        starting = (len(trend.norms) < FIRST_STEPS and any(norm > 0 for norm in norms)) or (
+            not trend.started and has_losses
         )
         if starting or any(streak.on for streak in self.streaks.values()):
             return False
-        follows = len(trend.losses) == _FIRST_STEPS
-        start_loss = median(trend.losses) if follows else math.nan
-        faded = rules.faded * median(trend.norms) if follows and len(trend.norms) == _FIRST_STEPS else -math.inf
-        unlearned = rules.unlearned * start_loss if start_loss > 0 else math.inf
-        floor, rise, beta = 0.1 * abs(start_loss), rules.divergence, 1 - _LOSS_ALPHA
-        mean, best = trend.loss, trend.best
-        for norm, loss in zip(norms, losses, strict=True):
-            if loss == loss:
-                mean = _LOSS_ALPHA * mean + beta * loss
-                if mean < best:
-                    best = mean
-                elif mean - best > rise * max(abs(best), floor):
-                    return False
-            if norm < faded and mean > unlearned:
+        can_fade = trend.started and len(trend.norms) == FIRST_STEPS
+        if can_fade:
+            faded = rules.faded * median(trend.norms)
+            if any(norm < faded for norm in norms):
                 return False
-        trend.loss, trend.best = mean, best
-        if faded > -math.inf:
+        if not trend.scan_calm(losses, rules):
+            return False
+        if can_fade:
             self._miss("vanishing_gradients", len(norms))
         if has_losses:
             self._miss("loss_divergence", len(losses))
@@ -294,7 +270,7 @@ class FaultDetector:
                 after=rules.vanishing_steps,
                 layer=signals.weakest_layer,
             )
-        if len(trend.norms) < _FIRST_STEPS or len(trend.losses) < _FIRST_STEPS:
+        if len(trend.norms) < FIRST_STEPS or not trend.started:
             return None
         start, loss = median(trend.norms), median(trend.losses)
         shows = step.global_norm < rules.faded * start and trend.loss > rules.unlearned * loss > 0
@@ -307,22 +283,36 @@ class FaultDetector:
             after=rules.vanishing_steps,
         )
 
-    def _diverging(self, step: Step, building_up: bool, rules: FaultRules) -> FaultTransition | None:
+    def _diverging(self, step: Step, rules: FaultRules, *, building_up: bool, exploded: bool) -> FaultTransition | None:
         trend = self.loss_trend
-        if step.loss is None or not math.isfinite(trend.best):
+        if step.loss is None or not (trend.started or exploded):
             return None
-        scale = max(abs(trend.best), 0.1 * abs(median(trend.losses)))
-        above = trend.loss - trend.best
         streak = self.streaks.setdefault("loss_divergence", Streak())
-        shows = above > rules.divergence * scale and not building_up
-        if streak.shown == _FIRST_STEPS:
-            # By now the running mean has reached the new level, if there is one.
-            streak.start = trend.loss
-        if shows and streak.shown + 1 >= rules.divergence_steps and not streak.on:
-            # A loss that is only high may be at a new level, such as harder data: wait until it has climbed further.
-            shows = trend.loss > streak.start + rules.divergence_rise * abs(streak.start)
-        evidence = f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
-        return self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=rules.divergence_steps)
+        comparable = streak.shown > 0 or streak.on or trend.comparable(rules)
+        if exploded:
+            shows, after = True, rules.begins_after
+            evidence = (
+                f"loss and norm exploded within the first steps: {trend.losses[0]:.3g} and {trend.norms[0]:.3g}, "
+            )
+            evidence += f"then {step.loss:.3g} and {step.global_norm:.3g}"
+        elif comparable and (trend.rising >= rules.climb_steps or streak.on) and trend.rises_above(rules.climb):
+            shows, after = True, 1
+            evidence = f"the loss climbs steadily, from its best, {trend.best:.3g}, to {trend.loss:.3g}"
+        else:
+            shows, after = (
+                comparable and trend.rises_above(rules.divergence) and not building_up,
+                rules.divergence_steps,
+            )
+            if streak.shown == _SETTLED_STEPS:
+                streak.start = trend.loss
+            if shows and streak.shown + 1 >= after and not streak.on:
+                # A loss that is only high may be at a new level, such as harder data: wait until it climbs further.
+                shows = trend.loss > streak.start + rules.divergence_rise * abs(streak.start)
+            evidence = (
+                f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
+            )
+        transition = self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=after)
+        return transition._replace(exploded=exploded) if transition is not None else None
 
     def _count(
         self,

@@ -221,6 +221,25 @@ class FaultRules:
         least=0,
         most=1e9,
     )
+    climb: float = setting(
+        0.5,
+        "Rise of the loss above its best, relative to its best, that is divergence if the loss climbs steadily.",
+        least=0,
+        most=1e9,
+    )
+    climb_steps: int = setting(
+        24,
+        "Steps that must rise further for a steady climb; each that does not takes three of them back.",
+        least=1,
+        most=1e6,
+    )
+    untrained: float = setting(
+        4.0,
+        "Multiple of the first losses beyond which a loss must have fallen before: one that only grows from next to "
+        "nothing is a penalty, not an error.",
+        least=1,
+        most=1e9,
+    )
     lost_seconds: float = setting(
         3.0,
         "Seconds to wait after a rank died without reporting why: another rank's error may be the cause.",

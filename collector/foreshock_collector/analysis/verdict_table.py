@@ -86,7 +86,8 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         title="Exploding gradients",
         outcome=_EXPLODED,
         observed="a build-up or spike in the previous 32 steps, or an earlier climb that never ended; in a run too "
-        "young for a history, a last norm at ten times the median of those before",
+        "young for a history, a last norm at ten times the median of those before; or, at the bad step itself, a "
+        "finite loss at ten times the usual",
         summary=_EXPLODED_SUMMARY,
         advice=(),  # depends on the likely root: see advice.py
         alternatives=("one bad batch triggered it",),
@@ -97,7 +98,14 @@ VERDICT_TABLE: dict[Cause, Entry] = {
                 advice=(),
                 alternatives=("the single spike was harmless, and the NaN came suddenly",),
                 confidence=0.6,
-            )
+            ),
+            "in one step": Wording(
+                summary="Gradients exploded at step {step}: the loss jumped from about {usual:.3g} to {peak:.3g}, and "
+                "the gradient of that step was no longer finite.",
+                advice=(),
+                alternatives=("one bad batch, with values out of range",),
+                confidence=0.8,
+            ),
         },
     ),
     "amp_overflow": Entry(
@@ -142,12 +150,23 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         confidence=0.9,
     ),
     "unknown": Entry(
-        title="Not finite, cause unknown",
+        title="Unknown",
         outcome=_NONFINITE,
-        observed="the previous record is 50 or more steps older",
+        observed="only one finite step came before, or the previous record is 50 or more steps older",
         summary="Not finite at step {step}; the records are too sparse to show what came before.",
         advice=("log the loss and the gradient norm at every step: a climb takes 3 to 8 of them", _CHECK_BATCH),
         confidence=0.3,
+        variants={
+            "too few": Wording(
+                summary="Not finite at step {step}, after {before}: too few to show what came before.",
+                advice=(
+                    "a smaller learning rate, or a warm-up: the first updates are the largest",
+                    _CHECK_BATCH,
+                    "check the initialization: its scale, and whether a loaded checkpoint is finite",
+                ),
+                confidence=0.3,
+            )
+        },
     ),
     "nonfinite_divergence": Entry(
         title="Loss diverged until not finite",
@@ -267,7 +286,9 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "loss_divergence": Entry(
         title="Loss diverges",
         outcome=_FAULT,
-        observed="a loss at twice its best for 100 steps and still rising, without a build-up",
+        observed="a loss half above its best after 24 steps of steady climb; or at twice its best for 100 steps and "
+        "still rising, without a build-up; or at three times the first loss for 20 steps, after both loss and norm "
+        "rose so high in the first 25",
         summary="The loss has climbed since step {step}, and no gradient build-up explains it.",
         advice=(
             _SMALLER_STEPS,
@@ -276,6 +297,18 @@ VERDICT_TABLE: dict[Cause, Entry] = {
         ),
         alternatives=("data that became permanently harder",),
         confidence=0.7,
+        variants={
+            "from the start": Wording(
+                summary="Loss and gradients exploded at step {step} and stay finite: the model has not learned since.",
+                advice=(
+                    "a smaller learning rate, with a warm-up: the first updates destroyed the weights",
+                    "start again: weights that have exploded rarely recover",
+                    "clip by norm, near that of the first steps",
+                ),
+                alternatives=("an initialization so large that the first updates overshoot",),
+                confidence=0.9,
+            )
+        },
     ),
     "stalled": Entry(
         title="Stalled",

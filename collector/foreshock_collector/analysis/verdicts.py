@@ -42,7 +42,7 @@ class Verdict:
     ranks_alike: bool = False
     """Whether all ranks are known to have behaved alike. If False with no rank named, nothing is known about them."""
     likely_root: Root | None = None
-    """What most likely made gradients explode; None for other causes."""
+    """What most likely made gradients explode; None if they did not."""
 
 
 def make_verdict(

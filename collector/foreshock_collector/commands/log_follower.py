@@ -171,7 +171,8 @@ class LogFollower:
             rules=rules,
         )
         building_up = detector.gradient.in_build_up
-        for change in faults.update(step, _UNSEEN, building_up=building_up, rules=rules.faults):
+        exploded = detector.first_steps.exploded
+        for change in faults.update(step, _UNSEEN, building_up=building_up, exploded=exploded, rules=rules.faults):
             if change.begins:
                 self.verdicts.append(verdict_on_fault(change, 0, _MODEL))
                 self._trouble = self._trouble or self.verdicts[-1]

@@ -82,8 +82,14 @@ class Evaluator:
             self._open(attempt, FAILURE, self._diagnose(attempt, failure), event.sequence, now)
 
     def _check_faults(self, attempt: Attempt, step: Step, signals: StepSignals, now: float) -> None:
-        building_up = attempt.detector.gradient.in_build_up
-        for change in attempt.faults.update(step, signals, building_up=building_up, rules=self._rules.faults):
+        detector = attempt.detector
+        for change in attempt.faults.update(
+            step,
+            signals,
+            building_up=detector.gradient.in_build_up,
+            exploded=detector.first_steps.exploded,
+            rules=self._rules.faults,
+        ):
             if not change.begins:
                 self._incidents.close(attempt, change.cause, now)
             elif change.cause not in attempt.incidents:
