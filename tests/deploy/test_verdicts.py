@@ -126,6 +126,11 @@ def hanging() -> Watched:
     return job
 
 
+def without_loss() -> Watched:
+    """The script has stopped to observe it."""
+    return told(trained(), [1.0] * 40, flags=[0] * 40)
+
+
 def killed() -> Watched:
     job = trained()
     job.vanish(1)
@@ -164,6 +169,7 @@ VERDICTS: dict[Cause, tuple[Scenario, set[str]]] = {
     "amp_overflow": (overflow_of_a_scaler, set()),
     "amp_scale_collapse": (scale_collapsed, set()),
     "loss_divergence": (climbing_loss, {"ForeshockLossSpike"}),
+    "missing_loss": (without_loss, set()),
     "vanishing_gradients": (vanishing, set()),
     "duplicate_data": (same_data, set()),
     "replica_drift": (drifting, set()),

@@ -1,4 +1,4 @@
-"""Detects lasting faults at finite values: duplicate data, outlier ranks, drift, vanishing, divergence.
+"""Detects lasting faults at finite values: duplicate data, outlier ranks, drift, vanishing, divergence, no more loss.
 
 A fault begins once enough steps in a row have shown it, and ends once enough in a row have not, so that one that comes
 and goes is reported once. A step counts for neither if it cannot show the fault, because a rank has not reported or
@@ -8,8 +8,10 @@ local norms are not measured.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -22,7 +24,9 @@ from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.records.buffer import RecordBuffer, Rows
 from foreshock_collector.records.steps import Step
 
-_SETTLED_STEPS = 25
+_LONGER_GAP = 3
+"""Multiple of the longest gap before after which a loss is missing: some scripts observe it every so many steps."""
+_LEVEL_STEPS = 25
 """Steps after which the running mean of the loss has reached a new level, if there is one."""
 
 
@@ -153,6 +157,10 @@ class FaultDetector:
     loss_trend: LossTrend = field(default_factory=LossTrend)
     alike_step: int = -1
     """Last step at which all ranks had the same weights; -1 if there was none."""
+    losses_known: int = 0
+    """Steps with a loss."""
+    longest_gap: int = 0
+    """Most steps in a row without a loss, between two that had one."""
     streaks: dict[Cause, Streak] = field(default_factory=dict)
 
     @property
@@ -174,10 +182,12 @@ class FaultDetector:
         building_up: the norm is climbing, which explains a climbing loss. exploded: loss and norm exploded in the first
         steps, and the loss is still high.
         """
+        missing = self._missing(step, rules)
         if step.nonfinite:
-            return []
+            return [] if missing is None else [missing]
         self.loss_trend.update(step.global_norm, step.loss)
         found = (
+            missing,
             self._duplicate(step, signals, rules),
             self._outlying(step, signals, rules),
             self._drifting(step, signals, rules),
@@ -199,6 +209,9 @@ class FaultDetector:
         )
         if starting or any(streak.on for streak in self.streaks.values()):
             return False
+        gap = self._longest_gap(losses, rules)
+        if gap is None:
+            return False
         can_fade = trend.started and len(trend.norms) == FIRST_STEPS
         if can_fade:
             faded = rules.faded * median(trend.norms)
@@ -210,11 +223,41 @@ class FaultDetector:
             self._miss("vanishing_gradients", len(norms))
         if has_losses:
             self._miss("loss_divergence", len(losses))
+            self._miss("missing_loss", len(losses))
+            self.losses_known += sum(loss == loss for loss in losses)
+            self.longest_gap = max(self.longest_gap, gap)
         return True
 
     def _miss(self, cause: Cause, steps: int) -> None:
         streak = self.streaks.setdefault(cause, Streak())
         streak.shown, streak.missed = 0, streak.missed + steps
+
+    def _longest_gap(self, losses: Sequence[float], rules: FaultRules) -> int | None:
+        """Return the most steps in a row without a loss; None if they may be a fault, or the last of them is one."""
+        known = [place for place, loss in enumerate(losses) if loss == loss]
+        if not known:
+            return None if self.losses_known else 0
+        if known[-1] != len(losses) - 1:
+            return None
+        waited = self.streaks.get("missing_loss", Streak()).shown
+        gap = max(place - before - 1 for before, place in pairwise((-1 - waited, *known)))
+        return gap if gap < max(rules.begins_after, _LONGER_GAP * self.longest_gap) else None
+
+    def _missing(self, step: Step, rules: FaultRules) -> FaultTransition | None:
+        """Look for a loss that is no longer observed, for longer than ever before."""
+        if not step.stepped:
+            return None
+        streak = self.streaks.setdefault("missing_loss", Streak())
+        if step.loss is not None:
+            self.losses_known += 1
+            self.longest_gap = max(self.longest_gap, 0 if streak.on else streak.shown)
+        # Before there are enough, nobody knows how often the script observes one.
+        enough = self.losses_known >= rules.begins_after
+        after = max(rules.begins_after, _LONGER_GAP * self.longest_gap) if enough else sys.maxsize
+        shows = step.loss is None and self.losses_known > 0
+        norm = ", and no gradient norm" if math.isnan(step.global_norm) else ""
+        evidence = f"{self.losses_known} steps before had a loss, and none of the last {after}{norm}"
+        return self._count("missing_loss", shows, step, rules, lambda: (evidence,), after=after, ends_after=1)
 
     def _duplicate(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if math.isnan(signals.agreement) or math.isnan(signals.spread):
@@ -303,7 +346,7 @@ class FaultDetector:
                 comparable and trend.rises_above(rules.divergence) and not building_up,
                 rules.divergence_steps,
             )
-            if streak.shown == _SETTLED_STEPS:
+            if streak.shown == _LEVEL_STEPS:
                 streak.start = trend.loss
             if shows and streak.shown + 1 >= after and not streak.on:
                 # A loss that is only high may be at a new level, such as harder data: wait until it climbs further.

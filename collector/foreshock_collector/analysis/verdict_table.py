@@ -26,6 +26,7 @@ Cause = Literal[
     "replica_drift",
     "vanishing_gradients",
     "loss_divergence",
+    "missing_loss",
     "stalled",
     "rank_lost",
     "crashed",
@@ -309,6 +310,18 @@ VERDICT_TABLE: dict[Cause, Entry] = {
                 confidence=0.9,
             )
         },
+    ),
+    "missing_loss": Entry(
+        title="Loss missing",
+        outcome=_FAULT,
+        observed="no loss for 20 steps, and three times as many as ever before, although steps go on",
+        summary="No loss has been observed since step {step}, although steps go on: nothing is known of the training.",
+        advice=(
+            "find out why the script no longer observes it: a condition, a caught exception, a phase of its own",
+            "if a log shows nothing where the loss was: pandas, among others, writes NaN as nothing",
+        ),
+        alternatives=("a loss that is meant to be observed in one phase only",),
+        confidence=0.9,
     ),
     "stalled": Entry(
         title="Stalled",

@@ -24,7 +24,8 @@ def verdict_on(losses: list[float], *, norm: float = 7.9, seed: int = 0) -> str:
 
 
 def noisy(levels: list[float], deviation: float, seed: int) -> list[float]:
-    return (np.array(levels) + deviation * np.random.default_rng(seed).standard_normal(len(levels))).tolist()
+    chance = np.random.default_rng(seed).standard_normal(len(levels)).tolist()
+    return [level + deviation * by for level, by in zip(levels, chance, strict=True)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
