@@ -144,6 +144,12 @@ class ChannelState:
         """Follow a planned change to its new level, and warn only of a surge."""
         self.accepting, self.total, self.peak, self.high_in_a_row = rule.accept_steps, 0.0, 0.0, 0
 
+    def history(self) -> ChannelState:
+        """Return a state with this one's history, in which nothing has happened yet."""
+        return ChannelState(
+            mean=self.mean, recent=self.recent, deviation=self.deviation, count=self.count, first=[*self.first]
+        )
+
     def usual(self, rule: ChannelRules) -> float | None:
         """Return the value that history leads to expect; None without history."""
         if not self.count:
@@ -296,7 +302,8 @@ class Detector:
 
         self._expect(rate, rules)
         self.skips_in_a_row = self.skips_in_a_row + 1 if skipped else 0
-        if skipped and nonfinite and self.skips_in_a_row < rules.collapse_after:
+        most_skips = rules.collapse_after if self.finite_ever else rules.search_steps
+        if skipped and nonfinite and self.skips_in_a_row < most_skips:
             if guarded and self.withheld is None and not self.failing:
                 found_at("nonfinite", float(nonfinite))
                 self.withheld = WithheldFailure(event=events.pop(), failure=self.failure_at(sequence))
@@ -361,6 +368,11 @@ class Detector:
     def reset(self) -> None:
         """Drop the history: what follows is another series."""
         self.gradient, self.loss = ChannelState(), ChannelState()
+
+    def resume(self, before: Detector, rules: Rules = DEFAULT) -> None:
+        """Take over the history of an attempt that this one continues from a checkpoint."""
+        self.gradient, self.loss = before.gradient.history(), before.loss.history()
+        self.first_steps = FirstSteps(count=rules.gradient.ready_after)
 
     def _expect(self, rate: float, rules: Rules) -> None:
         """Accept a new level of the norm if the learning rate jumps, because that was done on purpose.

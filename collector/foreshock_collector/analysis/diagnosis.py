@@ -86,7 +86,8 @@ def _scaler_skipped_overflows(failure: FailureFacts) -> Verdict | None:
     if not failure.overflows or failure.bad.overflow:
         return None
     line = f"the loss stays finite: {counted(failure.overflows, 'step')} skipped, as a GradScaler does"
-    if failure.overflows < failure.rules.collapse_after:
+    rules = failure.rules
+    if failure.overflows < (rules.collapse_after if failure.finite_before else rules.search_steps):
         return _verdict(failure, "amp_overflow", line)
     return _verdict(failure, "amp_scale_collapse", line, variant="skipped")
 
@@ -116,8 +117,9 @@ def _records_too_sparse(failure: FailureFacts) -> Verdict | None:
 
 
 def _loss_diverged(failure: FailureFacts) -> Verdict | None:
-    # Without norms, a spike of the loss is the only possible sign of a climb.
-    if not failure.diverging and (failure.has_norms or failure.loss_spike is None):
+    # Without norms from before clipping, a spike of the loss is the only possible sign of a climb.
+    has_norms = failure.has_norms and failure.clipped_at is None
+    if not failure.diverging and (has_norms or failure.loss_spike is None):
         return None
     return _verdict(failure, "nonfinite_divergence", _calm_before(failure), "the loss had been climbing")
 
@@ -151,6 +153,8 @@ _RULES: tuple[Callable[[FailureFacts], Verdict | None], ...] = (
 
 
 def _calm_before(failure: FailureFacts) -> str:
+    if failure.clipped_at is not None:
+        return f"the norms were logged after clipping, at {failure.clipped_at:.3g}: they cannot show a climb"
     if not failure.has_norms:
         return "no gradient norm was recorded"
     return f"no spike or build-up in the {failure.rules.lead_steps} steps before"

@@ -14,6 +14,8 @@ from foreshock_collector.analysis.rules import Rules
 from foreshock_collector.records.buffer import RecordBuffer, locally_nonfinite
 from foreshock_collector.records.steps import ModelFacts, Step
 
+_CLIPPED_ALIKE = 1e-3
+"""Largest difference of norms clipped to the same value, relative to it: logs round."""
 _VALUE_NAMES = {"nan": "NaN", "inf": "Inf"}
 
 
@@ -59,6 +61,18 @@ class FailureFacts:
     def has_norms(self) -> bool:
         """Whether any step has a gradient norm."""
         return any(not math.isnan(step.global_norm) for step in self.steps)
+
+    @cached_property
+    def clipped_at(self) -> float | None:
+        """The norm that at least half of the steps have, and none exceeds: they were logged after clipping. None
+        without such a norm.
+        """
+        norms = np.array([step.global_norm for step in self.steps])
+        norms = norms[np.isfinite(norms)]
+        if len(norms) < self.rules.gradient.ready_after:
+            return None
+        largest = float(norms.max())
+        return largest if largest > 0 and (norms > largest * (1 - _CLIPPED_ALIKE)).mean() >= 0.5 else None
 
     @cached_property
     def signs(self) -> list[Event]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
@@ -167,6 +167,11 @@ class FaultDetector:
     def diverging(self) -> bool:
         """Whether the loss has been climbing for a long time."""
         return "loss_divergence" in self.streaks and self.streaks["loss_divergence"].on
+
+    def resume(self, before: FaultDetector) -> None:
+        """Take over what is known of an attempt that this one continues from a checkpoint."""
+        self.loss_trend = replace(before.loss_trend, rising=0)
+        self.losses_known, self.longest_gap = before.losses_known, before.longest_gap
 
     def update(
         self,

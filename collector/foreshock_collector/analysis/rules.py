@@ -277,6 +277,12 @@ class Rules:
         least=1,
         most=1e6,
     )
+    search_steps: int = setting(
+        32,
+        "Overflows in a row before the first finite step that are no collapse: a scaler comes down from 2^32 to 1.",
+        least=1,
+        most=1e6,
+    )
     recovered_after: int = setting(
         50,
         "Finite steps in a row that end a failure.",

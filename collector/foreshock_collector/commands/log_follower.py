@@ -72,14 +72,19 @@ class ReplayRows:
             ranks=1,
         )
 
-    def overflows(self, first: int) -> int:
-        """Count non-finite gradients in a row from `first` on, if losses are finite and training continues; else 0."""
+    def overflows(self, first: int, *, scaled: bool) -> int:
+        """Count non-finite gradients in a row from `first` on, if losses are finite and training continues; else 0.
+
+        scaled: earlier overflows have shown that a GradScaler skips them.
+        """
         nonfinite = self.nonfinite[first:]
         count = int(nonfinite.argmin()) if not nonfinite.all() else len(nonfinite)
         if not np.isfinite(self.loss[first : first + count + 1]).all():
             return 0
-        # Where the log ends, one such step proves nothing; a scaler must have skipped many with a finite loss.
-        return count if first + count < len(self) or count >= DEFAULT.collapse_after else 0
+        # Where the log ends, one such step proves nothing; a scaler must have skipped many with a finite loss. A log
+        # without a finite gradient shows no scaler at all.
+        ends = first + count == len(self)
+        return count if not ends or scaled or (first > 0 and count >= DEFAULT.collapse_after) else 0
 
 
 class LogFollower:
@@ -184,7 +189,7 @@ class LogFollower:
                 _BUFFER,
                 _MODEL,
                 apart=math.inf if rows.log.by_epoch else float(rows.gaps[row]) or 1,
-                overflows=rows.overflows(row),
+                overflows=rows.overflows(row, scaled=benign),
                 finite_before=finite_before,
                 climbing=climbing,
                 diverging=diverging,

@@ -15,6 +15,7 @@ from foreshock_collector.analysis.departures import Departure
 from foreshock_collector.analysis.detection import Detector, Failure
 from foreshock_collector.analysis.faults import FaultDetector
 from foreshock_collector.analysis.noise import NoiseScale
+from foreshock_collector.analysis.rules import Rules
 from foreshock_collector.records.buffer import RecordBuffer, Records
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_collector.state.instances import Instance
@@ -193,6 +194,16 @@ class Attempt(AttemptState):
                 yield step
         finally:
             self.finalized = buffer.finalized
+
+    def resume(self, before: Attempt, first_step: int, rules: Rules) -> None:
+        """Take over the history of the attempt before, if this one continues it from a checkpoint.
+
+        first_step: the number that the script gave its first step. One that starts at 0 may be another training.
+        """
+        last_step = max((i.last_step for i in before.instances.values() if i.last_step is not None), default=0)
+        if 0 < first_step <= last_step + 1:
+            self.detector.resume(before.detector, rules)
+            self.faults.resume(before.faults)
 
     def reset_detection(self, *, keep_open: Sequence[str]) -> None:
         """Restart detection without the history of the steps. keep_open: keys of incidents that stay open."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock_collector.analysis.detection import Detector
+from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.explosion import multiples_of_others
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.analysis.verdicts import Verdict
@@ -79,13 +79,22 @@ def test_sparse_records_cannot_tell() -> None:
     assert (found.cause, found.confidence) == ("unknown", 0.3)
 
 
-def test_a_scaler_that_looks_for_its_scale_is_no_failure() -> None:
+@pytest.mark.parametrize(
+    ("calm", "most"),
+    # From 2^32 a scaler comes down to 1 within 32 steps. Later it has no reason to fall far.
+    [(0, DEFAULT.search_steps), (1, DEFAULT.collapse_after)],
+)
+def test_a_scaler_that_looks_for_its_scale_is_no_failure(calm: int, most: int) -> None:
     detector = Detector()
-    for sequence in range(1, DEFAULT.collapse_after):
+
+    def step(sequence: int, *, overflow: bool) -> list[Event]:
         where: dict[str, Any] = {"attempt": 0, "sequence": sequence, "step": sequence - 1}
-        assert detector.update(norm=INF, loss=2.0, nonfinite=1, skipped=True, **where) == []
-    where = {"attempt": 0, "sequence": DEFAULT.collapse_after, "step": DEFAULT.collapse_after - 1}
-    (event,) = detector.update(norm=INF, loss=2.0, nonfinite=1, skipped=True, **where)
+        norm = INF if overflow else 1.0
+        return detector.update(norm=norm, loss=2.0, nonfinite=int(overflow), skipped=overflow, **where)
+
+    assert not any(step(sequence, overflow=False) for sequence in range(1, calm + 1))
+    assert not any(step(sequence, overflow=True) for sequence in range(calm + 1, calm + most))
+    (event,) = step(calm + most, overflow=True)
     assert event.kind == "nonfinite"
 
 
@@ -225,3 +234,13 @@ def test_a_learning_rate_that_ran_away_asks_for_no_other_initialization_or_model
         found = verdict([*calm, *blown, {"norm": NAN, "loss": NAN, "rate": 0.5}], model=model)
         assert found.likely_root == "learning_rate"
         assert [line.split()[0] for line in found.try_] == ["a", "clip", "go"]
+
+
+@pytest.mark.parametrize(("before", "cause"), [([], "sudden_nonfinite"), ([9.0, 40.0], "nonfinite_divergence")])
+def test_norms_that_were_logged_after_clipping_are_said_to_be_and_the_loss_decides(
+    before: list[float], cause: str
+) -> None:
+    clipped = [{"norm": min(1.0, 0.7 + 0.1 * (i % 10)), "loss": 2.0 + 0.01 * (i % 3)} for i in range(100)]
+    found = verdict([*clipped, *({"norm": 1.0, "loss": loss} for loss in before), {"norm": NAN, "loss": NAN}])
+    assert found.cause == cause
+    assert any("logged after clipping, at 1" in line for line in found.evidence)

@@ -170,6 +170,10 @@ INF, NAN = math.inf, math.nan
     [
         ([*CALM, (1.5, INF), *CALM], "amp_overflow", 60),
         ([(1.5, INF), (1.5, NAN), *CALM], "amp_overflow", 0),
+        # From 2^32 a scaler takes sixteen steps to 2^16.
+        ([*[(2.3, INF)] * 16, *CALM], "amp_overflow", 0),
+        ([*CALM, (1.5, INF), *CALM, (1.5, INF)], "amp_overflow", 60),
+        ([(2.3, NAN)] * 40, "first_step_nonfinite", 0),
         ([(1.5, INF), *CALM, (1.5, 5.0), (1.5, 50.0), (1.5, 900.0), (NAN, NAN)], "exploding_gradients", 64),
         ([*CALM, *[(1.5, INF)] * 12], "amp_scale_collapse", 60),
         ([*CALM, (1.5, NAN)], "nonfinite_gradient", 60),

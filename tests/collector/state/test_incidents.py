@@ -221,3 +221,17 @@ def test_what_a_dry_run_would_have_done_is_counted_apart() -> None:
     job.settle(1.0)
     found = job.run.totals.counters
     assert (found["shadow_clipped"], found["shadow_skipped"], found["clipped"], found["skipped"]) == (2, 1, 0, 0)
+
+
+@pytest.mark.parametrize(("first_step", "build_up"), [(61, True), (0, False), (500, False)])
+def test_an_attempt_that_resumes_knows_the_norms_of_the_one_before(first_step: int, build_up: bool) -> None:
+    """A restart from another place, or from none, may be another training: it learns its own norms."""
+    job = Job(ranks=1)
+    job.train(80)
+    job.now += 20.0
+    job.start_again()
+    norms = [1.0, 1.0, 20.0, 40.0]
+    job.tell(0, norms, step=[first_step + i for i in range(len(norms))])
+    job.settle(5.0)
+    assert (job.run.newest.detector.climbing > 0) == build_up
+    assert job.run.newest.faults.loss_trend.started == build_up
