@@ -58,6 +58,28 @@ def diagnose(
     return next(verdict for verdict in verdicts if verdict is not None)
 
 
+def verdict_on_finite_log(last: Step, *, rows: int, apart: float, rules: Rules = DEFAULT) -> Verdict:
+    """Return the verdict on a log whose values are all finite, and that shows no fault.
+
+    apart: usual distance of its rows, in steps; Inf if unknown. A log that is too short or too sparse to show a fault
+    is `unknown`: that is not the same as healthy.
+    """
+    if rows < rules.gradient.ready_after:
+        known, variant = False, "short"
+    else:
+        known, variant = apart < rules.sparse_steps, "sparse"
+    verdict = make_verdict(
+        "healthy" if known else "unknown",
+        variant="" if known else variant,
+        attempt=last.attempt,
+        step=last.step,
+        evidence=(),
+        rows=counted(rows, "row"),
+        apart=f"{apart:g} steps" if math.isfinite(apart) else "epochs",
+    )
+    return replace(verdict, first_bad_step=-1)
+
+
 def _one_rank_blew_up(failure: FailureFacts) -> Verdict | None:
     if not failure.signs or failure.rank is not None:
         return None

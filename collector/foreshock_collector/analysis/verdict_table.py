@@ -153,7 +153,8 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "unknown": Entry(
         title="Unknown",
         outcome=_NONFINITE,
-        observed="only one finite step came before, or the previous record is 50 or more steps older",
+        observed="only one finite step came before, or the previous record is 50 or more steps older; in a log "
+        "without a fault: fewer than 25 rows, or rows that are 50 or more steps apart",
         summary="Not finite at step {step}; the records are too sparse to show what came before.",
         advice=("log the loss and the gradient norm at every step: a climb takes 3 to 8 of them", _CHECK_BATCH),
         confidence=0.3,
@@ -166,7 +167,17 @@ VERDICT_TABLE: dict[Cause, Entry] = {
                     "check the initialization: its scale, and whether a loaded checkpoint is finite",
                 ),
                 confidence=0.3,
-            )
+            ),
+            "short": Wording(
+                summary="All values are finite up to step {step}; {rows} are too few to show more.",
+                advice=("diagnose the log again once it is longer",),
+                confidence=0.3,
+            ),
+            "sparse": Wording(
+                summary="All values are finite up to step {step}; rows {apart} apart do not show what happens between.",
+                advice=("log the loss and the gradient norm at every step",),
+                confidence=0.3,
+            ),
         },
     ),
     "nonfinite_divergence": Entry(

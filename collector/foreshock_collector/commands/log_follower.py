@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from foreshock_collector.analysis.detection import Detector, Event
-from foreshock_collector.analysis.diagnosis import diagnose
+from foreshock_collector.analysis.diagnosis import diagnose, verdict_on_finite_log
 from foreshock_collector.analysis.fault_verdicts import verdict_on_fault
 from foreshock_collector.analysis.faults import FaultDetector, StepSignals
 from foreshock_collector.analysis.rules import DEFAULT, Rules
@@ -137,8 +137,9 @@ class LogFollower:
         if log.empty_rows >= _EMPTY_ROWS and (failure is None or failure.cause == "amp_overflow"):
             return _without_values(self.rows.step(len(log) - 1).step, log.empty_rows)
         if failure is None:
-            last = self.rows.step(len(log) - 1)
-            return diagnose([last], self.events, _BUFFER, _MODEL, finite_before=True, climbing=0)
+            gaps = self.rows.gaps[1:]
+            apart = math.inf if log.by_epoch else float(np.median(gaps)) if len(gaps) else 1.0
+            return verdict_on_finite_log(self.rows.step(len(log) - 1), rows=len(log), apart=apart, rules=self._rules)
         return _of_epochs(failure) if log.by_epoch else failure
 
     def _scan_calm(self, first: int, end: int) -> bool:

@@ -69,13 +69,13 @@ def replay_file(path: Path, *, run: str = "", rules: Rules = DEFAULT, columns: d
 
 
 def main(arguments: list[str]) -> int:
-    """Return 0 if healthy, 1 if trouble was found, 2 if a file cannot be read or an internal error occurred."""
+    """Return 0 if no trouble was found, 1 if some was, 2 if a file cannot be read or an internal error occurred."""
     parser = Parser(
         prog="foreshock diagnose",
         description="Diagnose a recorded training log: what happened, where it began, and what to try.",
         epilog="Reads tables, JSON, what training scripts print, TensorBoard events, MLflow's folders, and databases "
-        "of trackio and Foreshock; docs/diagnose.md lists them. Exit code 0: healthy; 1: trouble found; 2: a file "
-        "cannot be read, or an internal error.",
+        "of trackio and Foreshock; docs/diagnose.md lists them. Exit code 0: no trouble found; 1: trouble found; 2: a "
+        "file cannot be read, or an internal error.",
     )
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help='a log, a folder of logs, or "-" for a pipe'
@@ -153,9 +153,9 @@ def _rules(settings: Sequence[str]) -> Rules:
 
 
 def _trouble(found: Replay) -> bool:
-    return found.verdict.cause not in ("healthy", "amp_overflow") or any(
-        event.kind == "build_up" for event in found.events
-    )
+    # A log that is too short or too sparse shows none.
+    shown = found.verdict.cause != "amp_overflow" and found.verdict.first_bad_step >= 0
+    return shown or any(event.kind == "build_up" for event in found.events)
 
 
 def _as_json(path: Path, found: Replay) -> dict[str, Any]:

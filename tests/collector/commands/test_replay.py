@@ -313,3 +313,15 @@ def test_calm_blocks_carry_a_lasting_fault_to_its_row() -> None:
             other = replay(rows(*log))
         assert found.verdict.cause in ("vanishing_gradients", "loss_divergence")
         assert found.verdict == other.verdict
+
+
+@pytest.mark.parametrize(
+    ("rows_", "apart", "cause"), [(24, 1, "unknown"), (25, 1, "healthy"), (200, 49, "healthy"), (200, 50, "unknown")]
+)
+def test_a_log_that_is_too_short_or_too_sparse_shows_no_trouble_and_is_not_healthy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows_: int, apart: int, cause: str
+) -> None:
+    path = csv(tmp_path, [(apart * step, loss, norm) for step, loss, norm in healthy(rows_)])
+    assert diagnose([str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["verdict"]
+    assert (found["cause"], found["confidence"]) == (cause, 1.0 if cause == "healthy" else 0.3)
