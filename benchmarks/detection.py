@@ -115,6 +115,17 @@ def builds_up(norms: Sequence[float], bad: Sequence[bool]) -> bool:
     return all(norms[i] >= 3 * median(norms[max(0, i - 50) : i]) for i in range(first - 3, first))
 
 
+def explodes_cold(norms: Sequence[float], losses: Sequence[float], bad: Sequence[bool]) -> int | None:
+    """By the data alone: the first of 3 steps in a row with norm and loss at 3 times the first, among 25; None without.
+
+    Only of a run that stays finite.
+    """
+    if any(bad) or len(norms) < 4:
+        return None
+    high = [norm >= 3 * norms[0] and loss >= 3 * losses[0] for norm, loss in zip(norms[:25], losses[:25], strict=True)]
+    return next((step for step in range(1, len(high) - 2) if all(high[step : step + 3])), None)
+
+
 # -- what else is in use -----------------------------------------------------------------------------------------------
 
 
@@ -197,7 +208,8 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
     alarms: dict[str, Counter[str]] = defaultdict(Counter)
     leads: dict[str, list[int]] = defaultdict(list)
     missed: dict[str, list[str]] = defaultdict(list)
-    climbing = 0
+    climbing = cold = 0
+    cold_warned: Counter[str] = Counter()
     confusion: Counter[tuple[str, str]] = Counter()
     wrong: list[str] = []
     roots: Counter[bool] = Counter()
@@ -216,6 +228,9 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
                 before = [place for place in places if end - 32 <= place < end]
                 leads[name] += [end - before[0]] if before else []
                 missed[name] += [] if before else [case.name]
+        elif case.kind == "failing" and (start := explodes_cold(norms, _losses(trace), bad)) is not None:
+            cold += 1
+            cold_warned.update(name for name, places in found.items() if any(start <= p < start + 3 for p in places))
         elif case.kind != "failing":
             for name, places in found.items():
                 alarms[name][case.kind] += len(episodes(places))
@@ -238,9 +253,11 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
         "traces": len(traces),
         "steps": dict(steps),
         "building_up": climbing,
+        "exploding_cold": cold,
         "rules": {
             name: {
                 "warned": climbing - len(missed[name]),
+                "cold_warned": cold_warned[name],
                 "median_lead_steps": median(leads[name]) if leads[name] else None,
                 "alarms_per_10000_healthy_steps": 1e4 * alarms[name]["healthy"] / max(1, steps["healthy"]),
                 "alarms_per_10000_recovering_steps": 1e4 * alarms[name]["recovering"] / max(1, steps["recovering"]),
@@ -262,16 +279,20 @@ _IN_LOGS = ("healthy", "exploding_gradients", "first_step_nonfinite", "sudden_no
 
 def _rows(trace: Trace) -> list[Row]:
     """What a script's own log would hold: rank 0's learning rate, the norm, and the mean loss."""
-    rows = trace.records
     norms, _ = norms_of(trace)
-    with np.errstate(all="ignore"):
-        losses = np.where(rows["sequence"] > 0, rows["loss"], 0).mean(axis=1)
+    rates = trace.records["learning_rate"][:, 0].tolist()
     return [
         Row(step=step, loss=loss, norm=norm, rate=rate)
-        for step, (loss, norm, rate) in enumerate(
-            zip(losses.tolist(), norms, rows["learning_rate"][:, 0].tolist(), strict=True)
-        )
+        for step, (loss, norm, rate) in enumerate(zip(_losses(trace), norms, rates, strict=True))
     ]
+
+
+def _losses(trace: Trace) -> list[float]:
+    """Mean loss of each step over the ranks."""
+    rows = trace.records
+    with np.errstate(all="ignore"):
+        losses = np.where(rows["sequence"] > 0, rows["loss"], 0).mean(axis=1)
+    return losses.tolist()  # type: ignore[no-any-return]
 
 
 def speed() -> float:
@@ -291,13 +312,15 @@ def show(found: dict[str, Any]) -> str:
         f"{found['part']} part: {found['traces']} traces; steps: "
         + ", ".join(f"{count:,} {kind}" for kind, count in sorted(steps.items())),
         f"{found['building_up']} failing runs build up by the data alone.",
+        f"{found['exploding_cold']} failing runs explode in their first steps and stay finite: cold.",
         "",
-        f"{'rule':26}{'warned':>10}{'lead':>8}{'per 10k healthy':>18}{'per 10k recovering':>20}",
+        f"{'rule':26}{'warned':>10}{'lead':>8}{'cold':>8}{'per 10k healthy':>18}{'per 10k recovering':>20}",
     ]
     for name, rule in found["rules"].items():
         lead = "-" if rule["median_lead_steps"] is None else f"{rule['median_lead_steps']:g}"
         lines.append(
             f"{name:26}{rule['warned']:>6}/{found['building_up']:<3}{lead:>8}"
+            f"{rule['cold_warned']:>6}/{found['exploding_cold']}"
             f"{rule['alarms_per_10000_healthy_steps']:>18.2f}{rule['alarms_per_10000_recovering_steps']:>20.2f}"
         )
     lines += ["", "false alarms per run and day, healthy, at a pace of " + ", ".join(f"{p:g}/s" for p in PACES) + ":"]

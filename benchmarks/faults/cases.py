@@ -30,7 +30,7 @@ class Case:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     loss_scale: float = 2.0**16
     """To begin with, at fp16."""
-    optimizer: Literal["sgd", "momentum", "adamw"] = "momentum"
+    optimizer: Literal["sgd", "momentum", "adamw", "lion"] = "momentum"
     rate: float = 0.01
     schedule: str = "constant"
     at: int = 0
@@ -59,6 +59,8 @@ class Case:
             "constant": 1.0,
             "warm_up": min(1.0, (step + 1) / max(1, self.at)),
             "cosine": min(1.0, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / self.steps))),
+            "stable_decay": min(1.0, (step + 1) / 50, (self.steps - step) / (0.2 * self.steps)),
+            "runaway": 1.6 ** min(after, 100),
             "jump": 1.0 if step < self.at else self.factor,
             "ramp": math.exp(math.log(self.factor) * after / 100),
             "drops": 0.3 ** (3 * step // self.steps),
@@ -198,6 +200,37 @@ def _recovering() -> Iterator[dict[str, Any]]:
         yield back | {"fault": "fp16_scaler", "precision": "fp16", "model": half}
 
 
+def _starts_and_ends() -> Iterator[dict[str, Any]]:
+    """Explosions in the first steps that stay finite, after a long decay, or with a rate that runs away; silence."""
+    cold = {"fault": "cold_explosion", "cause": "loss_divergence", "root": "learning_rate"}
+    yield cold | {"model": "plain_mlp", "optimizer": "adamw", "rate": 1.0}
+    yield cold | {"model": "plain_mlp", "optimizer": "lion", "rate": 0.3, "loss": "entropy"}
+    yield cold | {"model": "transformer", "optimizer": "lion", "rate": 1.0}
+    yield cold | {"model": "cnn", "optimizer": "lion", "rate": 0.5, "ranks": 2}
+    late = {"fault": "late_jump", "root": "learning_rate", "schedule": "jump", "noise": 0.0, "at": 400, "steps": 600}
+    yield late | {"model": "plain_mlp", "rate": 0.05, "factor": 60.0}
+    yield late | {"model": "plain_cnn", "rate": 0.02, "factor": 150.0, "ranks": 2}
+    runaway = {"fault": "rate_runaway", "root": "learning_rate", "schedule": "runaway", "at": 150}
+    yield runaway | {"model": "plain_mlp", "rate": 0.01}
+    yield runaway | {"model": "transformer", "rate": 0.05}
+    yield runaway | {"model": "plain_cnn", "rate": 0.01, "ranks": 2}
+    for model in ("mlp", "lstm"):
+        yield {"fault": "unobserved", "cause": "missing_loss", "model": model, "at": 120, "steps": 200}
+    start = {"fault": "fp16_start", "kind": "recovering", "cause": "amp_overflow", "precision": "fp16"}
+    for model in ("mlp", "cnn", "transformer"):
+        yield start | {"model": model, "loss_scale": 2.0**32, "optimizer": "adamw", "rate": 0.002, "steps": 200}
+    calm = {"kind": "healthy", "cause": "healthy", "steps": 1000}
+    for model in ("mlp", "cnn", "transformer", "lstm"):
+        yield calm | {
+            "fault": "stable_decay",
+            "model": model,
+            "optimizer": "adamw",
+            "schedule": "stable_decay",
+            "rate": 0.004,
+        }
+        yield calm | {"fault": "lion", "model": model, "optimizer": "lion", "schedule": "cosine", "rate": 0.001}
+
+
 _DEFAULTS = {"kind": "failing", "cause": "exploding_gradients"}
 _UNSEEN = {"lstm": "gru", "cnn": "mixer"}
 """Architectures of the test part, in place of those that tuning has seen."""
@@ -210,7 +243,8 @@ def cases(part: Part) -> list[Case]:
     back = [{"cause": "healthy"} | each for each in _recovering()]
     first = 1001 if part == "test" else 1
     made = []
-    for number, values in enumerate([*failing, *calm, *back]):
+    # Last, because the place of a case is its seed.
+    for number, values in enumerate([*failing, *calm, *back, *_starts_and_ends()]):
         case = Case(name="", part=part, **(_DEFAULTS | values))
         case = replace(case, seed=first + number)
         if part == "test":

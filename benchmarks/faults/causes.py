@@ -39,6 +39,10 @@ class Fault:
         """What is derived."""
         return loss
 
+    def observes(self, step: int) -> bool:
+        """Whether the script observes the loss of this step."""
+        return True
+
     def weights(self, step: int, model: nn.Module) -> None:
         """After the step."""
 
@@ -207,6 +211,13 @@ class Pause(Fault):
             time.sleep(0.05)
 
 
+class Unobserved(Fault):
+    """The script stops to observe its loss."""
+
+    def observes(self, step: int) -> bool:
+        return step < self.case.at
+
+
 FAULTS: dict[str, type[Fault]] = {
     "large_initialisation": LargeInitialisation,
     "no_normalisation": HighGain,
@@ -227,6 +238,7 @@ FAULTS: dict[str, type[Fault]] = {
     "hard_batches": HardBatches,
     "harder_data": HarderData,
     "evaluation_pauses": Pause,
+    "unobserved": Unobserved,
 }
 """Where a case's fault is not here, its settings are the fault: a learning rate, a precision, a depth."""
 

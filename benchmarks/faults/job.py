@@ -53,10 +53,28 @@ def train(case: Case, rank: int, store: str, collector: str) -> None:
 
 def _optimizer(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
     parameters = model.parameters()
+    if case.optimizer == "lion":
+        return Lion(parameters, case.rate)
     if case.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=case.rate, fused=True)
     momentum = 0.9 if case.optimizer == "momentum" else 0.0
     return torch.optim.SGD(parameters, lr=case.rate, momentum=momentum, fused=True)
+
+
+class Lion(torch.optim.Optimizer):
+    """Moves each weight by the rate, against the sign of the momentum (Chen et al., *Symbolic Discovery of Optimization
+    Algorithms*, 2023)."""
+
+    def __init__(self, parameters: Any, rate: float) -> None:
+        super().__init__(parameters, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                parameter.sub_(group["lr"] * momentum.lerp(parameter.grad, 0.1).sign())
+                momentum.lerp_(parameter.grad, 0.01)
 
 
 class Loop:
@@ -108,7 +126,8 @@ class Loop:
                 loss = self.fault.loss(step, output.float(), target, loss) / pieces
                 total = loss.detach() if total is None else total + loss.detach()
                 self.scaler.scale(loss).backward()
-        self.watch.observe(loss=total, step=step)
+        if self.fault.observes(step):
+            self.watch.observe(loss=total, step=step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

@@ -23,8 +23,9 @@ def disagreement(trace: Trace) -> str | None:
     case, bad = trace.case, bad_steps(trace)
     first = int(bad.argmax()) if bad.any() else None
     length = len(trace.records)
-    if not (observed(trace.records) | (trace.records["sequence"] == 0)).all():
-        return "a loss is missing"
+    missing = not (observed(trace.records) | (trace.records["sequence"] == 0)).all()
+    if missing != (case.cause == "missing_loss"):
+        return "a loss is missing" if missing else "no loss is missing"
     if case.kind == "recovering" and case.cause != "amp_overflow":
         return _short(case.steps, length)
     if case.kind == "healthy":
@@ -47,6 +48,8 @@ def disagreement(trace: Trace) -> str | None:
 _BY_SETTINGS = (
     "rate_jump",
     "rate_ramp",
+    "rate_runaway",
+    "late_jump",
     "no_warm_up",
     "large_initialisation",
     "no_normalisation",

@@ -30,12 +30,12 @@ Series = list[tuple[float, float]]
 def test_its_constants_are_the_collectors() -> None:
     rule = rules.DEFAULT.gradient
     ours = (
-        history.ALPHA, history.READY_AFTER, history.LEAST_SIGMA, history.SPIKE_Z, history.SPIKE_RISE,
-        history.CLAMP, history.FIRST_DEVIATION, history.ACCEPT_AFTER, history.ACCEPT_ALPHA, history.ACCEPT_STEPS,
-        history.PLANNED_RATE_CHANGE,
+        history.ALPHA, history.RECENT_ALPHA, history.READY_AFTER, history.LEAST_SIGMA, history.SPIKE_Z,
+        history.SPIKE_RISE, history.CLAMP, history.FIRST_DEVIATION, history.ACCEPT_AFTER, history.ACCEPT_ALPHA,
+        history.ACCEPT_STEPS, history.PLANNED_RATE_CHANGE,
     )  # fmt: skip
     assert ours == (
-        rule.alpha, rule.ready_after, rule.least_sigma, rule.spike_z, rule.spike_rise,
+        rule.alpha, rule.recent_alpha, rule.ready_after, rule.least_sigma, rule.spike_z, rule.spike_rise,
         rule.clamp, rule.first_deviation, rule.accept_after, rule.accept_alpha, rule.accept_steps,
         rules.DEFAULT.planned_rate_change,
     )  # fmt: skip
@@ -46,7 +46,7 @@ def random_series(seed: int, steps: int = 1500) -> Series:
     chance = random.Random(seed)
     level, noise, rate = chance.uniform(-5, 5), chance.choice([0.02, 0.1, 0.5]), 1e-3
     series: Series = []
-    height = 0.0
+    height, runaway = 0.0, 1.0
     for _ in range(steps):
         level += chance.gauss(0, 0.01)
         if chance.random() < 0.01:
@@ -57,6 +57,10 @@ def random_series(seed: int, steps: int = 1500) -> Series:
             level += chance.choice([-3, 3])
         if chance.random() < 0.003:
             rate *= chance.choice([0.1, 10.0, 1.2])
+            runaway = chance.choice([1.0, 1.0, 1.6])
+        elif chance.random() < 0.1:
+            runaway = 1.0
+        rate *= runaway
         norm = math.exp(level + height + chance.gauss(0, noise))
         series.append((chance.choice([math.nan, math.inf, 0.0]) if chance.random() < 0.005 else norm, rate))
     return series
@@ -92,7 +96,7 @@ def compared(series: Series) -> Iterator[tuple[bool, bool]]:
     rule = rules.DEFAULT.gradient
     for sequence, (norm, rate) in enumerate(series, 1):
         _, high = detector.gradient.band(rule) or (0.0, math.inf)
-        usual, sigma = detector.gradient.mean, detector.gradient._sigma(rule)
+        usual, sigma = detector.gradient._usual, detector.gradient._sigma(rule)
         bad = not math.isfinite(norm)
         events = detector.update(
             attempt=0, sequence=sequence, step=sequence, norm=norm, loss=None, rate=rate, nonfinite=int(bad)

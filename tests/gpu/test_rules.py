@@ -16,7 +16,7 @@ from torch import Tensor
 
 from foreshock._arithmetic.host import HostArithmetic
 from foreshock._control.decide import SKIPS_IN_WINDOW, WINDOW, Budget
-from foreshock._control.history import PLANNED_RATE_CHANGE, SKIP_RISE, History
+from foreshock._control.history import SKIP_RISE, History, planned_change
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
 from tests.support.kernels import DEVICE, INTERPRETED
@@ -39,9 +39,9 @@ pytestmark: list[pytest.MarkDecorator] = [] if INTERPRETED else [pytest.mark.gpu
 
 @triton.jit
 def history_of_many(norms, planned, state, ceilings, fars, SERIES: tl.constexpr):
-    """One step of many independent runs. state: [5, SERIES]."""
+    """One step of many independent runs. state: [6, SERIES]."""
     i = tl.arange(0, SERIES)
-    ceiling, far, mean, deviation, count, spikes, accepting = kernel_rules.update_history(
+    ceiling, far, mean, recent, deviation, count, spikes, accepting = kernel_rules.update_history(
         tl.load(norms + i),
         tl.load(planned + i) != 0,
         tl.load(state + i),
@@ -49,14 +49,16 @@ def history_of_many(norms, planned, state, ceilings, fars, SERIES: tl.constexpr)
         tl.load(state + 2 * SERIES + i),
         tl.load(state + 3 * SERIES + i),
         tl.load(state + 4 * SERIES + i),
+        tl.load(state + 5 * SERIES + i),
     )
     tl.store(ceilings + i, ceiling)
     tl.store(fars + i, far.to(tl.float64))
     tl.store(state + i, mean)
-    tl.store(state + SERIES + i, deviation)
-    tl.store(state + 2 * SERIES + i, count)
-    tl.store(state + 3 * SERIES + i, spikes)
-    tl.store(state + 4 * SERIES + i, accepting)
+    tl.store(state + SERIES + i, recent)
+    tl.store(state + 2 * SERIES + i, deviation)
+    tl.store(state + 3 * SERIES + i, count)
+    tl.store(state + 4 * SERIES + i, spikes)
+    tl.store(state + 5 * SERIES + i, accepting)
 
 
 RUNS, STEPS = 128, 160
@@ -85,13 +87,14 @@ def norms_and_rates() -> tuple[Tensor, Tensor]:
 def test_kernel_host_and_collector_decide_alike_on_twenty_thousand_steps() -> None:
     norms, rates = norms_and_rates()
     assert norms.numel() > 20_000
-    state = torch.zeros(5, RUNS, dtype=torch.float64, device=DEVICE)
+    state = torch.zeros(6, RUNS, dtype=torch.float64, device=DEVICE)
     ceilings, fars = torch.zeros(2, RUNS, dtype=torch.float64, device=DEVICE)
     histories, detectors = [History(HOST) for _ in range(RUNS)], [Detector() for _ in range(RUNS)]
-    rule, planned_change = rules.DEFAULT.gradient, math.log(PLANNED_RATE_CHANGE)
+    rule = rules.DEFAULT.gradient
     clipped = skipped = planned = near = 0
     for step in range(STEPS):
-        jumps = torch.zeros(RUNS) if step == 0 else ((rates[step] / rates[step - 1]).log().abs() > planned_change)
+        remembered = [history.state[1] for history in histories]
+        jumps = torch.tensor([planned_change(*pair)[0] for pair in zip(remembered, rates[step].tolist(), strict=True)])
         history_of_many[(1,)](norms[step].to(DEVICE), jumps.to(DEVICE, torch.int32), state, ceilings, fars, SERIES=RUNS)
         planned += int(jumps.sum())
         rows = zip(norms[step].tolist(), rates[step].tolist(), ceilings.tolist(), fars.tolist(), strict=True)
@@ -102,7 +105,7 @@ def test_kernel_host_and_collector_decide_alike_on_twenty_thousand_steps() -> No
 
             detector = detectors[run]
             _, high = detector.gradient.band(rule) or (0.0, INF)
-            rise = math.log(norm) - detector.gradient.mean if 0 < norm < INF else -INF
+            rise = math.log(norm) - detector.gradient._usual if 0 < norm < INF else -INF
             limits = (rule.clamp * detector.gradient._sigma(rule), rule.spike_z * detector.gradient._sigma(rule))
             events = detector.update(
                 attempt=0, sequence=step + 1, step=step, norm=norm, loss=None, rate=rate,

@@ -18,6 +18,7 @@ from foreshock._arithmetic.host import HostArithmetic
 from foreshock._arithmetic.norms import NormSummary
 from foreshock._control.clip import AdaptiveClip, Clip, NormClip
 from foreshock._control.decide import BudgetState, Decide, Memory
+from foreshock._control.history import Rates
 from foreshock._kernels import chunks, tables
 from foreshock._kernels import step as kernels
 from foreshock._measure.rank_sums import RankSums
@@ -115,10 +116,10 @@ def decide(
     }
     rules = Decide(HOST, CPU, clip=kinds[CLIP](), skip=SKIP)
     values, window = state.tolist(), state[kernels.WINDOW.value :]
-    mean, deviation, count, spikes, accepting = values[: kernels.ACCEPTING.value + 1]
+    mean, recent, deviation, count, spikes, accepting = values[: kernels.ACCEPTING.value + 1]
     counts = slice(kernels.SKIPPED.value, kernels.SPENT.value + 1)
     budget = BudgetState(tuple(window.roll(-turn).tolist()), *values[counts])
-    rules.memory = Memory(((mean, deviation, count, spikes, accepting), 1.0), budget)
+    rules.memory = Memory(((mean, recent, deviation, count, spikes, accepting), Rates(1.0)), budget)
     step = Step(
         sequence=1, number=0, norm=norm, found_inf=found_inf, edited=bool(facts & kernels.EDITED.value),
         learning_rate=10.0 if facts & kernels.PLANNED.value else 1.0,

@@ -1,7 +1,7 @@
 """A run's own history of norms: the collector's rule, for decisions that cannot wait for the collector.
 
-The same exponentially weighted mean and absolute deviation of the logarithm, fed with clamped values, as
-`foreshock_collector.analysis.detection.Channel` keeps on the host, with the constants of
+The same exponentially weighted means and absolute deviation of the logarithm, fed with clamped values, as
+`foreshock_collector.analysis.detection.ChannelState` keeps on the host, with the constants of
 `foreshock_collector.analysis.rules` (a test compares them; other rules that a collector has for a run do not change
 these). On a GPU it takes some sixty kernels on single numbers a step, whatever the model, and no read-back.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Flag, Number
 
 ALPHA = 0.97
+RECENT_ALPHA = 0.85
 READY_AFTER = 25
 LEAST_SIGMA = 0.10
 SPIKE_Z = 6.0
@@ -31,8 +33,18 @@ SIGMA = 1.2533
 """sqrt(pi / 2) turns a mean absolute deviation into a standard deviation."""
 
 
-State = tuple[tuple[Number, Number, Number, Number, Number], float | None]
-"""Mean, mean absolute deviation, count, spikes in a row, steps of quick learning left; and the learning rate."""
+class Rates(NamedTuple):
+    """Holds what is remembered of the learning rate."""
+
+    newest: float | None = None
+    """None if unknown."""
+    changing: int = 0
+    """Steps for which another jump belongs to the last one."""
+
+
+State = tuple[tuple[Number, Number, Number, Number, Number, Number], Rates]
+"""Slow and quick mean, mean absolute deviation, count, spikes in a row, steps of quick learning left; and the learning
+rate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +65,7 @@ class History:
     def __init__(self, arithmetic: Arithmetic) -> None:
         self._arithmetic = arithmetic
         zero = arithmetic.constant(0.0)
-        self.state: State = (zero, zero, zero, zero, zero), None
+        self.state: State = (zero,) * 6, Rates()
 
     def compare(self, norm: Number, learning_rate: float) -> Standing:
         """Return how a step's norm compares. Set `state` to its `after` once nothing can fail: ranks learn alike.
@@ -63,42 +75,51 @@ class History:
         """
         a = self._arithmetic
         where, at_least, at_most = a.where, a.at_least, a.at_most
-        (mean, deviation, count, spikes, accepting), rate = self.state
-        planned, rate = planned_change(rate, learning_rate)
+        (mean, recent, deviation, count, spikes, accepting), rates = self.state
+        planned, rates = planned_change(rates, learning_rate)
         if planned:
             accepting = at_least(accepting, ACCEPT_STEPS)
         # A planned change is one whatever the norm of that step.
-        old = (mean, deviation, count, spikes, accepting)
+        old = (mean, recent, deviation, count, spikes, accepting)
         x = a.log(norm)
         known = a.finite(x)
+        usual = at_most(mean, recent)
         sigma = at_least(SIGMA * deviation, LEAST_SIGMA)
-        reach, off = CLAMP * sigma, x - mean
+        reach, off = CLAMP * sigma, x - usual
         ready, first = count >= READY_AFTER, count == 0
         spike = ready & (off > SPIKE_Z * sigma) & (off > SPIKE_RISE) & known
-        ceiling, far = where(ready, a.exp(mean + reach), math.inf), spike & (off > SKIP_RISE)
+        ceiling, far = where(ready, a.exp(usual + reach), math.inf), spike & (off > SKIP_RISE)
         spikes = where(spike, spikes + 1, 0.0)
         lasting = spikes >= ACCEPT_AFTER
         accepting = where(lasting, float(ACCEPT_STEPS), accepting)
         quick = accepting > 0
-        learned = where(ready & (accepting <= 0), at_most(at_least(off, -reach), reach), off)
-        pace = where(quick, 1 - ACCEPT_ALPHA, at_least(1 / (count + 1), 1 - ALPHA))
+        clamped = ready & (accepting <= 0)
+        learned = usual + where(clamped, at_most(at_least(off, -reach), reach), off)
+        apart = a.absolute(learned - recent)
+        apart = where(clamped, at_most(apart, reach), apart)
+        even = 1 / (count + 1)
+        pace = where(quick, 1 - ACCEPT_ALPHA, at_least(even, 1 - ALPHA))
+        recent_pace = at_least(where(quick, 1 - ACCEPT_ALPHA, even), 1 - RECENT_ALPHA)
         new = (
-            where(first, x, mean + pace * learned),
-            where(first, FIRST_DEVIATION, deviation + pace * (a.absolute(learned) - deviation)),
+            where(first, x, mean + pace * (learned - mean)),
+            where(first, x, recent + recent_pace * (learned - recent)),
+            where(first, FIRST_DEVIATION, deviation + pace * (apart - deviation)),
             count + 1,
             where(lasting, 0.0, spikes),
             where(first, accepting, at_least(accepting - 1, 0.0)),
         )
-        mean, deviation, count, spikes, accepting = (where(known, n, o) for n, o in zip(new, old, strict=True))
-        return Standing(ceiling=ceiling, far=far, after=((mean, deviation, count, spikes, accepting), rate))
+        mean, recent, deviation, count, spikes, accepting = (where(known, n, o) for n, o in zip(new, old, strict=True))
+        return Standing(ceiling=ceiling, far=far, after=((mean, recent, deviation, count, spikes, accepting), rates))
 
 
-def planned_change(before: float | None, learning_rate: float) -> tuple[bool, float | None]:
-    """Return whether the learning rate was changed on purpose, and the rate to compare the next one with.
+def planned_change(before: Rates, learning_rate: float) -> tuple[bool, Rates]:
+    """Return whether the learning rate was changed on purpose, and what to remember of it.
 
-    before: that rate of the step before, None if unknown. learning_rate: NaN if unknown.
+    A rate that jumps again right after a change has run away: the norm has one change to follow, not one at each step.
+    learning_rate: NaN if unknown.
     """
+    newest, changing = before.newest, max(0, before.changing - 1)
     if not math.isfinite(learning_rate) or learning_rate <= 0:
-        return False, before
-    jump = 0.0 if before is None else abs(math.log(learning_rate / before))
-    return jump > math.log(PLANNED_RATE_CHANGE), learning_rate
+        return False, Rates(newest, changing)
+    jumps = newest is not None and abs(math.log(learning_rate / newest)) > math.log(PLANNED_RATE_CHANGE)
+    return jumps and not changing, Rates(learning_rate, ACCEPT_STEPS if jumps else changing)

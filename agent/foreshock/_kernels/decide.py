@@ -6,7 +6,7 @@ from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Number
 from foreshock._control.clip import AdaptiveClip, Clip, NormClip
 from foreshock._control.decide import Decide, Memory, SpentFlags
-from foreshock._control.history import planned_change
+from foreshock._control.history import Rates, planned_change
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._kernels.launches import StepKernel
 from foreshock._measure.rank_sums import RankSums
@@ -34,14 +34,14 @@ class KernelDecide:
         self._clip: Clip | None = clip
         self._skip = skip
         self._acts = not dry_run
-        self._rate: float | None = None
+        self._rates = Rates()
         self._spent = SpentFlags(kernel.device)
 
     def decide(self, step: Step) -> None:
         """Fill in the decision, whose numbers are those that the optimizer takes, and the words of the record."""
         kernel, measured = self._kernel, self._kernel.measured
         assert measured is not None
-        planned, rate = planned_change(self._rate, step.learning_rate)
+        planned, rates = planned_change(self._rates, step.learning_rate)
         can_skip = self._skip and (not self._acts or self._control.can_skip())
         decision = StepDecision(
             divisor=None if self._clip is None or step.edited else kernel.divisor,
@@ -66,7 +66,7 @@ class KernelDecide:
             number=number,
         )
         # Nothing above may fail after the launch: a step that is decided again would be learned twice.
-        step.decision, step.words, self._rate = decision, kernel.words, rate
+        step.decision, step.words, self._rates = decision, kernel.words, rates
         if self._skip:
             self._spent.add(kernel.spent)
 
@@ -77,7 +77,7 @@ class KernelDecide:
         rules.memory = self.memory
         rules.decide(step)
         kernel.memory = rules.memory
-        _, self._rate = planned_change(self._rate, step.learning_rate)
+        _, self._rates = planned_change(self._rates, step.learning_rate)
         if self._skip:
             self._spent.add(kernel.spent)
 
@@ -86,7 +86,7 @@ class KernelDecide:
         """What is remembered from step to step, as tensor operations take it."""
         history, budget = self._kernel.memory
         assert history is not None
-        return Memory((history[0], self._rate), budget)
+        return Memory((history[0], self._rates), budget)
 
     @property
     def tripped(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from foreshock._arithmetic.norms import Number
 from foreshock._control.clip import AdaptiveClip, NormClip
 from foreshock._control.decide import WINDOW, BudgetState, Memory
+from foreshock._control.history import Rates
 from foreshock._kernels import step as triton_step
 from foreshock._kernels.tables import GradientSums, ParameterOrder, current_device, sent
 from foreshock._measure.rank_sums import SUM_FIELDS, FinishedSum
@@ -224,8 +225,8 @@ class StepKernel:
             (*window[self.turn :], *window[: self.turn]),
             *numbers[triton_step.SKIPPED.value : triton_step.SPENT.value + 1],
         )
-        mean, deviation, count, spikes, accepting = numbers[: triton_step.ACCEPTING.value + 1]
-        return Memory(((mean, deviation, count, spikes, accepting), None), budget)
+        mean, recent, deviation, count, spikes, accepting = numbers[: triton_step.ACCEPTING.value + 1]
+        return Memory(((mean, recent, deviation, count, spikes, accepting), Rates()), budget)
 
     @memory.setter
     def memory(self, memory: Memory) -> None:

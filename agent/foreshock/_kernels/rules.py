@@ -19,6 +19,7 @@ _CLAMP = tl.constexpr(history.CLAMP)
 _FIRST_DEVIATION = tl.constexpr(history.FIRST_DEVIATION)
 _LEAST_SIGMA = tl.constexpr(history.LEAST_SIGMA)
 _PACE = tl.constexpr(1 - history.ALPHA)
+_RECENT_PACE = tl.constexpr(1 - history.RECENT_ALPHA)
 _READY_AFTER = tl.constexpr(history.READY_AFTER)
 _SIGMA = tl.constexpr(history.SIGMA)
 _SKIP_RISE = tl.constexpr(history.SKIP_RISE)
@@ -30,34 +31,42 @@ _EPSILON = tl.constexpr(clip.EPSILON)
 
 
 @triton.jit
-def update_history(norm, planned, mean, deviation, count, spikes, accepting):
-    """`History.compare` with the learning rate's jump as a flag: ceiling, far, and the five numbers that come after."""
+def update_history(norm, planned, mean, recent, deviation, count, spikes, accepting):
+    """`History.compare` with the learning rate's jump as a flag: ceiling, far, and the six numbers that come after."""
     accepting = tl.where(planned & (accepting < _ACCEPT_STEPS), _ACCEPT_STEPS, accepting)
     x = tl.log(norm)
     known = tl.abs(x) < _INF
+    usual = tl.minimum(mean, recent)
     # Not tl.maximum, here and below: it takes a constant for a float32.
     spread = deviation * _SIGMA
     sigma = tl.where(spread < _LEAST_SIGMA, _LEAST_SIGMA, spread)
     reach = sigma * _CLAMP
-    off = x - mean
+    off = x - usual
     ready = count >= _READY_AFTER
     first = count == 0
     spike = ready & (off > sigma * _SPIKE_Z) & (off > _SPIKE_RISE) & known
-    ceiling = tl.where(ready, tl.exp(mean + reach), _INF)
+    ceiling = tl.where(ready, tl.exp(usual + reach), _INF)
     far = spike & (off > _SKIP_RISE)
     row = tl.where(spike, spikes + 1, 0.0)
     lasting = row >= _ACCEPT_AFTER
     left = tl.where(lasting, _ACCEPT_STEPS, accepting)
-    learned = tl.where(ready & (left <= 0), tl.minimum(tl.maximum(off, -reach), reach), off)
-    share = 1 / (count + 1)
-    pace = tl.where(left > 0, _ACCEPT_PACE, tl.where(share < _PACE, _PACE, share))
-    next_mean = tl.where(first, x, mean + pace * learned)
-    next_deviation = tl.where(first, _FIRST_DEVIATION, deviation + pace * (tl.abs(learned) - deviation))
+    clamped = ready & (left <= 0)
+    learned = usual + tl.where(clamped, tl.minimum(tl.maximum(off, -reach), reach), off)
+    apart = tl.abs(learned - recent)
+    apart = tl.where(clamped, tl.minimum(apart, reach), apart)
+    even = 1 / (count + 1)
+    pace = tl.where(left > 0, _ACCEPT_PACE, tl.where(even < _PACE, _PACE, even))
+    share = tl.where(left > 0, _ACCEPT_PACE, even)
+    recent_pace = tl.where(share < _RECENT_PACE, _RECENT_PACE, share)
+    next_mean = tl.where(first, x, mean + pace * (learned - mean))
+    next_recent = tl.where(first, x, recent + recent_pace * (learned - recent))
+    next_deviation = tl.where(first, _FIRST_DEVIATION, deviation + pace * (apart - deviation))
     next_left = tl.where(first, left, tl.maximum(left - 1, 0.0))
     return (
         ceiling,
         far,
         tl.where(known, next_mean, mean),
+        tl.where(known, next_recent, recent),
         tl.where(known, next_deviation, deviation),
         tl.where(known, count + 1, count),
         tl.where(known, tl.where(lasting, 0.0, row), spikes),

@@ -26,6 +26,7 @@ changed; the script has clipped by itself; the optimizer can no longer skip a st
 
 (
     MEAN,
+    RECENT,
     DEVIATION,
     COUNT,
     SPIKES,
@@ -37,7 +38,7 @@ changed; the script has clipped by itself; the optimizer can no longer skip a st
     DRY_RUN_SKIPPED,
     LIMIT,
     SUMS,
-) = (tl.constexpr(index) for index in range(12))
+) = (tl.constexpr(index) for index in range(13))
 """Where a number of the state lies. `LIMIT`: the largest norm that is not clipped, which would be rounded to float32 as
 an argument of a kernel. From `SUMS` on: REDUCED_NAMES of the newest sum over ranks."""
 WINDOW = tl.constexpr(SUMS.value + len(REDUCED_NAMES))
@@ -178,16 +179,18 @@ def finish_step(
         ceiling = tl.full((), _INF, dtype=tl.float64)
         far = total < 0
         if SKIP or CLIP == ADAPTIVE_CLIP:
-            ceiling, far, mean, deviation, count, spikes, accepting = update_history(
+            ceiling, far, mean, recent, deviation, count, spikes, accepting = update_history(
                 total,
                 (facts & PLANNED) != 0,
                 tl.load(state + MEAN),
+                tl.load(state + RECENT),
                 tl.load(state + DEVIATION),
                 tl.load(state + COUNT),
                 tl.load(state + SPIKES),
                 tl.load(state + ACCEPTING),
             )
             tl.store(state + MEAN, mean)
+            tl.store(state + RECENT, recent)
             tl.store(state + DEVIATION, deviation)
             tl.store(state + COUNT, count)
             tl.store(state + SPIKES, spikes)

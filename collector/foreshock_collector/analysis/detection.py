@@ -226,7 +226,7 @@ class ChannelState:
         even = 1 - 1 / (self.count + 1)
         alpha, recent_alpha = min(rule.alpha, even), min(rule.recent_alpha, even)
         if self.accepting:
-            alpha, recent_alpha = rule.accept_alpha, min(rule.accept_alpha, recent_alpha)
+            alpha, recent_alpha = rule.accept_alpha, min(rule.accept_alpha, rule.recent_alpha)
             self.accepting -= 1
         self.deviation = alpha * self.deviation + (1 - alpha) * min(abs(x - self.recent), reach)
         self.mean = alpha * self.mean + (1 - alpha) * x

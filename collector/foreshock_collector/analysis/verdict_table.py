@@ -112,8 +112,8 @@ VERDICT_TABLE: dict[Cause, Entry] = {
     "amp_overflow": Entry(
         title="Overflow in mixed precision",
         outcome=_BENIGN,
-        observed="in a log: the loss stays finite although up to nine gradients in a row do not, so a GradScaler "
-        "skipped their steps",
+        observed="in a log: the loss stays finite although up to nine gradients in a row do not, or up to 31 at its "
+        "start, so a GradScaler skipped their steps",
         summary="The gradient overflowed at step {step}, the step was skipped, and training continued: this is how a "
         "GradScaler finds its scale.",
         advice=("nothing, as long as it stays rare: a GradScaler halves its scale and continues",),

@@ -190,7 +190,7 @@ class LogFollower:
                 _BUFFER,
                 _MODEL,
                 apart=math.inf if rows.log.by_epoch else float(rows.gaps[row]) or 1,
-                overflows=rows.overflows(row, scaled=benign),
+                overflows=rows.overflows(row, scaled=first and self._failure is not None),
                 finite_before=finite_before,
                 climbing=climbing,
                 diverging=diverging,

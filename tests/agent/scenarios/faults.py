@@ -269,8 +269,8 @@ def what_is_learned(watch: ActiveWatch) -> list[float] | None:
     decide: Any = watch._decide
     if (history := decide.memory.history) is None:
         return None
-    numbers, rate = history
-    return [*map(float, numbers), rate]
+    numbers, rates = history
+    return [*map(float, numbers), *rates]
 
 
 def of_rank_1(sites: list[Site]) -> list[Site]:
