@@ -87,11 +87,11 @@ class LossTrend:
     def comparable(self, rules: FaultRules) -> bool:
         """Return whether the loss can be compared with its best.
 
-        One that is zero or negative (rewards, log densities) has no scale. One that grows out of next to nothing
-        without ever having been learned (a penalty, such as GRPO's distance from the reference) is no error that rises.
+        One that is zero or negative (rewards, log densities) has no scale. One that never fell, and has grown out of
+        next to nothing (a penalty, such as GRPO's distance from the reference), is no error that rises.
         """
-        untrained = median(self.losses[:_UNTRAINED_STEPS])
-        return self.best > 0 and self.loss <= rules.untrained * untrained
+        fell = self.best < median(self.losses)
+        return self.best > 0 and (fell or self.loss <= rules.untrained * median(self.losses[:_UNTRAINED_STEPS]))
 
     @property
     def _scale(self) -> float:
