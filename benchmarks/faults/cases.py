@@ -229,6 +229,12 @@ def _starts_and_ends() -> Iterator[dict[str, Any]]:
             "rate": 0.004,
         }
         yield calm | {"fault": "lion", "model": model, "optimizer": "lion", "schedule": "cosine", "rate": 0.001}
+    yield late | {"model": "plain_mlp", "rate": 0.03, "factor": 100.0}
+    yield late | {"model": "plain_cnn", "rate": 0.03, "factor": 100.0}
+    yield runaway | {"model": "plain_mlp", "rate": 0.02, "optimizer": "sgd"}
+    for model, rate in (("cnn", 0.01), ("transformer", 0.05)):
+        yield {"fault": "unobserved", "cause": "missing_loss", "model": model, "rate": rate, "at": 150, "steps": 220}
+    yield start | {"model": "plain_mlp", "loss_scale": 2.0**32, "optimizer": "adamw", "rate": 0.002, "steps": 200}
 
 
 _DEFAULTS = {"kind": "failing", "cause": "exploding_gradients"}

@@ -229,7 +229,7 @@ class FaultDetector:
         if has_losses:
             self._miss("loss_divergence", len(losses))
             self._miss("missing_loss", len(losses))
-            self.losses_known += sum(loss == loss for loss in losses)
+            self.losses_known += len(losses) - sum(map(math.isnan, losses))
             self.longest_gap = max(self.longest_gap, gap)
         return True
 
@@ -239,13 +239,15 @@ class FaultDetector:
 
     def _longest_gap(self, losses: Sequence[float], rules: FaultRules) -> int | None:
         """Return the most steps in a row without a loss; None if they may be a fault, or the last of them is one."""
-        known = [place for place, loss in enumerate(losses) if loss == loss]
-        if not known:
-            return None if self.losses_known else 0
-        if known[-1] != len(losses) - 1:
-            return None
         waited = self.streaks.get("missing_loss", Streak()).shown
-        gap = max(place - before - 1 for before, place in pairwise((-1 - waited, *known)))
+        gap = waited
+        if math.isnan(sum(losses)):
+            known = [place for place, loss in enumerate(losses) if loss == loss]
+            if not known:
+                return None if self.losses_known else 0
+            if known[-1] != len(losses) - 1:
+                return None
+            gap = max(place - before - 1 for before, place in pairwise((-1 - waited, *known)))
         return gap if gap < max(rules.begins_after, _LONGER_GAP * self.longest_gap) else None
 
     def _missing(self, step: Step, rules: FaultRules) -> FaultTransition | None:
