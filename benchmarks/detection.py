@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.faults.outcome import bad_steps
 from benchmarks.faults.traces import Trace, all_traces
-from foreshock_collector.analysis.detection import ChannelState
+from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay

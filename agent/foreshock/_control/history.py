@@ -1,7 +1,7 @@
 """A run's own history of norms: the collector's rule, for decisions that cannot wait for the collector.
 
 The same exponentially weighted means and absolute deviation of the logarithm, fed with clamped values, as
-`foreshock_collector.analysis.detection.ChannelState` keeps on the host, with the constants of
+`foreshock_collector.analysis.channel.ChannelState` keeps on the host, with the constants of
 `foreshock_collector.analysis.rules` (a test compares them; other rules that a collector has for a run do not change
 these). On a GPU it takes some sixty kernels on single numbers a step, whatever the model, and no read-back.
 """

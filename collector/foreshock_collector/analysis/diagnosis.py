@@ -6,11 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.explosion import blown_rank, counted, explosion, explosion_in_one_step
-from foreshock_collector.analysis.failure_facts import FailureFacts
+from foreshock_collector.analysis.failure_facts import FailureFacts, after_clipping, clipped_norm
 from foreshock_collector.analysis.rules import DEFAULT, Rules
-from foreshock_collector.analysis.verdict_table import Cause
+from foreshock_collector.analysis.verdict_entry import Cause
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step
@@ -58,23 +61,21 @@ def diagnose(
     return next(verdict for verdict in verdicts if verdict is not None)
 
 
-def verdict_on_finite_log(last: Step, *, rows: int, apart: float, rules: Rules = DEFAULT) -> Verdict:
+def verdict_on_finite_log(last: Step, norms: NDArray[np.float64], *, apart: float, rules: Rules = DEFAULT) -> Verdict:
     """Return the verdict on a log whose values are all finite, and that shows no fault.
 
-    apart: usual distance of its rows, in steps; Inf if unknown. A log that is too short or too sparse to show a fault
-    is `unknown`: that is not the same as healthy.
+    norms: of all rows, NaN if unknown. apart: usual distance of the rows, in steps; Inf if unknown. A log that is too
+    short or too sparse to show a fault is `unknown`: that is not the same as healthy.
     """
-    if rows < rules.gradient.ready_after:
-        known, variant = False, "short"
-    else:
-        known, variant = apart < rules.sparse_steps, "sparse"
+    variant = "short" if len(norms) < rules.gradient.ready_after else "" if apart < rules.sparse_steps else "sparse"
+    clipped = clipped_norm(norms, rules)
     verdict = make_verdict(
-        "healthy" if known else "unknown",
-        variant="" if known else variant,
+        "unknown" if variant else "healthy",
+        variant=variant,
         attempt=last.attempt,
         step=last.step,
-        evidence=(),
-        rows=counted(rows, "row"),
+        evidence=[] if clipped is None else [after_clipping(clipped)],
+        rows=counted(len(norms), "row"),
         apart=f"{apart:g} steps" if math.isfinite(apart) else "epochs",
     )
     return replace(verdict, first_bad_step=-1)
@@ -176,7 +177,7 @@ _RULES: tuple[Callable[[FailureFacts], Verdict | None], ...] = (
 
 def _calm_before(failure: FailureFacts) -> str:
     if failure.clipped_at is not None:
-        return f"the norms were logged after clipping, at {failure.clipped_at:.3g}: they cannot show a climb"
+        return after_clipping(failure.clipped_at)
     if not failure.has_norms:
         return "no gradient norm was recorded"
     return f"no spike or build-up in the {failure.rules.lead_steps} steps before"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.rules import Rules
@@ -64,15 +65,9 @@ class FailureFacts:
 
     @cached_property
     def clipped_at(self) -> float | None:
-        """The norm that at least half of the steps have, and none exceeds: they were logged after clipping. None
-        without such a norm.
-        """
-        norms = np.array([step.global_norm for step in self.steps])
-        norms = norms[np.isfinite(norms)]
-        if len(norms) < self.rules.gradient.ready_after:
-            return None
-        largest = float(norms.max())
-        return largest if largest > 0 and (norms > largest * (1 - _CLIPPED_ALIKE)).mean() >= 0.5 else None
+        """The value at which the norms of a log were clipped before they were logged; None if they were not."""
+        # Of a live run, the probe measures norms before they are clipped.
+        return None if self.buffer.highest else clipped_norm([step.global_norm for step in self.steps], self.rules)
 
     @cached_property
     def signs(self) -> list[Event]:
@@ -187,3 +182,20 @@ class FailureFacts:
             line = f"one rank was not finite, and only rank {missing[0]} has not reported"
             return int(missing[0]), [*evidence, line]
         return None, evidence
+
+
+def clipped_norm(norms: Sequence[float] | NDArray[np.float64], rules: Rules) -> float | None:
+    """Return the norm that at least half of the steps have and none exceeds: they were logged after clipping. None
+    without such a norm.
+    """
+    finite = np.asarray(norms, np.float64)
+    finite = finite[np.isfinite(finite)]
+    if len(finite) < rules.gradient.ready_after:
+        return None
+    largest = float(finite.max())
+    return largest if largest > 0 and (finite > largest * (1 - _CLIPPED_ALIKE)).mean() >= 0.5 else None
+
+
+def after_clipping(norm: float) -> str:
+    """Return the evidence that norms were logged after they were clipped to this value."""
+    return f"the norms were logged after clipping, at {norm:.3g}: they cannot show a climb"

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
@@ -20,33 +19,14 @@ from numpy.typing import NDArray
 
 from foreshock_collector.analysis.loss_trend import FIRST_STEPS, LossTrend
 from foreshock_collector.analysis.rules import DEFAULT, FaultRules
-from foreshock_collector.analysis.verdict_table import Cause
-from foreshock_collector.records.buffer import RecordBuffer, Rows
+from foreshock_collector.analysis.step_signals import StepSignals
+from foreshock_collector.analysis.verdict_entry import Cause
 from foreshock_collector.records.steps import Step
 
 _LONGER_GAP = 3
 """Multiple of the longest gap before after which a loss is missing: some scripts observe it every so many steps."""
 _LEVEL_STEPS = 25
 """Steps after which the running mean of the loss has reached a new level, if there is one."""
-
-
-class StepSignals(NamedTuple):
-    """Signals from the ranks and layers of one step."""
-
-    agreement: float
-    """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN if unknown."""
-    spread: float
-    """Difference of the largest and smallest local norm, over the largest; NaN if unknown."""
-    weakest_layer: int
-    """Layer with the smallest nonzero norm; -1 if unknown. A layer without a gradient is frozen."""
-    weakest_ratio: float
-    """Smallest nonzero norm of a layer over the largest."""
-    largest_rank: int = -1
-    """Rank with the largest local norm; -1 if unknown."""
-    largest_ratio: float = math.nan
-    """Largest local norm over the median of the others'."""
-    divergent_ranks: tuple[int, ...] | None = None
-    """Ranks whose weights differ from the majority's; None if unknown, or not compared on this step."""
 
 
 class FaultTransition(NamedTuple):
@@ -94,62 +74,6 @@ class Streak:
         return None
 
 
-def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]:
-    """Return the signals of these steps, in order."""
-    sequences = np.array([step.sequence for step in steps], np.int64)
-    norms = np.array([step.global_norm for step in steps])
-    local = buffer.local_norms(sequences)
-    layers = buffer.layer_norms_of(sequences)
-    divergent_ranks = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
-    found = []
-    with np.errstate(all="ignore"):
-        mean_squares = np.square(local / norms[:, None]).mean(axis=1)
-        agreements = np.where(local.shape[1] > 1, 1 / mean_squares, math.nan)
-        spreads = (local.max(axis=1) - local.min(axis=1)) / local.max(axis=1)
-        finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
-        layers = np.where(layers > 0, layers, math.inf)
-    for place in range(len(steps)):
-        weakest_layer, weakest_ratio = -1, math.nan
-        if finite[place] and np.isfinite(layers[place]).any():
-            weakest_layer = int(layers[place].argmin())
-            weakest_ratio = float(layers[place, weakest_layer] / layers[place][np.isfinite(layers[place])].max())
-        largest_rank, largest_ratio = _largest(local[place])
-        found.append(
-            StepSignals(
-                agreement=float(agreements[place]),
-                spread=float(spreads[place]),
-                weakest_layer=weakest_layer,
-                weakest_ratio=weakest_ratio,
-                largest_rank=largest_rank,
-                largest_ratio=largest_ratio,
-                divergent_ranks=divergent_ranks[place],
-            )
-        )
-    return found
-
-
-def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
-    if len(norms) < 2 or not np.isfinite(norms).all():
-        return -1, math.nan
-    largest_rank = int(norms.argmax())
-    others = float(np.median(np.delete(norms, largest_rank)))
-    return (largest_rank, float(norms[largest_rank]) / others) if others > 0 else (-1, math.nan)
-
-
-def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
-    """Return the ranks whose fingerprint is not that of the majority; if two ranks differ, both."""
-    prints = rows["parameter_fingerprint"]
-    if len(rows) < world or world < 2 or (prints < 0).any():
-        return None
-    if (rows["step"] != rows["step"][0]).any():
-        # A rank that observes more often than the others numbers its steps differently: the weights are not comparable.
-        return None
-    values, counts = np.unique(prints, return_counts=True)
-    most = counts == counts.max()
-    usual = values[most] if most.sum() == 1 else values[:0]
-    return tuple(ranks[~np.isin(prints, usual)].tolist())
-
-
 @dataclass
 class FaultDetector:
     """Looks for faults that last in the steps of one attempt."""
@@ -170,7 +94,7 @@ class FaultDetector:
 
     def resume(self, before: FaultDetector) -> None:
         """Take over what is known of an attempt that this one continues from a checkpoint."""
-        self.loss_trend = replace(before.loss_trend, rising=0)
+        self.loss_trend = before.loss_trend.history()
         self.losses_known, self.longest_gap = before.losses_known, before.longest_gap
 
     def update(
@@ -201,35 +125,32 @@ class FaultDetector:
         )
         return [transition for transition in found if transition is not None]
 
-    def scan_calm(self, norms: Sequence[float], losses: Sequence[float], rules: FaultRules = DEFAULT.faults) -> bool:
+    def scan_calm(
+        self, norms: NDArray[np.float64], losses: NDArray[np.float64], rules: FaultRules = DEFAULT.faults
+    ) -> bool:
         """Do the same as `update` for finite steps without ranks and layers, only faster, if none of them shows a fault
         and the start is over; else change nothing.
 
         norms, losses: of each step, NaN if unknown.
         """
-        trend = self.loss_trend
-        has_losses = any(loss == loss for loss in losses)
-        starting = (len(trend.norms) < FIRST_STEPS and any(norm > 0 for norm in norms)) or (
-            not trend.started and has_losses
-        )
+        trend, known = self.loss_trend, np.flatnonzero(~np.isnan(losses))
+        starting = (len(trend.norms) < FIRST_STEPS and (norms > 0).any()) or (not trend.started and len(known) > 0)
         if starting or any(streak.on for streak in self.streaks.values()):
             return False
-        gap = self._longest_gap(losses, rules)
+        gap = self._longest_gap(known, len(losses), rules)
         if gap is None:
             return False
         can_fade = trend.started and len(trend.norms) == FIRST_STEPS
-        if can_fade:
-            faded = rules.faded * median(trend.norms)
-            if any(norm < faded for norm in norms):
-                return False
-        if not trend.scan_calm(losses, rules):
+        if can_fade and (norms < rules.faded * median(trend.norms)).any():
+            return False
+        if not trend.scan_calm(losses[known].tolist(), rules):
             return False
         if can_fade:
             self._miss("vanishing_gradients", len(norms))
-        if has_losses:
-            self._miss("loss_divergence", len(losses))
+        if len(known):
+            self._miss("loss_divergence", len(known))
             self._miss("missing_loss", len(losses))
-            self.losses_known += len(losses) - sum(map(math.isnan, losses))
+            self.losses_known += len(known)
             self.longest_gap = max(self.longest_gap, gap)
         return True
 
@@ -237,17 +158,17 @@ class FaultDetector:
         streak = self.streaks.setdefault(cause, Streak())
         streak.shown, streak.missed = 0, streak.missed + steps
 
-    def _longest_gap(self, losses: Sequence[float], rules: FaultRules) -> int | None:
-        """Return the most steps in a row without a loss; None if they may be a fault, or the last of them is one."""
+    def _longest_gap(self, known: NDArray[np.int64], steps: int, rules: FaultRules) -> int | None:
+        """Return the most steps in a row without a loss; None if they may be a fault, or the last of them is one.
+
+        known: places of the steps that have one, in order.
+        """
+        if not len(known):
+            return None if self.losses_known else 0
+        if known[-1] != steps - 1:
+            return None
         waited = self.streaks.get("missing_loss", Streak()).shown
-        gap = waited
-        if math.isnan(sum(losses)):
-            known = [place for place, loss in enumerate(losses) if loss == loss]
-            if not known:
-                return None if self.losses_known else 0
-            if known[-1] != len(losses) - 1:
-                return None
-            gap = max(place - before - 1 for before, place in pairwise((-1 - waited, *known)))
+        gap = int(np.diff(known, prepend=-1 - waited).max()) - 1
         return gap if gap < max(rules.begins_after, _LONGER_GAP * self.longest_gap) else None
 
     def _missing(self, step: Step, rules: FaultRules) -> FaultTransition | None:

@@ -39,7 +39,8 @@ class FirstSteps:
             self.norm, self.loss, self.count = norm, loss, 1
             return False
         factor = math.exp(rule.spike_rise)
-        high = loss > 0 and loss >= factor * self.loss
+        # One that begins at zero or below, such as a reward, has no scale.
+        high = loss >= factor * self.loss > 0
         if self.exploded or self.over(rule):
             self.exploded = self.exploded and high
             return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 from foreshock_collector.analysis.rules import FaultRules
@@ -49,6 +49,10 @@ class LossTrend:
         """Whether the start is over, so that there is a best loss."""
         return len(self.losses) == FIRST_STEPS
 
+    def history(self) -> LossTrend:
+        """Return a trend with this one's start and best, which does not climb yet."""
+        return replace(self, norms=[*self.norms], losses=[*self.losses], rising=0)
+
     def update(self, norm: float, loss: float | None) -> None:
         """Add a finite step."""
         if len(self.norms) < FIRST_STEPS and norm > 0:
@@ -60,23 +64,23 @@ class LossTrend:
         self._follow(loss)
 
     def scan_calm(self, losses: Sequence[float], rules: FaultRules) -> bool:
-        """Add losses of finite steps, NaN if unknown, if none of them may show a divergence; else change nothing."""
+        """Add finite losses if none of them may show a divergence; else change nothing."""
         mean, best, short, rising = self.loss, self.best, self.short, self.rising
         floor, least = 0.1 * abs(median(self.losses or (0.0,))), min(rules.divergence, rules.climb)
-        beta, gamma = 1 - _ALPHA, 1 - _SHORT_ALPHA
+        beta, gamma, limit = 1 - _ALPHA, 1 - _SHORT_ALPHA, least * max(abs(best), floor)
         for loss in losses:
-            if loss == loss:
-                mean = _ALPHA * mean + beta * loss
-                rise = mean - best
-                if loss - short > (_LEAST_PART * rise if rise > 0 else 0.0):
-                    rising += 1
-                elif rising:
-                    rising = max(0, rising - _SETBACK)
-                short = _SHORT_ALPHA * short + gamma * loss
-                if rise < 0:
-                    best = mean
-                elif rise > least * max(abs(best), floor):
-                    return False
+            mean += beta * (loss - mean)
+            rise = mean - best
+            if loss - short > (_LEAST_PART * rise if rise > 0 else 0.0):
+                rising += 1
+            elif rising:
+                rising = rising - _SETBACK if rising > _SETBACK else 0
+            short += gamma * (loss - short)
+            if rise > limit:
+                return False
+            if rise < 0:
+                best = mean
+                limit = least * max(abs(best), floor)
         self.loss, self.best, self.short, self.rising = mean, best, short, rising
         return True
 
@@ -102,10 +106,10 @@ class LossTrend:
         if math.isnan(self.loss):
             self.loss = self.short = loss
             return
-        self.loss = _ALPHA * self.loss + (1 - _ALPHA) * loss
+        self.loss += (1 - _ALPHA) * (loss - self.loss)
         if math.isfinite(self.best):
             rises = loss - self.short > _LEAST_PART * max(0.0, self.loss - self.best)
             self.rising = self.rising + 1 if rises else max(0, self.rising - _SETBACK)
-        self.short = _SHORT_ALPHA * self.short + (1 - _SHORT_ALPHA) * loss
+        self.short += (1 - _SHORT_ALPHA) * (loss - self.short)
         if self.started:
             self.best = min(self.best, self.loss)

@@ -11,8 +11,9 @@ import numpy as np
 from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.diagnosis import diagnose, verdict_on_finite_log
 from foreshock_collector.analysis.fault_verdicts import verdict_on_fault
-from foreshock_collector.analysis.faults import FaultDetector, StepSignals
+from foreshock_collector.analysis.faults import FaultDetector
 from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.analysis.step_signals import StepSignals
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.commands.logs.columns import Floats, Log
 from foreshock_collector.records.buffer import RecordBuffer
@@ -139,7 +140,7 @@ class LogFollower:
         if failure is None:
             gaps = self.rows.gaps[1:]
             apart = math.inf if log.by_epoch else float(np.median(gaps)) if len(gaps) else 1.0
-            return verdict_on_finite_log(self.rows.step(len(log) - 1), rows=len(log), apart=apart, rules=self._rules)
+            return verdict_on_finite_log(self.rows.step(len(log) - 1), log.norm, apart=apart, rules=self._rules)
         return _of_epochs(failure) if log.by_epoch else failure
 
     def _scan_calm(self, first: int, end: int) -> bool:
@@ -153,7 +154,7 @@ class LogFollower:
         known_losses = losses[rows.log.loss_logged[part]].tolist()
         if not detector.scan_calm(known_norms, known_losses, end - first, rate, self._rules):
             return False
-        if not self._faults.scan_calm(norms.tolist(), losses.tolist(), self._rules.faults):
+        if not self._faults.scan_calm(norms, losses, self._rules.faults):
             return False
         self._detector = detector
         return True

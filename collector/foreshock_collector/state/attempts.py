@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.departures import Departure
 from foreshock_collector.analysis.detection import Detector, Failure
 from foreshock_collector.analysis.faults import FaultDetector
@@ -54,6 +55,8 @@ class AttemptState:
     outcome: Outcome = ""
     finalized: int = 0
     """Sequence number up to which steps have been through detection."""
+    inherited: ChannelState | None = None
+    """Norms of the attempt that this one continues; None if it continues none."""
 
 
 class Attempt(AttemptState):
@@ -203,6 +206,7 @@ class Attempt(AttemptState):
         last_step = max((i.last_step for i in before.instances.values() if i.last_step is not None), default=0)
         if 0 < first_step <= last_step + 1:
             self.detector.resume(before.detector, rules)
+            self.inherited = self.detector.gradient.history()
             self.faults.resume(before.faults)
 
     def reset_detection(self, *, keep_open: Sequence[str]) -> None:

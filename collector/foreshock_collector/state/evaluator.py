@@ -9,8 +9,8 @@ from foreshock_collector.analysis.departures import ending_of, verdict_on_ending
 from foreshock_collector.analysis.detection import Event, Failure
 from foreshock_collector.analysis.diagnosis import diagnose
 from foreshock_collector.analysis.fault_verdicts import verdict_on_fault, verdict_on_stall
-from foreshock_collector.analysis.faults import StepSignals, signals_of
 from foreshock_collector.analysis.rules import Rules
+from foreshock_collector.analysis.step_signals import StepSignals, signals_of
 from foreshock_collector.analysis.verdicts import Verdict
 from foreshock_collector.records.steps import Step
 from foreshock_collector.records.window import Window

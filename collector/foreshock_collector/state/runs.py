@@ -225,8 +225,11 @@ class Run:
     def _evaluate_steps(self, attempt: Attempt, steps: list[Step], now: float, *, newest: bool) -> None:
         """Evaluate steps; after an error, detection restarts with the next one."""
         try:
-            if steps and steps[0].sequence == 1 and attempt.number > 0:
-                attempt.resume(self.attempts[attempt.number - 1], steps[0].step, self.rules)
+            if steps and steps[0].sequence == 1:
+                # A launch may have died before its first step.
+                before = next((each for each in reversed(self.attempts[: attempt.number]) if each.finalized), None)
+                if before is not None:
+                    attempt.resume(before, steps[0].step, self.rules)
             for step in steps:
                 self.totals.add_step(step, now, newest=newest)
             self._evaluator.steps(attempt, steps, now)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
+from foreshock_collector.analysis.verdict_entry import Cause
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
@@ -118,7 +119,7 @@ class Api:
             run.name, attempt.number, first=first, last=last, points=points
         )
         baseline = await self._baselines.replayed(
-            run.name, attempt.number, max(columns["sequence"], default=0), run.rules
+            run.name, attempt.number, max(columns["sequence"], default=0), run.rules, attempt.inherited
         )
         facts = {"attempt": attempt.number, "newest": attempt.finalized, "bin_width": bin_width}
         return json_response({**facts, **columns, **baseline.at(columns["sequence"])})

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from cachetools import LRUCache
 
+from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.detection import Detector
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.state.store import Store
@@ -24,8 +25,10 @@ _MOST_CACHED = 8
 class Baseline:
     """Holds, for each step of one attempt, the band in which its norm was expected before it came."""
 
-    def __init__(self, rules: Rules = DEFAULT) -> None:
-        self._rules, self._detector = rules, Detector()
+    def __init__(self, rules: Rules = DEFAULT, inherited: ChannelState | None = None) -> None:
+        """inherited: norms of the attempt that this one continues."""
+        self._rules = rules
+        self._detector = Detector() if inherited is None else Detector(gradient=inherited.history())
         self._sequences, self._low, self._high = array("q"), array("d"), array("d")
 
     @property
@@ -71,11 +74,18 @@ class Baselines:
         self._cache: LRUCache[tuple[str, int], Baseline] = LRUCache(_MOST_CACHED)
         self._lock = asyncio.Lock()
 
-    async def replayed(self, run: str, attempt: int, last: int, rules: Rules) -> Baseline:
-        """Return the baseline of an attempt, replayed at least to this sequence number, as far as steps are stored."""
+    async def replayed(
+        self, run: str, attempt: int, last: int, rules: Rules, inherited: ChannelState | None
+    ) -> Baseline:
+        """Return the baseline of an attempt, replayed at least to this sequence number, as far as steps are stored.
+
+        inherited: norms of the attempt that this one continues, once it has made a step.
+        """
         # One at a time: two viewers must not replay the same steps into one history.
         async with self._lock:
-            baseline: Baseline = self._cache.setdefault((run, attempt), Baseline(rules))
+            baseline = self._cache.get((run, attempt))
+            if baseline is None or not baseline.position:
+                baseline = self._cache[run, attempt] = Baseline(rules, inherited)
             while baseline.position < last:
                 columns = self._store.steps(run, attempt=attempt, after=baseline.position, limit=_PAGE_STEPS)
                 if not columns["sequence"]:

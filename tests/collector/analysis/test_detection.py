@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.analysis.detection import ChannelState, Detector, Event
+from foreshock_collector.analysis.channel import ChannelState
+from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.state.encoding import decode, encode
 

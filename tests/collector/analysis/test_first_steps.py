@@ -51,6 +51,7 @@ def test_an_explosion_that_stays_finite_is_a_build_up_within_three_steps_and_the
         [(2.3 * 0.98**i, 0.3 * 1.3 ** min(i, 15)) for i in range(200)],
         # A policy without reward at first, then with a penalty that grows out of nothing at a steady norm.
         [(3e-4 * (i + 1), 0.25) for i in range(500)],
+        [(0.0, 0.1), *[(3e-4 * (i + 1), 0.5) for i in range(500)]],
         # One sample in a batch: the first loss was small by chance.
         [(0.3, 0.6), (1.1, 1.7), (0.8, 2.2), (0.7, 1.4), *[(1.0, 1.5), (0.6, 1.2)] * 100],
     ],

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from foreshock_collector.commands.cli import diagnose
-from foreshock_collector.commands.logs import LogError, read_log
+from foreshock_collector.commands.logs import LogError, read_log, source
 from foreshock_collector.commands.replay import replay
 from tests.support.logs import csv, explosion, healthy
 
@@ -74,6 +74,37 @@ def test_encodings_and_line_breaks_are_recognized(encoding: str, line_break: str
 )
 def test_tables_are_read_however_they_are_written(text: str, tmp_path: Path) -> None:
     assert str(losses(tmp_path / "log", text)) == "[2.0, nan]"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "5,1.5,2.5",
+        "5,,2.5",
+        "5,1.5,None",
+        '5,"1.5",2.5',
+        "5,1.5",
+        "5,1e999,-inf",
+        "5,nan,2.5",
+        "\n\n",
+        "5, 1.5 ,2.5",
+        "5,1_5,2",
+    ],
+)
+def test_a_table_is_read_alike_in_blocks_of_any_size(
+    line: str, delimiter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that hold nothing but numbers are read another way than others."""
+    rows = [f"{step},{1 / (step + 3)},{step / 7}" for step in range(5)]
+    text = "\n".join(["step,loss,grad_norm", *rows, line, *(row.replace(",", "9,", 1) for row in rows), "6,1"])
+    path = tmp_path / "log"
+    path.write_text(text.replace(",", delimiter))
+    whole = read_log(path)
+    for characters in (1, 50, 200):
+        monkeypatch.setattr(source, "_BLOCK_CHARACTERS", characters)
+        assert repr(read_log(path).rows()) == repr(whole.rows())
+        assert read_log(path).unread_lines == whole.unread_lines
 
 
 @pytest.mark.parametrize("missing", ["", "None", "N/A", "null", "-", " "])

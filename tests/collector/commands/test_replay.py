@@ -325,3 +325,11 @@ def test_a_log_that_is_too_short_or_too_sparse_shows_no_trouble_and_is_not_healt
     assert diagnose([str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["verdict"]
     assert (found["cause"], found["confidence"]) == (cause, 1.0 if cause == "healthy" else 0.3)
+
+
+def test_a_healthy_log_of_norms_after_clipping_is_said_to_be_one() -> None:
+    norms = [0.7, 1.0, 1.0, 0.9] * 50
+    assert replay(rows(*((2.0, norm) for norm in norms))).verdict.evidence == (
+        "the norms were logged after clipping, at 1: they cannot show a climb",
+    )
+    assert replay(rows(*((2.0, norm * (1 + 0.01 * (i % 7))) for i, norm in enumerate(norms)))).verdict.evidence == ()

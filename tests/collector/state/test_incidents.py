@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from foreshock_collector.analysis.loss_trend import FIRST_STEPS
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.encoding import encode
@@ -229,9 +230,15 @@ def test_an_attempt_that_resumes_knows_the_norms_of_the_one_before(first_step: i
     job = Job(ranks=1)
     job.train(80)
     job.now += 20.0
-    job.start_again()
+    for _ in range(2):
+        # The first launch dies before its first step.
+        job.start_again()
     norms = [1.0, 1.0, 20.0, 40.0]
     job.tell(0, norms, step=[first_step + i for i in range(len(norms))])
     job.settle(5.0)
-    assert (job.run.newest.detector.climbing > 0) == build_up
-    assert job.run.newest.faults.loss_trend.started == build_up
+    resumed = job.run.newest
+    assert (resumed.detector.climbing > 0) == build_up
+    assert resumed.faults.loss_trend.started == build_up
+    assert (resumed.inherited is not None) == build_up
+    resumed.faults.loss_trend.losses.append(2.0)
+    assert len(job.run.attempts[0].faults.loss_trend.losses) == FIRST_STEPS

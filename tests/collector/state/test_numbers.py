@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.analysis.detection import ChannelState, Detector
+from foreshock_collector.analysis.channel import ChannelState
+from foreshock_collector.analysis.detection import Detector
 from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.cli import diagnose

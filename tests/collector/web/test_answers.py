@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foreshock_collector.analysis.detection import ChannelState
+from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.records.buffer import RecordBuffer, decode
 from foreshock_collector.records.layer_weights import LayerWeights
@@ -66,6 +66,9 @@ def test_the_band_is_the_detectors_own_history_and_a_bad_step_is_none() -> None:
     found = baseline.at([10, 61, 62])
     assert found["usual_low"] == [None, expected[0], expected[0]]
     assert found["usual_high"] == [None, expected[1], expected[1]]
+    resumed = Baseline(inherited=channel)
+    resumed.extend({name: values[:1] for name, values in columns.items()})
+    assert resumed.at([1]) == {"usual_low": [expected[0]], "usual_high": [expected[1]]}
     x, sigma = channel.mean, max(1.2533 * channel.deviation, DEFAULT.gradient.least_sigma)
     assert expected == pytest.approx((math.exp(x - 3 * sigma), math.exp(x + 3 * sigma)))
 

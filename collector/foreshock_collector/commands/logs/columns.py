@@ -103,8 +103,8 @@ class Chunk(Protocol):
     def fields(self) -> Iterable[str]:
         """Names of all columns."""
 
-    def column(self, name: str) -> Sequence[Any]:
-        """Return one column: text, numbers, or None where a row has no value."""
+    def column(self, name: str) -> Sequence[Any] | Floats:
+        """Return one column: numbers, or text, or None where a row has no value."""
 
     def empty(self, row: int, names: Names) -> bool:
         """Return whether a row without loss and norm was meant to have them. An evaluation row was not."""
@@ -199,6 +199,8 @@ class ColumnBuilder:
         if name is None:
             return np.empty(0), np.empty(0, bool)
         cells = chunk.column(name)
+        if isinstance(cells, np.ndarray):
+            return cells, np.ones(len(cells), bool)
         try:
             values = np.fromiter(map(float, cells), float, len(cells))
         except (TypeError, ValueError, OverflowError):

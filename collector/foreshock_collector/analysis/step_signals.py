@@ -1,0 +1,88 @@
+"""Computes what the ranks and layers of a step show together: how alike the ranks are, and the weakest layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foreshock_collector.records.buffer import RecordBuffer, Rows
+from foreshock_collector.records.steps import Step
+
+
+class StepSignals(NamedTuple):
+    """Signals from the ranks and layers of one step."""
+
+    agreement: float
+    """|mean gradient|^2 over the mean of |local gradient|^2, at least 1 over the world size; NaN if unknown."""
+    spread: float
+    """Difference of the largest and smallest local norm, over the largest; NaN if unknown."""
+    weakest_layer: int
+    """Layer with the smallest nonzero norm; -1 if unknown. A layer without a gradient is frozen."""
+    weakest_ratio: float
+    """Smallest nonzero norm of a layer over the largest."""
+    largest_rank: int = -1
+    """Rank with the largest local norm; -1 if unknown."""
+    largest_ratio: float = math.nan
+    """Largest local norm over the median of the others'."""
+    divergent_ranks: tuple[int, ...] | None = None
+    """Ranks whose weights differ from the majority's; None if unknown, or not compared on this step."""
+
+
+def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]:
+    """Return the signals of these steps, in order."""
+    sequences = np.array([step.sequence for step in steps], np.int64)
+    norms = np.array([step.global_norm for step in steps])
+    local = buffer.local_norms(sequences)
+    layers = buffer.layer_norms_of(sequences)
+    divergent_ranks = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
+    found = []
+    with np.errstate(all="ignore"):
+        mean_squares = np.square(local / norms[:, None]).mean(axis=1)
+        agreements = np.where(local.shape[1] > 1, 1 / mean_squares, math.nan)
+        spreads = (local.max(axis=1) - local.min(axis=1)) / local.max(axis=1)
+        finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
+        layers = np.where(layers > 0, layers, math.inf)
+    for place in range(len(steps)):
+        weakest_layer, weakest_ratio = -1, math.nan
+        if finite[place] and np.isfinite(layers[place]).any():
+            weakest_layer = int(layers[place].argmin())
+            weakest_ratio = float(layers[place, weakest_layer] / layers[place][np.isfinite(layers[place])].max())
+        largest_rank, largest_ratio = _largest(local[place])
+        found.append(
+            StepSignals(
+                agreement=float(agreements[place]),
+                spread=float(spreads[place]),
+                weakest_layer=weakest_layer,
+                weakest_ratio=weakest_ratio,
+                largest_rank=largest_rank,
+                largest_ratio=largest_ratio,
+                divergent_ranks=divergent_ranks[place],
+            )
+        )
+    return found
+
+
+def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
+    if len(norms) < 2 or not np.isfinite(norms).all():
+        return -1, math.nan
+    largest_rank = int(norms.argmax())
+    others = float(np.median(np.delete(norms, largest_rank)))
+    return (largest_rank, float(norms[largest_rank]) / others) if others > 0 else (-1, math.nan)
+
+
+def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
+    """Return the ranks whose fingerprint is not that of the majority; if two ranks differ, both."""
+    prints = rows["parameter_fingerprint"]
+    if len(rows) < world or world < 2 or (prints < 0).any():
+        return None
+    if (rows["step"] != rows["step"][0]).any():
+        # A rank that observes more often than the others numbers its steps differently: the weights are not comparable.
+        return None
+    values, counts = np.unique(prints, return_counts=True)
+    most = counts == counts.max()
+    usual = values[most] if most.sum() == 1 else values[:0]
+    return tuple(ranks[~np.isin(prints, usual)].tolist())
