@@ -136,7 +136,9 @@ class LogFollower:
             self.first_nonfinite = None
             return trouble
         if log.empty_rows >= _EMPTY_ROWS and (failure is None or failure.cause == "amp_overflow"):
-            return _without_values(self.rows.step(len(log) - 1).step, log.empty_rows)
+            # Rows without values have left their steps behind; they come as often as those before.
+            first = self.rows.step(len(log) - 1).step + max(1, int(self.rows.gaps[-1]))
+            return _without_values(first, log.empty_rows)
         if failure is None:
             gaps = self.rows.gaps[1:]
             apart = math.inf if log.by_epoch else float(np.median(gaps)) if len(gaps) else 1.0

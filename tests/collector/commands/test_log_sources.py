@@ -172,7 +172,7 @@ def test_values_that_stop_are_no_health(tmp_path: Path, capsys: pytest.CaptureFi
         log = tmp_path / "log"
         log.write_text(text + silent)
         assert diagnose([str(log)]) == 1
-        assert "Neither loss nor gradient norm since step 99" in capsys.readouterr().out
+        assert "Neither loss nor gradient norm since step 100" in capsys.readouterr().out
     # Evaluations at the end are rows of another kind.
     log.write_text(lines + "".join(f'{{"step": {i}, "test_accuracy": 0.5}}\n' for i in range(100, 160)))
     assert diagnose([str(log)]) == 0
