@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -36,6 +37,20 @@ class Watch:
         Waits for the device: not for every step. Empty without `dry_run`.
         """
         return {}
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the history of norms that `AdaptiveClip` and `skip` decide by, as plain numbers, for a checkpoint.
+
+        The same on every rank. Waits for the device: not for every step. Empty without such a history.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue the history of the checkpoint that this run resumes from, on every rank.
+
+        Does nothing if the dict is empty, or no history is kept. The budget of `skip` starts anew. Raises
+        `SettingsError`, a `ValueError`, if `state_dict` has not returned this.
+        """
 
     def detach(self) -> None:
         """Stop watching. This rank still takes part in the sums over ranks, so ranks may detach at any time."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,12 @@ class Decider(Protocol):
 
     def decide_fallback(self, step: Step) -> None:
         """Fill in the same decision by other means, where this or an earlier stage has failed on this rank."""
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the history of norms, empty if none is kept. Waits for the device."""
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Continue this history, if one is kept. Raises `SettingsError`."""
 
     @property
     def tripped(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,6 +108,12 @@ class ActiveWatch(Watch):
 
     def dry_run_counts(self) -> dict[str, int]:
         return self._apply.counts() if isinstance(self._apply, DryRun) else {}
+
+    def state_dict(self) -> dict[str, float | None]:
+        return self._decide.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._decide.load_state_dict(state_dict)
 
     def detach(self) -> None:
         self.leave(Ending(ExitReason.DETACHED))

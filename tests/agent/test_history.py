@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from torch import nn
 from foreshock._arithmetic.arithmetic import arithmetic_for
 from foreshock._control import history
 from foreshock._control.decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
-from foreshock._control.history import SKIP_RISE, History, Standing
+from foreshock._control.history import SKIP_RISE, History, Standing, loaded, saved
+from foreshock._errors import SettingsError
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
 
@@ -120,6 +123,29 @@ def test_it_decides_as_the_collector_does(capsys: pytest.CaptureFixture[str], ar
         )
     assert all(differ), "a decision far from any limit differs"
     assert len(differ) <= MOST_NEAR * len(outcomes)
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_a_history_continues_where_it_was_saved() -> None:
+    series = random_series(3)
+    whole, resumed = History(arithmetic_for(CPU)), History(arithmetic_for(CPU))
+    for step, (norm, rate) in enumerate(series):
+        if step % 200 == 150:
+            resumed = History(arithmetic_for(CPU))
+            resumed.state = loaded(json.loads(json.dumps(saved(whole.state))), arithmetic_for(CPU))
+        standings = [take(history, norm, rate) for history in (whole, resumed)]
+        assert len({(float(standing.ceiling), bool(standing.far)) for standing in standings}) == 1
+    assert saved(resumed.state) == saved(whole.state)
+
+
+@pytest.mark.parametrize(
+    "change", [{"mean": None}, {"mean": math.nan}, {"count": "many"}, {"learning_rate": []}, {"changing": math.inf}]
+)
+def test_a_history_that_was_not_saved_by_us_is_refused(change: dict[str, Any]) -> None:
+    values: dict[str, Any] = saved(History(arithmetic_for(CPU)).state)
+    for wrong in (values | change, {name: value for name, value in values.items() if name not in change}):
+        with pytest.raises(SettingsError, match="load_state_dict"):
+            loaded(wrong, arithmetic_for(CPU))
 
 
 def test_the_series_hold_something_to_decide() -> None:

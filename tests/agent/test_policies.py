@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
     "early_and_high", "budget_spent", "nan_for_good", "skip_and_clip", "own_clip_and_skip", "scaled_and_skipped",
-    "dry_run_of_all", "scaled_value_clip", "refusals",
+    "dry_run_of_all", "scaled_value_clip", "resumed", "refusals",
 ]  # fmt: skip
 
 
@@ -36,6 +36,12 @@ def test_adaptive_clipping_clips_to_what_the_collectors_rule_allows(found: dict[
             clipped += [step] if coefficient < 1 else []
         # The limit alone in the beginning, then history below it.
         assert clipped == [3, 45, 55] and [result["limits"][step] == 40.0 for step in clipped] == [True, False, False]
+
+
+def test_a_resumed_job_decides_by_the_history_in_its_checkpoint(found: dict[str, Scenario]) -> None:
+    for result in found["resumed"].results:
+        assert result["as one"] and not result["as one without history"]
+        assert result["without history"] == {} and result["ignored"] is None
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd_momentum", "adagrad"])

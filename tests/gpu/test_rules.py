@@ -1,4 +1,4 @@
-"""The rules in Triton's language decide as those on the host and the collector's detector do, on 20,000 steps.
+"""The rules in Triton's language decide as the host, the collector's detector and a replay do, on 100,000 steps.
 
 Each lane of a kernel is a run of its own, so that Triton's interpreter, which is slow, has few launches.
 """
@@ -19,6 +19,8 @@ from foreshock._control.decide import SKIPS_IN_WINDOW, WINDOW, Budget
 from foreshock._control.history import SKIP_RISE, History, planned_change
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
+from foreshock_collector.commands.logs import Row
+from foreshock_collector.commands.replay import replay
 from tests.support.kernels import DEVICE, INTERPRETED
 
 if sys.platform != "linux" or platform.machine() != "x86_64":
@@ -61,7 +63,7 @@ def history_of_many(norms, planned, state, ceilings, fars, SERIES: tl.constexpr)
     tl.store(state + 5 * SERIES + i, accepting)
 
 
-RUNS, STEPS = 128, 160
+RUNS, STEPS = 512, 200
 
 
 def norms_and_rates() -> tuple[Tensor, Tensor]:
@@ -84,13 +86,14 @@ def norms_and_rates() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(norms), torch.from_numpy(rates)
 
 
-def test_kernel_host_and_collector_decide_alike_on_twenty_thousand_steps() -> None:
+def test_kernel_host_collector_and_replay_decide_alike_on_a_hundred_thousand_steps() -> None:
     norms, rates = norms_and_rates()
-    assert norms.numel() > 20_000
+    assert norms.numel() > 100_000
     state = torch.zeros(6, RUNS, dtype=torch.float64, device=DEVICE)
     ceilings, fars = torch.zeros(2, RUNS, dtype=torch.float64, device=DEVICE)
     histories, detectors = [History(HOST) for _ in range(RUNS)], [Detector() for _ in range(RUNS)]
     rule = rules.DEFAULT.gradient
+    spikes: list[list[int]] = [[] for _ in range(RUNS)]
     clipped = skipped = planned = near = 0
     for step in range(STEPS):
         remembered = [history.state[1] for history in histories]
@@ -112,6 +115,7 @@ def test_kernel_host_and_collector_decide_alike_on_twenty_thousand_steps() -> No
                 nonfinite=int(not math.isfinite(norm)),
             )  # fmt: skip
             theirs = (norm > high, any(event.kind == "spike" for event in events) and rise > SKIP_RISE)
+            spikes[run] += [event.step for event in events if event.kind == "spike"]
             if any(abs(rise - limit) < NEAR for limit in (*limits, SKIP_RISE)):
                 near += 1
             else:
@@ -120,7 +124,13 @@ def test_kernel_host_and_collector_decide_alike_on_twenty_thousand_steps() -> No
             skipped += bool(far)
         after = torch.tensor([history.state[0] for history in histories], dtype=torch.float64).T
         torch.testing.assert_close(state.cpu(), after, rtol=1e-11, atol=1e-13)
-    assert clipped > 300 and skipped > 100 and planned > 50 and near < 100
+    assert clipped > 1500 and skipped > 500 and planned > 250 and near < 500
+    for run, found in enumerate(spikes):
+        log = [
+            Row(step=step, loss=None, norm=norm, rate=rate)
+            for step, (norm, rate) in enumerate(zip(norms[:, run].tolist(), rates[:, run].tolist(), strict=True))
+        ]
+        assert [event.step for event in replay(log).events if event.kind == "spike"] == found
 
 
 @triton.jit

@@ -7,7 +7,8 @@ decision without communicating.
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Flag, Number
 from foreshock._control.clip import AdaptiveClip, Clip
-from foreshock._control.history import History, Standing, State
+from foreshock._control.history import History, Standing, State, loaded, saved
 from foreshock._step import Step, StepDecision
 
 SKIPS_IN_A_ROW = 3
@@ -88,6 +89,15 @@ class Decide:
     def tripped(self) -> bool:
         """Whether the budget had run out `TRIP_LAG` steps ago: the same answer on every rank at the same step."""
         return self._budget is not None and self._budget.tripped
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the history of norms, empty if none is kept. Waits for the device."""
+        return {} if self._history is None else saved(self._history.state)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Continue this history, if one is kept. Raises `SettingsError`."""
+        if values and self._history is not None:
+            self._history.state = loaded(values, self._arithmetic)
 
     @property
     def memory(self) -> Memory:

@@ -9,11 +9,13 @@ these). On a GPU it takes some sixty kernels on single numbers a step, whatever 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Flag, Number
+from foreshock._errors import SettingsError
 
 ALPHA = 0.97
 RECENT_ALPHA = 0.85
@@ -45,6 +47,33 @@ class Rates(NamedTuple):
 State = tuple[tuple[Number, Number, Number, Number, Number, Number], Rates]
 """Slow and quick mean, mean absolute deviation, count, spikes in a row, steps of quick learning left; and the learning
 rate."""
+
+
+_NUMBERS = ("mean", "recent", "deviation", "count", "spikes", "accepting")
+"""Names of the numbers of a state, in order."""
+
+
+def saved(state: State) -> dict[str, float | None]:
+    """Return a state as plain numbers by name. Waits for the device."""
+    numbers, rates = state
+    return dict(zip(_NUMBERS, map(float, numbers), strict=True)) | {
+        "learning_rate": rates.newest,
+        "changing": rates.changing,
+    }
+
+
+def loaded(values: Mapping[str, Any], arithmetic: Arithmetic) -> State:
+    """Return the state of which `saved` returned these values. Raises `SettingsError`."""
+    try:
+        numbers = [float(values[name]) for name in _NUMBERS]
+        rate = values["learning_rate"]
+        rates = Rates(None if rate is None else float(rate), int(values["changing"]))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise SettingsError(f"load_state_dict: this is not what state_dict returned: {error!r}") from None
+    if not all(map(math.isfinite, numbers)):
+        raise SettingsError("load_state_dict: the history contains numbers that are not finite")
+    mean, recent, deviation, count, spikes, accepting = map(arithmetic.constant, numbers)
+    return (mean, recent, deviation, count, spikes, accepting), rates
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from foreshock._arithmetic.arithmetic import Arithmetic
 from foreshock._arithmetic.norms import Number
 from foreshock._control.clip import AdaptiveClip, Clip, NormClip
 from foreshock._control.decide import Decide, Memory, SpentFlags
-from foreshock._control.history import Rates, planned_change
+from foreshock._control.history import Rates, loaded, planned_change, saved
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._kernels.launches import StepKernel
 from foreshock._measure.rank_sums import RankSums
@@ -34,6 +37,7 @@ class KernelDecide:
         self._clip: Clip | None = clip
         self._skip = skip
         self._acts = not dry_run
+        self._keeps_history = skip or isinstance(clip, AdaptiveClip)
         self._rates = Rates()
         self._spent = SpentFlags(kernel.device)
 
@@ -80,6 +84,17 @@ class KernelDecide:
         _, self._rates = planned_change(self._rates, step.learning_rate)
         if self._skip:
             self._spent.add(kernel.spent)
+
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the history of norms, empty if none is kept. Waits for the device."""
+        history = self.memory.history
+        return {} if history is None or not self._keeps_history else saved(history)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Continue this history, if one is kept. Raises `SettingsError`."""
+        if values and self._keeps_history:
+            numbers, self._rates = loaded(values, self._arithmetic)
+            self._kernel.load_history(numbers)
 
     @property
     def memory(self) -> Memory:

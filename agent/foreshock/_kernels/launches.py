@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -228,11 +228,15 @@ class StepKernel:
         mean, recent, deviation, count, spikes, accepting = numbers[: triton_step.ACCEPTING.value + 1]
         return Memory(((mean, recent, deviation, count, spikes, accepting), Rates()), budget)
 
+    def load_history(self, numbers: Sequence[Number]) -> None:
+        """Replace the history of norms."""
+        self.state[: triton_step.ACCEPTING.value + 1] = torch.stack([*map(torch.as_tensor, numbers)])
+
     @memory.setter
     def memory(self, memory: Memory) -> None:
         """Take over what a step has changed that tensor operations have decided: the next step of the window."""
         if memory.history is not None:
-            self.state[: triton_step.ACCEPTING.value + 1] = torch.stack([*map(torch.as_tensor, memory.history[0])])
+            self.load_history(memory.history[0])
         if memory.budget is not None:
             newest, *counts = memory.budget
             self.state[triton_step.SKIPPED.value : triton_step.SPENT.value + 1] = torch.stack(

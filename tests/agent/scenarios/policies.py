@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -109,6 +111,40 @@ def _adaptive(*, fused: bool) -> dict[str, Any]:
         "norms": column(found, "global_norm"),
         "coefficients": column(found, "clip_coefficient"),
         "dropped": found["dropped"],
+    }
+
+
+def resumed() -> dict[str, Any]:
+    """A job that stops after 30 steps and resumes with a new watch, beside one that goes on."""
+
+    def run(state_of: Callable[[foreshock.Watch], Any] | None) -> list[Tensor]:
+        model = make_model()
+        optimizer, count = make("AdamW", model), itertools.count(1)
+        options = {"clip": foreshock.AdaptiveClip(), "skip": True}
+        watch = foreshock.attach(model, optimizer, **options)
+
+        def checkpoint() -> None:
+            nonlocal watch
+            if next(count) == 30 and state_of is not None:
+                state = json.loads(json.dumps(state_of(watch)))
+                watch.detach()
+                watch = foreshock.attach(model, optimizer, **options)
+                watch.load_state_dict(state)
+
+        ours = train(model, optimizer, 40, {33: 1000.0, 36: 12.0}, after_step=checkpoint)
+        watch.detach()
+        return ours
+
+    goes_on = run(None)
+    model = make_model()
+    with foreshock.attach(model, make("AdamW", model), clip=1.0) as watch:
+        without_history = watch.state_dict()
+        refused = error_of(lambda: watch.load_state_dict({"mean": 1.0}))
+    return {
+        "as one": same(goes_on, run(lambda watch: watch.state_dict())),
+        "as one without history": same(goes_on, run(lambda _: {})),
+        "without history": without_history,
+        "ignored": refused,
     }
 
 
