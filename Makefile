@@ -58,6 +58,7 @@ generated: $(INSTALLED) protos-drift
 	@$(BIN)/python docs/make_metrics.py --check
 	@$(BIN)/python docs/make_verdicts.py --check
 	@$(BIN)/python docs/make_configuration.py --check
+	@$(BIN)/python docs/make_detection.py --check
 	@$(BIN)/python -m grafana.make --check
 
 .PHONY: docs
@@ -65,6 +66,7 @@ docs: $(INSTALLED) ## write the generated pages and tables of docs/ from the cat
 	@$(BIN)/python docs/make_metrics.py
 	@$(BIN)/python docs/make_verdicts.py
 	@$(BIN)/python docs/make_configuration.py
+	@$(BIN)/python docs/make_detection.py
 
 .PHONY: screenshots
 screenshots: $(INSTALLED) chromium ## take docs/screenshots of small, real runs in a real browser (3 minutes)

@@ -6,8 +6,9 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from docs import make_configuration, make_metrics, make_verdicts
+from docs import make_configuration, make_detection, make_metrics, make_verdicts
 from foreshock_collector.analysis.rules import DEFAULT
+from foreshock_collector.commands.replay import replay
 from foreshock_collector.config import Config
 from tests.support.repository import ROOT
 
@@ -22,6 +23,21 @@ def test_the_tables_of_verdicts_are_what_the_verdict_table_says() -> None:
 
 def test_the_page_of_settings_is_what_the_settings_say() -> None:
     assert make_configuration.PAGE.read_text(encoding="utf-8") == make_configuration.page(), "run: make docs"
+
+
+def test_the_picture_of_the_rules_is_what_they_decide() -> None:
+    assert make_detection.PICTURE.read_text(encoding="utf-8") == make_detection.picture(), "run: make docs"
+    found = {case.title: replay(case.rows()) for case in make_detection.cases()}
+    alerts = {title: any(event.kind == "build_up" for event in each.events) for title, each in found.items()}
+    assert alerts == {
+        "A climb after a long decay": True,
+        "A lone spike": False,
+        "Two equally hard batches": False,
+        "A learning rate that runs away": True,
+        "Dead after the first updates, and finite": True,
+        "A loss that climbs at a flat norm": False,
+    }
+    assert found["A loss that climbs at a flat norm"].verdict.cause == "loss_divergence"
 
 
 def test_every_variable_that_is_read_and_every_setting_has_its_line() -> None:
