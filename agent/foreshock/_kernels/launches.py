@@ -228,10 +228,6 @@ class StepKernel:
         mean, recent, deviation, count, spikes, accepting = numbers[: triton_step.ACCEPTING.value + 1]
         return Memory(((mean, recent, deviation, count, spikes, accepting), Rates()), budget)
 
-    def load_history(self, numbers: Sequence[Number]) -> None:
-        """Replace the history of norms."""
-        self.state[: triton_step.ACCEPTING.value + 1] = torch.stack([*map(torch.as_tensor, numbers)])
-
     @memory.setter
     def memory(self, memory: Memory) -> None:
         """Take over what a step has changed that tensor operations have decided: the next step of the window."""
@@ -244,6 +240,10 @@ class StepKernel:
             )
             self.state[triton_step.WINDOW.value + self.turn] = newest[-1]
         self.turn = (self.turn + 1) % WINDOW
+
+    def load_history(self, numbers: Sequence[Number]) -> None:
+        """Replace the history of norms."""
+        self.state[: triton_step.ACCEPTING.value + 1] = torch.stack([*map(torch.as_tensor, numbers)])
 
     def dry_run_counts(self) -> tuple[int, int]:
         """Return how many steps would have been clipped and skipped. Waits for the device."""

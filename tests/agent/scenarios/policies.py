@@ -120,7 +120,7 @@ def resumed() -> dict[str, Any]:
     def run(state_of: Callable[[foreshock.Watch], Any] | None) -> list[Tensor]:
         model = make_model()
         optimizer, count = make("AdamW", model), itertools.count(1)
-        options = {"clip": foreshock.AdaptiveClip(), "skip": True}
+        options: dict[str, Any] = {"clip": foreshock.AdaptiveClip(), "skip": True}
         watch = foreshock.attach(model, optimizer, **options)
 
         def checkpoint() -> None:

@@ -22,15 +22,15 @@ _VALUE = re.compile(r"^[-+.]?\d|[:=]\s*$|[:=]\s*[-+.]?\d")
 csv.field_size_limit(_LONGEST_CELL)
 
 
+Column = Sequence[str | None] | Floats
+"""Cells as text, None where a row is too short, or as numbers."""
+
+
 class TableRows:
     """Holds consecutive rows of a table."""
 
-    def __init__(
-        self, header: list[str], columns: Sequence[Sequence[str | None]] | Sequence[Floats], first: int
-    ) -> None:
-        """columns: cells by column, None where a row is too short, or numbers. first: number of the first row, from
-        0.
-        """
+    def __init__(self, header: list[str], columns: Sequence[Column], first: int) -> None:
+        """first: number of the first row, from 0."""
         self.fields = header
         self._columns, self._first = columns, first
         self._count = len(columns[0]) if columns else 0
@@ -91,9 +91,7 @@ def read_table(source: Source) -> Iterator[Chunk]:
                 number += len(chunk)
 
 
-def _columns_without_csv(
-    text: str, delimiter: str, count: int, known: set[str]
-) -> Sequence[Sequence[str | None]] | Sequence[Floats] | None:
+def _columns_without_csv(text: str, delimiter: str, count: int, known: set[str]) -> Sequence[Column] | None:
     """Return the columns of a block much faster than `csv` can; None if the text needs it."""
     if delimiter == " " or '"' in text or not text.endswith("\n") or text.isspace():
         return None
