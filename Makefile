@@ -9,6 +9,7 @@ BIN := .venv/bin
 PIP := -m pip --quiet --disable-pip-version-check install
 INSTALLED := .venv/.installed
 PROTOC_INSTALLED := .protos-venv/.installed
+PEERS_INSTALLED := .peers-venv/.installed
 GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
@@ -105,8 +106,8 @@ fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the col
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 .PHONY: bench-detection
-bench-detection: $(INSTALLED) ## measure detection accuracy on recorded faults, next to other rules; ARGS="--json --part tune"
-	@$(BIN)/python -m benchmarks.detection $(ARGS)
+bench-detection: $(INSTALLED) $(PEERS_INSTALLED) ## measure detection accuracy on recorded faults, next to other rules and programs; ARGS="--json --part tune"
+	@$(BIN)/python -m benchmarks.detection --peers .peers-venv/bin/python $(ARGS)
 
 .PHONY: bench-logs
 bench-logs: $(INSTALLED) ## measure how fast long logs are diagnosed, and the memory; ARGS="--rows 100000 --json"
@@ -169,6 +170,11 @@ $(INSTALLED): requirements-dev.txt pyproject.toml
 $(PROTOC_INSTALLED): requirements-protos.txt
 	@$(call make-venv,.protos-venv)
 	@.protos-venv/bin/python $(PIP) -r requirements-protos.txt
+	@touch $@
+
+$(PEERS_INSTALLED): requirements-peers.txt
+	@$(call make-venv,.peers-venv)
+	@.peers-venv/bin/python $(PIP) -r requirements-peers.txt
 	@touch $@
 
 define make-venv

@@ -13,6 +13,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from benchmarks.faults.outcome import bad_steps
 from benchmarks.faults.traces import Trace, all_traces
+from benchmarks.peers import Log, compare
 from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
@@ -200,8 +202,8 @@ def episodes(alarms: Sequence[int]) -> list[int]:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str, Any]:
-    """All figures of a part. baselines: other rules, by name; default: all."""
+def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Path | None = None) -> dict[str, Any]:
+    """All figures of a part. baselines: other rules, by name; default: all. peers: Python with the other programs."""
     baselines = BASELINES if baselines is None else baselines
     traces = all_traces(part)  # type: ignore[arg-type]
     steps: Counter[str] = Counter()
@@ -214,6 +216,7 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
     wrong: list[str] = []
     roots: Counter[bool] = Counter()
     log_wrong: list[str] = []
+    logs: list[Log] = []
     for number, trace in enumerate(traces, 1):
         _progress(number, len(traces))
         case = trace.case
@@ -224,12 +227,14 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
         if case.kind == "failing" and builds_up(norms, bad):
             climbing += 1
             end = bad.index(True)
+            logs.append(Log(_rows(trace)[:end], "climb", trouble=True, calm=False))
             for name, places in found.items():
                 before = [place for place in places if end - 32 <= place < end]
                 leads[name] += [end - before[0]] if before else []
                 missed[name] += [] if before else [case.name]
         elif case.kind == "failing" and (start := explodes_cold(norms, _losses(trace), bad)) is not None:
             cold += 1
+            logs.append(Log(_rows(trace)[: start + 3], "cold", trouble=True, calm=False))
             cold_warned.update(name for name, places in found.items() if any(start <= p < start + 3 for p in places))
         elif case.kind != "failing":
             for name, places in found.items():
@@ -243,7 +248,9 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
             if said.root != case.root:
                 wrong.append(f"{case.name}: root {said.root}, not {case.root}")
         if case.cause in _IN_LOGS:
-            cause = replay(_rows(trace)).verdict.cause
+            trouble = case.cause not in ("healthy", "amp_overflow")
+            logs.append(Log(rows := _rows(trace), "whole", trouble=trouble, calm=case.kind != "failing"))
+            cause = replay(rows).verdict.cause
             if cause != case.cause:
                 log_wrong.append(f"{case.name}: {cause}, not {case.cause}")
     right = sum(count for (is_so, said_so), count in confusion.items() if is_so == said_so)
@@ -270,6 +277,7 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None) -> dict[str,
         "confusion": [[is_so, said_so, count] for (is_so, said_so), count in sorted(confusion.items())],
         "wrong": wrong,
         "wrong_in_logs": log_wrong,
+        "peers": {} if peers is None else compare(peers, logs),
     }
 
 
@@ -335,6 +343,13 @@ def show(found: dict[str, Any]) -> str:
     lines += ["wrong:", *(f"  {text}" for text in found["wrong"])] if found["wrong"] else ["wrong: none"]
     in_logs = [f"  {text}" for text in found["wrong_in_logs"]]
     lines += ["wrong from the log alone:", *in_logs] if in_logs else ["wrong from the log alone: none"]
+    if found["peers"]:
+        lines += ["", f"{'program, on the logs alone':26}{'warned':>10}{'cold':>8}{'right':>12}{'per 10k calm':>15}"]
+    for name, peer in found["peers"].items():
+        lines.append(
+            f"{name:26}{peer['warned']:>6}/{found['building_up']:<3}{peer['cold_warned']:>6}/{found['exploding_cold']}"
+            f"{peer['right']:>8}/{peer['of']}{peer['alarms_per_10000_calm_steps']:>15.2f}"
+        )
     lines.append(f"run-level channel: {found['channel_steps_per_second'] / 1e6:.2f} M steps/s on one core")
     return "\n".join(lines)
 
@@ -348,8 +363,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--part", choices=("tune", "test"), default="test")
     parser.add_argument("--json", action="store_true", help="one object")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="of an environment with requirements-peers.txt")
     options = parser.parse_args()
-    found = measure(options.part) | {"channel_steps_per_second": speed()}
+    found = measure(options.part, peers=options.peers) | {"channel_steps_per_second": speed()}
     print(json.dumps(found) if options.json else show(found))
     return 0
 
