@@ -35,7 +35,8 @@ def test_adaptive_clipping_clips_to_what_the_collectors_rule_allows(found: dict[
             assert coefficient == pytest.approx(min(1.0, limit / norm), rel=1e-4)
             clipped += [step] if coefficient < 1 else []
         # The limit alone in the beginning, then history below it.
-        assert clipped == [3, 45, 55] and [result["limits"][step] == 40.0 for step in clipped] == [True, False, False]
+        assert clipped == [3, 45, 46, 55]
+        assert [result["limits"][step] == 40.0 for step in clipped] == [True, False, False, False]
 
 
 def test_a_resumed_job_decides_by_the_history_in_its_checkpoint(found: dict[str, Scenario]) -> None:

@@ -229,9 +229,9 @@ def test_an_attempt_that_resumes_knows_the_norms_of_the_one_before(first_step: i
     """A restart from another place, or from none, may be another training: it learns its own norms."""
     job = Job(ranks=1)
     job.train(80)
-    job.now += 20.0
     for _ in range(2):
         # The first launch dies before its first step.
+        job.now += 20.0
         job.start_again()
     norms = [1.0, 1.0, 20.0, 40.0]
     job.tell(0, norms, step=[first_step + i for i in range(len(norms))])
