@@ -227,14 +227,14 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Pa
         if case.kind == "failing" and builds_up(norms, bad):
             climbing += 1
             end = bad.index(True)
-            logs.append(Log(_rows(trace)[:end], "climb", trouble=True, calm=False))
+            logs.append(Log(_rows(trace)[:end], "climb", trouble=True))
             for name, places in found.items():
                 before = [place for place in places if end - 32 <= place < end]
                 leads[name] += [end - before[0]] if before else []
                 missed[name] += [] if before else [case.name]
         elif case.kind == "failing" and (start := explodes_cold(norms, _losses(trace), bad)) is not None:
             cold += 1
-            logs.append(Log(_rows(trace)[: start + 3], "cold", trouble=True, calm=False))
+            logs.append(Log(_rows(trace)[: start + 3], "cold", trouble=True))
             cold_warned.update(name for name, places in found.items() if any(start <= p < start + 3 for p in places))
         elif case.kind != "failing":
             for name, places in found.items():
@@ -249,7 +249,7 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Pa
                 wrong.append(f"{case.name}: root {said.root}, not {case.root}")
         if case.cause in _IN_LOGS:
             trouble = case.cause not in ("healthy", "amp_overflow")
-            logs.append(Log(rows := _rows(trace), "whole", trouble=trouble, calm=case.kind != "failing"))
+            logs.append(Log(rows := _rows(trace), "whole", trouble=trouble))
             cause = replay(rows).verdict.cause
             if cause != case.cause:
                 log_wrong.append(f"{case.name}: {cause}, not {case.cause}")

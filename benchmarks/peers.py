@@ -51,8 +51,7 @@ class Log(NamedTuple):
     """"climb": ends right before its first non-finite row; "cold": right after the third step of an explosion; "whole":
     a complete log."""
     trouble: bool
-    calm: bool
-    """Whether it is of a run that was healthy, or recovered."""
+    """Whether something is wrong with it that a log can show."""
 
 
 def compare(python: Path, logs: Sequence[Log]) -> dict[str, dict[str, float]]:
@@ -71,7 +70,7 @@ def _figures(logs: Sequence[Log], counts: Sequence[int]) -> dict[str, float]:
         if log.kind == "whole":
             seen["right"] += (count > 0) == log.trouble
             seen["whole"] += 1
-            if log.calm:
+            if not log.trouble:
                 seen["false"] += count
                 seen["calm rows"] += len(log.rows)
         else:
