@@ -87,8 +87,8 @@ FAULT_ENTRIES: dict[Cause, Entry] = {
     "loss_divergence": Entry(
         title="Loss diverges",
         outcome=_FAULT,
-        observed="a loss half above its best after 24 steps of steady climb; or at twice its best for 100 steps and "
-        "still rising, without a build-up; or at three times the first loss for 20 steps, after both loss and norm "
+        observed="without a build-up, a loss half above its best after 24 steps of steady climb, or at twice its best "
+        "for 100 steps and still rising; or one at three times the first loss for 20 steps, after both loss and norm "
         "rose so high in the first 25",
         summary="The loss has climbed since step {step}, and no gradient build-up explains it.",
         advice=(

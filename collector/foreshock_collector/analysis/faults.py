@@ -259,21 +259,18 @@ class FaultDetector:
         if step.loss is None or not (trend.started or exploded):
             return None
         streak = self.streaks.setdefault("loss_divergence", Streak())
-        comparable = streak.shown > 0 or streak.on or trend.comparable(rules)
+        # A build-up explains a climbing loss, and alerts already.
+        known = not building_up and (streak.shown > 0 or streak.on or trend.comparable(rules))
         if exploded:
             shows, after = True, rules.begins_after
-            evidence = (
-                f"loss and norm exploded within the first steps: {trend.losses[0]:.3g} and {trend.norms[0]:.3g}, "
-            )
-            evidence += f"then {step.loss:.3g} and {step.global_norm:.3g}"
-        elif comparable and (trend.rising >= rules.climb_steps or streak.on) and trend.rises_above(rules.climb):
+            start = f"{trend.losses[0]:.3g} and {trend.norms[0]:.3g}"
+            now = f"{step.loss:.3g} and {step.global_norm:.3g}"
+            evidence = f"loss and norm exploded within the first steps: {start}, then {now}"
+        elif known and (trend.rising >= rules.climb_steps or streak.on) and trend.rises_above(rules.climb):
             shows, after = True, 1
             evidence = f"the loss climbs steadily, from its best, {trend.best:.3g}, to {trend.loss:.3g}"
         else:
-            shows, after = (
-                comparable and trend.rises_above(rules.divergence) and not building_up,
-                rules.divergence_steps,
-            )
+            shows, after = known and trend.rises_above(rules.divergence), rules.divergence_steps
             if streak.shown == _LEVEL_STEPS:
                 streak.start = trend.loss
             if shows and streak.shown + 1 >= after and not streak.on:
@@ -283,7 +280,7 @@ class FaultDetector:
                 f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
             )
         transition = self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=after)
-        return transition._replace(exploded=exploded) if transition is not None else None
+        return None if transition is None else transition._replace(exploded=exploded)
 
     def _count(
         self,

@@ -255,9 +255,10 @@ class Rules:
     gradient: ChannelRules = field(default_factory=ChannelRules)
     """The global gradient norm, before clipping: positive, and evaluated by its logarithm."""
     loss: ChannelRules = field(
-        default_factory=lambda: ChannelRules(logarithmic=False, least_sigma=0.005, spike_rise=0.1)
+        default_factory=lambda: ChannelRules(logarithmic=False, recent_alpha=0.97, least_sigma=0.005, spike_rise=0.1)
     )
-    """The loss. It may be zero or negative and moves little: 0.5 % is the least deviation, 10 % the least spike."""
+    """The loss. It may be zero or negative and moves little: 0.5 % is the least deviation, 10 % the least spike. It
+    falls slowly and has outliers, so one mean is enough."""
     faults: FaultRules = field(default_factory=FaultRules)
     planned_rate_change: float = setting(
         1.5,
