@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet
+from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet, seconds_of
 from tests.support.alerting import SEVERITY
 
 pytestmark = pytest.mark.integration
@@ -19,13 +19,7 @@ SUITES = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
 LOST = (1, 3, 4)
 """Scrapes that fail after the one that a scenario is looked at: one alone, then two in a row."""
 LOOKS = range(max(LOST) + 2)
-_UNITS = {"h": 3600, "m": 60, "s": 1}
 Series = dict[str, list[str]]
-
-
-def seconds(time: str) -> int:
-    """Of "39m45s"."""
-    return sum(int(number) * _UNITS[unit] for number, unit in re.findall(r"(\d+)([hms])", time))
 
 
 def values(notation: str) -> list[str]:
@@ -64,7 +58,7 @@ def scenarios() -> dict[str, tuple[int, Series]]:
                 fires = assertion["alertname"] if assertion.get("exp_alerts") else ""
                 quiet_ = f"nothing at {assertion['eval_time']}" if suite.name.startswith("healthy") else ""
                 if name := fires or quiet_:
-                    scrape = seconds(assertion["eval_time"]) // SCRAPE_SECONDS
+                    scrape = seconds_of(assertion["eval_time"]) // SCRAPE_SECONDS
                     found.setdefault(name, (scrape, series))
     return found
 
@@ -84,7 +78,7 @@ def fired(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Fired]]:
 
 def at(fired: list[Fired], scrape: int) -> dict[tuple[str, str], dict[str, str]]:
     """Alerts and their runs at this scrape, with what they say."""
-    now = [each for each in fired if seconds(each.time) == scrape * SCRAPE_SECONDS]
+    now = [each for each in fired if seconds_of(each.time) == scrape * SCRAPE_SECONDS]
     return {(each.alert, each.labels.get("run", "")): each.annotations for each in now}
 
 
