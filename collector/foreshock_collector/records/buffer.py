@@ -12,16 +12,12 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.records.deadlines import Deadlines
 from foreshock_collector.records.layer_weights import LayerWeights, WeightHistory
 from foreshock_collector.records.steps import LARGEST, Step, bounded
 from foreshock_protos.columns import NONFINITE_COUNTS, NONFINITE_VALUES, WIRE_COLUMNS, Column, Part
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-PATIENCE_SECONDS = 2.0
-"""How long a step waits for ranks that have not reported it."""
-NONFINITE_PATIENCE_SECONDS = 0.3
-"""How long a non-finite step waits for them: it should be reported soon, yet the other ranks' evidence is worth a
-moment. Recorders send such a step at once."""
 _MAX_CELLS = 2**18
 """Cells of a buffer, about 200 bytes each; a job of many ranks keeps fewer steps."""
 _MIN_STEPS, _MAX_STEPS = 64, 2048
@@ -196,7 +192,7 @@ class RecordBuffer:
         self._layer_sequences = np.zeros(self.capacity, "i8")
         self.weights = WeightHistory(layers)
         """What the newest measured steps have of the weights by layer."""
-        self._deadlines = np.full(self.capacity, math.inf)
+        self._deadlines = Deadlines(self.capacity, world_size)
 
     def must_finalize(self, records: Records) -> int:
         """Return the sequence number up to which steps must be finalized before these records are written."""
@@ -220,9 +216,8 @@ class RecordBuffer:
         self._sums[recent["reduced_sequence"] % self.capacity] = recent
         # A gap waits like a record: another rank may yet fill it.
         waiting = np.arange(max(self.finalized, int(self.positions[rank]), last - self.capacity) + 1, last + 1)
-        self._expedite(waiting, now + PATIENCE_SECONDS)
         bad = rows["sequence"][nonfinite_mask(rows)]
-        self._expedite(bad[bad > self.finalized], now + NONFINITE_PATIENCE_SECONDS)
+        self._deadlines.start(rank, waiting, bad[bad > self.finalized], now)
         self.positions[rank] = max(last, int(self.positions[rank]))
         self.highest = max(last, self.highest)
 
@@ -234,32 +229,32 @@ class RecordBuffer:
             self._cells = np.concatenate((self._cells, np.zeros_like(self._cells)), axis=1)
         return column
 
-    def _expedite(self, sequences: NDArray[np.int64], deadline: float) -> None:
-        slots = sequences % self.capacity
-        self._deadlines[slots] = np.minimum(self._deadlines[slots], deadline)
-
     def move_clock(self, seconds: float) -> None:
         """Add so many seconds to the time until which each step waits."""
-        self._deadlines += seconds
+        self._deadlines.move_clock(seconds)
 
     def due(self, now: float) -> int:
         """Return the sequence number up to which steps may be assembled: every rank has passed them, or time is up."""
         passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest
         due = max(self.finalized, min(passed, self.highest))
         waiting = np.arange(due + 1, self.highest + 1)
-        late = waiting[self._deadlines[waiting % self.capacity] <= now]
+        late = waiting[self._passed(waiting, now)]
         return int(late[-1]) if late.size else due
 
     def overdue(self, now: float) -> bool:
         """Return whether a step has waited long enough, though a rank is still missing."""
-        return self.finalized < self.highest and bool((self._deadlines <= now).any())
+        waiting = np.arange(self.finalized + 1, self.highest + 1)
+        return bool(self._passed(waiting, now).any())
+
+    def _passed(self, waiting: NDArray[np.int64], now: float) -> NDArray[np.bool_]:
+        return self._deadlines.passed(waiting, now, positions=self.positions, awaited=self.awaited)
 
     def finalize(self, attempt: int, upto: int) -> Iterator[Step]:
         """Assemble steps, in order, up to a sequence number."""
         first, last = self.finalized + 1, min(upto, self.highest)
         for sequence in range(first, last + 1):
             self.finalized = sequence
-            self._deadlines[sequence % self.capacity] = math.inf
+            self._deadlines.end(sequence)
             step = self._assemble(attempt, sequence)
             if step is not None:
                 yield step

@@ -57,7 +57,7 @@ def test_a_run_goes_on_across_a_clock_that_is_set(tmp_path: Path, set_by: float)
     intake.commit()
     intake.apply(steps(21, [1.0], instance="r-0"), session)
     machine.wall += set_by
-    for _ in range(3):
+    for _ in range(11):
         machine.pass_by(1.0)
         intake.commit()
         intake.expire()

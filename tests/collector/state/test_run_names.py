@@ -136,7 +136,7 @@ def test_a_launch_that_contradicts_itself_is_refused() -> None:
     ):
         with pytest.raises(ContradictionError, match=says):
             names.register("a", **({"rank": 1} | changes))
-    with pytest.raises(ContradictionError, match="another run, launch or rank before"):
+    with pytest.raises(ContradictionError, match="another experiment, run, launch or rank before"):
         names.register("a", run="day")
 
 

@@ -28,7 +28,7 @@ def test_a_run_whose_ranks_live_and_make_no_step_has_stalled_until_it_makes_one(
         job.tell(each, [1.0])
     for each, count in enumerate(passes):
         job.computed(each, count)
-    job.settle(6.0)
+    job.settle(11.0)
     for _ in range(4):
         job.now += 30.0
         job.heartbeat()
