@@ -76,6 +76,8 @@ class BackwardHooks:
         self._observer: weakref.ref[BackwardObserver] | None = None
         self._sums: RankSums | None = None
         self._by_bucket = False
+        self._alone = ddp is None
+        """Whether there is nobody to average with: gradients are final at the end of each pass."""
         self._writes_back = ddp is not None and not ddp.gradient_as_bucket_view
         """Whether DDP copies averages into the gradients, so that their version shows whether it has averaged."""
         self._static = ddp is not None and bool(ddp.static_graph)
@@ -179,7 +181,7 @@ class BackwardHooks:
         whole = self._unused or len(self._seen) >= len(self._handles)
         if whole:
             self._seen = set()
-        if observer is not None and whole and model is not None and _averages(model):
+        if observer is not None and whole and model is not None and (self._alone or model.require_backward_grad_sync):
             observer.backward_computed()
         if whole or self._writes_back:
             # DDP has requested its own callback after ours, and waits there: go behind it once more.
@@ -197,7 +199,7 @@ class BackwardHooks:
             self._remove()
         if model is None or task is None or first is None:
             return
-        averaged = _averages(model)
+        averaged = self._alone or bool(model.require_backward_grad_sync)
         if self._writes_back:
             averaged = first.grad is not None and version_of(first.grad) != task.version
         if averaged:
@@ -213,11 +215,6 @@ class BackwardHooks:
                 observer.guard.run(self._hook_all)
         if sums and self._sums is not None:
             self._sums.issue()
-
-
-def _averages(model: nn.Module) -> bool:
-    """Return whether gradients are final at the end of a backward pass: not if DDP only accumulates."""
-    return not isinstance(model, DistributedDataParallel) or bool(model.require_backward_grad_sync)
 
 
 class StepObserver(Protocol):
