@@ -2,8 +2,8 @@
 
 Norms are products, so the rules work on their logarithm. History is two exponentially weighted means of it, a slow and
 a quick one, and the mean absolute deviation from the quick one. The lower mean is the usual value: a fall is followed
-at once, and its slope is no noise. Values are clamped before they enter, so that one spike does not hide the next. A
-single spike is an event and no more. A build-up takes a climb or spikes in quick succession: either a one-sided CUSUM
+at once, and its slope is little noise. Values are clamped before they enter, so that one spike does not hide the next.
+A single spike is an event and no more. A build-up takes a climb or spikes in quick succession: either a one-sided CUSUM
 with capped steps crosses its limit, or there is a surge, several steps in a row far above the usual. A surge needs no
 deviation, and so detects a run that explodes from its start.
 

@@ -88,8 +88,8 @@ FAULT_ENTRIES: dict[Cause, Entry] = {
         title="Loss diverges",
         outcome=_FAULT,
         observed="without a build-up, a loss half above its best after 24 steps of steady climb, or at twice its best "
-        "for 100 steps and still rising; or one at three times the first loss for 20 steps, after both loss and norm "
-        "rose so high in the first 25",
+        "for 100 steps and still rising; or one above the very first loss for 20 steps, after both loss and norm rose "
+        "to three times the first within 25",
         summary="The loss has climbed since step {step}, and no gradient build-up explains it.",
         advice=(
             SMALLER_STEPS,

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from foreshock_collector.analysis.rules import ChannelRules
 
+_ALPHA = 0.7
+"""Weight of the past in the mean of the newest losses: a single batch may be easy for a network that is dead."""
+
 
 @dataclass
 class FirstSteps:
@@ -22,7 +25,9 @@ class FirstSteps:
     """Steps that were compared."""
     high_in_a_row: int = 0
     exploded: bool = False
-    """Whether the run exploded from its start, and its loss has not come back since."""
+    """Whether the run exploded from its start, and its loss has not come back to the first since."""
+    recent_loss: float = 0.0
+    """Mean of the newest losses, about three of them, since the explosion."""
 
     def over(self, rule: ChannelRules) -> bool:
         """Return whether further steps change nothing."""
@@ -38,13 +43,14 @@ class FirstSteps:
         if not self.count:
             self.norm, self.loss, self.count = norm, loss, 1
             return False
-        factor = math.exp(rule.spike_rise)
-        # One that begins at zero or below, such as a reward, has no scale.
-        high = loss >= factor * self.loss > 0
         if self.exploded or self.over(rule):
-            self.exploded = self.exploded and high
+            self.recent_loss += (1 - _ALPHA) * (loss - self.recent_loss)
+            self.exploded = self.exploded and self.recent_loss > self.loss
             return False
         self.count += 1
-        self.high_in_a_row = self.high_in_a_row + 1 if high and norm >= factor * self.norm else 0
-        self.exploded = self.high_in_a_row >= rule.surge_steps
+        factor = math.exp(rule.spike_rise)
+        # A loss that begins at zero or below, such as a reward, has no scale.
+        high = loss >= factor * self.loss > 0 and norm >= factor * self.norm
+        self.high_in_a_row = self.high_in_a_row + 1 if high else 0
+        self.exploded, self.recent_loss = self.high_in_a_row >= rule.surge_steps, loss
         return self.exploded

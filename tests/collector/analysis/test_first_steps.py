@@ -29,6 +29,16 @@ DEAD = [(931_354.0, 29_839.0), (52_000.0, 4_100.0), (310_000.0, 9_800.0), (88_00
     [
         # Adam at a thousand, three hundred and a hundred times a good rate: weights are destroyed by the first updates.
         [(2.3, 0.4), *DEAD * 100],
+        # The loss falls to that of a guess, and no further.
+        [
+            (2.32, 0.41),
+            (32.7, 26.4),
+            (23.5, 19.9),
+            (20.7, 19.5),
+            (8.0, 8.2),
+            (3.7, 2.5),
+            *[(2.3, 1.2), (2.5, 1.9)] * 200,
+        ],
         [(2.04, 0.587), *[(18.7, 18.3), (22.9, 22.0), (12.7, 12.9), (30.4, 17.8)] * 100],
         [(3.43, 0.96), *[(13.1, 9.4), (31.4, 10.6), (32.6, 13.3), (40.5, 17.4)] * 100],
         # A jump, and a loss that stays there.
