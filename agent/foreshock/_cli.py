@@ -14,6 +14,7 @@ _PURPOSE = {
     "incidents": "show what went wrong, newest first",
     "diagnose": "diagnose a recorded training log",
     "report": "write a run or a recorded log as one self-contained page",
+    "backup": "copy a collector's database while it is in use",
     "recorder": "deliver records that jobs left on this machine while the collector was down",
     "run": "run a training command and watch it, without a change to its script",
     "demo": "run a real training job that explodes, and see why",

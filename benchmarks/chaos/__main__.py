@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,8 +139,8 @@ FAULTS: dict[str, Callable[[Job], None]] = {
 }
 
 
-def run(folder: Path, *, faults: int, seed: int, pace: float) -> list[str]:
-    """Run a job through so many faults and print the table. Return what was wrong."""
+def run(folder: Path, names: Sequence[str], *, faults: int, seed: int, pace: float) -> list[str]:
+    """Run a job through so many of these faults and print the table. Return what was wrong."""
     generator = random.Random(seed)
     collector = Collector(folder)
     proxy = Proxy(int(collector.address.rpartition(":")[2]))
@@ -154,7 +154,6 @@ def run(folder: Path, *, faults: int, seed: int, pace: float) -> list[str]:
     )  # fmt: skip
     counts: Counter[str] = Counter()
     began = time.monotonic()
-    names = list(FAULTS)
     for number in range(faults):
         name = names[number] if number < len(names) else generator.choice(names)
         before = job.look()
@@ -172,6 +171,7 @@ def run(folder: Path, *, faults: int, seed: int, pace: float) -> list[str]:
     eventually(lambda: not list(launch.glob("*.ring")), "a delivery of all rings")
     eventually(lambda: job.look() >= steps, "all steps")
     ranks.wait()
+    ranks.stdout.close()
     eventually(lambda: not job.recorder_pids(), "the end of the recorder")
     counted = int(job.look())
     seen = collector.run(RUN)
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.01, help="seconds between steps; default: 0.01")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        wrong = run(Path(name), faults=options.faults, seed=options.seed, pace=options.pace)
+        wrong = run(Path(name), list(FAULTS), faults=options.faults, seed=options.seed, pace=options.pace)
     for line in wrong:
         print(f"WRONG: {line}")
     sys.exit(bool(wrong))

@@ -6,6 +6,7 @@ import asyncio
 import importlib.metadata
 import json
 import logging
+import resource
 import signal
 import socket
 import sqlite3
@@ -179,6 +180,7 @@ class Server:
 
 async def serve(config: Config) -> None:
     """Run until SIGTERM or SIGINT. Where its database is damaged or gone, begin again with a new one."""
+    allow_open_files()
     stopping: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, stopping, number.name)
@@ -190,6 +192,12 @@ async def serve(config: Config) -> None:
         except sqlite3.DatabaseError as error:
             recovery.replace(Path(config.database), error)
     logger.info("collector stopped on %(signal)s", {"signal": stopping.result()})
+
+
+def allow_open_files() -> None:
+    """Allow this process as many open files as the system does: idle connections must not shut others out."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 async def _serve(config: Config, stopping: asyncio.Future[str]) -> None:

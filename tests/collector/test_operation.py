@@ -6,6 +6,7 @@ import json
 import logging
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from foreshock_collector.catalogue import REFUSAL_REASONS
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
 from foreshock_collector.log_format import JsonFormatter, TextFormatter
-from foreshock_collector.server import Server
+from foreshock_collector.server import Server, allow_open_files
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -166,6 +167,16 @@ def test_a_run_that_expires_is_logged_once(tmp_path: Path, caplog: pytest.LogCap
         intake.expire()
     store.close()
     assert facts(caplog, "run r expired") == [{"run": "r", "experiment": "e"}]
+
+
+def test_idle_connections_have_all_files_that_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def collector(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

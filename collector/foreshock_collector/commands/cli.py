@@ -61,6 +61,13 @@ def report(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def backup(arguments: list[str]) -> int:
+    """Copy a database; see `foreshock_collector.commands.backup`."""
+    from foreshock_collector.commands.backup import main
+
+    return main(arguments)
+
+
 def status(arguments: list[str]) -> int:
     """Show all runs or one; see `foreshock_collector.commands.status`."""
     from foreshock_collector.commands.status import status

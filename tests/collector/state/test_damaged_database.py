@@ -37,10 +37,10 @@ def errors_expected() -> None:
     """Here they are what the tests are about."""
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """Database of three runs, which no collector uses."""
-    path, clock, session = tmp_path / "db", Clock(), Session()
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Database of three runs."""
+    path, clock, session = tmp_path_factory.mktemp("whole") / "db", Clock(), Session()
     store = Store(path)
     intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
     for run in RUNS:
@@ -49,6 +49,14 @@ def path(tmp_path: Path) -> Path:
             intake.apply(steps(first, [1.0] * 300, run=run), session)
         intake.commit()
     store.close()
+    return path.read_bytes()
+
+
+@pytest.fixture
+def path(tmp_path: Path, whole: bytes) -> Path:
+    """That database, which no collector uses."""
+    path = tmp_path / "db"
+    path.write_bytes(whole)
     return path
 
 

@@ -1,0 +1,18 @@
+"""Faults one after the other under load; `make chaos` has a thousand of all kinds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos.__main__ import run
+
+FAULTS = ("collector killed", "recorder killed", "recorder stopped for a second", "data swallowed, then cut")
+
+
+def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, FAULTS, faults=len(FAULTS), seed=0, pace=0.01) == []
+    figures = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[-1:].isdigit())
+    assert {figures[what] for what in ("lost", "doubled", "counter regressions", "rings and other files left")} == {"0"}
+    assert int(figures["steps sent"]) > 100
