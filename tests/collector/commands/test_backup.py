@@ -47,7 +47,7 @@ def test_what_cannot_be_copied_leaves_the_older_copy(tmp_path: Path, capsys: pyt
     with closing(sqlite3.connect(tmp_path / "other")) as other:
         other.execute("CREATE TABLE t (a)")
     for source, target, says in (
-        ("nowhere", "copy", "unable to open database file"),
+        ("nowhere", "copy", "No such file or directory"),
         ("notes", "copy", "file is not a database"),
         ("other", "copy", "is not a Foreshock database"),
         ("db", "db", "is the database itself"),
