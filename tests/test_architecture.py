@@ -224,16 +224,12 @@ def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
 
 
 @pytest.mark.integration
-def test_the_probe_brings_neither_grpc_nor_protobuf_into_the_training_process() -> None:
+def test_the_probe_brings_neither_grpc_nor_protobuf_nor_triton_into_the_training_process() -> None:
     # Triton is not to be had everywhere; a test below checks what those modules import.
-    loaded = loaded_by(*(name for name in module_names("foreshock") if "_kernels" not in name))
-    assert not top_level(loaded) & {"grpc", "foreshock_collector"}
+    names = [name for name in module_names("foreshock") if "_kernels" not in name]
+    loaded = loaded_by(*names, "foreshock._kernels.choice")
+    assert not top_level(loaded) & {"grpc", "foreshock_collector", "triton"}
     assert not any(module.startswith(("google.protobuf", "foreshock_protos.v1")) for module in loaded)
-
-
-@pytest.mark.integration
-def test_importing_the_probe_does_not_import_triton() -> None:
-    assert "triton" not in top_level(loaded_by("foreshock", "foreshock._kernels.choice"))
 
 
 def test_the_kernels_import_nothing_but_triton_torch_and_the_probe() -> None:
