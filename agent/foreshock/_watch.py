@@ -81,8 +81,10 @@ class ActiveWatch(Watch):
         self._dropped = 0
         """Backward passes in a row whose gradients no step has used."""
         self._edits_seen = False
-        self.loss_of_pass: Callable[[object], Tensor | None] | None = None
-        """Returns the loss of the passes of a step, named by the argument, so far; None where the script observes."""
+        self.observed_of_pass: Callable[[object], tuple[Tensor | None, int | None]] | None = None
+        """Returns the loss of a step's passes so far, and its number; None where the script observes."""
+        self.missed_passes = 0
+        """Steps whose backward passes came before attach: 1 under `foreshock run`."""
         self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
@@ -148,9 +150,9 @@ class ActiveWatch(Watch):
                 self._skip_pass()
             if self._control.is_changed():
                 self._update_parameters()
-            if self.loss_of_pass is not None:
+            if self.observed_of_pass is not None:
                 self._observations.habit = Habit.BEFORE_BACKWARD
-                self._observe(self.loss_of_pass((self.steps, self._dropped)), None)
+                self._observe(*self.observed_of_pass((self.steps, self._dropped)))
         except Exception as error:
             self.guard.count(error)
 
@@ -196,11 +198,9 @@ class ActiveWatch(Watch):
         try:
             self._observations.backward_ended(averaged=averaged)
             if averaged:
-                self._measure.at_end = None
-                self._measure.edits.backward_ended()
-                # The first time too: it is not known yet what this script does between here and its step. Under
-                # `foreshock run`, that is the second record's.
-                if self._edits_seen or self._skips or self._record.sequence < 1 + (self.loss_of_pass is not None):
+                self._measure.at_end, sequence = None, self._record.sequence + 1
+                looks = self._measure.edits.backward_ended(sequence, sequence - self.missed_passes)
+                if looks or self._edits_seen or self._skips:
                     self._measure_at_end()
                 if self._control.scaler is not None:
                     self._control.backward_ended()
@@ -262,7 +262,7 @@ class ActiveWatch(Watch):
             self._update_parameters()
         step.learning_rate = self._control.learning_rate
         step.flags = EDITED if step.edited else 0
-        if not step.edited and not self._skips:
+        if not step.edited and not self._skips and not self._measure.edits.compares:
             self._measure.at_end = None
         if step.edited and not self._edits_seen:
             self._edits_seen = True
@@ -310,7 +310,7 @@ class ActiveWatch(Watch):
         """Record that no step followed the newest backward pass. at_end: of the run, so its gradients still exist."""
         skipped = self._observations.skipped()
         # Where the script observes nothing, dropping gradients may be its design.
-        observation = None if self.loss_of_pass is not None else skipped
+        observation = None if self.observed_of_pass is not None else skipped
         self._skips = True
         self._dropped += 1
         if self._dropped == _PASSES_WITHOUT_STEP:

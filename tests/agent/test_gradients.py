@@ -10,11 +10,13 @@ from tests.support.torch_jobs import ARITHMETIC, PATHS, Scenario, run_scenarios
 
 pytestmark = pytest.mark.integration
 
+UNVERSIONED = ["own_clip_through_data", "own_clip_by_new_data", "own_clip_of_the_middle"]
+"""Edits that change the version of neither the first nor the last gradient."""
 NAMES = [
     "value_clip", "bfloat16", "scaler_fused", "scaler_unfused", "scaler_fused_unscaled_by_the_script",
     "scaler_not_enabled",
     "own_clip_fused", "own_clip_unfused", "own_value_clip", "own_clip_and_scaler_fused",
-    "own_clip_and_scaler_unfused",
+    "own_clip_and_scaler_unfused", *UNVERSIONED,
     "unused_parameters", "accumulated", "a_step_that_raised",
 ]  # fmt: skip
 NOBODY = -1.0
@@ -129,3 +131,19 @@ def test_an_optimizer_that_raised_leaves_nothing_behind_for_the_next_step(found:
     for result in found["a_step_that_raised"].results:
         assert result["global"] == pytest.approx(result["norms"], rel=1e-6)
         assert result["scale"] == [1.0] * 4 and result["left"] is None
+
+
+@pytest.mark.parametrize("name", UNVERSIONED)
+def test_a_scripts_own_clipping_that_shows_in_the_norm_only_is_noticed_and_never_doubled(
+    found: dict[str, Scenario], name: str
+) -> None:
+    for result in found[name].results:
+        noticed = result["edited"].index(True)
+        # A CPU's host compares at once, and marks the records after that; a device answers eight steps later.
+        assert noticed in (1, 8) and all(result["edited"][noticed:])
+        first = 0 if noticed == 1 else noticed
+        assert result["coefficient"][first:] == [1.0] * (12 - first)
+        assert result["global"][first:] == pytest.approx(result["norms of ours"][first:], rel=1e-5)
+        if noticed == 1:
+            assert result["as alone"]
+    assert found[name].lines_with("changes gradients between backward and step") == [1, 0]

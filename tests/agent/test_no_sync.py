@@ -75,7 +75,7 @@ class Rank:
         scale = self.arithmetic.constant(1.0)
         assert self.measure.local is not None
         self.measure.local.measure(self.measure.order)
-        self.measure.edits.backward_ended()
+        self.measure.edits.backward_ended(1, 1)
         self.measure.edits.compare(step)
         self.measure.measure(step)
         assert step.summary is not None
@@ -133,7 +133,7 @@ def sharded_step(layers: int) -> Counter[str]:
             sums.prepare(sequence, None, Observation(step=None, loss=step.loss_scale))
             sums.measure()
             sums._sums, sums._next = sums._next, torch.zeros_like(sums._next)
-            measure.edits.backward_ended()
+            measure.edits.backward_ended(1, 1)
             measure.edits.compare(step)
             measure.measure(step)
             rank.decide.decide(step)

@@ -119,9 +119,12 @@ class KernelMeasure(Measure):
         """Launch the measurement of the averaged gradient; measure the weights."""
         kernel, at_end = self._kernel, self.at_end
         largest: Number | None = None
-        if at_end is None:
+        if at_end is None or (self.edits.compares and not step.edited):
             step.gradients = self._launch()
             largest = self._largest(step.gradients, step.sequence)
+            if at_end is not None:
+                self.edits.differ(step, at_end.total, self._arithmetic.total(self._sums.norms()))
+                at_end = None
         else:
             step.gradients, largest = self.gradients(), at_end.largest
         step.weights = self._weights.look(step.sequence)

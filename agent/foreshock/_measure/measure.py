@@ -38,7 +38,7 @@ class Measure:
         self._options = {"local_norms": local_norms, "single": single, "views": views}
         self._of_averaged = local_norms and single
         self.plan = plan
-        self.edits = GradientEdits(plan.parameters, views=views)
+        self.edits = GradientEdits(plan.parameters, arithmetic, views=views)
         self.local = LocalNorms(plan, arithmetic) if local_norms and not single else None
         self.at_end: NormSummary | None = None
         """Summary of the averaged gradient at the end of the newest backward pass, where that was measured; it contains
@@ -59,9 +59,11 @@ class Measure:
         """Fill in the norms of the averaged gradient and of this rank's own, unscaled, and measures of the weights."""
         # At the end of backward every gradient contains the scale of the loss.
         scale, summary = step.loss_scale, self.at_end
-        if summary is None:
-            scale, summary = step.grad_scale, self.averaged(step.sequence)
+        if summary is None or (self.edits.compares and not step.edited):
+            now = self.averaged(step.sequence)
             step.gradients = self._gradients
+            if summary is None or not self.edits.differ(step, summary.total, now.total):
+                scale, summary = step.grad_scale, now
         else:
             step.gradients = self.gradients()
         step.summary = summary if scale is None else self._arithmetic.unscaled(summary, scale)
@@ -124,6 +126,7 @@ class Measure:
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
         measure = self._like(plan)
+        measure.edits.by_norm = self.edits.by_norm
         for index in self._learned:
             measure.arrived(self.plan.parameters[index])
         return measure

@@ -17,11 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
+from foreshock._arithmetic.norms import Number
 from foreshock._log import rank_zero_info_once, rank_zero_warn_once
+from foreshock._measure.late_flag import LateFlag
 from foreshock._step import Observation, Step
 from foreshock._torch import version_of
 
 _STEPS = range(-(2**53), 2**53)
+_COMPARED_EVERY = 100
+"""Steps from one comparison of norms to the next: each costs a second read of the gradients."""
+SAME = 1e-3
+"""Relative difference of norms up to which they are those of the same gradients: what a loss scale rounds is less."""
 
 
 class Habit(Enum):
@@ -110,24 +116,55 @@ class Observations:
 class GradientEdits:
     """Notices a script's own clipping by the versions of the gradients; `GradScaler.unscale_` leaves them unchanged.
 
-    The first and the last parameter stand for all: scripts clip all of a model, or its front or back part.
+    The first and the last parameter stand for all: scripts clip all of a model, or its front or back part. What changes
+    others, or goes through `.data`, shows in the norm only: that is compared now and then.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], *, views: bool = False) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], arithmetic: Arithmetic, *, views: bool = False) -> None:
         """views: gradients are views of DDP's buckets, so that each changes the version of its neighbors too."""
         self._views = views
+        self._arithmetic = arithmetic
         self._ends = (parameters[0], parameters[-1])
         self._versions: tuple[int, ...] | None = None
+        self._late = LateFlag(parameters[0].device)
+        self.by_norm = False
+        """Whether a norm has shown that the script edits gradients."""
+        self.compares = False
+        """Whether the norm at the end of backward is to be compared with that before the step."""
 
-    def backward_ended(self) -> None:
-        """Remember the versions."""
+    def backward_ended(self, sequence: int, passes: int) -> bool:
+        """Remember the versions; return whether the norm is needed too.
+
+        sequence: of the record that the pass is for. passes: of different steps, this one included.
+        """
         self._versions = self._now()
+        if self._late.due == sequence:
+            self.by_norm |= self._late.read()
+        # The first time too: it is not known yet what this script does between here and its step.
+        self.compares = passes % _COMPARED_EVERY == 1
+        return self.compares or self.by_norm
 
     def compare(self, step: Step) -> None:
         """Fill in whether the script has edited the gradients, unless there is no backward pass to compare with."""
         versions, self._versions = self._versions, None
         if versions is not None:
-            step.edited = versions != self._now()
+            step.edited = self.by_norm or versions != self._now()
+
+    def differ(self, step: Step, before: Number, now: Number) -> bool:
+        """Return whether the script has edited the gradients, and fill that in: by the norm. A device answers late.
+
+        before: norm at the end of backward, which contains the loss scale. now: norm before the step.
+        """
+        a = self._arithmetic
+        if step.grad_scale is None and step.loss_scale is not None:
+            # They have been unscaled meanwhile.
+            now = now * step.loss_scale
+        flag = a.counted(a.absolute(now - before) > SAME * before)
+        if a.is_one(flag):
+            step.edited = self.by_norm = True
+        else:
+            self._late.add(step.sequence, flag)
+        return self.by_norm
 
     def dropped(self, arrived: Tensor) -> bool:
         """Return, in a new backward pass, whether the gradients of the last one were dropped. Unknown is no.

@@ -19,15 +19,13 @@ from foreshock._arithmetic.parameters import ParameterPlan, updated_plan
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._measure.measure import Measure
 from foreshock._measure.rank_sums import SUM_FIELDS, OwnGradient, loss_fields
-from foreshock._measure.script import GradientEdits
+from foreshock._measure.script import SAME, GradientEdits
 from foreshock._step import Observation, Step
 from foreshock._torch import shard_of
 
 _LOSS_FIELDS = 4
 _SAMPLED = 4096
 """Elements of a shard whose norm is compared."""
-_SAME = 1e-3
-"""Relative difference of two norms up to which they are the same: dividing by a loss scale rounds."""
 
 
 class ShardSums:
@@ -137,16 +135,17 @@ class ShardEdits(GradientEdits):
     """
 
     def __init__(self, plan: ParameterPlan, arithmetic: Arithmetic, sums: ShardSums) -> None:
-        super().__init__(plan.parameters)
-        self._arithmetic = arithmetic
+        super().__init__(plan.parameters, arithmetic)
         self._sums = sums
         self._before: Number | None = None
         """Norm of the sample at the end of backward."""
 
-    def backward_ended(self) -> None:
-        """Remember versions and values."""
-        super().backward_ended()
+    def backward_ended(self, sequence: int, passes: int) -> bool:
+        """Remember versions and values, which are compared without a norm of all."""
+        super().backward_ended(sequence, passes)
         self._before = self._sample()
+        self.compares = False
+        return passes == 1
 
     def compare(self, step: Step) -> None:
         """Fill in whether the script has edited the gradients, or did so before."""
@@ -162,7 +161,7 @@ class ShardEdits(GradientEdits):
         if step.grad_scale is None and step.loss_scale is not None:
             # They have been unscaled meanwhile.
             now = now * step.loss_scale
-        self._sums.edits = a.counted(a.absolute(now - before) > _SAME * before)
+        self._sums.edits = a.counted(a.absolute(now - before) > SAME * before)
 
     def _sample(self) -> Number:
         shards = [shard_of(p.grad).reshape(-1)[:_SAMPLED] for p in self._ends if p.grad is not None]

@@ -50,4 +50,4 @@ def _watch(optimizer: torch.optim.Optimizer, kind: str) -> None:
     watch = attach_without_script(model, optimizer)
     if isinstance(watch, ActiveWatch):
         pass_loss.follow()
-        watch.loss_of_pass = pass_loss.SummedLoss()
+        watch.observed_of_pass, watch.missed_passes = pass_loss.SummedLoss(), 1

@@ -22,15 +22,20 @@ class SummedLoss:
     def __init__(self) -> None:
         self._step: object = None
         self._sum: Tensor | None = None
+        self.number: int | None = None
+        """Number of the step; None if steps are counted."""
 
-    def __call__(self, step: object) -> Tensor | None:
-        """Return the sum with the loss of the pass that is running; None if unknown. step: equal for one step."""
+    def __call__(self, step: object) -> tuple[Tensor | None, int | None]:
+        """Return the sum with the loss of the pass that is running, None if unknown, and the number.
+
+        step: equal for all passes of one step.
+        """
         loss = _running
         if loss is None:
-            return None
+            return None, self.number
         self._sum = loss if self._sum is None or step != self._step else self._sum + loss
         self._step = step
-        return self._sum
+        return self._sum, self.number
 
 
 def follow() -> None:

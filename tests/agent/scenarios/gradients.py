@@ -214,7 +214,31 @@ def own_value_clip() -> dict[str, Any]:
     return _own_clip(lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.05), fused=False)
 
 
-def _own_clip(clip: Callable[[nn.Module], Any], *, fused: bool) -> dict[str, Any]:
+def own_clip_through_data() -> dict[str, Any]:
+    def clamp(model: nn.Module) -> None:
+        for gradient in gradients(model):
+            gradient.data.clamp_(-0.05, 0.05)
+
+    return _own_clip(clamp, fused=True, steps=12)
+
+
+def own_clip_by_new_data() -> dict[str, Any]:
+    def scale(model: nn.Module) -> None:
+        factor = 0.3 / norm_of(gradients(model))
+        for gradient in gradients(model):
+            gradient.data = gradient.data * factor
+
+    return _own_clip(scale, fused=False, steps=12)
+
+
+def own_clip_of_the_middle() -> dict[str, Any]:
+    def clip(model: Any) -> None:
+        nn.utils.clip_grad_norm_(model.module[2].parameters(), 0.1)
+
+    return _own_clip(clip, fused=True, steps=12)
+
+
+def _own_clip(clip: Callable[[nn.Module], Any], *, fused: bool, steps: int = STEPS) -> dict[str, Any]:
     model = make_model()
     norms: list[float] = []
 
@@ -222,15 +246,17 @@ def _own_clip(clip: Callable[[nn.Module], Any], *, fused: bool) -> dict[str, Any
         norms.append(norm_of(gradients(model)))
         clip(model)
 
-    alone = train(model, make_optimizer(model, fused=fused), before_step=note_and_clip)
+    alone = train(model, make_optimizer(model, fused=fused), steps=steps, before_step=note_and_clip)
     model = make_model()
     optimizer = make_optimizer(model, fused=fused)
     with foreshock.attach(model, optimizer, clip=0.1) as watch:
-        ours = train(model, optimizer, before_step=lambda: clip(model))
+        noted, norms = norms, []
+        ours = train(model, optimizer, steps=steps, before_step=note_and_clip)
         found = told(watch)
     return {
         "as alone": same(alone, ours),
-        "norms": norms,
+        "norms": noted,
+        "norms of ours": norms,
         "edited": [record["edited"] for record in found["records"]],
         "global": column(found, "global_norm"),
         "coefficient": column(found, "clip_coefficient"),
