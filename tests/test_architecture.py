@@ -69,6 +69,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "_log": set(),
         "_measure": {"_arithmetic", "_control", "_log", "_step", "_torch"},
         "_output": {"_arithmetic", "_log", "_measure", "_step"},
+        "integrations": {"_attach", "_handle", "_log", "_run", "_watch"},
         "_run": {"_arithmetic", "_attach", "_errors", "_log", "_output", "_watch"},
         "_stages": {"_arithmetic", "_control", "_kernels", "_measure", "_step"},
         "_step": {"_arithmetic"},
@@ -225,8 +226,9 @@ def test_the_recorder_needs_nothing_of_the_collectors_packages() -> None:
 
 @pytest.mark.integration
 def test_the_probe_brings_neither_grpc_nor_protobuf_nor_triton_into_the_training_process() -> None:
-    # Triton is not to be had everywhere; a test below checks what those modules import.
-    names = [name for name in module_names("foreshock") if "_kernels" not in name]
+    # Triton is not to be had everywhere; a test below checks what those modules import. Trainers are the user's own.
+    others = ("_kernels", "integrations.")
+    names = [name for name in module_names("foreshock") if not any(other in name for other in others)]
     loaded = loaded_by(*names, "foreshock._kernels.choice")
     assert not top_level(loaded) & {"grpc", "foreshock_collector", "triton"}
     assert not any(module.startswith(("google.protobuf", "foreshock_protos.v1")) for module in loaded)

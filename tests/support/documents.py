@@ -110,7 +110,7 @@ def _inline(token: Token) -> list[str]:
 
 def unknown_alerts(document: Document, names: Names) -> list[str]:
     """Return alerts that do not exist, and wrong counts of alerts."""
-    found = re.findall(r"\bForeshock[A-Z]\w+", document.text)
+    found = re.findall(r"\bForeshock(?!Callback\b)[A-Z]\w+", document.text)
     return [name for name in found if name not in names.alerts] + _wrong_counts(document, "alerts", len(names.alerts))
 
 

@@ -1,0 +1,1 @@
+"""Callbacks for trainers: each module imports the package that it is named for."""

@@ -1,0 +1,84 @@
+"""Scenarios of test_transformers.py: Hugging Face's Trainer, alone and with our callback. Each rank runs it."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from foreshock.integrations.transformers import ForeshockCallback
+from tests.agent.scenarios.training import WIDTH, column, main, same, told
+
+STEPS = 6
+
+
+class Regression(nn.Module):
+    """A model as the trainer takes it: its output has the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(WIDTH, 24), nn.Tanh(), nn.Linear(24, 1))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        output = self.layers(x)
+        return {"loss": (output - labels).square().mean(), "logits": output}
+
+
+class Reading(ForeshockCallback):
+    """Reads the ring before the training's end closes it."""
+
+    def on_train_end(self, *arguments: Any, **options: Any) -> None:
+        assert self._watch is not None
+        self.found = told(self._watch)
+        super().on_train_end(*arguments, **options)
+
+
+def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(96, WIDTH, generator=generator)
+    arguments = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", max_steps=STEPS, logging_steps=1,
+        per_device_train_batch_size=4, learning_rate=0.01, save_strategy="no", report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, **options,
+    )  # fmt: skip
+    data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
+    trainer = transformers.Trainer(Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
+    trainer.train()
+    return trainer
+
+
+def beside_alone(**options: Any) -> dict[str, Any]:
+    alone = trained(**options)
+    callback = Reading(run="trainer")
+    ours = trained(callback, **options)
+    weights = ([p.detach() for p in each.model.parameters()] for each in (alone, ours))
+    logs = [[row for row in each.state.log_history if "loss" in row] for each in (alone, ours)]
+    names = ("loss", "grad_norm")
+    rows = [[{name: float(row[name]) for name in names} for row in log] for log in logs]
+    return {
+        "same": same(*weights),
+        "same logs": rows[0] == rows[1],
+        "norms": [row["grad_norm"] for row in rows[1]],
+        "logged": [row["loss"] for row in rows[1]],
+        "global": column(callback.found, "global_norm"),
+        "losses": [record["loss"] for record in callback.found["records"]],
+        "steps": [record["step"] for record in callback.found["records"]],
+        "stepped": all(record["stepped"] for record in callback.found["records"]),
+        "dropped": callback.found["dropped"],
+    }
+
+
+SCENARIOS: dict[str, Callable[[], Any]] = {
+    "clips": beside_alone,
+    "clips_nothing": functools.partial(beside_alone, max_grad_norm=0.0),
+    "accumulates": functools.partial(beside_alone, gradient_accumulation_steps=3),
+}
+
+if __name__ == "__main__":
+    main(SCENARIOS)
