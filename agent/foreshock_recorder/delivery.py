@@ -94,7 +94,7 @@ class Delivery:
             except Exception as error:
                 self._ignore(path, error)
                 continue
-            if rank.delivered and rank.left:
+            if rank.done:
                 self._remove_ring(path)
         if all(rank.exited and not (rank.idle and self._awaits_idle) for rank in self._ranks.values()):
             self._all_exited.set()

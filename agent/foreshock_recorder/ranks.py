@@ -86,6 +86,11 @@ class Rank:
         return self.reader.exit_reason is not ExitReason.NONE
 
     @property
+    def done(self) -> bool:
+        """True if nothing is left to deliver, nor will be: also of a rank that was idle, stepped again and left."""
+        return self.delivered and self.left and not self.unacknowledged
+
+    @property
     def idle(self) -> bool:
         """True if another training of the rank's process steps, and this one may step again."""
         return self.reader.idle and not self.left
@@ -119,11 +124,11 @@ class Rank:
 
         all_asked: the recorder itself was asked to stop.
         """
-        self._follow_idle(now)
-        if (self.delivered and self.left) or self._dead or now - self._polled < _POLL_SECONDS:
+        if self._dead or now - self._polled < _POLL_SECONDS:
             return
         self._polled = now
         self.reader.check_size()
+        self._follow_idle(now)
         if self.reader.alive:
             self.reader.heartbeat(now)
             return

@@ -86,7 +86,9 @@ def test_one_that_steps_again_later_goes_on_as_the_same_run_and_has_not_stalled(
     ring.write_idle(False)
     step(ring, ring.begun + 1)
     ring.write_exit(ExitReason.EXCEPTION, "ValueError: bad batch")
+    assert not listener.rank.done
     listener.run_stream()
+    assert listener.rank.done
     assert (listener.instance.closed, listener.rank.delivered) == ("EXCEPTION", True)
     assert run.totals.counters["steps"] == listener.instance.position == 42
     assert [each.name for each in listener.runs] == ["crimson-otter"] and len(run.attempts) == 1
@@ -104,7 +106,7 @@ def test_one_that_was_idle_when_its_process_was_killed_has_finished(tmp_path: Pa
     listener.run_stream(rounds=5)
     assert listener.rank.reader.exit_reason is ExitReason.FINISHED
     assert (listener.instance.closed, listener.instance.reported_events) == ("FINISHED", [])
-    assert listener.rank.delivered and listener.rank.left
+    assert listener.rank.done
 
 
 @pytest.mark.integration
