@@ -104,7 +104,7 @@ def test_kernel_host_collector_and_replay_decide_alike_on_a_hundred_thousand_ste
         for run, (norm, rate, ceiling, far) in enumerate(rows):
             standing = histories[run].compare(norm, rate)
             histories[run].state = standing.after
-            assert ceiling == pytest.approx(standing.ceiling, rel=1e-12) and bool(far) == standing.far
+            assert math.isclose(ceiling, standing.ceiling, rel_tol=1e-12) and bool(far) == standing.far
 
             detector = detectors[run]
             _, high = detector.gradient.band(rule) or (0.0, INF)
