@@ -13,7 +13,7 @@ from pathlib import Path
 
 from foreshock_recorder.address import address_of
 from foreshock_recorder.folder import Contents, contents, lock
-from foreshock_recorder.paths import ring_base
+from foreshock_recorder.paths import SHARED_MEMORY, ring_base, temporary_base
 
 _LINGER_SECONDS = 10.0
 """How long to try without progress."""
@@ -58,7 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"argument --collector: {error}")
     base = options.dir or ring_base()
-    found = [contents(folder) for folder in sorted({path.parent for path in base.rglob("*.ring")})]
+    # Where shared memory was full, rings are in the temporary folder.
+    bases = (base, temporary_base()) if SHARED_MEMORY in base.parents and not options.dir else (base,)
+    found = [contents(folder) for folder in sorted({path.parent for each in bases for path in each.rglob("*.ring")})]
     launches = [each for each in found if each is not None]
     results: defaultdict[str, _Result] = defaultdict(_Result)
     if launches:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 LOCK_NAME = "recorder.lock"
 """In a launch's folder: its recorder holds an exclusive flock on it for as long as it lives."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - shared memory is the point
 _NAME_LENGTH = 100
 _MAKE_ATTEMPTS = 3
 
@@ -21,8 +22,12 @@ def ring_base(base: str = "") -> Path:
     base = base or os.environ.get("FORESHOCK_RING_DIR", "")
     if base:
         return Path(base)
-    memory = Path("/dev/shm")  # noqa: S108 - shared memory is the point
-    return (memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())) / _user_folder()
+    return SHARED_MEMORY / _user_folder() if os.access(SHARED_MEMORY, os.W_OK) else temporary_base()
+
+
+def temporary_base() -> Path:
+    """Return the folder of this user's rings where there is no room in shared memory."""
+    return Path(tempfile.gettempdir()) / _user_folder()
 
 
 def run_folder(run: str, base: str = "") -> Path:

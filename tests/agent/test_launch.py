@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
 from foreshock import _log
-from foreshock._output import recorder_process
+from foreshock._output import new_ring, recorder_process
 from foreshock._output.recorder_process import RecorderProcess
+from foreshock_recorder import paths
 from foreshock_recorder.folder import lock
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
-from tests.support.rings import make_ring, step
+from tests.support.rings import identity, make_ring, step
 
 PAGE = "http://monitor:9327/run/"
 LATER = 1e9
@@ -125,6 +128,33 @@ def test_trouble_is_told_with_the_address_that_the_recorder_has(ring: Ring, capl
     reader.write_problem("typo:4327: connection refused")
     process(ring).wait_for_exit(ring)
     assert said(caplog) == ["the collector accepts no records; training continues (typo:4327: connection refused)"]
+
+
+@pytest.mark.parametrize(("chosen", "number"), [(False, errno.ENOSPC), (True, errno.ENOSPC), (False, errno.EACCES)])
+def test_where_shared_memory_is_full_the_ring_is_in_the_temporary_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: bool, number: int
+) -> None:
+    memory, allocate = tmp_path / "shm", os.posix_fallocate
+    memory.mkdir()
+    for module in (paths, new_ring):
+        monkeypatch.setattr(module, "SHARED_MEMORY", memory)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setenv("FORESHOCK_RING_DIR", str(tmp_path / "chosen") if chosen else "")
+
+    def refuse(*_: int) -> None:
+        monkeypatch.setattr(os, "posix_fallocate", allocate)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    if chosen or number != errno.ENOSPC:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            new_ring.new_ring("night", "first", 0, identity(), layers=2)
+        return
+    ring = new_ring.new_ring("night", "first", 0, identity(), layers=2)
+    folder = tmp_path / "tmp" / f"foreshock-{os.getuid()}" / "night" / "first"
+    assert ring.path.parent == folder and ring.path.stat().st_size == ring.layout.file_bytes
+    assert said(caplog) == [f"shared memory is full, so the flight recorder is in {folder}"]
+    assert not list(memory.rglob("*.ring")) and not list(memory.rglob("*.draft"))
 
 
 @pytest.mark.integration

@@ -39,6 +39,7 @@ from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
 from foreshock._measure.shards import ShardSums
 from foreshock._output.device_record import DeviceRecord, record_for
 from foreshock._output.leaving import detach_all, make_room
+from foreshock._output.new_ring import new_ring
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock._stages import Policy, replica_stages, sharded_stages
@@ -46,7 +47,6 @@ from foreshock._torch import PrefixStore, default_store, original_type
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.layout import ExitReason
-from foreshock_recorder.paths import ring_folder, ring_name
 from foreshock_recorder.ring import Ring
 
 if TYPE_CHECKING:
@@ -169,12 +169,11 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
     if agreement.disabled:
         return DisabledWatch()
     # What may fail on one machine and not on another comes before the second agreement, every hook after it.
-    folder = ring_folder(agreement.run, agreement.launch)
-    path = folder / ring_name(agreement.launch, ranks.rank)
     failure, ring, record = "", None, None
     arithmetic = arithmetic_for(config.plan.device())
     try:
-        ring = Ring.create(path, _identity(config, agreement, ranks), layers=len(config.plan.layers))
+        identity = _identity(config, agreement, ranks)
+        ring = new_ring(agreement.run, agreement.launch, ranks.rank, identity, layers=len(config.plan.layers))
         record = record_for(ring, config.plan.device(), arithmetic)
     except Exception as error:
         failure = f"{type(error).__name__}: {error}"
@@ -206,7 +205,7 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
     if kernel is not None and isinstance(record, DeviceRecord):
         record.observe_by(kernel.write_observed)
     recorder = RecorderProcess(
-        folder,
+        record.ring.path.parent,
         run=agreement.run,
         collector=settings.collector,
         python=settings.recorder_python,
