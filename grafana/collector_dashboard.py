@@ -56,9 +56,10 @@ def collector() -> Json:
                 unit="ops",
             ),
             _chart(
-                "Refused",
-                f"{c.COLLECTOR_REFUSED.help} The log has a line for each.",
+                "Refused and skipped",
+                f"{c.COLLECTOR_REFUSED.help} The log has a line for each. Skipped: {c.COLLECTOR_SKIPPED.help}",
                 (f"sum by (reason) ({refused})", "{{reason}}"),
+                (f"sum(increase({c.COLLECTOR_SKIPPED.name}[{RATE}]))", "skipped"),
             ),
         ],
         [

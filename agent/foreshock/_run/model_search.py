@@ -35,9 +35,9 @@ def _modules_around(parameter: nn.Parameter) -> list[nn.Module]:
     modules = _all_modules()
     parents: dict[int, list[nn.Module]] = {}
     for module in modules:
-        for child in module._modules.values():
+        for child in module.children():
             parents.setdefault(id(child), []).append(module)
-    around = [module for module in modules if any(own is parameter for own in module._parameters.values())]
+    around = [module for module in modules if any(own is parameter for own in module.parameters(recurse=False))]
     reached = set(map(id, around))
     for module in around:
         new = [parent for parent in parents.get(id(module), ()) if id(parent) not in reached]
