@@ -42,8 +42,8 @@ test: $(INSTALLED) system-deps $(GRAFANA_SCHEMA) ## run the tests; sets everythi
 	@$(BIN)/python -m pytest -n $(WORKERS) $(PARALLEL) $(ARGS)
 
 .PHONY: test-unit
-test-unit: $(INSTALLED) ## run the tests that start no process: under a minute
-	@$(BIN)/python -m pytest -n $(CORES) $(PARALLEL) -m unit $(ARGS)
+test-unit: $(INSTALLED) ## run the tests that start no process, except the longest: a minute
+	@$(BIN)/python -m pytest -n $$(($(CORES) + 1)) $(PARALLEL) -m unit $(ARGS)
 
 .PHONY: check
 check: static test ## everything that a change must pass: static, then test

@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / ".matrix"
 PINNED = ("torch",)
 """Dependencies that every cell takes as pinned."""
-TESTS = ("-m", "unit")
-"""What a cell runs unless told otherwise: the fast tests."""
+TESTS = ("-m", "not integration")
+"""What a cell runs unless told otherwise: the tests that start no process."""
 
 
 class Cell(NamedTuple):

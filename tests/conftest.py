@@ -45,13 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.parent.name == "end_to_end":
             item.add_marker(pytest.mark.integration)
-        if not item.get_closest_marker("integration"):
+        if not _is_long(item):
             item.add_marker(pytest.mark.unit)
     if "gpu" not in (config.option.markexpr or ""):
         on_card = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in on_card]
         config.hook.pytest_deselected(items=on_card)
-    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+    items.sort(key=_is_long, reverse=True)
+
+
+def _is_long(item: pytest.Item) -> bool:
+    return any(map(item.get_closest_marker, ("integration", "exhaustive")))
 
 
 @pytest.hookimpl(optionalhook=True)

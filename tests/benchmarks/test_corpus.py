@@ -67,6 +67,7 @@ def test_the_test_part_is_large_and_holds_what_tuning_has_not_seen() -> None:
     assert not {case.seed for case in cases("tune")} & {case.seed for case in cases("test")}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", PARTS)
 def test_detection_warns_of_every_build_up_and_is_quiet_otherwise(part: Part) -> None:
     found = figures(part)["rules"]["Foreshock"]
@@ -76,6 +77,7 @@ def test_detection_warns_of_every_build_up_and_is_quiet_otherwise(part: Part) ->
     assert found["alarms_per_10000_recovering_steps"] <= 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", PARTS)
 def test_verdicts_and_roots_are_right_nearly_always(part: Part) -> None:
     assert figures(part)["verdicts"]["share"] >= 0.95, figures(part)["wrong"]

@@ -86,6 +86,7 @@ def norms_and_rates() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(norms), torch.from_numpy(rates)
 
 
+@pytest.mark.exhaustive
 def test_kernel_host_collector_and_replay_decide_alike_on_a_hundred_thousand_steps() -> None:
     norms, rates = norms_and_rates()
     assert norms.numel() > 100_000

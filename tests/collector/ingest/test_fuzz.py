@@ -21,6 +21,7 @@ def bounded(examples: int) -> settings:
     )
 
 
+@pytest.mark.exhaustive
 @bounded(600)
 @given(histories.histories)
 def test_any_recorded_history_is_diagnosed(history: histories.History) -> None:
@@ -28,6 +29,7 @@ def test_any_recorded_history_is_diagnosed(history: histories.History) -> None:
         histories.diagnosed(history)
 
 
+@pytest.mark.exhaustive
 @bounded(200)
 @given(histories.histories)
 def test_any_history_is_taken_in_stored_and_shown_across_restarts(history: histories.History) -> None:
@@ -35,6 +37,7 @@ def test_any_history_is_taken_in_stored_and_shown_across_restarts(history: histo
         histories.live(history)
 
 
+@pytest.mark.exhaustive
 @bounded(250)
 @given(messages.conversations)
 def test_any_message_is_taken_or_refused(told: list[messages.Said]) -> None:
