@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.faults.cases import Case
 from benchmarks.faults.outcome import disagreement
-from benchmarks.faults.tape import TapeServer
+from benchmarks.faults.tape import Tape, TapeServer
 from benchmarks.faults.traces import from_messages, path_of, save
 
 LANES = 2
@@ -25,6 +25,8 @@ _STALL_SECONDS = 45.0
 _QUIET_SECONDS = 3.0
 """A job whose ranks have stopped telling of steps has stalled, or is over."""
 _LONGEST_SECONDS = 300.0
+_DELIVERY_SECONDS = 60.0
+"""A busy machine may start a recorder only after the job has ended."""
 
 
 def worker(pipe: Connection) -> None:
@@ -99,7 +101,9 @@ def record(chosen: Sequence[Case]) -> list[str]:
                 case = queue.pop()
                 begun = time.monotonic()
                 said = lane.run(case, server.address, folder)
-                time.sleep(0.5 if not any(said) else _QUIET_SECONDS)
+                _wait_for_exits(server.tape, case.name, said.count(""))
+                if any(said):
+                    time.sleep(_QUIET_SECONDS)
                 messages = server.tape.messages.pop(case.name, [])
                 try:
                     trace = from_messages(case, messages)
@@ -119,3 +123,11 @@ def record(chosen: Sequence[Case]) -> list[str]:
         with ThreadPoolExecutor(LANES) as pool:
             list(pool.map(work, lanes))
     return wrong
+
+
+def _wait_for_exits(tape: Tape, run: str, count: int) -> None:
+    """Wait until the records of so many ranks of a run have all arrived, since they ended by themselves."""
+    deadline = time.monotonic() + _DELIVERY_SECONDS
+    while tape.exits[run] < count and time.monotonic() < deadline:
+        time.sleep(0.05)
+    del tape.exits[run]

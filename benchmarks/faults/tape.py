@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +25,8 @@ class Tape(Intake):
     def __init__(self, runs: Runs, store: Store, clock: Callable[[], float]) -> None:
         super().__init__(runs, store, clock, ended_seconds=1e6, silent=1e6)
         self.messages: dict[str, list[pb.FromRecorder]] = defaultdict(list)
+        self.exits: Counter[str] = Counter()
+        """Ranks whose end was received, and hence all of their records before, by run."""
         self._runs_of: dict[str, str] = {}
 
     def apply(self, message: pb.FromRecorder, session: Session) -> None:
@@ -33,7 +35,9 @@ class Tape(Intake):
         if which == "hello":
             self._runs_of[message.hello.instance] = message.hello.run
         content = getattr(message, which)
-        self.messages[self._runs_of[content.instance]].append(message)
+        run = self._runs_of[content.instance]
+        self.messages[run].append(message)
+        self.exits[run] += which == "exit"
 
 
 class TapeServer:
