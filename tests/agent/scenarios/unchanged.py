@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -46,6 +47,17 @@ def hooked(hook: Any) -> Iterator[None]:
         _global_optimizer_pre_hooks.clear()
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep what a script drops, and so the watches of it: they are in cycles, and end when these are collected."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@uncollected()
 def beside_alone(script: Script) -> dict[str, Any]:
     """The script alone, then as it is watched."""
     expected = Expected()
