@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock._watch import ActiveWatch
 
 options = {
     "steps": 60, "pace": 0.0, "pace_from": 0, "explode_at": None, "nan_at": None, "nan_rank": None, "start": 0,
@@ -77,6 +78,10 @@ for i in range(options["steps"]):
         sys.stdout.flush()
     if rank in options["who"]:
         if i == options["kill_at"]:
+            # How a process ends is known only to a recorder that was there before.
+            assert isinstance(watch, ActiveWatch)
+            while not watch._record.ring.recorder_seen:
+                time.sleep(0.01)
             os.kill(os.getpid(), 9)
         if i == options["raise_at"]:
             raise RuntimeError(options["error"])
