@@ -26,7 +26,9 @@ class _TorchWaiter:
             spec = next(filter(None, found), None)
             if spec is not None and spec.loader is not None:
                 _wait_after(spec.loader)
-        except Exception:
+        except Exception as error:
+            # The other finders are asked next, and import torch as they would without this one.
+            _give_up(error)
             return None
         return spec
 
