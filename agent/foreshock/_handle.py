@@ -48,8 +48,9 @@ class Watch:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue the history of the checkpoint that this run resumes from, on every rank.
 
-        Does nothing if the dict is empty, or no history is kept. The budget of `skip` starts over. Raises
-        `SettingsError`, a `ValueError`, if `state_dict` has not returned this.
+        Replaces a history that `attach` has got from the collector. Does nothing if the dict is empty, or no history is
+        kept. The budget of `skip` starts over. Raises `SettingsError`, a `ValueError`, if `state_dict` has not returned
+        this.
         """
 
     def detach(self) -> None:

@@ -66,10 +66,28 @@ FACTS = struct.Struct("<8sIIIIIIIQ")
 """Magic, version, checksum of the columns, slot bytes, slot count, layers, JSON bytes, process id, its start."""
 WORD_BEGUN, WORD_ACKNOWLEDGED, WORD_EXIT_ACKNOWLEDGED = 8, 10, 11
 WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_IDLE, WORD_DROPPED = 12, 13, 14, 15, 16
+WORD_HISTORY = 24
+"""1 once the history behind it is written, which is `NormHistory`; the counts of dropped records end before it."""
 TEXT_BYTES = 256
 ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
 JSON_OFFSET = 1280
+HISTORY = struct.Struct("<5d")
 _PAGE_BYTES = 4096
+
+
+class NormHistory(NamedTuple):
+    """Holds what a collector knows of the global norms of the attempt that this one continues."""
+
+    mean: float
+    """Exponentially weighted mean of the natural logarithm."""
+    recent: float
+    """Mean that forgets faster."""
+    deviation: float
+    """Mean absolute deviation from it."""
+    steps: float
+    """Number of steps; 0: nothing is known."""
+    learning_rate: float
+    """Newest learning rate; 0: unknown."""
 
 
 class Part(NamedTuple):

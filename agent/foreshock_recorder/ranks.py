@@ -12,7 +12,7 @@ from statistics import median
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.batches import BatchPacker, global_norm, hello, is_urgent
 from foreshock_recorder.endings import ProcessEnd, exit_of
-from foreshock_recorder.layout import ExitReason
+from foreshock_recorder.layout import ExitReason, NormHistory
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
 
 OBSERVE_SECONDS = 0.5
@@ -213,6 +213,10 @@ class Rank:
             self._hello_acknowledged = True
             self._next = position.sequence + 1
         self.acknowledged = position.sequence
+        if position.HasField("history") and not self._dead:
+            known = position.history
+            rate = known.learning_rate
+            self.reader.write_history(NormHistory(known.mean, known.recent, known.deviation, known.count, rate))
         while self._in_flight and self._in_flight[0][0] <= position.sequence:
             self._in_flight.popleft()
         self.delivered = position.closed and self.exited and not self.unacknowledged

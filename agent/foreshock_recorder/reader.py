@@ -25,6 +25,7 @@ from foreshock_recorder.layout import (
     FACTS,
     HAS_LOSS,
     HAS_STEP,
+    HISTORY,
     JSON_OFFSET,
     LAYOUT_VERSION,
     MAGIC,
@@ -40,8 +41,10 @@ from foreshock_recorder.layout import (
     WORD_EXIT_ACKNOWLEDGED,
     WORD_EXIT_REASON,
     WORD_HEARTBEAT,
+    WORD_HISTORY,
     ExitReason,
     Layout,
+    NormHistory,
     Part,
     RingFile,
     device_checksum,
@@ -152,6 +155,12 @@ class RingReader(RingFile):
     def write_page(self, address: str) -> None:
         """Write where the run's page is. An address that does not fit is left out: half of it leads nowhere."""
         self._write_text(PAGE_OFFSET, address if len(address) < TEXT_BYTES else "")
+
+    def write_history(self, history: NormHistory) -> None:
+        """Write what the collector knows of the attempt that the rank continues."""
+        HISTORY.pack_into(self.memory, 8 * (WORD_HISTORY + 1), *history)
+        # Last: a rank that finds it finds the numbers as well.
+        self._words[WORD_HISTORY] = 1
 
     def heartbeat(self, monotonic: float) -> None:
         """Show the rank that a recorder polls its ring."""

@@ -28,6 +28,7 @@ from foreshock_recorder.layout import (
     FACTS,
     HAS_LOSS,
     HAS_STEP,
+    HISTORY,
     JSON_OFFSET,
     LAYOUT_VERSION,
     MAGIC,
@@ -40,8 +41,10 @@ from foreshock_recorder.layout import (
     WORD_DROPPED,
     WORD_EXIT_ACKNOWLEDGED,
     WORD_HEARTBEAT,
+    WORD_HISTORY,
     WORD_IDLE,
     Layout,
+    NormHistory,
     Part,
     RingFile,
 )
@@ -176,6 +179,13 @@ class Ring(RingFile):
     def problem(self) -> str:
         """Why the recorder cannot reach the collector; empty while it can."""
         return self._read_text(PROBLEM_OFFSET)
+
+    @property
+    def history(self) -> NormHistory | None:
+        """What the collector knows of the attempt that this one continues; None before it has answered."""
+        if not self._words[WORD_HISTORY]:
+            return None
+        return NormHistory(*HISTORY.unpack_from(self.memory, 8 * (WORD_HISTORY + 1)))
 
     def _restore(self) -> None:
         """Give a file that somebody has cut its size and header again; what it held is lost.

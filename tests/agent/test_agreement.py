@@ -92,6 +92,12 @@ def test_no_local_norms_where_no_rank_wants_them() -> None:
     assert not decided(quiet, quiet).local_norms
 
 
+def test_a_history_is_asked_for_only_where_every_rank_resumes() -> None:
+    resumes = replace(GOOD, resumes=True)
+    assert decided(resumes, resumes).resumes
+    assert not decided(resumes, GOOD).resumes and not decided(GOOD, resumes).resumes
+
+
 class Ranks:
     """Agree in threads of one process, over a store in memory."""
 
@@ -129,6 +135,13 @@ class Ranks:
 
 def test_all_ranks_hear_rank_0s_names() -> None:
     assert Ranks().together(GOOD, GOOD, GOOD) == [Agreement(run="r", launch="l")] * 3
+
+
+def test_all_ranks_begin_with_the_history_that_rank_0_has_or_with_none() -> None:
+    early, late = replace(GOOD, history={"mean": 0.1, "learning_rate": None}), replace(GOOD, history={"mean": 0.3})
+    for first, second, expected in ((early, late, early), (early, GOOD, early), (GOOD, late, GOOD)):
+        heard = Ranks().together(first, second)
+        assert [each.history for each in heard if isinstance(each, Agreement)] == [expected.history] * 2
 
 
 def test_ranks_that_differ_raise_the_same_everywhere() -> None:

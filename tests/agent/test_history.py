@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from foreshock._arithmetic.arithmetic import arithmetic_for
+from foreshock._attach.inherited import state_dict_of
 from foreshock._control import history
 from foreshock._control.decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock._control.history import SKIP_RISE, History, Standing, loaded, saved
 from foreshock._errors import SettingsError
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
+from foreshock_recorder.layout import NormHistory
 
 CPU = torch.device("cpu")
 NEAR = 1e-3
@@ -136,6 +138,23 @@ def test_a_history_continues_where_it_was_saved() -> None:
         standings = [take(history, norm, rate) for history in (whole, resumed)]
         assert len({(float(standing.ceiling), bool(standing.far)) for standing in standings}) == 1
     assert saved(resumed.state) == saved(whole.state)
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_a_history_continues_where_the_collector_is() -> None:
+    chance, rate, ours, detector = random.Random(1), 1e-3, History(arithmetic_for(CPU)), Detector()
+    for sequence in range(1, 101):
+        norm = math.exp(chance.gauss(0, 0.1))
+        take(ours, norm, rate)
+        detector.update(attempt=0, sequence=sequence, step=sequence, norm=norm, loss=None, rate=rate)
+    theirs = detector.gradient
+    numbers = NormHistory(theirs.mean, theirs.recent, theirs.deviation, theirs.count, detector.rate or 0.0)
+    resumed = saved(loaded(state_dict_of(numbers), arithmetic_for(CPU)))
+    assert resumed == pytest.approx(saved(ours.state), rel=1e-9)
+
+
+def test_a_learning_rate_that_the_collector_does_not_know_is_no_rate() -> None:
+    assert state_dict_of(NormHistory(0.0, 0.0, 0.1, 30, 0.0))["learning_rate"] is None
 
 
 @pytest.mark.parametrize(

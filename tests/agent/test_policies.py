@@ -15,7 +15,8 @@ pytestmark = pytest.mark.integration
 NAMES = [
     "adaptive_fused", "adaptive_unfused", "nan_adamw", "nan_sgd_momentum", "nan_adagrad", "far_beyond_history",
     "early_and_high", "budget_spent", "nan_for_good", "skip_and_clip", "own_clip_and_skip", "scaled_and_skipped",
-    "dry_run_of_all", "scaled_value_clip", "resumed", "refusals",
+    "dry_run_of_all", "scaled_value_clip", "resumed", "inherited",
+    "refusals",
 ]  # fmt: skip
 
 
@@ -43,6 +44,17 @@ def test_a_resumed_job_decides_by_the_history_in_its_checkpoint(found: dict[str,
     for result in found["resumed"].results:
         assert result["as one"] and not result["as one without history"]
         assert result["without history"] == {} and result["ignored"] is None
+
+
+def test_a_resumed_job_decides_by_the_history_that_rank_0_has_from_the_collector(found: dict[str, Scenario]) -> None:
+    for rank, result in enumerate(found["inherited"].results):
+        assert result["as one"]
+        for why in ("without an answer", "without a history", "with nonsense"):
+            assert not result[f"as one {why}"], why
+        assert result["new"] == [0.0, 0.0] and result["resumed on one rank"] == 0.0
+        # Rank 0 alone asks, and only where all ranks resume.
+        assert result["asked"] == result["asked in the end"] == (0 if rank else 4)
+    assert found["inherited"].lines_with("continuing the history of norms") == [1, 0]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd_momentum", "adagrad"])

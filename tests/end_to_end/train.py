@@ -5,6 +5,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ options = {
     "who": [0, 1, 2, 3],
     # What the script does about a loss or a gradient that is not finite.
     "guard": "",
+    # File with the optimizer of the attempt before, and for the next one.
+    "checkpoint": "",
     # Steps of a second model, trained and watched in turn with the first, as in a GAN, for each of its steps.
     "critic": 0,
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
@@ -31,6 +34,8 @@ rank, world = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)
 model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
 optimizer = getattr(torch.optim, options["optimizer"])(model.parameters(), lr=0.01)
+if options["checkpoint"] and Path(options["checkpoint"]).exists():
+    optimizer.load_state_dict(torch.load(options["checkpoint"]))
 watch = None
 if options["attach_ranks"] is None or rank in options["attach_ranks"]:
     watch = foreshock.attach(model, optimizer, **options["attach"])
@@ -93,5 +98,7 @@ for i in range(options["steps"]):
         time.sleep(options["pace"])
 if options["weights"]:
     torch.save(model.module.state_dict(), f"{options['weights']}-{rank}.pt")
+if options["checkpoint"] and rank == 0:
+    torch.save(optimizer.state_dict(), options["checkpoint"])
 dist.destroy_process_group()
 sys.stdout.write(f"rank {rank} done\n")

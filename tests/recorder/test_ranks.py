@@ -10,7 +10,7 @@ import pytest
 
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason
+from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason, NormHistory
 from foreshock_recorder.ranks import Rank
 from foreshock_recorder.ring import Ring
 from tests.support.listeners import Listener
@@ -38,6 +38,14 @@ def test_hello_says_who_it_is_and_nothing_follows_before_the_answer(ring: Ring) 
     assert list(hello.model.layers) == ["a", "b"] and dict(hello.model.module_types) == {"Linear": 2}
     assert (hello.optimizer.type, hello.optimizer.fused, hello.clip) == ("SGD", False, "norm 1.0")
     assert listener.ask(after=5.0) == []
+
+
+def test_the_history_that_the_collector_answers_is_written_for_the_rank(ring: Ring) -> None:
+    listener = Listener(ring).greet()
+    assert [ring.history] == [None]
+    known = pb.NormHistory(mean=0.1, recent=0.2, deviation=0.3, count=400, learning_rate=1e-3)
+    listener.rank.acknowledge(pb.Ack.Position(instance=listener.rank.instance, history=known))
+    assert ring.history == NormHistory(mean=0.1, recent=0.2, deviation=0.3, steps=400, learning_rate=1e-3)
 
 
 def test_columns_carry_what_the_ring_holds(ring: Ring) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
-from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason, Layout
+from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason, Layout, NormHistory
 from foreshock_recorder.paths import ring_folder, ring_name, run_folder
 from foreshock_recorder.process import start_ticks
 from foreshock_recorder.reader import ReadOutcome, Record, RingReader
@@ -169,6 +169,7 @@ def test_no_torn_record_is_ever_accepted(tmp_path: Path) -> None:
 
 def test_what_the_recorder_says_reaches_the_rank(ring: Ring, reader: RingReader) -> None:
     assert (ring.acknowledged, ring.exit_acknowledged, ring.recorder_seen, ring.problem) == (0, False, 0.0, "")
+    assert [ring.history] == [None]
     reader.acknowledge(3, exited=True)
     reader.heartbeat(12.5)
     reader.write_problem("monitor:4327: connection refused")
@@ -176,6 +177,10 @@ def test_what_the_recorder_says_reaches_the_rank(ring: Ring, reader: RingReader)
     assert ring.problem == "monitor:4327: connection refused"
     reader.write_problem("")
     assert ring.problem == ""
+
+    reader.write_history(NormHistory(mean=0.1, recent=0.2, deviation=0.3, steps=400, learning_rate=1e-3))
+    assert [*(ring.history or ())] == [0.1, 0.2, 0.3, 400, 1e-3]
+    assert reader.dropped == {}
 
 
 def test_an_exit_does_not_hide_the_last_error(ring: Ring, reader: RingReader) -> None:

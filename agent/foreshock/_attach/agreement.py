@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TypeVar
 
 from foreshock._errors import AttachError
@@ -42,6 +42,10 @@ class RankProposal:
     """Why they do not, where they should."""
     comm_hook_taken: bool = False
     """Whether the script has registered a communication hook of its own."""
+    resumes: bool = False
+    """Whether this rank asks for the history of the attempt before."""
+    history: dict[str, float | None] = field(default_factory=dict)
+    """That history, as rank 0 knows it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,10 @@ class Agreement:
     """Which ranks cannot run kernels, and why; empty where that is no fault."""
     local_norms_missing: bool = False
     """Whether a script's own communication hook prevents local norms."""
+    resumes: bool = False
+    """Whether all ranks ask for the history of the attempt before."""
+    history: dict[str, float | None] = field(default_factory=dict)
+    """History that all ranks begin with; empty: none."""
 
 
 def decide(proposals: list[RankProposal | None], *, run: str, launch: str, timeout: float) -> Agreement:
@@ -99,6 +107,8 @@ def decide(proposals: list[RankProposal | None], *, run: str, launch: str, timeo
         triton=all(proposal.triton for proposal in present.values()),
         kernel_error=f"{_ranks(without)}: {present[without[0]].kernel_error}" if without else "",
         local_norms_missing=missing,
+        resumes=all(proposal.resumes for proposal in present.values()),
+        history=present[0].history,
     )
 
 
@@ -150,7 +160,7 @@ _Kind = TypeVar("_Kind", RankProposal, Agreement)
 
 def _read(kind: type[_Kind], text: bytes) -> _Kind:
     # Ranks of another version may post more, and must still learn that the version differs.
-    known = {field.name for field in fields(kind)}
+    known = {each.name for each in fields(kind)}
     return kind(**{name: value for name, value in json.loads(text).items() if name in known})
 
 

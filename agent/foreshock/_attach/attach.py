@@ -11,26 +11,26 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic, arithmetic_for
 from foreshock._arithmetic.parameters import ParameterPlan, model_summary
-from foreshock._attach.agreement import Agreement, RankProposal, agree, decide
+from foreshock._attach.agreement import Agreement, RankProposal
 from foreshock._attach.identity import launch_name, local_rank, node_name, run_name
+from foreshock._attach.inherited import CAPABILITY, inherited_history, wants_history
 from foreshock._attach.models import (
     WatchedModel,
     checked_model,
     checked_plan,
-    group_of,
     inner_optimizer,
     sharded_parameters,
 )
+from foreshock._attach.ranks import Ranks
 from foreshock._attach.settings import Settings, kill_switch, settings_from
 from foreshock._attach.variables import unknown_variables
 from foreshock._control.clip import Clip
 from foreshock._control.optimizer import divides_gradients, why_not_skipped
-from foreshock._errors import AttachError, SettingsError
+from foreshock._errors import SettingsError
 from foreshock._handle import DisabledWatch, Watch
 from foreshock._hooks.ddp import comm_hook_taken, needs_comm_hook, observe_backward
 from foreshock._hooks.sharded import observe_shards
@@ -43,7 +43,7 @@ from foreshock._output.new_ring import new_ring
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock._stages import Policy, replica_stages, sharded_stages
-from foreshock._torch import PrefixStore, default_store, original_type
+from foreshock._torch import original_type
 from foreshock._version import __version__
 from foreshock._watch import ActiveWatch
 from foreshock_recorder.layout import ExitReason
@@ -84,7 +84,8 @@ def attach(
     Every argument has an environment twin, `FORESHOCK_CLIP` and so on, which holds where the argument is not given.
     `FORESHOCK_DISABLED=1` on any rank turns Foreshock off on all.
 
-    Blocks until every rank has called it, at most 60 seconds. Raises `SettingsError` for a wrong argument and
+    Blocks until every rank has called it, at most 60 seconds; five more where a run that resumes, and clips or skips by
+    its history, asks the collector for that of its last attempt. Raises `SettingsError` for a wrong argument and
     `AttachError` where ranks are missing or disagree; never raises into training after that.
     """
     global _by_script
@@ -111,7 +112,7 @@ def called_by_script() -> bool:
 
 def attach_without_script(model: nn.Module, optimizer: torch.optim.Optimizer, **arguments: Any) -> Watch:
     """Do what `attach` does, with the same arguments, where the script has not called it."""
-    ranks, optimizer = _Ranks(model), inner_optimizer(optimizer)
+    ranks, optimizer = Ranks(model), inner_optimizer(optimizer)
     set_rank(ranks.rank)
     try:
         config = None
@@ -142,7 +143,14 @@ class LocalConfig:
     plan: ParameterPlan
     settings: Settings
 
-    def proposal(self, error: str = "", *, triton: bool = False, kernel_error: str = "") -> RankProposal:
+    def proposal(
+        self,
+        error: str = "",
+        *,
+        triton: bool = False,
+        kernel_error: str = "",
+        history: dict[str, float | None] | None = None,
+    ) -> RankProposal:
         return RankProposal(
             version=__version__,
             clip=str(self.settings.clip or "none"),
@@ -155,10 +163,12 @@ class LocalConfig:
             kernel_error=kernel_error,
             needs_comm_hook=self.model.ddp is not None and needs_comm_hook(self.model.ddp),
             comm_hook_taken=self.model.ddp is not None and comm_hook_taken(self.model.ddp),
+            resumes=wants_history(self.settings, self.optimizer),
+            history=history or {},
         )
 
 
-def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
+def _attach(config: LocalConfig, ranks: Ranks) -> Watch:
     settings = config.settings
     agreement = ranks.agree(
         config.proposal(),
@@ -212,8 +222,10 @@ def _attach(config: LocalConfig, ranks: _Ranks) -> Watch:
         logs=ranks.rank == 0,
     )
     recorder.ensure()
+    history = _agreed_history(config, agreement, ranks, arithmetic, record.ring, recorder)
     make_room(config.model.root, config.optimizer)
     watch = _watched(config, agreement, arithmetic, kernel, record, recorder)
+    watch.load_state_dict(history)
     rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
     return watch
 
@@ -279,6 +291,29 @@ def _kernel(config: LocalConfig, agreement: Agreement) -> tuple[StepKernel | Non
         return None, why_not(error)
 
 
+def _agreed_history(
+    config: LocalConfig,
+    agreement: Agreement,
+    ranks: Ranks,
+    arithmetic: Arithmetic,
+    ring: Ring,
+    recorder: RecorderProcess,
+) -> dict[str, float | None]:
+    """Return the history that every rank begins with: the one that rank 0 has got by now, or none."""
+    if not agreement.resumes:
+        return {}
+    found = inherited_history(ring, recorder, arithmetic) if ranks.rank == 0 else {}
+    try:
+        history = ranks.agree(config.proposal(history=found), timeout=config.settings.attach_timeout).history
+    except BaseException:
+        _withdraw(ring)
+        raise
+    if history:
+        line = "continuing the history of norms that the collector has of this run"
+        rank_zero_info(line, rank=ranks.rank)
+    return history
+
+
 def _withdraw(ring: Ring | None) -> None:
     """Nobody watches. A recorder that has seen the ring already must not take its end for a death."""
     if ring is not None:
@@ -287,7 +322,7 @@ def _withdraw(ring: Ring | None) -> None:
             ring.path.unlink()
 
 
-def _identity(config: LocalConfig, agreement: Agreement, ranks: _Ranks) -> dict[str, Any]:
+def _identity(config: LocalConfig, agreement: Agreement, ranks: Ranks) -> dict[str, Any]:
     """What the ring's header says, for the recorder's `Hello`."""
     optimizer = config.optimizer
     return {
@@ -303,7 +338,7 @@ def _identity(config: LocalConfig, agreement: Agreement, ranks: _Ranks) -> dict[
         "world_size": ranks.size,
         "node": node_name(),
         "clip": str(config.settings.clip or "none"),
-        "capabilities": ["local_norms"] if agreement.local_norms else [],
+        "capabilities": _capabilities(agreement, ranks.rank),
         "versions": {
             "foreshock": __version__,
             "torch": str(torch.__version__),
@@ -313,6 +348,11 @@ def _identity(config: LocalConfig, agreement: Agreement, ranks: _Ranks) -> dict[
         "optimizer": {"type": type(optimizer).__name__, "fused": divides_gradients(optimizer)},
         "collector": config.settings.collector,
     }
+
+
+def _capabilities(agreement: Agreement, rank: int) -> list[str]:
+    asks = agreement.resumes and rank == 0
+    return ["local_norms"] * agreement.local_norms + [CAPABILITY] * asks
 
 
 def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
@@ -327,42 +367,6 @@ def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:
         f"watching {model} ({len(plan.layers)} layers, {len(plan.parameters)} parameters) on {ranks}, {clip}; "
         f"run {agreement.run} to {where}"
     )
-
-
-class _Ranks:
-    """Finds the agreement of those that train the model: its process group, through the job's store, or one process."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._group: dist.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
-        if dist.is_available() and dist.is_initialized():
-            self._group = group_of(model)
-            self.rank, self.size = dist.get_rank(self._group), dist.get_world_size(self._group)
-
-    def agree(
-        self, proposal: RankProposal, *, run: str = "", launch: str = "", timeout: float = 0.0, silent: bool = False
-    ) -> Agreement:
-        """Return the agreement of all ranks. Rank 0 logs why none watches, unless it raises that."""
-        if self._group is None:
-            agreement = decide([proposal], run=run, launch=launch, timeout=timeout)
-        else:
-            agreement = agree(
-                PrefixStore(f"foreshock/{self._group.group_name}", default_store()),
-                rank=self.rank,
-                world_size=self.size,
-                proposal=proposal,
-                run=run,
-                launch=launch,
-                timeout=timeout,
-            )
-        if agreement.disabled and not silent:
-            rank_zero_info(f"not watching: {agreement.disabled}", rank=self.rank)
-        return agreement
-
-    def leave(self, proposal: RankProposal) -> None:
-        """Post that this rank does not take part, without waiting."""
-        with suppress(AttachError):
-            self.agree(proposal, silent=bool(proposal.error))
 
 
 def _check_skip(optimizer: torch.optim.Optimizer, settings: Settings) -> None:

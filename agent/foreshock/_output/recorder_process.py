@@ -12,12 +12,16 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from foreshock._log import info_once, warn_once
+from foreshock_recorder.layout import NormHistory
 from foreshock_recorder.paths import has_recorder
 from foreshock_recorder.ring import Ring
 
 EXIT_SECONDS = 2.0
 """Longest wait of a leaving rank for the collector's last acknowledgement."""
 CHECK_SECONDS = 5.0
+HISTORY_SECONDS = 5.0
+"""Longest wait of rank 0, at attach, for the history of the attempt that a training resumes: a recorder takes a second
+to start and to connect."""
 _STARTS = 3
 """Recorders that a rank starts in a row: one that cannot run must not be started forever."""
 _RENEWAL_SECONDS = 60.0
@@ -95,9 +99,7 @@ class RecorderProcess:
         while time.monotonic() < deadline and not ring.problem:
             if ring.acknowledged >= ring.begun and ring.exit_acknowledged:
                 break
-            # One that has just been started holds no lock yet.
-            starting = any(process.poll() is None for process in self._processes)
-            if not starting and not has_recorder(self._folder):
+            if not self._runs():
                 break
             time.sleep(0.005)
         self._log_page(ring)
@@ -107,6 +109,17 @@ class RecorderProcess:
             line = f"{left} records have not reached the collector yet; {retry} a later job's recorder delivers them"
             warn_once("collector", line)
         self._reap()
+
+    def wait_for_history(self, ring: Ring) -> NormHistory | None:
+        """Bounded wait until the collector has answered what it knows of the attempt before; None if it has not."""
+        deadline = time.monotonic() + HISTORY_SECONDS
+        while (found := ring.history) is None and time.monotonic() < deadline and not ring.problem and self._runs():
+            time.sleep(0.005)
+        return found
+
+    def _runs(self) -> bool:
+        # One that has just been started holds no lock yet.
+        return any(process.poll() is None for process in self._processes) or has_recorder(self._folder)
 
     def _reap(self) -> None:
         for process in self._processes:

@@ -26,6 +26,9 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+_NORM_HISTORY = "norm_history"
+"""Capability of an instance that asks for the history of the attempt before."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sender:
@@ -155,6 +158,10 @@ class Intake:
         else:
             session.registered.add(hello.instance)
             session.refused.pop(hello.instance, None)
+            if _NORM_HISTORY in hello.capabilities:
+                # The rank waits for the answer.
+                session.resuming.add(hello.instance)
+                self.urgent.add(hello.instance)
             if not hello.token:
                 self._streams[hello.instance] = session
 
@@ -307,7 +314,10 @@ class Intake:
             known = self._runs.find(name)
             assert known is not None
             run, instance = known
-            found.append(
-                pb.Ack.Position(instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name)
+            position = pb.Ack.Position(
+                instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name
             )
+            if name in session.resuming and not instance.stored:
+                position.history.CopyFrom(run.norms_before(instance))
+            found.append(position)
         return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(session.refused.items())]

@@ -26,6 +26,8 @@ class Session:
     """Instances whose hello was accepted."""
     refused: dict[str, str] = field(default_factory=dict)
     """Instances whose hello was refused, and why. Their further messages are ignored; other instances go on."""
+    resuming: set[str] = field(default_factory=set)
+    """Instances that have asked for the history of the attempt before."""
 
     token: Token | None = None
     """The token that the recorder showed; None if the collector asks for none."""

@@ -226,8 +226,7 @@ class Run:
         """Evaluate steps; after an error, detection restarts with the next one."""
         try:
             if steps and steps[0].sequence == 1:
-                # A launch may have died before its first step.
-                before = next((each for each in reversed(self.attempts[: attempt.number]) if each.finalized), None)
+                before = self.before(attempt)
                 if before is not None:
                     attempt.resume(before, steps[0].step, self.rules)
             for step in steps:
@@ -252,10 +251,28 @@ class Run:
 
     # -- out -----------------------------------------------------------------------------------------------------
 
+    def before(self, attempt: Attempt) -> Attempt | None:
+        """The attempt before this one. A launch that died before its first step is none."""
+        return next((each for each in reversed(self.attempts[: attempt.number]) if each.finalized), None)
+
     @property
     def newest(self) -> Attempt:
         """The attempt that started last: after an outage, an older one may report later."""
         return max(self.attempts, key=lambda attempt: (attempt.started_seconds, attempt.number))
+
+    def norms_before(self, instance: Instance) -> pb.NormHistory:
+        """Return the history that the rank of this instance continues: of the attempt before. Count 0: none."""
+        before = self.before(self.attempts[instance.attempt])
+        if before is None or not before.detector.gradient.count or not self.rules.gradient.logarithmic:
+            return pb.NormHistory()
+        known = before.detector.gradient
+        return pb.NormHistory(
+            mean=known.mean,
+            recent=known.recent,
+            deviation=known.deviation,
+            count=known.count,
+            learning_rate=before.detector.rate or 0.0,
+        )
 
     def stall_threshold(self) -> float:
         """Seconds without a step that mean a stall of the newest attempt."""

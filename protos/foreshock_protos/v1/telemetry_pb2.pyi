@@ -272,18 +272,20 @@ class Exit(_message.Message):
 class Ack(_message.Message):
     __slots__ = ("epoch", "positions", "flow", "page_url")
     class Position(_message.Message):
-        __slots__ = ("instance", "sequence", "closed", "run", "refused")
+        __slots__ = ("instance", "sequence", "closed", "run", "refused", "history")
         INSTANCE_FIELD_NUMBER: _ClassVar[int]
         SEQUENCE_FIELD_NUMBER: _ClassVar[int]
         CLOSED_FIELD_NUMBER: _ClassVar[int]
         RUN_FIELD_NUMBER: _ClassVar[int]
         REFUSED_FIELD_NUMBER: _ClassVar[int]
+        HISTORY_FIELD_NUMBER: _ClassVar[int]
         instance: str
         sequence: int
         closed: bool
         run: str
         refused: str
-        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ..., run: _Optional[str] = ..., refused: _Optional[str] = ...) -> None: ...
+        history: NormHistory
+        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ..., run: _Optional[str] = ..., refused: _Optional[str] = ..., history: _Optional[_Union[NormHistory, _Mapping]] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     FLOW_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +295,20 @@ class Ack(_message.Message):
     flow: FlowControl
     page_url: str
     def __init__(self, epoch: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[Ack.Position, _Mapping]]] = ..., flow: _Optional[_Union[FlowControl, _Mapping]] = ..., page_url: _Optional[str] = ...) -> None: ...
+
+class NormHistory(_message.Message):
+    __slots__ = ("mean", "recent", "deviation", "count", "learning_rate")
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    RECENT_FIELD_NUMBER: _ClassVar[int]
+    DEVIATION_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_RATE_FIELD_NUMBER: _ClassVar[int]
+    mean: float
+    recent: float
+    deviation: float
+    count: int
+    learning_rate: float
+    def __init__(self, mean: _Optional[float] = ..., recent: _Optional[float] = ..., deviation: _Optional[float] = ..., count: _Optional[int] = ..., learning_rate: _Optional[float] = ...) -> None: ...
 
 class FlowControl(_message.Message):
     __slots__ = ("flush_interval_seconds", "max_batch_steps")

@@ -7,7 +7,9 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock._output.recorder_process import RecorderProcess
 from foreshock_collector.analysis import rules
 from foreshock_collector.analysis.detection import Detector
+from foreshock_recorder.layout import NormHistory
 from tests.agent.scenarios.training import (
     alike,
     apart,
@@ -145,6 +149,68 @@ def resumed() -> dict[str, Any]:
         "as one without history": same(goes_on, run(lambda _: {})),
         "without history": without_history,
         "ignored": refused,
+    }
+
+
+def inherited() -> dict[str, Any]:
+    """A job that resumes by what the collector answers rank 0, beside one that goes on."""
+    asked = 0
+
+    def answering(history: NormHistory | None) -> Any:
+        def wait(*_: object) -> NormHistory | None:
+            nonlocal asked
+            asked += 1
+            return history
+
+        return mock.patch.object(RecorderProcess, "wait_for_history", wait)
+
+    def run(answer: Callable[[NormHistory], NormHistory | None] | None) -> list[Tensor]:
+        model = make_model()
+        optimizer, count = make("AdamW", model), itertools.count(1)
+        options: dict[str, Any] = {"clip": foreshock.AdaptiveClip(), "skip": True}
+        watch = foreshock.attach(model, optimizer, **options)
+
+        def restart() -> None:
+            nonlocal watch
+            if next(count) == 30 and answer is not None:
+                known = watch.state_dict()
+                watch.detach()
+                numbers = [known[name] or 0.0 for name in ("mean", "recent", "deviation", "count", "learning_rate")]
+                with answering(answer(NormHistory(*numbers))):
+                    watch = foreshock.attach(model, optimizer, **options)
+
+        ours = train(model, optimizer, 40, {33: 1000.0, 36: 12.0}, after_step=restart)
+        watch.detach()
+        return ours
+
+    def known_at_attach(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer]) -> float | None:
+        model = make_model()
+        optimizer = optimizer_of(model)
+        with answering(NormHistory(0.0, 0.0, 0.1, 100, 0.01)), foreshock.attach(model, optimizer, skip=True) as watch:
+            return watch.state_dict()["count"]
+
+    def on_rank_0_only(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = make("AdamW", model)
+        if dist.get_rank() == 0:
+            optimizer.load_state_dict(trained)
+        return optimizer
+
+    goes_on = run(None)
+    found = {
+        "as one": same(goes_on, run(lambda known: known)),
+        "as one without an answer": same(goes_on, run(lambda _: None)),
+        "as one without a history": same(goes_on, run(lambda known: known._replace(steps=0))),
+        "as one with nonsense": same(goes_on, run(lambda known: known._replace(mean=math.nan))),
+        "asked": asked,
+    }
+    model = make_model()
+    optimizer = make("AdamW", model)
+    train(model, optimizer, 2, {})
+    trained = optimizer.state_dict()
+    return found | {
+        "new": [known_at_attach(partial(make, kind)) for kind in ("AdamW", "Adagrad")],
+        "resumed on one rank": known_at_attach(on_rank_0_only),
+        "asked in the end": asked,
     }
 
 

@@ -17,7 +17,7 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.clock import Clock
-from tests.support.streams import Stream, config, families, hello, serving, steps, value
+from tests.support.streams import Stream, config, families, goodbye, hello, serving, steps, value
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,31 @@ def test_a_rank_whose_records_contradict_themselves_is_refused_and_the_others_of
             assert (right.refused, wrong.sequence) == ("", 0)
             assert says in wrong.refused
             assert value(await families(server), "foreshock_collector_refused", reason="invalid_value") == 1
+            await stream.close()
+
+    serving(test())
+
+
+def test_a_rank_that_asks_is_answered_the_norms_of_the_attempt_before(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            asks: dict[str, Any] = {"capabilities": ["norm_history"]}
+            await stream.send(hello(**asks))
+            (first,) = await stream.positions(1)
+            assert first.HasField("history") and first.history.count == 0
+            await stream.send(steps(1, [2.0] * 40, learning_rate=[0.01] * 40), goodbye(40))
+            while not first.closed:
+                (first,) = await stream.positions(1)
+            await stream.send(hello(instance="r-1", launch_id="m", **asks))
+            _, second = await stream.positions(2)
+            known = second.history
+            assert (known.mean, known.recent) == pytest.approx((math.log(2), math.log(2)))
+            assert (known.count, known.learning_rate) == (40, 0.01) and 0 < known.deviation < 0.25
+            await stream.send(steps(1, [2.0], instance="r-1"))
+            while second.sequence < 1:
+                first, second = await stream.positions(2)
+            assert not first.HasField("history") and not second.HasField("history")
             await stream.close()
 
     serving(test())
