@@ -67,9 +67,9 @@ class ChannelState:
             # Stored before there was a second mean.
             self.recent = self.mean
 
-    def scan(self, values: Sequence[float], rule: ChannelRules) -> list[Finding]:
+    def scan(self, values: Sequence[float], rule: ChannelRules, *, stop: bool = False) -> list[Finding]:
         """Add values in order and return the findings. Values that are not finite change nothing, nor do those that are
-        not positive, if the rule is logarithmic.
+        not positive, if the rule is logarithmic. stop: end before the first value that has a finding, and return that.
 
         Calm steps, nearly all of them, stay in this loop, which does the same as `_evaluate`, only faster.
         """
@@ -96,7 +96,11 @@ class ChannelState:
                     count += 1
                     continue
             self.mean, self.recent, self.deviation, self.count = mean, recent, deviation, count
+            before = vars(self).copy() if stop else {}
             self._evaluate(place, value, rule, found)
+            if stop and found:
+                vars(self).update(before)
+                return found
             mean, recent, deviation, count = self.mean, self.recent, self.deviation, self.count
             calm = self._calm
         self.mean, self.recent, self.deviation, self.count = mean, recent, deviation, count

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.first_steps import FirstSteps
@@ -133,27 +135,37 @@ class Detector:
         return events
 
     def scan_calm(
-        self, norms: Sequence[float], losses: Sequence[float], steps: int, rate: float, rules: Rules = DEFAULT
-    ) -> bool:
-        """Do the same as `update` for finite steps, only faster, if none of them has an event; else change nothing.
+        self,
+        norms: NDArray[np.float64],
+        losses: NDArray[np.float64],
+        rates: NDArray[np.float64],
+        rules: Rules = DEFAULT,
+    ) -> int:
+        """Do the same as `update` for the finite steps before the first that has an event, only faster.
 
-        norms, losses: those that are known. steps: how many steps these are. rate: the newest learning rate, NaN if
-        unknown; there must be no planned change among the steps.
+        norms, losses, rates: of each step, NaN if unknown; there must be no planned change among the steps. Returns how
+        many steps these are; 0 while a failure, a build-up or the first steps are followed.
         """
-        gradient, loss = copy(self.gradient), copy(self.loss)
-        if norms and losses and not self.first_steps.over(rules.gradient):
-            return False
-        if self.failing or gradient.in_build_up or gradient.scan(norms, rules.gradient) or gradient.in_build_up:
-            return False
-        if loss.scan(losses, rules.loss):
-            return False
-        self.gradient, self.loss = gradient, loss
-        self.finite_ever, self.withheld, self.skips_in_a_row = True, None, 0
-        self.finite_steps += steps
-        self.changing = max(0, self.changing - steps)
-        if rate > 0:
-            self.rate = rate
-        return True
+        known_norms, known_losses = np.flatnonzero(~np.isnan(norms)), np.flatnonzero(~np.isnan(losses))
+        starting = len(known_norms) and len(known_losses) and not self.first_steps.over(rules.gradient)
+        if starting or self.failing or self.gradient.in_build_up:
+            return 0
+        gradient, loss, steps = copy(self.gradient), copy(self.loss), len(norms)
+        if found := gradient.scan(norms[known_norms].tolist(), rules.gradient, stop=True):
+            steps = int(known_norms[found[0].place])
+            known_losses = known_losses[known_losses < steps]
+        if found := loss.scan(losses[known_losses].tolist(), rules.loss, stop=True):
+            steps = int(known_losses[found[0].place])
+            gradient = copy(self.gradient)
+            gradient.scan(norms[known_norms[known_norms < steps]].tolist(), rules.gradient)
+        if steps:
+            self.gradient, self.loss = gradient, loss
+            self.finite_ever, self.withheld, self.skips_in_a_row = True, None, 0
+            self.finite_steps += steps
+            self.changing = max(0, self.changing - steps)
+            known_rates = rates[:steps][np.isfinite(rates[:steps]) & (rates[:steps] > 0)]
+            self.rate = float(known_rates[-1]) if len(known_rates) else self.rate
+        return steps
 
     def failure_at(self, sequence: int) -> Failure:
         """Return the failure that would begin at this step. Call it before `update` with that step."""

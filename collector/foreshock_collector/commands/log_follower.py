@@ -117,8 +117,12 @@ class LogFollower:
         eventful = np.append(np.flatnonzero(self.rows.eventful[:count]), count)
         while row < count:
             end = min(row + size, int(eventful[np.searchsorted(eventful, row)]))
-            if end > row and self._scan_calm(row, end):
+            calm = self._scan_calm(row, end)
+            if row < calm == end:
                 row, size = end, min(2 * size, _LARGEST_BLOCK)
+            elif calm > row:
+                self._process(calm)
+                row, size = calm + 1, max(_SMALLEST_BLOCK, calm - row)
             elif end - row > _SMALLEST_BLOCK:
                 size = max(_SMALLEST_BLOCK, (end - row) // 4)
             else:
@@ -145,21 +149,18 @@ class LogFollower:
             return verdict_on_finite_log(self.rows.step(len(log) - 1), log.norm, apart=apart, rules=self._rules)
         return _of_epochs(failure) if log.by_epoch else failure
 
-    def _scan_calm(self, first: int, end: int) -> bool:
-        """Process a block without non-finite values at once, if nothing happens in it; else do nothing."""
-        rows, part = self.rows, slice(first, end)
-        norms, losses, rates = rows.norm[part], rows.loss[part], rows.rate[part]
-        known = rates[np.isfinite(rates) & (rates > 0)]
-        rate = float(known[-1]) if len(known) else math.nan
-        detector = replace(self._detector)
-        known_norms = norms[rows.log.norm_logged[part]].tolist()
-        known_losses = losses[rows.log.loss_logged[part]].tolist()
-        if not detector.scan_calm(known_norms, known_losses, end - first, rate, self._rules):
-            return False
-        if not self._faults.scan_calm(norms, losses, self._rules.faults):
-            return False
+    def _scan_calm(self, first: int, end: int) -> int:
+        """Process the rows of a block without non-finite values up to the first with an event at once.
+
+        Returns the row behind them: `first` if they must be processed one by one.
+        """
+        rows, part, detector = self.rows, slice(first, end), replace(self._detector)
+        norms, losses = rows.norm[part], rows.loss[part]
+        calm = detector.scan_calm(norms, losses, rows.rate[part], self._rules)
+        if not calm or not self._faults.scan_calm(norms[:calm], losses[:calm], self._rules.faults):
+            return first
         self._detector = detector
-        return True
+        return first + calm
 
     def _process(self, row: int) -> None:
         rows, rules, detector, faults = self.rows, self._rules, self._detector, self._faults

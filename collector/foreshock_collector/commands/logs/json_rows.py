@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder, LogError
+from foreshock_collector.commands.logs.columns import Chunk, ColumnBuilder, Floats, LogError
 from foreshock_collector.commands.logs.names import Names
 from foreshock_collector.commands.logs.source import Source, lines_of
 
@@ -20,7 +23,7 @@ class ObjectRows:
 
     def __init__(self, rows: list[dict[str, Any]], first: int, unit: str = "line") -> None:
         """first: number of the first one. unit: what `first` counts."""
-        self.fields = list(dict.fromkeys(name for keys in {tuple(row) for row in rows} for name in keys))
+        self.fields = list(dict.fromkeys(chain.from_iterable(rows)))
         self._rows, self._first, self._unit = rows, first, unit
 
     def column(self, name: str) -> Sequence[Any]:
@@ -36,6 +39,59 @@ class ObjectRows:
         return f"{self._unit} {self._first + row}"
 
 
+class AlikeRows:
+    """Holds consecutive rows, JSON objects that all have the keys of the first."""
+
+    def __init__(self, layout: _Layout, rows: list[Any], first: int) -> None:
+        """first: number of the first row."""
+        self.fields = layout.fields
+        self._numeric, self._rows, self._first = layout.numeric, rows, first
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def column(self, name: str) -> Sequence[Any] | Floats:
+        """Return one value of each object; None where there is no such key."""
+        if name not in self.fields:
+            return [None] * len(self)
+        place = self.fields.index(name)
+        values = map(attrgetter(_attribute(place)), self._rows)
+        return np.fromiter(values, float, len(self)) if self._numeric[place] else list(values)
+
+    def empty(self, row: int, names: Names) -> bool:  # noqa: ARG002
+        """Return whether an object has a loss or a norm which is null."""
+        return names.loss in self.fields or names.norm in self.fields
+
+    def where(self, row: int) -> str:
+        """Return the number of an object."""
+        return f"line {self._first + row}"
+
+
+class _Layout:
+    """Decodes lines that are all like a first one: objects with the same keys, and numbers where it has numbers.
+
+    No object is made a dictionary, which takes half of the time of reading a log.
+    """
+
+    def __init__(self, line: dict[str, Any]) -> None:
+        """Raises `ValueError` for keys that cannot be fields."""
+        self.fields = list(line)
+        self.numeric = [type(value) in (int, float) for value in line.values()]
+        kinds: list[tuple[str, Any]] = [
+            (_attribute(i), float if number else Any) for i, number in enumerate(self.numeric)
+        ]
+        names = {_attribute(i): field for i, field in enumerate(self.fields)}
+        row = msgspec.defstruct("Row", kinds, rename=names, forbid_unknown_fields=True, gc=False)
+        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(row)
+
+    def decode(self, block: str) -> list[Any] | None:
+        """Return the objects; None if one of them is not like the first, or torn."""
+        try:
+            return self._decoder.decode_lines(block)
+        except (msgspec.DecodeError, RecursionError):
+            return None
+
+
 def is_json(text: str) -> bool:
     """Return whether the text begins with a JSON object, or with a list of objects."""
     begin = "".join(text[:4096].split())
@@ -46,7 +102,7 @@ def read_json(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
     """Yield the rows. Raises `LogError`."""
     first_line = source.text.lstrip().partition("\n")[0].strip()
     if first_line.startswith("{") and first_line.endswith("}") and not _is_document(first_line):
-        yield from _lines(source, builder)
+        yield from _lines(source, builder, _layout_of(first_line))
         return
     text = source.whole()
     try:
@@ -70,9 +126,16 @@ def _document(source: Source, whole: Any, builder: ColumnBuilder) -> Iterator[Ch
     yield ObjectRows([row for row in whole if isinstance(row, dict)], 0, "entry")
 
 
-def _lines(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
+def _lines(source: Source, builder: ColumnBuilder, layout: _Layout | None) -> Iterator[Chunk]:
     number = 1
     for block in source.blocks():
+        alike = None if layout is None else layout.decode(block)
+        if layout is not None and alike is not None:
+            yield AlikeRows(layout, alike, number)
+            number += block.count("\n")
+            continue
+        # One row that differs is seldom the only one.
+        layout = None
         rows: list[dict[str, Any]] = []
         try:
             found = _decoder.decode_lines(block)
@@ -85,6 +148,18 @@ def _lines(source: Source, builder: ColumnBuilder) -> Iterator[Chunk]:
         if rows:
             yield ObjectRows(rows, number)
         number += block.count("\n")
+
+
+def _layout_of(line: str) -> _Layout | None:
+    try:
+        return _Layout(_decoder.decode(line))
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _attribute(place: int) -> str:
+    """Return the attribute that holds the value of a key. place: of the key in the first row."""
+    return f"value_{place}"
 
 
 def _object(source: Source, line: str, number: int, builder: ColumnBuilder) -> Any:
