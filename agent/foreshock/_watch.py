@@ -17,9 +17,9 @@ from foreshock._handle import Watch
 from foreshock._hooks.backward import BackwardHooks, StepHooks
 from foreshock._hooks.guard import Guard
 from foreshock._hooks.sharded import ShardedHooks
-from foreshock._log import rank_zero_info, rank_zero_info_once
+from foreshock._log import rank_zero_info
 from foreshock._measure.rank_sums import wait_for_sums
-from foreshock._measure.script import Habit, Observations, log_dropped_passes, log_edits, observation_of
+from foreshock._measure.script import Habit, Observations, log_changed_parameters, log_dropped_passes, observation_of
 from foreshock._output import leaving
 from foreshock._output.leaving import Ending, ending_by
 from foreshock._output.record import Record
@@ -80,7 +80,6 @@ class ActiveWatch(Watch):
         """Whether the script has skipped a step after its backward pass."""
         self._dropped = 0
         """Backward passes in a row whose gradients no step has used."""
-        self._edits_seen = False
         self.observed_of_pass: Callable[[object], tuple[Tensor | None, int | None]] | None = None
         """Returns the loss of a step's passes so far, and its number; None where the script observes."""
         self.missed_passes = 0
@@ -200,7 +199,7 @@ class ActiveWatch(Watch):
             if averaged:
                 self._measure.at_end, sequence = None, self._record.sequence + 1
                 looks = self._measure.edits.backward_ended(sequence, sequence - self.missed_passes)
-                if looks or self._edits_seen or self._skips:
+                if looks or self._skips:
                     self._measure_at_end()
                 if self._control.scaler is not None:
                     self._control.backward_ended()
@@ -216,7 +215,7 @@ class ActiveWatch(Watch):
         """Measure, decide, apply, record: the gradients are averaged and final."""
         if not self.enabled:
             return
-        step = Step(sequence=self._record.sequence + 1, number=self._next_number, edited=self._edits_seen)
+        step = Step(sequence=self._record.sequence + 1, number=self._next_number, edited=self._measure.edits.seen)
         self._run_each(
             (self._observations.stepped, self._measure.edits.compare, self._prepare, self._record.begin), step
         )
@@ -261,12 +260,12 @@ class ActiveWatch(Watch):
         if self._control.is_changed():
             self._update_parameters()
         step.learning_rate = self._control.learning_rate
+        touched, measure = step.edited, self._measure
+        if touched and measure.confirms_edit(step):
+            measure.edits.log_once(clips=self._clips)
         step.flags = EDITED if step.edited else 0
-        if not step.edited and not self._skips and not self._measure.edits.compares:
-            self._measure.at_end = None
-        if step.edited and not self._edits_seen:
-            self._edits_seen = True
-            log_edits(clips=self._clips)
+        if not touched and not self._skips and not measure.edits.compares:
+            measure.at_end = None
 
     def _fall_back(self, step: Step) -> None:
         """Clip and skip as the other ranks do, where a stage has failed on this one."""
@@ -294,10 +293,7 @@ class ActiveWatch(Watch):
         measure = None if model is None else self._measure.updated(model)
         if measure is None:
             return
-        count = len(measure.plan.parameters)
-        rank_zero_info_once(
-            f"{count} parameters", f"the optimizer's parameters have changed: {count} are measured and clipped"
-        )
+        log_changed_parameters(len(measure.plan.parameters))
         self._measure = measure
         self._control.clip_only(measure.plan.parameters)
 
@@ -391,6 +387,10 @@ class ActiveWatch(Watch):
     def watches(self, which: object) -> bool:
         """Return whether this is the watch's optimizer or model."""
         return which is self._optimizer or which is self._model()
+
+    def expect_no_clipping(self) -> None:
+        """Take a gradient that is multiplied by 1 for no edit: a trainer does so, to log the norm."""
+        self._measure.edits.expect_no_clipping()
 
     def _log_dry_run(self, *, wait: bool) -> None:
         if self._record.flush() and wait and isinstance(self._apply, DryRun):

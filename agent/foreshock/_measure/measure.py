@@ -71,6 +71,23 @@ class Measure:
         step.weights = self._weights.look(step.sequence)
         self.measure_local(step, step.summary)
 
+    def confirms_edit(self, step: Step) -> bool:
+        """Return whether the script is known to have edited the gradients of a step whose `edited` is set.
+
+        Unsets that where only their version has changed. A device would answer too late: there, a version counts.
+        """
+        edits, arithmetic = self.edits, self._arithmetic
+        if edits.by_norm or edits.seen or not edits.by_version or not edits.on_host:
+            return True
+        if self.at_end is None:
+            # The first new version, in the middle of a run: there is nothing to compare with yet.
+            return False
+        edits.compares = False
+        self._control.read(step)
+        now = arithmetic.total(arithmetic.norms(self.gradients()))
+        step.edited = edits.changed(step, float(self.at_end.total), float(now))
+        return step.edited
+
     def measure_fallback(self, step: Step) -> None:
         """Fill in what a decision needs, by other means, where `measure` has failed on this rank."""
         step.gradients = self.gradients()
@@ -126,7 +143,7 @@ class Measure:
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
         measure = self._like(plan)
-        measure.edits.by_norm = self.edits.by_norm
+        measure.edits.continue_from(self.edits)
         for index in self._learned:
             measure.arrived(self.plan.parameters[index])
         return measure

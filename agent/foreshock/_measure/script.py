@@ -8,6 +8,7 @@ the step. An observation without a step is not lost: a script's own guard, or a 
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -28,6 +29,8 @@ _COMPARED_EVERY = 100
 """Steps from one comparison of norms to the next: each costs a second read of the gradients."""
 SAME = 1e-3
 """Relative difference of norms up to which they are those of the same gradients: what a loss scale rounds is less."""
+_REPEATED = 1e-6
+"""Relative difference of norms up to which they are those of the same values, added up in float32 in another order."""
 
 
 class Habit(Enum):
@@ -118,17 +121,33 @@ class GradientEdits:
 
     The first and the last parameter stand for all: scripts clip all of a model, or its front or back part. What changes
     others, or goes through `.data`, shows in the norm only: that is compared now and then.
+
+    A version alone proves nothing: `clip_grad_norm_` multiplies by exactly 1 where it does not clip, for example where
+    a script calls it with an infinite norm to log what it returns. So from the first new version on, until a norm shows
+    an edit, the norm is compared at each step.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], arithmetic: Arithmetic, *, views: bool = False) -> None:
         """views: gradients are views of DDP's buckets, so that each changes the version of its neighbors too."""
         self._views = views
         self._arithmetic = arithmetic
+        self.on_host = arithmetic.is_one(arithmetic.constant(1.0))
+        """Whether norms are known at once."""
         self._ends = (parameters[0], parameters[-1])
         self._versions: tuple[int, ...] | None = None
         self._late = LateFlag(parameters[0].device)
         self.by_norm = False
         """Whether a norm has shown that the script edits gradients."""
+        self.by_version = False
+        """Whether the versions of the newest pass had changed before its step."""
+        self.touched = False
+        """Whether those of any pass had."""
+        self.seen = False
+        """Whether the script is known to edit gradients."""
+        self.ignores_versions = False
+        """Whether a version shows no edit: the script is known to multiply gradients by 1."""
+        self._postponed = False
+        """Whether the newest comparison of norms is to be made at the next step."""
         self.compares = False
         """Whether the norm at the end of backward is to be compared with that before the step."""
 
@@ -141,14 +160,18 @@ class GradientEdits:
         if self._late.due == sequence:
             self.by_norm |= self._late.read()
         # The first time too: it is not known yet what this script does between here and its step.
-        self.compares = passes % _COMPARED_EVERY == 1
-        return self.compares or self.by_norm
+        self.compares = passes % _COMPARED_EVERY == 1 or self._postponed
+        return self.compares or self.by_norm or self.touched or self.seen
 
     def compare(self, step: Step) -> None:
         """Fill in whether the script has edited the gradients, unless there is no backward pass to compare with."""
         versions, self._versions = self._versions, None
+        self.by_version = versions is not None and not self.ignores_versions and versions != self._now()
         if versions is not None:
-            step.edited = self.by_norm or versions != self._now()
+            self.touched |= self.by_version
+            # An edit that a version shows may hide another one.
+            self._postponed = self.by_version and self.compares
+            step.edited = self.by_norm or self.by_version
 
     def differ(self, step: Step, before: Number, now: Number) -> bool:
         """Return whether the script has edited the gradients, and fill that in: by the norm. A device answers late.
@@ -165,6 +188,32 @@ class GradientEdits:
         else:
             self._late.add(step.sequence, flag)
         return self.by_norm
+
+    def changed(self, step: Step, before: float, now: float) -> bool:
+        """Return whether a new version comes with another norm. On the host; before, now: as `differ`."""
+        if not math.isfinite(before):
+            # A factor of 1 changes it too: NaN is equal to nothing.
+            return self.seen
+        scale = step.loss_scale if step.grad_scale is None else None
+        if scale is None:
+            return not abs(now - before) <= _REPEATED * before
+        # They have been unscaled meanwhile.
+        return not abs(now * float(scale) - before) <= SAME * before
+
+    def expect_no_clipping(self) -> None:
+        """Take a new version alone for no edit, where the norm comes too late to say so: on a device."""
+        self.ignores_versions = not self.on_host
+
+    def log_once(self, *, clips: bool) -> None:
+        """Remember that the script edits gradients, and log that. clips: Foreshock would clip them."""
+        if not self.seen:
+            self.seen = True
+            log_edits(clips=clips)
+
+    def continue_from(self, before: GradientEdits) -> None:
+        """Keep what is known of the script, where the optimizer holds other parameters than before."""
+        self.by_norm, self.touched, self.seen = before.by_norm, before.touched, before.seen
+        self.ignores_versions = before.ignores_versions
 
     def dropped(self, arrived: Tensor) -> bool:
         """Return, in a new backward pass, whether the gradients of the last one were dropped. Unknown is no.
@@ -191,6 +240,12 @@ def log_edits(*, clips: bool) -> None:
         rank_zero_warn_once("edited", line + advice)
     else:
         rank_zero_info_once("edited", line)
+
+
+def log_changed_parameters(count: int) -> None:
+    """Log that the script has changed which parameters the optimizer holds. count: of those that are measured now."""
+    line = f"the optimizer's parameters have changed: {count} are measured and clipped"
+    rank_zero_info_once(f"{count} parameters", line)
 
 
 def log_dropped_passes(count: int) -> None:

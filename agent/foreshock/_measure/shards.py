@@ -145,7 +145,7 @@ class ShardEdits(GradientEdits):
         super().backward_ended(sequence, passes)
         self._before = self._sample()
         self.compares = False
-        return passes == 1
+        return passes == 1 or self.seen
 
     def compare(self, step: Step) -> None:
         """Fill in whether the script has edited the gradients, or did so before."""
@@ -198,6 +198,10 @@ class ShardedMeasure(Measure):
         step.summary = self._arithmetic.unscaled(self.averaged(step.sequence), step.loss_scale)
         step.norm = step.summary.total
 
+    def confirms_edit(self, _: Step) -> bool:
+        """Return that it is known: `compare` has compared values."""
+        return True
+
     def measure_fallback(self, step: Step) -> None:
         """Fill in what a decision needs, by other means, where `measure` has failed on this rank."""
         step.edited_on_device = self._sums.edited()
@@ -224,4 +228,6 @@ class ShardedMeasure(Measure):
         plan = updated_plan(self.plan, self._sums.named.items(), self._optimizer)
         if not plan.parameters or plan.index.keys() == self.plan.index.keys():
             return None
-        return ShardedMeasure(plan, self._optimizer, self._arithmetic, self._control, self._sums)
+        measure = ShardedMeasure(plan, self._optimizer, self._arithmetic, self._control, self._sums)
+        measure.edits.continue_from(self.edits)
+        return measure
