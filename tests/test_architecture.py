@@ -69,7 +69,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "_log": set(),
         "_measure": {"_arithmetic", "_control", "_log", "_step", "_torch"},
         "_output": {"_arithmetic", "_log", "_measure", "_step"},
-        "integrations": {"_attach", "_handle", "_log", "_run", "_watch"},
+        "integrations": {"_attach", "_control", "_handle", "_log", "_run", "_watch"},
         "_run": {"_arithmetic", "_attach", "_errors", "_log", "_output", "_watch"},
         "_stages": {"_arithmetic", "_control", "_kernels", "_measure", "_step"},
         "_step": {"_arithmetic"},

@@ -13,21 +13,38 @@ pytestmark = [
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed: pip install it"),
 ]
 
-NAMES = ["clips", "clips_nothing", "accumulates"]
+OBSERVED = ["clips", "clips_nothing", "accumulates"]
+TAKEN_OVER = ["taken_over", "taken_over_from_none"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", NAMES)
+    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", [*OBSERVED, *TAKEN_OVER])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBSERVED)
 def test_a_trainer_trains_as_alone_and_its_logs_are_what_was_measured(found: dict[str, Scenario], name: str) -> None:
     results = found[name].results
     for result in results:
         assert result["same"] and result["same logs"] and result["stepped"] and result["dropped"] == {}
         assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
         assert result["steps"] == list(range(6))
+        # With `max_grad_norm=0` the trainer multiplies gradients by 1, to log their norm.
+        assert result["edited"] == [name != "clips_nothing"] * 6
     # The trainer logs the mean over the ranks, to four digits.
     means = [sum(losses) / len(losses) for losses in zip(*(result["losses"] for result in results), strict=True)]
     assert means == pytest.approx(results[0]["logged"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", TAKEN_OVER)
+def test_clipping_is_taken_over_from_a_trainer_whose_logs_and_arguments_stay_as_they_are(
+    found: dict[str, Scenario], name: str
+) -> None:
+    for result in found[name].results:
+        assert result["apart"] < 1e-4 and result["dropped"] == {} and result["edited"] == [False] * 6
+        assert result["global"] == pytest.approx(result["norms"], rel=1e-5)
+        assert result["norms"] == pytest.approx(result["alone's norms"], rel=1e-4)
+        assert result["coefficients"] == pytest.approx([min(1.0, 0.5 / norm) for norm in result["norms"]], rel=1e-4)
+        assert result["left"] == (1.0 if name == "taken_over" else 0.0)
+    expected = [1, 0] if name == "taken_over" else [0, 0]
+    assert found[name].lines_with("and no longer by the trainer's own 1") == expected

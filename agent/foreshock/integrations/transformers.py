@@ -5,62 +5,59 @@ trainer = Trainer(model, arguments, callbacks=[ForeshockCallback()], ...)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import transformers
 
-from foreshock._attach.attach import attach
-from foreshock._attach.models import inner_optimizer
-from foreshock._handle import Watch
-from foreshock._log import rank_zero_info_once
-from foreshock._run import pass_loss
-from foreshock._run.model_search import model_of
-from foreshock._watch import ActiveWatch
+from foreshock._control.clip import Clip
+from foreshock.integrations.trainer_watch import TrainerWatch
 
 
 class ForeshockCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Attaches on every rank when a training begins, and detaches when it ends.
 
-    Losses are what the trainer calls `backward` on, and steps have its numbers. The trainer goes on to clip by its
-    own `max_grad_norm`; norms are from before that.
+    Losses are what the trainer calls `backward` on, and steps have its numbers. Norms are from before any clipping.
     """
 
     def __init__(
         self,
         *,
+        clip: float | Clip | None = None,
+        skip: bool | None = None,
+        dry_run: bool | None = None,
         collector: str | None = None,
         experiment: str | None = None,
         run: str | None = None,
         local_norms: bool | None = None,
     ) -> None:
-        """collector, experiment, run, local_norms: as in `foreshock.attach`, which checks them as a training begins."""
-        self._settings: dict[str, Any] = {
-            "collector": collector,
-            "experiment": experiment,
-            "run": run,
-            "local_norms": local_norms,
-        }
-        self._watch: Watch | None = None
-        self._loss = pass_loss.SummedLoss()
+        """Take the arguments of `foreshock.attach`, which checks them as a training begins.
 
-    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        clip: in place of the trainer's `max_grad_norm`; None leaves clipping to the trainer.
+        """
+        self._watch = TrainerWatch(
+            clip=clip,
+            skip=skip,
+            dry_run=dry_run,
+            collector=collector,
+            experiment=experiment,
+            run=run,
+            local_norms=local_norms,
+        )
+        self._max_norm: float | None = None
+
+    def on_train_begin(self, args: Any, *_: Any, optimizer: Any, **__: Any) -> None:
         """Attach to the model that the trainer has wrapped, and to its optimizer."""
-        inner = inner_optimizer(optimizer)
-        model = model_of(inner)
-        if model is None:
-            why = f"no DDP or sharded model holds the parameters of {type(inner).__name__}"
-            rank_zero_info_once("trainer's model", f"not watching: {why}")
-            return
-        self._watch = attach(model, inner, **self._settings)
-        if isinstance(self._watch, ActiveWatch):
-            pass_loss.follow()
-            self._watch.observed_of_pass = self._loss
+        self._max_norm = args.max_grad_norm
+        if self._watch.begin(optimizer, args.max_grad_norm):
+            # With 0, older trainers would no longer log the norm.
+            args.max_grad_norm = math.inf
 
     def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        """Give the next record the trainer's number, also after it has resumed from a checkpoint."""
-        self._loss.number = state.global_step
+        """Number the next step."""
+        self._watch.next_step(state.global_step)
 
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Detach."""
-        if self._watch is not None:
-            self._watch.detach()
+    def on_train_end(self, args: Any, *_: Any, **__: Any) -> None:
+        """Detach, and leave the trainer's arguments as they were."""
+        args.max_grad_norm = self._max_norm
+        self._watch.end()

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from foreshock.integrations.transformers import ForeshockCallback
-from tests.agent.scenarios.training import WIDTH, column, main, same, told
+from tests.agent.scenarios.training import WIDTH, apart, column, main, same, told
 
 STEPS = 6
 
@@ -34,8 +34,7 @@ class Reading(ForeshockCallback):
     """Reads the ring before the training's end closes it."""
 
     def on_train_end(self, *arguments: Any, **options: Any) -> None:
-        assert self._watch is not None
-        self.found = told(self._watch)
+        self.found = told(self._watch.watch)
         super().on_train_end(*arguments, **options)
 
 
@@ -53,24 +52,30 @@ def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
     return trainer
 
 
-def beside_alone(**options: Any) -> dict[str, Any]:
-    alone = trained(**options)
-    callback = Reading(run="trainer")
-    ours = trained(callback, **options)
-    weights = ([p.detach() for p in each.model.parameters()] for each in (alone, ours))
+def beside_alone(clip: float | None = None, max_grad_norm: float = 1.0, **options: Any) -> dict[str, Any]:
+    """The trainer by itself, then with our callback. clip: Foreshock's, in place of the trainer's."""
+    alone = trained(max_grad_norm=max_grad_norm if clip is None else clip, **options)
+    callback = Reading(run="trainer", clip=clip)
+    ours = trained(callback, max_grad_norm=max_grad_norm, **options)
+    weights = [[p.detach() for p in each.model.parameters()] for each in (alone, ours)]
     logs = [[row for row in each.state.log_history if "loss" in row] for each in (alone, ours)]
     names = ("loss", "grad_norm")
     rows = [[{name: float(row[name]) for name in names} for row in log] for log in logs]
     return {
         "same": same(*weights),
+        "apart": apart(*weights),
         "same logs": rows[0] == rows[1],
+        "alone's norms": [row["grad_norm"] for row in rows[0]],
         "norms": [row["grad_norm"] for row in rows[1]],
         "logged": [row["loss"] for row in rows[1]],
         "global": column(callback.found, "global_norm"),
+        "coefficients": column(callback.found, "clip_coefficient"),
+        "edited": [record["edited"] for record in callback.found["records"]],
         "losses": [record["loss"] for record in callback.found["records"]],
         "steps": [record["step"] for record in callback.found["records"]],
         "stepped": all(record["stepped"] for record in callback.found["records"]),
         "dropped": callback.found["dropped"],
+        "left": ours.args.max_grad_norm,
     }
 
 
@@ -78,6 +83,8 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "clips": beside_alone,
     "clips_nothing": functools.partial(beside_alone, max_grad_norm=0.0),
     "accumulates": functools.partial(beside_alone, gradient_accumulation_steps=3),
+    "taken_over": functools.partial(beside_alone, clip=0.5),
+    "taken_over_from_none": functools.partial(beside_alone, clip=0.5, max_grad_norm=0.0),
 }
 
 if __name__ == "__main__":
