@@ -15,15 +15,20 @@ REPLICATED = [
 ]  # fmt: skip
 WATCHED = [*REPLICATED, "sharded"]
 OTHERS = ["lbfgs", "clips_by_itself", "unwrapped", "attaches_by_itself"]
+CHANGE_GRADIENTS = [
+    "nanogpt", "mingpt", "dino", "mae", "detr", "timm", "torchvision", "fairseq", "ppo", "lora", "distillation", "byol",
+]  # fmt: skip
+"""Styles of public repositories that change gradients before the step."""
+ALL = [*WATCHED, *OTHERS, *CHANGE_GRADIENTS, "logs_norms"]
 WATCHES = {"gan": 2, "unfreezes": 2, "unwrapped": 0, "attaches_by_itself": 2}
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("unchanged"), "unchanged.py", [*WATCHED, *OTHERS])
+    return run_scenarios(tmp_path_factory.mktemp("unchanged"), "unchanged.py", ALL)
 
 
-@pytest.mark.parametrize("name", [*WATCHED, *OTHERS])
+@pytest.mark.parametrize("name", ALL)
 def test_an_unchanged_script_trains_as_alone_bit_for_bit(found: dict[str, Scenario], name: str) -> None:
     for result in found[name].results:
         assert result["same"] and result["same losses"]
@@ -63,6 +68,26 @@ def test_what_a_script_clips_by_itself_is_measured_before_that_from_the_second_s
         (watch,) = result["watches"]
         assert watch["norms"][0] == pytest.approx(0.5) and min(watch["norms"][1:]) > 1.0
     assert found["clips_by_itself"].lines_with("the script changes gradients between backward and step") == [1, 0]
+
+
+@pytest.mark.parametrize("name", CHANGE_GRADIENTS)
+def test_a_public_style_that_changes_gradients_is_measured_before_that(found: dict[str, Scenario], name: str) -> None:
+    for result in found[name].results:
+        (watch,), (losses,) = result["watches"], result["losses"]
+        # The first step is measured as its optimizer finds it: its backward pass was over before anything watched.
+        assert alike(watch["norms"], [result["norms"][0][0], *result["norms before its changes"][1:]])
+        assert all(watch["stepped"]) and watch["losses"][0] is None and alike(watch["losses"][1:], losses[1:])
+        assert watch["edited"].count(True) >= 3
+    assert found[name].lines_with("the script changes gradients between backward and step") == [1, 0]
+
+
+def test_a_script_that_logs_norms_by_a_clipping_call_is_not_taken_for_one_that_clips(
+    found: dict[str, Scenario],
+) -> None:
+    for result in found["logs_norms"].results:
+        (watch,) = result["watches"]
+        assert alike(watch["norms"], result["norms before its changes"]) and not any(watch["edited"])
+    assert found["logs_norms"].lines_with("the script changes gradients") == [0, 0]
 
 
 def test_a_model_that_nobody_averages_is_named_once_and_left_alone(found: dict[str, Scenario]) -> None:

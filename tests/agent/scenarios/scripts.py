@@ -30,6 +30,8 @@ class Trained(NamedTuple):
     models: list[nn.Module]
     losses: list[list[float]]
     watch: foreshock.Watch | None = None
+    norms: list[float] | None = None
+    """Of its gradients before it changes them, if it does."""
 
 
 Script = Callable[[], Trained]

@@ -1,4 +1,4 @@
-"""Scenarios of test_unchanged.py: each of scripts.py is trained alone, and once more as `foreshock run` watches it."""
+"""Scenarios of test_unchanged.py: each script is trained alone, and once more as `foreshock run` watches it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from foreshock._attach import attach
 from foreshock._output.leaving import present
 from foreshock._run.startup import sitecustomize
 from foreshock._watch import ActiveWatch
+from tests.agent.scenarios.public_scripts import PUBLIC_SCRIPTS
 from tests.agent.scenarios.scripts import SCRIPTS, Script
 from tests.agent.scenarios.training import column, main, same, told
 
@@ -78,6 +79,7 @@ def beside_alone(script: Script) -> dict[str, Any]:
                 "local": column(inside, "local_norm"),
                 "losses": [record["loss"] for record in inside["records"]],
                 "stepped": [record["stepped"] for record in inside["records"]],
+                "edited": [record["edited"] for record in inside["records"]],
                 "dropped": inside["dropped"],
                 "enabled": watch.enabled,
                 "from the script": watch is ours.watch,
@@ -94,12 +96,13 @@ def beside_alone(script: Script) -> dict[str, Any]:
         "same losses": alone.losses == ours.losses,
         "losses": ours.losses,
         "norms": list(expected.norms.values()),
+        "norms before its changes": ours.norms,
         "watches": found,
     }
 
 
 SCENARIOS: dict[str, Callable[[], Any]] = {
-    name: functools.partial(beside_alone, script) for name, script in SCRIPTS.items()
+    name: functools.partial(beside_alone, script) for name, script in (SCRIPTS | PUBLIC_SCRIPTS).items()
 }
 
 if __name__ == "__main__":
