@@ -64,11 +64,11 @@ def beside_alone(script: Script) -> dict[str, Any]:
     expected = Expected()
     with hooked(lambda: register_optimizer_step_pre_hook(expected)):
         alone = script()
-    before = set(map(id, present()))
+    before = list(present())
     attach._by_script = False
     with hooked(lambda: sitecustomize._wait_for_step(torch)):
         ours = script()
-    watches = [watch for watch in present() if id(watch) not in before]
+    watches = [watch for watch in present() if not any(watch is each for each in before)]
     found = []
     for watch in watches:
         assert isinstance(watch, ActiveWatch)
