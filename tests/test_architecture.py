@@ -74,6 +74,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "_stages": {"_arithmetic", "_control", "_kernels", "_measure", "_step"},
         "_step": {"_arithmetic"},
         "_torch": set(),
+        "_training_facts": {"_attach", "_errors"},
         "_version": set(),
         "_watch": {
             "_arithmetic",

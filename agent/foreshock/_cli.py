@@ -17,6 +17,7 @@ _PURPOSE = {
     "backup": "copy a collector's database while it is in use",
     "recorder": "deliver records that jobs left on this machine while the collector was down",
     "run": "run a training command and watch it, without a change to its script",
+    "doctor": "check whether trainings on this machine can be watched",
     "demo": "run a real training job that explodes, and see why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]

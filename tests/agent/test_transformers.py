@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 
 import pytest
@@ -48,3 +49,15 @@ def test_clipping_is_taken_over_from_a_trainer_whose_logs_and_arguments_stay_as_
         assert result["left"] == (1.0 if name == "taken_over" else 0.0)
     expected = [1, 0] if name == "taken_over" else [0, 0]
     assert found[name].lines_with("and no longer by the trainer's own 1") == expected
+
+
+def test_on_a_device_too_a_trainer_that_multiplies_by_1_is_clipped_by_foreshock(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    folder = tmp_path_factory.mktemp("device")
+    found = run_scenarios(folder, "trainer.py", ["clips_nothing", "taken_over"], TEST_ARITHMETIC="device")
+    for name, limit in (("clips_nothing", math.inf), ("taken_over", 0.5)):
+        for result in found[name].results:
+            assert result["dropped"] == {} and result["edited"] == [False] * 6
+            expected = [min(1.0, limit / norm) for norm in result["norms"]]
+            assert result["coefficients"] == pytest.approx(expected, rel=1e-4)

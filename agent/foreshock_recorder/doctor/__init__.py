@@ -1,0 +1,1 @@
+"""`foreshock doctor`: checks a machine before a job runs on it."""

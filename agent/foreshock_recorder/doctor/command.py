@@ -1,0 +1,71 @@
+"""The command `foreshock doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+
+from foreshock_recorder.address import address_of
+from foreshock_recorder.doctor.finding import Finding, exit_code, lines
+from foreshock_recorder.doctor.machine import (
+    folder_of_rings,
+    launches,
+    proxy,
+    recorder,
+    rings_left,
+    shared_memory,
+    versions,
+)
+from foreshock_recorder.doctor.training import training
+from foreshock_recorder.paths import ring_base
+
+_EPILOG = "Exit code: 0 if every check is ok or a warning, 1 if one failed, 2 for wrong usage."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check this machine, and the way to the collector. Exit code 0: nothing failed; 1: something has."""
+    parser = argparse.ArgumentParser(
+        prog="foreshock doctor",
+        description="Check whether trainings on this machine can be watched, and say what to do.",
+        epilog=_EPILOG,
+    )
+    default = os.environ.get("FORESHOCK_COLLECTOR", "")
+    parser.add_argument(
+        "--collector", metavar="HOST:PORT", default=default, help="default: FORESHOCK_COLLECTOR, or this machine"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object per check, one per line")
+    options = parser.parse_args(arguments)
+    try:
+        collector = address_of(options.collector)
+    except ValueError as error:
+        parser.error(f"argument --collector: {error}")
+    found = []
+    for finding in checks(collector):
+        found.append(finding)
+        # Each at once: some take seconds.
+        shown = [json.dumps(asdict(finding))] if options.json else lines([finding])
+        sys.stdout.write("".join(f"{line}\n" for line in shown))
+        sys.stdout.flush()
+    return exit_code(found)
+
+
+def checks(collector: str) -> Iterator[Finding]:
+    """Yield the result of each check. collector: host:port."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    yield versions()
+    yield from training(sys.executable)
+    yield folder_of_rings(ring_base())
+    yield shared_memory(ring_base())
+    yield rings_left(launches())
+    yield recorder(os.environ.get("FORESHOCK_RECORDER_PYTHON") or sys.executable)
+    yield proxy(os.environ)
+    # Imports gRPC, which the checks above do without.
+    from foreshock_recorder.doctor.collector import answers, clock, http_address
+
+    yield asyncio.run(answers(collector))
+    yield clock(http_address(collector, os.environ))

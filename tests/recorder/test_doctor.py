@@ -1,0 +1,210 @@
+"""`foreshock doctor`: what each check finds, and what it advises."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from foreshock_recorder.doctor import command, machine
+from foreshock_recorder.doctor.collector import answers, apart, clock, http_address
+from foreshock_recorder.doctor.finding import Finding, Level, exit_code, lines, ok, warn
+from foreshock_recorder.doctor.training import findings
+from foreshock_recorder.folder import contents
+from foreshock_recorder.layout import MAX_RING_BYTES
+from foreshock_recorder.paths import SHARED_MEMORY
+from tests.support.fake_collector import FakeCollector
+from tests.support.rings import leave
+from tests.support.waiting import free_port
+
+FACTS: dict[str, Any] = {
+    "torch": "2.13.0+cu130", "torch_error": "", "devices": ["NVIDIA H100"] * 2, "cuda_built": True,
+    "fused": ["Adam", "SGD"], "triton": "3.7.0", "compiler": True, "settings_error": "", "unknown": [],
+    "disabled": False,
+}  # fmt: skip
+
+
+def levels(found: list[Finding]) -> dict[str, Level]:
+    return {each.check: each.level for each in found}
+
+
+def test_an_environment_with_everything_is_ok() -> None:
+    found = findings(FACTS)
+    assert list(levels(found)) == ["torch", "devices", "triton", "optimizers", "settings"]
+    assert set(levels(found).values()) == {Level.OK} and exit_code(found) == 0
+    assert "2: NVIDIA H100" in lines(found)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "check", "level", "text"),
+    [
+        ({"torch_error": "ImportError: libcudart.so"}, "torch", Level.FAIL, "libcudart.so"),
+        ({"torch": "2.9.1"}, "torch", Level.WARN, "2.9.1 is older"),
+        ({"devices": []}, "devices", Level.WARN, "finds no device"),
+        ({"devices": [], "cuda_built": False}, "devices", Level.OK, "the CPU"),
+        ({"triton": ""}, "triton", Level.WARN, "not installed"),
+        ({"compiler": False}, "triton", Level.WARN, "no C compiler"),
+        ({"devices": [], "triton": ""}, "triton", Level.OK, "not needed"),
+        ({"fused": []}, "optimizers", Level.WARN, "none can be fused"),
+        ({"settings_error": "FORESHOCK_CLIP: no"}, "settings", Level.FAIL, "FORESHOCK_CLIP"),
+        ({"unknown": ["FORESHOCK_CLIPS is not one"]}, "settings", Level.WARN, "FORESHOCK_CLIPS"),
+        ({"disabled": True}, "settings", Level.WARN, "nothing is watched"),
+    ],
+)
+def test_what_is_missing_for_training_is_found_and_has_advice(
+    change: dict[str, Any], check: str, level: Level, text: str
+) -> None:
+    found = findings(FACTS | change)
+    (one,) = (each for each in found if each.check == check)
+    assert one.level is level and text in one.text and bool(one.advice) == (level is not Level.OK)
+    assert exit_code(found) == int(level is Level.FAIL)
+
+
+def test_a_line_has_its_advice_below_it() -> None:
+    assert lines([ok("proxy", "none"), warn("clock", "off", "set it")]) == [
+        "ok   proxy          none",
+        "warn clock          off",
+        "                    set it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("free", "in_memory", "level", "advice"),
+    [
+        (8 * MAX_RING_BYTES, True, Level.OK, ""),
+        (8 * MAX_RING_BYTES - 1, True, Level.WARN, "--shm-size"),
+        (8 * MAX_RING_BYTES, False, Level.WARN, "FORESHOCK_RING_DIR"),
+        (0, False, Level.WARN, "free some"),
+    ],
+)
+def test_rings_need_room_in_shared_memory(free: int, in_memory: bool, level: Level, advice: str) -> None:
+    found = machine.room(free, SHARED_MEMORY / "foreshock-0", in_memory=in_memory)
+    assert found.level is level and advice in found.advice
+
+
+def test_a_folder_that_cannot_hold_rings_is_named(tmp_path: Path) -> None:
+    assert machine.folder_of_rings(tmp_path / "new" / "deeper").level is Level.OK
+    (tmp_path / "file").touch()
+    found = machine.folder_of_rings(tmp_path / "file" / "rings")
+    assert found.level is Level.FAIL and "file is not a folder" in found.text
+
+
+def test_records_that_no_collector_has_are_counted_by_run(tmp_path: Path) -> None:
+    leave(tmp_path / "night" / "first", 50, acknowledged=10, instance="one", collector="127.0.0.1:9")
+    leave(tmp_path / "day" / "first", 5, acknowledged=5, instance="two", collector="127.0.0.1:9")
+    found = [contents(tmp_path / run / "first") for run in ("night", "day")]
+    left = machine.rings_left([each for each in found if each is not None])
+    assert left.level is Level.WARN and left.text.startswith("40 records") and left.text.endswith(": night")
+    assert machine.rings_left([each for each in found[1:] if each is not None]).level is Level.OK
+
+
+@pytest.mark.parametrize(
+    ("environment", "level", "text"),
+    [
+        ({}, Level.OK, "none"),
+        ({"HTTP_PROXY": "http://p"}, Level.OK, "HTTP_PROXY is ignored"),
+        ({"https_proxy": "http://p", "FORESHOCK_HTTP_PROXY": "1"}, Level.OK, "used, from https_proxy"),
+        ({"FORESHOCK_HTTP_PROXY": "1"}, Level.WARN, "no proxy is set"),
+    ],
+)
+def test_a_proxy_is_named(environment: dict[str, str], level: Level, text: str) -> None:
+    found = machine.proxy(environment)
+    assert found.level is level and text in found.text
+
+
+@pytest.mark.integration
+def test_an_interpreter_without_the_recorder_is_found(tmp_path: Path) -> None:
+    assert machine.recorder(sys.executable).level is Level.OK
+    assert machine.recorder("false").level is Level.FAIL
+    assert machine.recorder(str(tmp_path / "none")).level is Level.FAIL
+
+
+@pytest.mark.integration
+def test_a_collector_that_answers_refuses_or_is_not_there(collector: FakeCollector) -> None:
+    assert asyncio.run(answers(collector.address)).level is Level.OK
+    collector.refusal = (grpc.StatusCode.UNAUTHENTICATED, "a token is needed")
+    refused = asyncio.run(answers(collector.address))
+    assert refused.level is Level.FAIL and "a token is needed" in refused.text and "TOKEN_FILE" in refused.advice
+    missing = asyncio.run(answers(f"127.0.0.1:{free_port()}"))
+    assert missing.level is Level.FAIL and "does not answer" in missing.text
+
+
+@pytest.mark.integration
+def test_a_token_file_that_cannot_be_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORESHOCK_TOKEN_FILE", "/none")
+    found = asyncio.run(answers("127.0.0.1:9"))
+    assert found.level is Level.FAIL and "FORESHOCK_TOKEN_FILE: /none cannot be read" in found.text
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """Answers as a collector does: with the date."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.integration
+def test_clocks_are_compared_by_the_collectors_answer(url: str) -> None:
+    assert clock(url) == ok("clock", "as the collector's")
+    assert clock(f"http://127.0.0.1:{free_port()}").level is Level.WARN
+
+
+@pytest.mark.parametrize(
+    ("seconds", "level", "text"),
+    [(4.0, Level.OK, ""), (90.0, Level.WARN, "90 s ahead of"), (-3600.0, Level.WARN, "3,600 s behind")],
+)
+def test_clocks_that_differ_are_found(seconds: float, level: Level, text: str) -> None:
+    assert apart(seconds).level is level and text in apart(seconds).text
+
+
+def test_the_address_of_the_page_follows_from_that_of_the_stream() -> None:
+    assert http_address("monitor:4327", {}) == "http://monitor:9327"
+    assert http_address("[::1]:4327", {"FORESHOCK_CA_FILE": "ca.pem"}) == "https://[::1]:9327"
+    assert http_address("monitor:4327", {"FORESHOCK_URL": "http://other:1"}) == "http://other:1"
+
+
+@pytest.mark.integration
+def test_the_command_prints_every_check_and_exits_with_1_if_one_failed(
+    collector: FakeCollector,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORESHOCK_RING_DIR", str(tmp_path / "rings"))
+    monkeypatch.setenv("FORESHOCK_URL", url)
+    monkeypatch.setenv("FORESHOCK_CLIP", "one")
+    assert command.main(["--json", "--collector", collector.address]) == 1
+    found = {each["check"]: each for each in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(found) == [
+        "versions", "torch", "devices", "triton", "optimizers", "settings", "rings", "shared memory", "left behind",
+        "recorder", "proxy", "collector", "clock",
+    ]  # fmt: skip
+    assert [name for name, each in found.items() if each["level"] == "fail"] == ["settings"]
+    assert "FORESHOCK_CLIP" in found["settings"]["text"] and found["clock"]["level"] == "ok"
+
+
+def test_a_wrong_address_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--collector", "monitor"])
+    assert ended.value.code == 2 and "is not host:port" in capsys.readouterr().err
