@@ -229,7 +229,7 @@ class Intake:
         Nothing runs in between, so that nobody sees a counter that a crash could still set back.
         """
         now = self._now()
-        self._limits.count(self._runs)
+        self._limits.count(run for run in self._runs if run.ended_for(now, self._silent) < self._ended_seconds)
         for run in self._runs:
             with run.errors.caught("evaluate"):
                 if not run.evicted or run.changed:
@@ -291,9 +291,10 @@ class Intake:
     def expire(self) -> None:
         """Detect runs that have fallen silent, and evict those that ended long enough ago.
 
-        An evicted run loses its series and records; its history stays in the database.
+        An evicted run loses its series and records; its history stays in the database. Of many evicted runs, only the
+        newest stay in memory.
         """
-        now = self._now()
+        now, over = self._now(), list[Run]()
         for run in self._runs:
             with run.errors.caught("evaluate"):
                 run.check_silence(now, self._silent)
@@ -304,6 +305,9 @@ class Intake:
                         self._store.forget_window(run)
                         facts = {"run": run.name, "experiment": run.experiment}
                         logger.info("run %(run)s expired: its series are gone, its history stays", facts)
+                if run.over and run.ended_for(now, self._silent) >= self._ended_seconds:
+                    over.append(run)
+        self._runs.archive(over)
         if self._retention is not None:
             self._retention.delete_some(self._runs, now)
 

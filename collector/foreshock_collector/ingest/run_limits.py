@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 from foreshock_collector.ingest.session import RefusedError
-from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.runs import Run
 
 _SHARE_OF_ONE_MACHINE = 0.5
 """Part of all runs that a single machine may have: it must not shut the others out."""
@@ -20,13 +21,10 @@ class RunLimits:
         self._runs = 0
         self._by_host: Counter[str] = Counter()
 
-    def count(self, runs: Runs) -> None:
-        """Count anew; about once a second."""
-        self._runs, self._by_host = 0, Counter()
-        for run in runs:
-            if not run.evicted:
-                self._runs += 1
-                self._by_host[run.host] += 1
+    def count(self, runs: Iterable[Run]) -> None:
+        """Count these runs, and none of before; about once a second."""
+        self._by_host = Counter(run.host for run in runs)
+        self._runs = self._by_host.total()
 
     def admit(self, host: str) -> None:
         """Count one more run of a machine. Raises `RefusedError` if there are too many."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.state.errors import collector_errors
@@ -11,42 +13,100 @@ from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import ContradictionError, Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
+ENDED_KEPT = 200
+"""Ended runs in memory, the newest ones, at up to a few hundred kilobytes each; the store has them all."""
+
+
+class Archive(Protocol):
+    """Stores runs, and returns those that have left memory."""
+
+    def restored(self, run: str, rules_of: Callable[[str], Rules]) -> Run:
+        """Return a run by its name, as it was committed."""
+
+    def run_of(self, instance: str) -> str | None:
+        """Return the name of the run that an instance is part of; None if no such instance is stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchivedRun:
+    """Describes an ended run that is in the store alone."""
+
+    experiment: str
+    last_report: float
+    """Unix time at which any of its ranks last reported."""
+    steps: int
+    """How many steps it has made."""
+
 
 class Runs:
-    """Finds every run by name or by instance. rules_of: returns the rules of a run by its name."""
+    """Finds every run by name or by instance, and iterates over those in memory.
 
-    def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> None:
+    rules_of: returns the rules of a run by its name. archive: where ended runs are; None: all stay in memory.
+    """
+
+    def __init__(self, rules_of: Callable[[str], Rules] = lambda _: DEFAULT, archive: Archive | None = None) -> None:
         self.rules_of = rules_of
         self.errors = collector_errors()
         """Internal errors that no single run caused."""
+        self.archived: dict[str, ArchivedRun] = {}
+        """Ended runs that are in the store alone, by name."""
+        self._archive = archive
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
-        self._launches: dict[tuple[str, str], Run] = {}
-        """By requested name and launch."""
+        self._launches: dict[tuple[str, str], str] = {}
+        """Name of a launch's run, by requested name and launch; also of archived runs."""
 
     def __iter__(self) -> Iterator[Run]:
         return iter(list(self._runs.values()))
 
     def get(self, name: str) -> Run | None:
-        """The run of this name."""
-        return self._runs.get(name)
+        """The run of this name; one that was archived is in memory from now on."""
+        return self._restored(name) if name in self.archived else self._runs.get(name)
 
     def find(self, instance: str) -> tuple[Run, Instance] | None:
         """An instance and its run."""
+        if instance not in self._instances and self.archived:
+            assert self._archive is not None
+            if (name := self._archive.run_of(instance)) in self.archived:
+                self._restored(name)
         return self._instances.get(instance)
 
     def move_clock(self, seconds: float) -> None:
         """Add so many seconds to each time by this machine's clock, which was set."""
         for run in self._runs.values():
             run.move_clock(seconds)
+        for name, run in self.archived.items():
+            self.archived[name] = replace(run, last_report=run.last_report + seconds)
 
     def add(self, run: Run) -> None:
         """Add a run from the store, with its instances."""
         self._runs[run.name] = run
         for attempt in run.attempts:
-            self._launches[attempt.hello.run, attempt.launch] = run
+            self._launches[attempt.hello.run, attempt.launch] = run.name
             for instance in attempt.instances.values():
                 self._instances[instance.name] = (run, instance)
+
+    def archive(self, ended: Iterable[Run]) -> list[Run]:
+        """Free all but the newest of these runs, which are over. Return those that stay in memory."""
+        newest_first = sorted(ended, key=Run.last_report, reverse=True)
+        if self._archive is None:
+            return newest_first
+        for run in newest_first[ENDED_KEPT:]:
+            del self._runs[run.name]
+            for attempt in run.attempts:
+                for instance in attempt.instances.values():
+                    del self._instances[instance.name]
+            self.archived[run.name] = ArchivedRun(
+                experiment=run.experiment, last_report=run.last_report(), steps=run.totals.steps
+            )
+        return newest_first[:ENDED_KEPT]
+
+    def _restored(self, name: str) -> Run:
+        assert self._archive is not None
+        run = self._archive.restored(name, self.rules_of)
+        del self.archived[name]
+        self.add(run)
+        return run
 
     def begins_run(self, hello: pb.Hello) -> bool:
         """Return whether a hello is the first of a launch, and so begins a run or brings one back."""
@@ -57,7 +117,7 @@ class Runs:
 
         host: address of the machine that sends it.
         """
-        known = self._instances.get(hello.instance)
+        known = self.find(hello.instance)
         if known is not None:
             run, instance = known
             first = run.attempts[instance.attempt].hello
@@ -73,7 +133,7 @@ class Runs:
         run.host = run.host or host
         instance = run.register(hello, now)
         self._runs[run.name] = run
-        self._launches[hello.run, hello.launch_id] = run
+        self._launches[hello.run, hello.launch_id] = run.name
         self._instances[instance.name] = (run, instance)
         return instance
 
@@ -83,7 +143,8 @@ class Runs:
         A launch is the next attempt of the run whose name it asks for. If that run still has live ranks, or belongs to
         another experiment, the launch becomes a separate run: name-2, name-3 and so on.
         """
-        run = self._launches.get((hello.run, hello.launch_id))
+        name = self._launches.get((hello.run, hello.launch_id))
+        run = None if name is None else self.get(name)
         if run is not None:
             if run.experiment != hello.experiment:
                 raise ContradictionError(
@@ -92,7 +153,9 @@ class Runs:
             return run
         for number in itertools.count(1):
             name = hello.run if number == 1 else f"{hello.run}-{number}"
-            run = self._runs.get(name)
+            if name in self.archived and self.archived[name].experiment != hello.experiment:
+                continue
+            run = self.get(name)
             if run is None:
                 return Run(hello.experiment, name, self.rules_of(hello.run))
             if run.experiment != hello.experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from foreshock_collector.state.attempts import WINDOW_STEPS
 from foreshock_collector.state.fleet import Runs
@@ -30,20 +31,31 @@ class Retention:
 
     def delete_some(self, runs: Runs, now: float) -> None:
         """Delete steps that are due, of one run. now: Unix time. Raises `sqlite3.Error`."""
+        archived = sorted(runs.archived.items(), key=lambda each: each[1].last_report)
         oldest = sorted((run for run in runs if run.attempts), key=Run.last_report)
-        for run in oldest:
-            if run.ended_for(now, self._silent) > self._seconds and self._delete(run):
+        for name, run in archived:
+            if now - run.last_report > self._seconds and self._delete_archived(name, run.steps):
+                return
+        for each in oldest:
+            if each.ended_for(now, self._silent) > self._seconds and self._delete(each):
                 return
         if self._store.used_bytes() > self._most_bytes:
-            any(self._delete(run) for run in oldest)
+            if not any(self._delete_archived(name, run.steps) for name, run in archived):
+                any(self._delete(each) for each in oldest)
+
+    def _delete_archived(self, name: str, made: int) -> bool:
+        return self._delete_from(name, made, lambda: self._store.delete_archived_steps(name))
 
     def _delete(self, run: Run) -> bool:
-        """Delete some of a run's steps. Return whether there were any."""
-        made = sum(run.totals.counters[kind] for kind in ("steps", "abandoned"))
-        if self._emptied.get(run.name) == made:
+        keep = 0 if run.evicted else WINDOW_STEPS
+        return self._delete_from(run.name, run.totals.steps, lambda: self._store.delete_steps(run, keep=keep))
+
+    def _delete_from(self, name: str, made: int, delete: Callable[[], int]) -> bool:
+        """Delete some of a run's steps. Return whether there were any. made: steps that it has made."""
+        if self._emptied.get(name) == made:
             return False
-        if self._store.delete_steps(run, keep=0 if run.evicted else WINDOW_STEPS):
+        if delete():
             return True
-        self._emptied[run.name] = made
-        logger.info("the oldest steps of run %(run)s were deleted; its incidents stay", {"run": run.name})
+        self._emptied[name] = made
+        logger.info("the oldest steps of run %(run)s were deleted; its incidents stay", {"run": name})
         return False

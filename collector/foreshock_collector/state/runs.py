@@ -243,6 +243,13 @@ class Run:
         """Whether its records are in the store alone and nothing is open: a run may die before its first record."""
         return not self.departures_pending and all(a.evicted and not a.incidents for a in self.attempts)
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, nothing of it is open, and the store has all of it."""
+        ended = self.newest.over or self.newest.silent
+        idle = all(a.evicted and not (a.incidents or a.departures_pending) for a in self.attempts)
+        return ended and idle and not self.changed
+
     def evict(self, now: float) -> None:
         """Free all that the store can do without: the run has ended."""
         for attempt in self.attempts:

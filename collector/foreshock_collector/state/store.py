@@ -6,6 +6,7 @@ whole; their records come again from the ranks' rings, if the ranks still run.
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 _EVENT_SOURCES: dict[str, type[RunEvent]] = {"detector": DetectedEvent, "rank": RankEvent}
 _DELETED_STEPS = 20_000
 """Steps deleted at once: the collector does nothing else meanwhile, for some ten milliseconds."""
+_ARCHIVED_AT_ONCE = 100
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
 
 
@@ -151,6 +153,19 @@ class Store(History):
                 return self._db.execute(query, (*these, last)).rowcount
         return 0
 
+    def delete_archived_steps(self, run: str) -> int:
+        """Delete some thousands of the oldest steps of a run that has ended. Return their number.
+
+        Raises `sqlite3.Error`.
+        """
+        query = "SELECT attempt, sequence FROM steps WHERE run=? ORDER BY attempt, sequence LIMIT 1"
+        first = self._db.execute(query, (run,)).fetchone()
+        if first is None:
+            return 0
+        attempt, sequence = first
+        query = "DELETE FROM steps WHERE run=? AND attempt=? AND sequence<?"
+        return self._db.execute(query, (run, attempt, sequence + _DELETED_STEPS)).rowcount
+
     def used_bytes(self) -> int:
         """Return the size of all pages in use: what is deleted leaves pages that are used again."""
         (pages,), (free,), (size,) = (
@@ -160,15 +175,19 @@ class Store(History):
         return used
 
     def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
-        """Return all runs as they were committed. A run that cannot be decoded is set aside.
+        """Return all runs as they were committed; of those that are over, only the newest are in memory.
 
+        A run that cannot be decoded is set aside.
         Raises `StoreError` or `DamagedError`.
         """
-        runs = Runs(rules_of)
+        runs = Runs(rules_of, self)
+        ended: list[Run] = []
         try:
-            for name, state in self._db.execute("SELECT run, state FROM runs ORDER BY rowid").fetchall():
+            for name in self.runs():
+                (state,) = self._db.execute("SELECT state FROM runs WHERE run=?", (name,)).fetchone()
                 try:
                     run = self._restored(name, state, now, rules_of)
+                    run.watched_since = now
                 except sqlite3.Error:
                     raise
                 except Exception as error:
@@ -176,16 +195,31 @@ class Store(History):
                     self._set_aside(name, state)
                 else:
                     runs.add(run)
+                    if run.over:
+                        ended.append(run)
+                        # Not only at the end: there may be far more than fit in memory.
+                        if len(ended) % _ARCHIVED_AT_ONCE == 0:
+                            ended = runs.archive(ended)
+            runs.archive(ended)
         except sqlite3.Error as error:
             damaged = is_damage(error)
             raise (DamagedError if damaged else StoreError)(f"database {self._path} cannot be read: {error}") from error
         return runs
 
+    def restored(self, run: str, rules_of: Callable[[str], Rules]) -> Run:
+        """Return a run that has ended, as it was committed. Raises `sqlite3.Error`, and others for what is damaged."""
+        (state,) = self._db.execute("SELECT state FROM runs WHERE run=?", (run,)).fetchone()
+        return self._restored(run, state, math.inf, rules_of)
+
+    def run_of(self, instance: str) -> str | None:
+        """Return the name of the run that an instance is part of; None if no such instance is stored."""
+        found = self._db.execute("SELECT run FROM instances WHERE instance=?", (instance,)).fetchone()
+        return None if found is None else str(found[0])
+
     def _restored(self, name: str, state: bytes, now: float, rules_of: Callable[[str], Rules]) -> Run:
         query = "SELECT hello FROM attempts WHERE run=? ORDER BY attempt"
         hellos = [pb.Hello.FromString(hello) for (hello,) in self._db.execute(query, (name,))]
         run = Run.from_state(name, decode(state, RunState), hellos, rules_of(hellos[0].run))
-        run.watched_since = now
         instances = {instance.name: instance for instance in self._instances(run)}
         # Times ahead of the clock: it was wrong then, and has been set back since.
         run.totals.limit_times(now)

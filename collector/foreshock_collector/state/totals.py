@@ -134,6 +134,11 @@ class Totals:
         self.add_incident(verdict, now, superseded=superseded)
         self.last_incident[before] = seen
 
+    @property
+    def steps(self) -> int:
+        """How many steps have been counted, abandoned ones included."""
+        return self.counters["steps"] + self.counters["abandoned"]
+
     def move_clock(self, seconds: float) -> None:
         """Add so many seconds to each time that is known."""
         for times in (self.last, self.last_incident):

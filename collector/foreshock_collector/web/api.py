@@ -67,7 +67,8 @@ class Api:
                 brief["recent"] = columns
                 open_ = [each for each in run.incidents.kept if each.closed_seconds is None]
                 brief["open_incidents"] = [incident_answer(each) for each in open_]
-        return json_response({"now_seconds": now, "ended": len(ended), "runs": briefs})
+        facts = {"now_seconds": now, "ended": len(ended), "archived": len(self._runs.archived)}
+        return json_response({**facts, "runs": briefs})
 
     async def _run(self, request: web.Request) -> web.Response:
         run = self._find(request)

@@ -219,6 +219,17 @@ def test_one_machine_cannot_take_all_runs_and_ended_ones_make_room(tmp_path: Pat
     store.close()
 
 
+def test_runs_that_never_step_are_counted_too(tmp_path: Path) -> None:
+    session, store = Session(peer="ipv4:10.0.0.1:4000"), Store(tmp_path / "db")
+    intake = Intake(Runs(), store, Clock(), ended_seconds=900.0, silent=900.0, most_runs=10)
+    for wave in range(4):
+        for number in range(5):
+            intake.apply(hello(f"{wave}-{number}", launch_id=f"{wave}-{number}"), session)
+        intake.commit()
+    assert (len(session.registered), len(session.refused)) == (5, 15)
+    store.close()
+
+
 def test_a_token_is_stored_only_as_its_digest(tmp_path: Path) -> None:
     store = Store(tmp_path / "db")
     intake = Intake(Runs(), store, Clock(), ended_seconds=900.0, silent=900.0)
