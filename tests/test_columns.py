@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from foreshock_collector.catalogue import CATALOGUE, COLUMN_GAUGES, LAYER_WEIGHTS
-from foreshock_collector.records.buffer import RECORD, SUMS, ColumnsError, decode, nonfinite_mask
+from foreshock_collector.records.batch import RECORD, SUMS, ColumnsError, decode, nonfinite_mask
 from foreshock_protos.columns import (
     COLUMNS,
     MEASURED_NAMES,

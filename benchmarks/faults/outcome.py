@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.faults.traces import Trace
-from foreshock_collector.records.buffer import locally_nonfinite, observed
+from foreshock_collector.records.batch import locally_nonfinite, observed
 
 
 def bad_steps(trace: Trace) -> NDArray[np.bool_]:

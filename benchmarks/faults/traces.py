@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.faults.cases import Case, Part
-from foreshock_collector.records.buffer import RECORD, Rows, decode, locally_nonfinite
+from foreshock_collector.records.batch import RECORD, Rows, decode, locally_nonfinite
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 FOLDER = Path(__file__).parent / "traces"

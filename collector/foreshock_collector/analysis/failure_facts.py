@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.rules import Rules
-from foreshock_collector.records.buffer import RecordBuffer, locally_nonfinite
+from foreshock_collector.records.batch import locally_nonfinite
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step
 
 _CLIPPED_ALIKE = 1e-3

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.records.buffer import RecordBuffer, Rows
+from foreshock_collector.records.batch import Rows
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import Step
 
 

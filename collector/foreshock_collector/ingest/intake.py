@@ -12,7 +12,7 @@ from foreshock_collector.ingest.run_limits import RunLimits
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.ingest.validation import check_instance, check_version, validated
-from foreshock_collector.records.buffer import MAX_SEQUENCE, ColumnsError
+from foreshock_collector.records.batch import MAX_SEQUENCE, ColumnsError
 from foreshock_collector.state.database_file import GoneError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.records.buffer import RECORD, RecordBuffer, Rows
+from foreshock_collector.records.batch import RECORD, Rows
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.layer_weights import LayerWeights
 
 _RANKED = np.dtype([("rank", "i8"), *((name, RECORD[name]) for name in RECORD.names or ())])

@@ -17,7 +17,8 @@ from foreshock_collector.analysis.detection import Detector, Failure
 from foreshock_collector.analysis.faults import FaultDetector
 from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.analysis.rules import Rules
-from foreshock_collector.records.buffer import RecordBuffer, Records
+from foreshock_collector.records.batch import Records, nonfinite_mask
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_collector.state.instances import Instance
 from foreshock_protos.columns import WEIGHT_BLOCKS

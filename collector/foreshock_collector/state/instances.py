@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from foreshock_collector.catalogue import DROP_REASONS
-from foreshock_collector.records.buffer import Records, complete, locally_measured, nonfinite_mask
+from foreshock_collector.records.batch import Records, complete, locally_measured, nonfinite_mask
 from foreshock_collector.state.events import RankEvent
 from foreshock_protos.v1 import telemetry_pb2 as pb
 

@@ -12,7 +12,7 @@ from itertools import zip_longest
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.catalogue import RUN_STAGES
-from foreshock_collector.records.buffer import MAX_SEQUENCE, complete, decode
+from foreshock_collector.records.batch import MAX_SEQUENCE, complete, decode
 from foreshock_collector.records.steps import Step
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.errors import Errors

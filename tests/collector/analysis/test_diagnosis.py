@@ -12,7 +12,8 @@ from foreshock_collector.analysis.detection import Detector, Event
 from foreshock_collector.analysis.explosion import multiples_of_others
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.analysis.verdicts import Verdict
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.diagnosed_steps import PLAIN, climb, quiet, verdict

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from tests.support.diagnosed_steps import PLAIN, climb, quiet, verdict
 from tests.support.streams import steps
 

@@ -10,7 +10,8 @@ import pytest
 
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb

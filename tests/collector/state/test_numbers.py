@@ -15,7 +15,8 @@ from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.cli import diagnose
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.server import Server
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.totals import Totals

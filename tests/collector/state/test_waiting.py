@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.streams import steps
 

@@ -17,7 +17,8 @@ import pytest
 
 from foreshock_collector.analysis.channel import ChannelState
 from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.records.buffer import RecordBuffer, decode
+from foreshock_collector.records.batch import decode
+from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.layer_weights import LayerWeights
 from foreshock_collector.records.window import Window
 from foreshock_collector.web.baseline import Baseline
