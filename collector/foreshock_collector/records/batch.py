@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.records.gaps import Gap, in_gaps
 from foreshock_collector.records.layer_weights import LayerWeights
 from foreshock_collector.records.steps import LARGEST
 from foreshock_protos.columns import NONFINITE_COUNTS, NONFINITE_VALUES, WIRE_COLUMNS, Column, Part
@@ -50,9 +51,10 @@ class Records:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def above(self, position: int) -> Records:
-        """Return the records above this sequence number."""
-        keep = self.rows["sequence"] > position
+    def above(self, position: int, gaps: Sequence[Gap] = ()) -> Records:
+        """Return the records above this sequence number, and those in a gap below it."""
+        sequences = self.rows["sequence"]
+        keep = (sequences > position) | in_gaps(gaps, sequences)
         norms = None if self.layer_norms is None else self.layer_norms[keep]
         weights = self.weights.between(position + 1, MAX_SEQUENCE)
         return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms, weights=weights)

@@ -138,6 +138,10 @@ class RecordBuffer:
         self.finalized = max(self.finalized, upto)
         self.highest = max(self.finalized, self.highest)
 
+    def assembled_again(self, attempt: int, sequence: int) -> Step | None:
+        """Assemble a finalized step once more, with the records that have come since."""
+        return self._assemble(attempt, sequence)
+
     def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
         """Return the ranks that have finished one step, and their records of it."""
         cells = self._cells[sequence % self.capacity, self._by_rank]

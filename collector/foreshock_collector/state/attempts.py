@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -79,6 +79,8 @@ class Attempt(AttemptState):
         """Whether records of the step that failed have come since it was evaluated."""
         self.steps: deque[Step] = deque(maxlen=WINDOW_STEPS)
         """The newest steps, in order."""
+        self._late_nonfinite: set[int] = set()
+        """Sequence numbers of finalized steps of which a record has come since that is not finite."""
         self._buffer: RecordBuffer | None = None
 
     @property
@@ -121,6 +123,7 @@ class Attempt(AttemptState):
     def evict(self) -> None:
         """Free records and steps: the attempt has ended."""
         self._buffer = None
+        self._late_nonfinite.clear()
         self.steps.clear()
 
     def move_clock(self, seconds: float) -> None:
@@ -151,6 +154,8 @@ class Attempt(AttemptState):
     def write(self, instance: Instance, records: Records, now: float) -> None:
         """Add records of a rank to the buffer. The caller has made room."""
         if len(records):
+            bad = records.rows["sequence"][nonfinite_mask(records.rows)]
+            self._late_nonfinite.update(bad[bad <= self.finalized].tolist())
             self.buffer.write(instance.rank, records, now)
             if self.failure is not None:
                 first, last = (int(records.rows["sequence"][end]) for end in (0, -1))
@@ -198,6 +203,23 @@ class Attempt(AttemptState):
                 yield step
         finally:
             self.finalized = buffer.finalized
+
+    def revised_steps(self) -> Iterator[tuple[Step, list[tuple[str, str]]]]:
+        """Yield finalized steps that are now known to be not finite, each with what was not known of it."""
+        late, self._late_nonfinite = self._late_nonfinite, set()
+        for place, step in enumerate(self.steps):
+            again = self.buffer.assembled_again(self.number, step.sequence) if step.sequence in late else None
+            found = [] if again is None else [each for each in again.nonfinite if each not in step.nonfinite]
+            if again is not None and found:
+                self.steps[place] = revised = replace(
+                    step,
+                    loss=again.loss if again.nan_loss or again.inf_loss else step.loss,
+                    nan_loss=step.nan_loss or again.nan_loss,
+                    inf_loss=step.inf_loss or again.inf_loss,
+                    nan_gradient=step.nan_gradient or again.nan_gradient,
+                    inf_gradient=step.inf_gradient or again.inf_gradient,
+                )
+                yield revised, found
 
     def resume(self, before: Attempt, first_step: int, rules: Rules) -> None:
         """Take over the history of the attempt before, if this one continues it from a checkpoint.

@@ -12,6 +12,7 @@ import numpy as np
 
 from foreshock_collector.catalogue import DROP_REASONS
 from foreshock_collector.records.batch import Records, complete, locally_measured, nonfinite_mask
+from foreshock_collector.records.gaps import Gap, count_up_to, gaps_after
 from foreshock_collector.state.events import RankEvent
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -35,6 +36,8 @@ class InstanceState:
     layers: int
     position: int = 0
     """Sequence number of the newest record that was ingested."""
+    gaps: list[Gap] = field(default_factory=list)
+    """Records below `position` that have not come: they still may, until their steps are finalized."""
     closed: str = ""
     """The reason of its exit; empty while it runs."""
     detail: str = ""
@@ -122,10 +125,13 @@ class Instance(InstanceState):
         self.stored, self.closed_stored = self.position, bool(self.closed)
 
     def update(self, records: Records) -> None:
-        """Remember the newest values of these records."""
+        """Note that these records have come, and remember the newest values."""
         rows = records.rows
-        newest = rows[-1]
+        newest, position = rows[-1], self.position
         self.nonfinite |= bool(nonfinite_mask(rows).any())
+        self.gaps = gaps_after(self.gaps, position, rows["sequence"])
+        if newest["sequence"] < position:
+            return
         self.position = int(newest["sequence"])
         self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
         self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
@@ -138,6 +144,11 @@ class Instance(InstanceState):
         norms = measured["local_norm"][np.isfinite(measured["local_norm"])]
         if norms.size:
             self.local_norm = float(norms[-1])
+
+    def lost_up_to(self, sequence: int) -> int:
+        """Return how many records up to this sequence number have not come; they will not be waited for any longer."""
+        lost, self.gaps = count_up_to(self.gaps, sequence)
+        return lost
 
     def newly_dropped(self, batch: pb.StepBatch) -> Counter[str]:
         """Count records that the rank reports as dropped and did not report before, by reason."""

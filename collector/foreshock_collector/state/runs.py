@@ -28,6 +28,8 @@ _SUPERSEDED_SECONDS = 60.0
 """An attempt that another has followed, and that is silent for so long, will not report any more."""
 LIVE_SECONDS = 10.0
 """A rank that reported within it is live: its recorder reports every second."""
+_MOST_GAPS = 64
+"""Gaps in the records of a rank that may still be filled: one that leaves out every other record has no more."""
 _KEPT_OPEN = (DEATH, SILENCE)
 """Incidents of ranks and not of steps: they close only when a later attempt makes steps, or the run is evicted."""
 
@@ -98,7 +100,7 @@ class Run:
         self.unsaved.instances[instance.name] = instance
 
     def ingest(self, instance: Instance, batch: pb.StepBatch, now: float) -> bool:
-        """Ingest records of an instance. Records that it sent before are ignored, and a gap is counted.
+        """Ingest records of an instance. Records that it sent before are ignored.
 
         Return True if steps were finalized to make room, and must be committed before anyone reads the state.
         Raises `ColumnsError`.
@@ -107,7 +109,7 @@ class Run:
         self.heartbeat(instance, now)
         instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MAX_SEQUENCE))
         self._missing.update(instance.newly_dropped(batch))
-        records = records.above(instance.position)
+        records = records.above(instance.position, instance.gaps)
         if not len(records):
             return False
         self.unsaved.batches.append((instance, batch))
@@ -120,10 +122,11 @@ class Run:
                 finalized = True
                 with self.errors.caught("evaluate"):
                     self.finalize_steps(now, attempt=attempt, at_least=room)
-            self._missing["ring_overrun"] += int(piece.rows["sequence"][0]) - instance.position - 1
             self._missing["never_finished"] += int((~complete(piece.rows)).sum())
             attempt.write(instance, piece, now)
             instance.update(piece)
+            if len(instance.gaps) > _MOST_GAPS:
+                self._missing["ring_overrun"] += instance.lost_up_to(instance.gaps[-_MOST_GAPS][0] - 1)
         return finalized
 
     def _reopen(self, attempt: Attempt, now: float) -> None:
@@ -175,12 +178,16 @@ class Run:
             if not each.evicted:
                 steps = self._assemble(each, max(each.due(now), at_least if each is attempt else 0))
                 self._evaluate_steps(each, steps, now, newest=newest)
+                self._revise_steps(each, now)
             with self.errors.caught("evaluate"):
                 self._evaluator.check_departures(each, now)
             with self.errors.caught("evaluate"):
                 if newest:
                     self._evaluator.check_stall(each, now, since=self.watched_since)
             for instance in each.instances.values():
+                if lost := instance.lost_up_to(each.finalized):
+                    self._missing["ring_overrun"] += lost
+                    self.unsaved.instances[instance.name] = instance
                 if instance.leaving:
                     instance.closed, instance.leaving = instance.leaving, ""
                     self.unsaved.instances[instance.name] = instance
@@ -237,6 +244,13 @@ class Run:
             with self.errors.caught("evaluate"):
                 self.incidents.close_all(attempt, now, keep_open=_KEPT_OPEN)
             attempt.reset_detection(keep_open=_KEPT_OPEN)
+
+    def _revise_steps(self, attempt: Attempt, now: float) -> None:
+        """Count what is not finite of steps by records that came after these were finalized."""
+        with self.errors.caught("evaluate"):
+            for step, found in attempt.revised_steps():
+                self.totals.add_nonfinite(found, now)
+                self.unsaved.steps.append(step)
 
     @property
     def evicted(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -83,9 +84,7 @@ class Totals:
         self.counters["skipped"] += step.skipped
         self.counters["shadow_clipped"] += step.shadow_clipped
         self.counters["shadow_skipped"] += step.shadow_skipped
-        for source, kind in step.nonfinite:
-            self.nonfinite[f"{source} {kind}"] += 1
-            self.last["nonfinite"] = now
+        self.add_nonfinite(step.nonfinite, now)
         if math.isfinite(step.global_norm):
             self.norms.add(step.global_norm)
         if step.duration_seconds is not None and step.stepped:
@@ -107,6 +106,12 @@ class Totals:
                 self.bad["gradient"] = _kind(step.nan_gradient, step.inf_gradient)
             if step.loss is not None:
                 self.bad["loss"] = _kind(step.nan_loss, step.inf_loss)
+
+    def add_nonfinite(self, found: Sequence[tuple[str, str]], now: float) -> None:
+        """Count what of a step is not finite: pairs of source and kind, as in `Step.nonfinite`."""
+        for source, kind in found:
+            self.nonfinite[f"{source} {kind}"] += 1
+            self.last["nonfinite"] = now
 
     def newest(self) -> dict[str, float | str | None]:
         """The newest values as they are: None for a loss or norm that is not finite, and its kind beside it."""
