@@ -78,6 +78,12 @@ class Tokens:
         found = [token for token in self._tokens if hmac.compare_digest(token.digest, digest)]
         return next((each for each in found if right in each.rights and self._clock() < each.expires), None)
 
+    def is_valid(self, token: Token) -> bool:
+        """Return whether a token that was found before is still in the file, unchanged, and has not expired."""
+        if self._file.changed():
+            self._read_again()
+        return token in self._tokens and self._clock() < token.expires
+
     def _read_again(self) -> None:
         try:
             self._tokens = read_tokens(self._path)

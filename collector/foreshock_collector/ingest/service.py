@@ -35,6 +35,11 @@ _OPTIONS = (
     # Two collectors on one port would split the ranks of a run between them.
     ("grpc.so_reuseport", 0),
 )
+_CODES = {
+    "schema_version": grpc.StatusCode.FAILED_PRECONDITION,
+    "token": grpc.StatusCode.UNAUTHENTICATED,
+}
+"""Status of a stream that is refused, by the reason; INVALID_ARGUMENT for all others."""
 
 
 class _Stream:
@@ -119,6 +124,8 @@ class Telemetry:
             while True:
                 await stream.wake.wait()
                 stream.wake.clear()
+                if not (self._tokens is None or session.token is None or self._tokens.is_valid(session.token)):
+                    raise RefusedError("the token of this stream is no longer valid", reason="token")
                 if reader.done():
                     reader.result()
                     self._intake.commit()
@@ -132,9 +139,7 @@ class Telemetry:
             self._statistics.refused[error.reason] += 1
             refusal = {"peer": session.peer, "reason": error.reason, "why": str(error)}
             logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
-            unknown = error.reason == "schema_version"
-            code = grpc.StatusCode.FAILED_PRECONDITION if unknown else grpc.StatusCode.INVALID_ARGUMENT
-            await context.abort(code, str(error))
+            await context.abort(_CODES.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), str(error))
         except (asyncio.CancelledError, GeneratorExit):  # by gRPC, either way
             end = "drained" if self._draining else "disconnected"
             raise

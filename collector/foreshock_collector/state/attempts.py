@@ -207,8 +207,9 @@ class Attempt(AttemptState):
     def revised_steps(self) -> Iterator[tuple[Step, list[tuple[str, str]]]]:
         """Yield finalized steps that are now known to be not finite, each with what was not known of it."""
         late, self._late_nonfinite = self._late_nonfinite, set()
-        for place, step in enumerate(self.steps):
-            again = self.buffer.assembled_again(self.number, step.sequence) if step.sequence in late else None
+        for place in [place for place, step in enumerate(self.steps) if step.sequence in late] if late else ():
+            step = self.steps[place]
+            again = self.buffer.assembled_again(self.number, step.sequence)
             found = [] if again is None else [each for each in again.nonfinite if each not in step.nonfinite]
             if again is not None and found:
                 self.steps[place] = revised = replace(

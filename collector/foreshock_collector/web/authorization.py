@@ -13,6 +13,8 @@ _OPEN = ("/-/healthy", "/-/ready")
 """Paths that show nothing of any run."""
 _OF_ALL_RUNS = ("/metrics", "/api/v1/runs", "/api/v1/live")
 """Paths that show runs of all experiments, unless a query names one run."""
+STILL_ALLOWED = "still_allowed"
+"""Key of a request: a function that returns whether its token is still valid, for answers that take long."""
 _ASK = {"WWW-Authenticate": 'Basic realm="foreshock", charset="UTF-8"'}
 """Makes a browser ask for a password: the token, with any user name."""
 
@@ -31,6 +33,7 @@ def token_required(tokens: Tokens, runs: Runs) -> Any:
             of_all = request.path in _OF_ALL_RUNS and not name
             if not token.allows_all and (of_all or (run is not None and not token.allows(run.experiment))):
                 raise web.HTTPForbidden(text=f"this token is for experiments {token.experiment!r} only\n")
+            request[STILL_ALLOWED] = lambda: tokens.is_valid(token)
         response: web.StreamResponse = await handler(request)
         return response
 

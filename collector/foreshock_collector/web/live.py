@@ -12,6 +12,7 @@ from aiohttp import web
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
+from foreshock_collector.web.authorization import STILL_ALLOWED
 
 _CHECK_SECONDS = 0.2
 """How often a stream checks for changes: well under a second, which people perceive as immediate."""
@@ -48,17 +49,19 @@ class ChangeStreams:
         await response.prepare(request)
         self._streams += 1
         try:
-            await self._send_changes(response, name)
+            await self._send_changes(response, name, request.get(STILL_ALLOWED, lambda: True))
         except ConnectionError:
             pass  # the viewer has left
         finally:
             self._streams -= 1
         return response
 
-    async def _send_changes(self, response: web.StreamResponse, name: str | None) -> None:
+    async def _send_changes(
+        self, response: web.StreamResponse, name: str | None, still_allowed: Callable[[], bool]
+    ) -> None:
         sent: Any = None
         idle = 0.0
-        while not self._ending.is_set():
+        while still_allowed() and not self._ending.is_set():
             current = self._fingerprints(name)
             if current != sent or idle >= _HEARTBEAT_SECONDS:
                 kind = "change" if current != sent else "heartbeat"

@@ -10,7 +10,7 @@ import aiohttp
 import grpc
 import pytest
 
-from foreshock_collector.access.tokens import Tokens, TokensError, read_tokens, secret_in
+from foreshock_collector.access.tokens import Token, Tokens, TokensError, read_tokens, secret_in
 from foreshock_collector.config import ConfigError
 from foreshock_collector.server import Server
 from tests.support.clock import Clock
@@ -42,6 +42,10 @@ class Files:
         self.clock, self.seconds = Clock(), 0.0
         self.tokens = Tokens(path, self.clock, lambda: self.seconds)
 
+    def valid(self, token: Token) -> bool:
+        self.seconds += 10
+        return self.tokens.is_valid(token)
+
     def name(self, secret: str, right: Any) -> str:
         self.seconds += 10
         found = self.tokens.find(secret, right)
@@ -56,6 +60,17 @@ def test_a_token_has_its_rights_until_it_expires(path: Path) -> None:
     assert files.name("old", "read") == "old"
     files.clock.now += 365 * 86400
     assert files.name("old", "read") == ""
+
+
+def test_a_token_that_was_found_is_valid_until_it_is_removed_changed_or_expired(path: Path) -> None:
+    files = Files(path)
+    found = {secret: files.tokens.find(secret, "write") for secret in ("writer", "vision", "old")}
+    tokens = {secret: token for secret, token in found.items() if token is not None}
+    assert len(tokens) == 3 and all(map(files.valid, tokens.values()))
+    path.write_text(table("vision", '"write", "read"', "*") + table("old", '"write", "read"', more="expires = 2027-06-01"))
+    assert [files.valid(token) for token in tokens.values()] == [False, False, True]
+    files.clock.now += 365 * 86400
+    assert not files.valid(tokens["old"])
 
 
 def test_a_file_that_changes_is_read_again_and_a_wrong_one_changes_nothing(
@@ -163,5 +178,32 @@ def test_a_token_reads_its_own_experiments_and_no_other(tmp_path: Path, path: Pa
             for path_ in ("/-/healthy", "/-/ready"):
                 assert await status(session, server.url + path_, "") == 200
             await stream.close()
+
+    serving(test())
+
+
+def test_open_streams_end_when_their_token_expires(tmp_path: Path, path: Path) -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        settings = config(tmp_path, tokens=str(path))
+        headers = {"Authorization": "Bearer old"}
+        async with Server(settings, clock) as server, aiohttp.ClientSession(headers=headers) as session:
+            streams = {secret: Stream(server, token=secret) for secret in ("old", "writer")}
+            for secret, stream in streams.items():
+                await stream.send(hello(secret, launch_id=secret), steps(1, [1.0], run=secret))
+                await stream.stored(1)
+            async with session.get(f"{server.url}/api/v1/live") as response:
+                assert (await response.content.readline()).startswith(b"event: change")
+                clock.now += 365 * 86400
+                await response.content.read()
+            with pytest.raises(grpc.aio.AioRpcError, match="the token of this stream is no longer valid") as refusal:
+                while await streams["old"].call.read() is not grpc.aio.EOF:
+                    pass
+            assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            await streams["writer"].send(steps(2, [1.0], run="writer"))
+            await streams["writer"].stored(2)
+            for stream in streams.values():
+                await stream.close()
 
     serving(test())
