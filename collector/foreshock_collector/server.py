@@ -33,6 +33,7 @@ from foreshock_collector.state.retention import Retention
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.app import WebApplication
 from foreshock_collector.web.collector_series import CollectorSeries
+from foreshock_collector.web.connections import BEGIN_SECONDS
 from foreshock_collector.web.exposition import RunSeries
 
 VERSION = importlib.metadata.version("foreshock")
@@ -111,16 +112,29 @@ class Server:
         return self
 
     async def _open_http(self, stack: AsyncExitStack, application: WebApplication) -> None:
-        runner = web.AppRunner(application.as_aiohttp(), access_log=None, shutdown_timeout=_DRAIN_SECONDS)
+        # No request has a body that is read: what a client compresses must not grow here.
+        runner = web.AppRunner(
+            application.as_aiohttp(), access_log=None, shutdown_timeout=_DRAIN_SECONDS, auto_decompress=False
+        )
         await runner.setup()
         stack.push_async_callback(runner.cleanup)
+        assert runner.server is not None
+        connections = application.connections
+        context = None if self._certificates is None else self._certificates.http_context()
         try:
-            context = None if self._certificates is None else self._certificates.http_context()
-            await web.TCPSite(runner, self._config.host, self._config.http_port, ssl_context=context).start()
+            listening = await asyncio.get_running_loop().create_server(
+                connections.factory(runner.server),
+                self._config.host,
+                self._config.http_port,
+                ssl=context,
+                ssl_handshake_timeout=None if context is None else BEGIN_SECONDS,
+            )
         except OSError as error:
             where = f"--http-port {self._config.http_port} on --host {self._config.host}"
             raise ConfigError(f"{where} cannot be listened on: {error.strerror or error}") from error
-        self.http_port = runner.addresses[0][1]
+        stack.callback(listening.close)
+        stack.push_async_callback(_cancel, asyncio.create_task(connections.sweep()))
+        self.http_port = listening.sockets[0].getsockname()[1]
 
     async def _open_grpc(self, stack: AsyncExitStack, telemetry: Telemetry) -> None:
         server: Any = make_server(telemetry)

@@ -75,8 +75,8 @@ class Runs:
         """Add so many seconds to each time by this machine's clock, which was set."""
         for run in self._runs.values():
             run.move_clock(seconds)
-        for name, run in self.archived.items():
-            self.archived[name] = replace(run, last_report=run.last_report + seconds)
+        for name, archived in self.archived.items():
+            self.archived[name] = replace(archived, last_report=archived.last_report + seconds)
 
     def add(self, run: Run) -> None:
         """Add a run from the store, with its instances."""

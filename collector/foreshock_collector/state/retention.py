@@ -39,9 +39,9 @@ class Retention:
         for each in oldest:
             if each.ended_for(now, self._silent) > self._seconds and self._delete(each):
                 return
-        if self._store.used_bytes() > self._most_bytes:
-            if not any(self._delete_archived(name, run.steps) for name, run in archived):
-                any(self._delete(each) for each in oldest)
+        full = self._store.used_bytes() > self._most_bytes
+        if full and not any(self._delete_archived(name, run.steps) for name, run in archived):
+            any(self._delete(each) for each in oldest)
 
     def _delete_archived(self, name: str, made: int) -> bool:
         return self._delete_from(name, made, lambda: self._store.delete_archived_steps(name))

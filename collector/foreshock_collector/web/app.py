@@ -17,6 +17,7 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api, json_error
 from foreshock_collector.web.authorization import token_required
+from foreshock_collector.web.connections import Connections
 from foreshock_collector.web.hosts import only_hosts
 from foreshock_collector.web.live import ChangeStreams
 from foreshock_collector.web.page import Page
@@ -58,8 +59,10 @@ class WebApplication:
         self._cache_seconds = cache_seconds
         self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
         self._api = Api(runs=runs, store=store, clock=clock, silent=silent)
-        self._live = ChangeStreams(runs=runs, clock=clock, silent=silent)
+        self._live = ChangeStreams(runs=runs, clock=clock, silent=silent, tokens=tokens)
         self._page = Page(runs=runs)
+        self.connections = Connections()
+        """Connections of its clients."""
         self.ready = False
         """Whether records are accepted."""
 
@@ -71,7 +74,8 @@ class WebApplication:
         """Return the application with all routes."""
         checks = [] if self._hosts is None else [only_hosts(self._hosts)]
         checks += [] if self._tokens is None else [token_required(self._tokens, self._runs)]
-        application = web.Application(middlewares=[_headers, *checks, self._count_failures])
+        middlewares = [self.connections.middleware(), _headers, *checks, self._count_failures]
+        application = web.Application(middlewares=middlewares)
         application.add_routes(
             [
                 web.get("/metrics", self._metrics),

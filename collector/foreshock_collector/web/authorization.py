@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -13,8 +14,6 @@ _OPEN = ("/-/healthy", "/-/ready")
 """Paths that show nothing of any run."""
 _OF_ALL_RUNS = ("/metrics", "/api/v1/runs", "/api/v1/live")
 """Paths that show runs of all experiments, unless a query names one run."""
-STILL_ALLOWED = "still_allowed"
-"""Key of a request: a function that returns whether its token is still valid, for answers that take long."""
 _ASK = {"WWW-Authenticate": 'Basic realm="foreshock", charset="UTF-8"'}
 """Makes a browser ask for a password: the token, with any user name."""
 
@@ -33,8 +32,15 @@ def token_required(tokens: Tokens, runs: Runs) -> Any:
             of_all = request.path in _OF_ALL_RUNS and not name
             if not token.allows_all and (of_all or (run is not None and not token.allows(run.experiment))):
                 raise web.HTTPForbidden(text=f"this token is for experiments {token.experiment!r} only\n")
-            request[STILL_ALLOWED] = lambda: tokens.is_valid(token)
         response: web.StreamResponse = await handler(request)
         return response
 
     return check
+
+
+def validity(request: web.Request, tokens: Tokens | None) -> Callable[[], bool]:
+    """Return a function that returns whether the token of an accepted request is still valid."""
+    if tokens is None:
+        return lambda: True
+    token = tokens.find(secret_in(request.headers.get("Authorization", "")), "read")
+    return lambda: token is not None and tokens.is_valid(token)

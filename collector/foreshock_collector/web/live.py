@@ -9,10 +9,11 @@ from typing import Any
 
 from aiohttp import web
 
+from foreshock_collector.access.tokens import Tokens
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
-from foreshock_collector.web.authorization import STILL_ALLOWED
+from foreshock_collector.web.authorization import validity
 
 _CHECK_SECONDS = 0.2
 """How often a stream checks for changes: well under a second, which people perceive as immediate."""
@@ -23,12 +24,13 @@ _MOST_STREAMS = 256
 
 
 class ChangeStreams:
-    """Serves a stream of events to each viewer."""
+    """Serves a stream of events to each viewer. tokens: who may read; None: everybody."""
 
-    def __init__(self, *, runs: Runs, clock: Callable[[], float], silent: float) -> None:
+    def __init__(self, *, runs: Runs, clock: Callable[[], float], silent: float, tokens: Tokens | None = None) -> None:
         self._runs = runs
         self._clock = clock
         self._silent = silent
+        self._tokens = tokens
         self._streams = 0
         self._ending = asyncio.Event()
 
@@ -49,7 +51,7 @@ class ChangeStreams:
         await response.prepare(request)
         self._streams += 1
         try:
-            await self._send_changes(response, name, request.get(STILL_ALLOWED, lambda: True))
+            await self._send_changes(response, name, validity(request, self._tokens))
         except ConnectionError:
             pass  # the viewer has left
         finally:

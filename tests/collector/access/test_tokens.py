@@ -67,7 +67,9 @@ def test_a_token_that_was_found_is_valid_until_it_is_removed_changed_or_expired(
     found = {secret: files.tokens.find(secret, "write") for secret in ("writer", "vision", "old")}
     tokens = {secret: token for secret, token in found.items() if token is not None}
     assert len(tokens) == 3 and all(map(files.valid, tokens.values()))
-    path.write_text(table("vision", '"write", "read"', "*") + table("old", '"write", "read"', more="expires = 2027-06-01"))
+    path.write_text(
+        table("vision", '"write", "read"', "*") + table("old", '"write", "read"', more="expires = 2027-06-01")
+    )
     assert [files.valid(token) for token in tokens.values()] == [False, False, True]
     files.clock.now += 365 * 86400
     assert not files.valid(tokens["old"])
@@ -182,6 +184,11 @@ def test_a_token_reads_its_own_experiments_and_no_other(tmp_path: Path, path: Pa
     serving(test())
 
 
+async def read_to_the_end(stream: Stream) -> None:
+    while await stream.call.read() is not grpc.aio.EOF:
+        pass
+
+
 def test_open_streams_end_when_their_token_expires(tmp_path: Path, path: Path) -> None:
     clock = Clock()
 
@@ -198,8 +205,7 @@ def test_open_streams_end_when_their_token_expires(tmp_path: Path, path: Path) -
                 clock.now += 365 * 86400
                 await response.content.read()
             with pytest.raises(grpc.aio.AioRpcError, match="the token of this stream is no longer valid") as refusal:
-                while await streams["old"].call.read() is not grpc.aio.EOF:
-                    pass
+                await read_to_the_end(streams["old"])
             assert refusal.value.code() is grpc.StatusCode.UNAUTHENTICATED
             await streams["writer"].send(steps(2, [1.0], run="writer"))
             await streams["writer"].stored(2)
