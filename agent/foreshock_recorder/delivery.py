@@ -22,6 +22,8 @@ POLL_SECONDS = 0.05
 STOP_SECONDS = 2.0
 """From SIGTERM to the end. Ranks that were asked to stop as well write their exit within it."""
 _RETRY_CAP_SECONDS = 30.0
+_MOST_ASKED_SECONDS = 60.0
+"""A collector that asks to wait longer is tried before."""
 _TRIES_WHILE_LINGERING = 4
 """The least number of streams tried after the last rank has exited: a collector that is back by then gets the rest."""
 
@@ -116,13 +118,12 @@ class Delivery:
             if path in self._ranks or self._unreadable.get(path) == _version(path):
                 continue
             try:
-                rank = Rank(path)
-            except (OSError, ValueError) as error:
+                rank = self._ranks[path] = Rank(path)
+                rank.watch_process()
+                rank.report_problem(self._problem)
+            except Exception as error:
+                # Whatever a file holds, the other ranks are served.
                 self._ignore(path, error)
-                continue
-            self._ranks[path] = rank
-            rank.watch_process()
-            rank.report_problem(self._problem)
 
     def _ignore(self, path: Path, error: Exception) -> None:
         """Leave a ring alone that cannot be read, until its file changes; the others are served."""
@@ -148,11 +149,12 @@ class Delivery:
             for rank in self._ranks.values():
                 rank.restart_stream()
             self._answered = refused = False
+            asked_seconds = 0.0
             why = "the collector has ended the stream"
             try:
                 await run_stream(self.collector, self._send_messages, self._on_ack)
             except UnreachableError as error:
-                why = str(error)
+                why, asked_seconds = str(error), error.retry_seconds
             except RefusedError as error:
                 why, refused = f"refused: {error}", True
             if self._answered and not refused:
@@ -160,16 +162,17 @@ class Delivery:
                 failures = 0
             else:
                 self._report_problem(f"{self.collector}: {why}")
-            await self._pause(failures, refused=refused)
+            await self._pause(failures, refused=refused, asked_seconds=asked_seconds)
             failures += 1
 
-    async def _pause(self, failures: int, *, refused: bool) -> None:
+    async def _pause(self, failures: int, *, refused: bool, asked_seconds: float) -> None:
         # Full jitter: gRPC's own leaves two thirds of a fleet in the same second.
         share = random.random()  # noqa: S311 - no secret
         with suppress(TimeoutError):
             # A fast run overwrites its ring within seconds: half of it is left for the way back.
             fastest = min((rank.fill_seconds() for rank in self._ranks.values() if not rank.exited), default=math.inf)
-            async with asyncio.timeout(pause_seconds(failures, share, refused=refused, fill_seconds=fastest)):
+            pause = pause_seconds(failures, share, refused=refused, fill_seconds=fastest, asked_seconds=asked_seconds)
+            async with asyncio.timeout(pause):
                 await self._all_exited.wait()
                 # A pause as long as the linger would end after the recorder.
                 await asyncio.sleep(share * self._linger / _TRIES_WHILE_LINGERING)
@@ -236,12 +239,16 @@ def _version(path: Path) -> tuple[int, int]:
     return 0, 0
 
 
-def pause_seconds(failures: int, share: float, *, refused: bool, fill_seconds: float = math.inf) -> float:
+def pause_seconds(
+    failures: int, share: float, *, refused: bool, fill_seconds: float = math.inf, asked_seconds: float = 0.0
+) -> float:
     """Return how long to wait before the next stream.
 
     failures: streams without an answer before this one; share: in [0, 1). fill_seconds: in which the fastest rank
-    overwrites its whole ring.
+    overwrites its whole ring. asked_seconds: after which the collector asked to try again, 0: it did not.
     """
+    if asked_seconds:
+        return min(asked_seconds, _MOST_ASKED_SECONDS) * (1.0 + share)
     if refused:
         return _RETRY_CAP_SECONDS * (0.5 + share)
     return share * min(_RETRY_CAP_SECONDS, 2.0 ** min(failures, 10), fill_seconds / 2)

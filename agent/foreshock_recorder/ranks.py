@@ -41,7 +41,7 @@ class Rank:
         self.reader = RingReader(path)
         try:
             self._hello = hello(self.reader.identity, self.reader.pid)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             self.reader.close()
             raise ValueError(f"{path} has no valid identity: {error!r}") from error
         identity = self._hello.hello

@@ -93,6 +93,9 @@ class RingReader(RingFile):
         magic, version, columns, slot_bytes, slots, layers, text, pid, started = FACTS.unpack_from(memory, 0)
         if (magic, version, columns) != (MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM):
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
+        # Each layer has a name there; a number out of thin air could ask for all memory.
+        if layers > text:
+            raise ValueError(f"{path} is damaged: it has no room for the names of {layers} layers")
         layout = Layout(layers, text, slots)
         self.given_up = len(memory) == layout.header_bytes
         """True if it was cut down to its header: only its counts and its exit reason are left."""
@@ -102,7 +105,7 @@ class RingReader(RingFile):
         self.pid: int = pid
         self.process_start: int = started
         """Clock ticks after boot at which that process started."""
-        self.identity: dict[str, Any] = json.loads(memory[JSON_OFFSET : JSON_OFFSET + text])
+        self.identity = _identity(path, memory[JSON_OFFSET : JSON_OFFSET + text])
 
     def read(self, sequence: int) -> Record | ReadOutcome:
         """Return the record, as far as it is written.
@@ -247,3 +250,13 @@ class RingReader(RingFile):
         checksum = self._words[end]
         whole = self._words[begin] == sequence and (checksum == zlib.crc32(data) or checksum == device_checksum(data))
         return data if whole else None
+
+
+def _identity(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged: its identity is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: its identity is no object")
+    return found

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import grpc
 
+from foreshock_protos.retry import retry_seconds
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
 from foreshock_recorder.credentials import CredentialsError, open_channel, token_metadata
@@ -30,7 +31,12 @@ Send = Callable[[pb.FromRecorder], Awaitable[None]]
 
 
 class UnreachableError(Exception):
-    """The collector is unreachable or disconnected; the message says why."""
+    """The collector is unreachable, disconnected or too busy; the message says why."""
+
+    def __init__(self, text: str, *, retry_seconds: float = 0.0) -> None:
+        super().__init__(text)
+        self.retry_seconds = retry_seconds
+        """After which the collector asks to try again; 0: it does not."""
 
 
 class RefusedError(Exception):
@@ -84,7 +90,11 @@ async def run_stream(
             text = error.details() or error.code().name
             if error.code() is grpc.StatusCode.INTERNAL and text.startswith(_LOST_STATUS):
                 text = "the collector has ended the stream"
-            raise RefusedError(text) if error.code() in _REFUSALS else UnreachableError(text) from None
+            if error.code() in _REFUSALS:
+                raise RefusedError(text) from None
+            busy = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            seconds = retry_seconds(error.trailing_metadata()) if busy else None
+            raise UnreachableError(text, retry_seconds=seconds or 0.0) from None
         finally:
             for task in tasks:
                 task.cancel()

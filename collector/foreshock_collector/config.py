@@ -171,7 +171,7 @@ def _flagged() -> list[Field[Any]]:
 def _from_file(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, RecursionError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"--config {path}: {error}") from error
     runs = values.pop("runs", {})
     if not isinstance(runs, dict) or not all(isinstance(overrides, dict) for overrides in runs.values()):

@@ -49,3 +49,33 @@ def test_a_run_has_the_rules_of_every_pattern_that_fits_its_name(tmp_path: Path)
 def test_a_wrong_setting_is_named(arguments: list[str], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         config_from(arguments, {})
+
+
+_VALUES: Any = st.recursive(
+    st.booleans() | st.integers(-(2**70), 2**70) | st.sampled_from((0.5, -1.0, 1e308)) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
+_SETTINGS = (*(each.name for each in fields(Config)), "gradient", "nothing")
+_LINES = st.builds(lambda name, value: f"{name} = {json.dumps(value)}", st.sampled_from(_SETTINGS), _VALUES)
+_TABLES = st.sampled_from(('[runs."llm-*"]', "[runs]", "[runs.a.gradient]", "[[runs]]", "[host]"))
+
+
+@bounded(200)
+@given(text=st.lists(st.one_of(_LINES, _LINES, _TABLES), max_size=6).map("\n".join) | st.text(max_size=40))
+def test_any_file_is_taken_or_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "foreshock.toml"
+    path.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        found = config_from(["--config", str(path)], {})
+    except ConfigError as error:
+        assert str(error)
+    else:
+        assert found.rules_of("llm-7") == found.rules_of("llm-7")
+
+
+def test_a_file_that_is_nested_too_deeply_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "foreshock.toml"
+    path.write_text("host = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=str(path)):
+        config_from(["--config", str(path)], {})

@@ -8,6 +8,7 @@ import socket
 import grpc
 import pytest
 
+from foreshock_protos.retry import retry_metadata, retry_seconds
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import stream
 from foreshock_recorder.delivery import pause_seconds
@@ -67,6 +68,21 @@ def test_a_refusal_is_not_mistaken_for_a_failure(collector: FakeCollector) -> No
         asyncio.run(run_stream(collector.address, _say_hello, _ignore))
 
 
+@pytest.mark.parametrize("seconds", [0.0, 2.5])
+def test_a_collector_with_too_many_streams_says_when_to_try_again(collector: FakeCollector, seconds: float) -> None:
+    collector.refusal = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams")
+    collector.retry_seconds = seconds
+    with pytest.raises(UnreachableError, match="too many streams") as busy:
+        asyncio.run(run_stream(collector.address, _say_hello, _ignore))
+    assert busy.value.retry_seconds == seconds
+
+
+def test_details_of_a_status_that_are_no_retry_info_are_passed_over() -> None:
+    ((key, value),) = retry_metadata(8, "busy", 1.25)
+    assert retry_seconds([("other", "x"), (key, value)]) == 1.25
+    assert [retry_seconds(each) for each in (None, [], [(key, b"\xff")], [(key, b"")])] == [None] * 4
+
+
 def test_an_error_of_our_own_is_not_hidden(collector: FakeCollector) -> None:
     async def fail(_: Send) -> None:
         raise KeyError("rank")
@@ -78,4 +94,6 @@ def test_an_error_of_our_own_is_not_hidden(collector: FakeCollector) -> None:
 def test_the_first_retry_is_soon_the_later_ones_are_spread_and_a_refusal_waits() -> None:
     assert pause_seconds(0, 0.999, refused=False) < 1
     assert [pause_seconds(n, 0.5, refused=False) for n in (0, 1, 3, 5, 10_000)] == [0.5, 1.0, 4.0, 15.0, 15.0]
+    asked = [pause_seconds(9, share, refused=False, asked_seconds=20.0, fill_seconds=1.0) for share in (0.0, 0.5)]
+    assert asked == [20.0, 30.0] and pause_seconds(0, 0.0, refused=False, asked_seconds=1e9) == 60.0
     assert 15 <= pause_seconds(0, 0.0, refused=True) < pause_seconds(9, 0.999, refused=True) < 45

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from foreshock_protos.retry import retry_metadata
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import add_TelemetryServicer_to_server
 from tests.support.waiting import WAIT_SECONDS, free_port
@@ -43,6 +44,8 @@ class FakeCollector:
         """The highest sequence number that it stores."""
         self.answers = True
         self.refusal: tuple[grpc.StatusCode, str] | None = None
+        self.retry_seconds = 0.0
+        """After which a refused stream is asked to try again; 0: it is not."""
         self.refused: dict[str, str] = {}
         """Instances that it does not take in, and why."""
         self.renamed: dict[str, str] = {}
@@ -91,6 +94,9 @@ class FakeCollector:
         if self.refusal is not None:
             # Where a client's write meets the end of its stream, gRPC may lose the status.
             next(requests, None)
+            if self.retry_seconds:
+                code, text = self.refusal
+                context.set_trailing_metadata(retry_metadata(code.value[0], text, self.retry_seconds))
             context.abort(*self.refusal)
         greeted: set[str] = set()
         if self._held.is_set():

@@ -14,12 +14,17 @@ from google.protobuf.message import DecodeError
 from foreshock_collector.access.tokens import Tokens, secret_in
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import RefusedError, Session
+from foreshock_protos.retry import retry_metadata
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 _MAX_BATCH_STEPS = 512
+_MOST_STREAMS = 8192
+"""Streams at the same time, one for each recorder; a single machine, or a proxy, may have half of them."""
+_RETRY_SECONDS = 30.0
+"""After which a recorder may try again that is one too many."""
 _TICK_SECONDS = 0.05
 _EXPIRY_SECONDS = 10.0
 _OPTIONS = (
@@ -116,6 +121,12 @@ class Telemetry:
                 refusal = {"peer": session.peer, "reason": "token", "why": why}
                 logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
+        if (why := self._limit_reached(session.host)) is not None:
+            self._statistics.refused["limit"] += 1
+            refusal = {"peer": session.peer, "reason": "limit", "why": why}
+            logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            await context.abort(code, why, retry_metadata(code.value[0], why, _RETRY_SECONDS))
         reader = asyncio.create_task(self._read(requests, stream))
         self._streams.add(stream)
         self._statistics.streams += 1
@@ -155,6 +166,15 @@ class Telemetry:
                 logger.info("stream of %(peer)s ended: %(reason)s (ranks: %(instances)d)", facts)
             reader.cancel()
             await asyncio.wait((reader,))
+
+    def _limit_reached(self, host: str) -> str | None:
+        """Return why no further stream of a machine is accepted; None if one is."""
+        if len(self._streams) >= _MOST_STREAMS:
+            return f"{len(self._streams)} streams are open already, which is the most"
+        of_host = sum(stream.session.host == host for stream in self._streams)
+        if of_host >= max(1, _MOST_STREAMS // 2):
+            return f"{of_host} streams of {host} are open already, half of the most"
+        return None
 
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         try:

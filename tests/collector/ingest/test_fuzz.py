@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 
 from benchmarks.fuzz import histories, messages
 from benchmarks.fuzz.live import unmuffled
-
-
-def bounded(examples: int) -> settings:
-    """The same examples each time. What one shrinks to is for whoever looks into it, by `make fuzz`."""
-    return settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        phases=(Phase.explicit, Phase.generate),
-        suppress_health_check=list(HealthCheck),
-    )
+from tests.support.fuzzing import bounded
 
 
 @pytest.mark.exhaustive

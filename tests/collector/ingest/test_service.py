@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from foreshock_collector.ingest import service
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
 from foreshock_collector.server import Server
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
+from foreshock_protos.retry import retry_seconds
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.clock import Clock
 from tests.support.streams import Stream, config, families, goodbye, hello, serving, steps, value
@@ -217,6 +220,42 @@ def test_one_machine_cannot_take_all_runs_and_ended_ones_make_room(tmp_path: Pat
     assert "later-0" in honest.registered
     assert intake.statistics.refused["limit"] == 16
     store.close()
+
+
+async def accepted(server: Server) -> Stream | None:
+    """A stream that has sent a hello; None if it was refused."""
+    stream = Stream(server)
+    try:
+        await stream.send(hello("late", launch_id="late"))
+        await stream.positions(1)
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        await stream.close()
+        return None
+    return stream
+
+
+def test_a_stream_too_many_is_told_when_to_try_again_and_one_that_ends_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "_MOST_STREAMS", 4)
+
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            streams = [Stream(server), Stream(server)]
+            for number, stream in enumerate(streams):
+                await stream.send(hello(f"run-{number}", launch_id=f"{number}"))
+                await stream.positions(1)
+            third = Stream(server)
+            code, text = await third.refusal()
+            assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and text.startswith("2 streams of ipv4:127.0.0.1 are open")
+            assert retry_seconds(await third.call.trailing_metadata()) == 30.0
+            await streams[0].close()
+            while (again := await accepted(server)) is None:
+                pass
+            for stream in (third, again, streams[1]):
+                await stream.close()
+
+    serving(test())
 
 
 def test_runs_that_never_step_are_counted_too(tmp_path: Path) -> None:
