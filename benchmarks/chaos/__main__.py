@@ -1,13 +1,14 @@
 """Break things at random moments under load, and count what was lost: `make chaos ARGS="--faults 100 --seed 7"`.
 
-Ends with 1 if a step was lost that was not counted, stored twice, or counted twice; if a counter went back; or if a
-process or a ring was left.
+Ends with 1 if a step was lost that was not counted, stored twice, or counted twice; if a counter went back; if a
+process or a ring was left; or if the median step took twice as long as before the first fault.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -30,6 +31,10 @@ from tests.support.launched_jobs import recorders
 from tests.support.waiting import eventually
 
 RUN = "chaos"
+_QUIET_STEPS = 2000
+"""Steps before the first fault, whose times are the usual ones."""
+_MOST_SLOWDOWN = 2.0
+"""Of the median step, faults beside no faults: two cores do all this."""
 _HOLD_SECONDS = 1.0
 """How long a process is stopped, a connection delayed or a database held."""
 
@@ -41,6 +46,8 @@ class Job:
     folder: Path
     collector: Collector
     proxy: Proxy
+    ranks: int = 0
+    """Process of all ranks."""
     counters: dict[str, float] = field(default_factory=dict)
     regressions: int = 0
 
@@ -102,6 +109,10 @@ def drain_recorder(job: Job) -> None:
         os.kill(pid, signal.SIGTERM)
 
 
+def stop_ranks(job: Job) -> None:
+    _hold([job.ranks])
+
+
 def cut_connections(job: Job) -> None:
     job.proxy.cut()
 
@@ -132,6 +143,7 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "recorder killed": kill_recorder,
     "recorder stopped for a second": stop_recorder,
     "recorder asked to end": drain_recorder,
+    "ranks stopped for a second": stop_ranks,
     "connections cut": cut_connections,
     "data delayed": delay_data,
     "data swallowed, then cut": swallow_data,
@@ -139,19 +151,34 @@ FAULTS: dict[str, Callable[[Job], None]] = {
 }
 
 
-def run(folder: Path, names: Sequence[str], *, faults: int, seed: int, pace: float) -> list[str]:
-    """Run a job through so many of these faults and print the table. Return what was wrong."""
+def run(
+    folder: Path,
+    names: Sequence[str],
+    *,
+    faults: int,
+    seed: int,
+    pace: float,
+    quiet: int = 100,
+    most_slowdown: float = math.inf,
+) -> list[str]:
+    """Run a job through so many of these faults and print the table. Return what was wrong.
+
+    quiet: steps before the first fault. most_slowdown: of the median step, by the faults.
+    """
     generator = random.Random(seed)
     collector = Collector(folder)
     proxy = Proxy(int(collector.address.rpartition(":")[2]))
     job = Job(folder, collector, proxy)
-    stop = folder / "stop"
+    stop, faulty = folder / "stop", folder / "faulty"
     launch = job.rings / RUN / "first"
     ranks = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.chaos.ranks", str(launch), f"127.0.0.1:{proxy.port}",
-         "--pace", str(pace), "--stop", str(stop)],
+         "--pace", str(pace), "--stop", str(stop), "--faulty", str(faulty)],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    job.ranks = ranks.pid
+    eventually(lambda: job.look() >= quiet, "steps before the first fault")
+    faulty.touch()
     counts: Counter[str] = Counter()
     began = time.monotonic()
     for number in range(faults):
@@ -192,11 +219,16 @@ def run(folder: Path, names: Sequence[str], *, faults: int, seed: int, pace: flo
     }  # fmt: skip
     for what, figure in figures.items():
         print(f"{what:<36}{figure:>6}")
-    median, high = (1e6 * said["seconds"][name] for name in ("p50", "p999"))
-    print(f"a rank's step, median and 99.9 %: {median:.0f} and {high:.0f} us")
+    spreads = {name: [1e6 * seconds for seconds in said[name]] for name in ("quiet", "faulty")}
+    print(f"\n{'a step of all ranks, in us':<36}{'median':>8}{'99 %':>8}{'99.9 %':>8}")
+    for name, words in (("quiet", "before the first fault"), ("faulty", "with faults")):
+        print(f"{words:<36}" + "".join(f"{each:>8.0f}" for each in spreads[name]))
     wrong = [f"{figures[what]} {what}" for what in ("doubled", "counter regressions") if figures[what]]
     if lost > dropped / 2:
         wrong.append(f"{lost} steps lost, and {dropped} records counted as dropped")
+    slowdown = spreads["faulty"][0] / spreads["quiet"][0]
+    if slowdown > most_slowdown:
+        wrong.append(f"the median step takes {slowdown:.1f} times as long as before the first fault")
     return wrong + [f"left: {path}" for path in left]
 
 
@@ -208,7 +240,15 @@ def main() -> None:
     parser.add_argument("--pace", type=float, default=0.01, help="seconds between steps; default: 0.01")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        wrong = run(Path(name), list(FAULTS), faults=options.faults, seed=options.seed, pace=options.pace)
+        wrong = run(
+            Path(name),
+            list(FAULTS),
+            faults=options.faults,
+            seed=options.seed,
+            pace=options.pace,
+            quiet=_QUIET_STEPS,
+            most_slowdown=_MOST_SLOWDOWN,
+        )
     for line in wrong:
         print(f"WRONG: {line}")
     sys.exit(bool(wrong))

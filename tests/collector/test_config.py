@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from foreshock_collector.analysis.rules import DEFAULT
-from foreshock_collector.config import ConfigError, config_from
+from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.config import Config, ConfigError, config_from
 from foreshock_collector.server import Server
+from tests.support.fuzzing import bounded
 from tests.support.streams import Stream, config, families, hello, serving, steps, value
 
 
@@ -71,7 +77,7 @@ def test_any_file_is_taken_or_refused_by_name(tmp_path: Path, text: str) -> None
     except ConfigError as error:
         assert str(error)
     else:
-        assert found.rules_of("llm-7") == found.rules_of("llm-7")
+        assert isinstance(found.rules_of("llm-7"), Rules)
 
 
 def test_a_file_that_is_nested_too_deeply_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.chaos.__main__ import run
 
-FAULTS = ("collector killed", "recorder killed", "recorder stopped for a second", "data swallowed, then cut")
+FAULTS = ("collector killed", "recorder killed", "ranks stopped for a second", "data swallowed, then cut")
 
 
 def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,8 +54,10 @@ class Listening(Protocol):
 class Stream:
     """A raw stream: messages go as bytes, so that wrong ones can too."""
 
-    def __init__(self, server: Listening, *, token: str | None = None) -> None:
-        self._channel = grpc.aio.insecure_channel(server.address)
+    def __init__(
+        self, server: Listening, *, token: str | None = None, compression: grpc.Compression | None = None
+    ) -> None:
+        self._channel = grpc.aio.insecure_channel(server.address, compression=compression)
         open_stream = self._channel.stream_stream(
             "/foreshock.v1.Telemetry/Stream", response_deserializer=pb.Ack.FromString
         )

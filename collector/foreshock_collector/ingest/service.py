@@ -32,6 +32,8 @@ _OPTIONS = (
     # The defaults reject a quarter of 4,096 recorders that reconnect at once.
     ("grpc.server.max_pending_requests", 16384),
     ("grpc.server.max_pending_requests_hard_limit", 32768),
+    # A message that is small on the wire could take a thousand times its size in memory.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # With it, windows grow until a stalled handler has buffered 4 MiB a stream.
     ("grpc.http2.bdp_probe", 0),
     # Connections that say nothing end: those without a stream, and those that never begin.

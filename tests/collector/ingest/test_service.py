@@ -222,6 +222,23 @@ def test_one_machine_cannot_take_all_runs_and_ended_ones_make_room(tmp_path: Pat
     store.close()
 
 
+def test_a_compressed_message_is_refused_and_not_unpacked(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            good, bomb = Stream(server), Stream(server, compression=grpc.Compression.Gzip)
+            await good.send(hello(), steps(1, [1.0]))
+            await good.stored(1)
+            await bomb.send(hello("bomb", clip="x" * 2**22))
+            code, text = await bomb.refusal()
+            assert code is grpc.StatusCode.UNIMPLEMENTED and "gzip" in text
+            await good.send(steps(2, [1.0]))
+            await good.stored(2)
+            await good.close()
+            await bomb.close()
+
+    serving(test())
+
+
 async def accepted(server: Server) -> Stream | None:
     """A stream that has sent a hello; None if it was refused."""
     stream = Stream(server)
