@@ -25,6 +25,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.chaos.fleet import come_back
 from benchmarks.chaos.proxy import Proxy
 from tests.support.collector_process import Collector
 from tests.support.launched_jobs import recorders
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pace", type=float, default=0.01, help="seconds between steps; default: 0.01")
+    parser.add_argument("--recorders", type=int, default=1000, help="that come back at once; default: 1000")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         wrong = run(
@@ -249,6 +251,8 @@ def main() -> None:
             quiet=_QUIET_STEPS,
             most_slowdown=_MOST_SLOWDOWN,
         )
+    with tempfile.TemporaryDirectory() as name:
+        wrong += come_back(Path(name), recorders=options.recorders)
     for line in wrong:
         print(f"WRONG: {line}")
     sys.exit(bool(wrong))

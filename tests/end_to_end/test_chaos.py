@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.chaos.__main__ import run
+from benchmarks.chaos.fleet import come_back
 
 FAULTS = ("collector killed", "recorder killed", "ranks stopped for a second", "data swallowed, then cut")
 
@@ -16,3 +17,7 @@ def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsy
     figures = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[-1:].isdigit())
     assert {figures[what] for what in ("lost", "doubled", "counter regressions", "rings and other files left")} == {"0"}
     assert int(figures["steps sent"]) > 100
+
+
+def test_many_recorders_that_come_back_at_once_lose_nothing(tmp_path: Path) -> None:
+    assert come_back(tmp_path, recorders=60) == []
