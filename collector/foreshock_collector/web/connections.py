@@ -32,6 +32,8 @@ class Connections:
 
         def make() -> asyncio.Protocol:
             if len(self._new) + len(self._idle) >= MOST_WAITING:
+                self._forget_closed()
+            if len(self._new) + len(self._idle) >= MOST_WAITING:
                 waiting = self._new or self._idle
                 _end(next(iter(waiting)), waiting)
             protocol = server()
@@ -57,10 +59,15 @@ class Connections:
 
         return note
 
+    def _forget_closed(self) -> None:
+        # One that has had no request yet may still be in its TLS handshake, and is then not connected either.
+        self._idle = {protocol: since for protocol, since in self._idle.items() if protocol.connected}
+
     async def sweep(self) -> None:
         """End connections that have waited too long. Runs until canceled."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
+            self._forget_closed()
             now = self._monotonic()
             for waiting, seconds in ((self._new, BEGIN_SECONDS), (self._idle, IDLE_SECONDS)):
                 for protocol in [protocol for protocol, since in waiting.items() if now - since >= seconds]:

@@ -96,6 +96,25 @@ def test_of_too_many_silent_connections_the_oldest_end(tmp_path: Path, monkeypat
     serving(test())
 
 
+def test_connections_that_clients_have_closed_cost_no_other_client_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "BEGIN_SECONDS", 1e9)
+    monkeypatch.setattr(connections, "MOST_WAITING", 3)
+    monkeypatch.setattr(connections, "SWEEP_SECONDS", 1e9)
+
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            slow = await Client.to(server, REQUEST)
+            for _ in range(5):
+                assert await is_ready(server)
+            slow.writer.write(b"\r\n")
+            assert await slow.status() == 200
+            slow.writer.close()
+
+    serving(test())
+
+
 def test_a_client_that_never_reads_its_answer_loses_its_connection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
