@@ -80,4 +80,11 @@ if __name__ == "__main__":
     parser.add_argument("--stop", type=Path, required=True)
     parser.add_argument("--faulty", type=Path, required=True)
     options = parser.parse_args()
-    write(options.folder, options.collector, ranks=options.ranks, pace=options.pace, stop=options.stop, faulty=options.faulty)
+    write(
+        options.folder,
+        options.collector,
+        ranks=options.ranks,
+        pace=options.pace,
+        stop=options.stop,
+        faulty=options.faulty,
+    )

@@ -35,7 +35,8 @@ def retry_seconds(metadata: Iterable[tuple[str, Any]] | None) -> float | None:
             try:
                 for detail in pb.Status.FromString(value).details:
                     if detail.type_url == _RETRY_INFO:
-                        return pb.RetryInfo.FromString(detail.value).retry_delay.ToNanoseconds() / 1e9
+                        delay = pb.RetryInfo.FromString(detail.value).retry_delay
+                        return float(delay.ToNanoseconds() / 1e9)
             except DecodeError:
                 return None
     return None

@@ -67,7 +67,7 @@ _LINES = st.builds(lambda name, value: f"{name} = {json.dumps(value)}", st.sampl
 _TABLES = st.sampled_from(('[runs."llm-*"]', "[runs]", "[runs.a.gradient]", "[[runs]]", "[host]"))
 
 
-@bounded(200)
+@bounded(100)
 @given(text=st.lists(st.one_of(_LINES, _LINES, _TABLES), max_size=6).map("\n".join) | st.text(max_size=40))
 def test_any_file_is_taken_or_refused_by_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "foreshock.toml"

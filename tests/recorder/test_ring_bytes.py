@@ -70,7 +70,7 @@ def serve(path: Path) -> None:
         rank.close()
 
 
-@bounded(300)
+@bounded(200)
 @given(
     changes=st.lists(
         st.tuples(
@@ -101,7 +101,7 @@ _json: Any = st.recursive(
 )
 
 
-@bounded(200)
+@bounded(60)
 @given(name=st.sampled_from((*identity(), "model.layers", "model.module_types", "optimizer.type")), value=_json)
 def test_any_value_in_an_identity_is_read_or_left_alone(whole: bytes, tmp_path: Path, name: str, value: Any) -> None:
     said = identity()

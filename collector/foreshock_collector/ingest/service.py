@@ -123,7 +123,7 @@ class Telemetry:
                 refusal = {"peer": session.peer, "reason": "token", "why": why}
                 logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
                 await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
-        if (why := self._limit_reached(session.host)) is not None:
+        if why := self._limit_reached(session.host):
             self._statistics.refused["limit"] += 1
             refusal = {"peer": session.peer, "reason": "limit", "why": why}
             logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
@@ -169,14 +169,14 @@ class Telemetry:
             reader.cancel()
             await asyncio.wait((reader,))
 
-    def _limit_reached(self, host: str) -> str | None:
-        """Return why no further stream of a machine is accepted; None if one is."""
+    def _limit_reached(self, host: str) -> str:
+        """Return why no further stream of a machine is accepted; empty if one is."""
         if len(self._streams) >= _MOST_STREAMS:
             return f"{len(self._streams)} streams are open already, which is the most"
         of_host = sum(stream.session.host == host for stream in self._streams)
         if of_host >= max(1, _MOST_STREAMS // 2):
             return f"{of_host} streams of {host} are open already, half of the most"
-        return None
+        return ""
 
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:
         try:

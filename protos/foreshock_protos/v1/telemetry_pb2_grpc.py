@@ -54,7 +54,8 @@ class TelemetryServicer(object):
         instance alone: see Ack.Position.refused. So do steps or an Exit that contradict themselves. A message of a kind
         that the collector does not know is skipped and counted. A message that no recorder sends ends the stream:
         INVALID_ARGUMENT (it cannot be decoded, or its instance has sent no Hello), FAILED_PRECONDITION (the
-        schema_version is unknown to the collector), RESOURCE_EXHAUSTED (it is too large).
+        schema_version is unknown to the collector), RESOURCE_EXHAUSTED (it is too large). Where there are too many
+        streams, the status is RESOURCE_EXHAUSTED with a RetryInfo.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

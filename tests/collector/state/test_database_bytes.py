@@ -63,7 +63,7 @@ def goes_on(path: Path) -> bool:
     return False
 
 
-@bounded(60)
+@bounded(40)
 @given(
     damage=st.lists(
         st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=200)), min_size=1, max_size=4
