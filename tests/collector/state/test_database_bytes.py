@@ -79,8 +79,10 @@ def test_a_collector_starts_whatever_its_database_holds(
         data[start : start + len(value)] = value[: len(data) - start]
     path = tmp_path_factory.mktemp("damaged") / "db"
     path.write_bytes(data[: int(kept * len(data))])
+    started, why = False, ""
     try:
-        assert goes_on(path) or goes_on(path)
+        started = goes_on(path) or goes_on(path)
     except StoreError as error:
-        # What may not be a collector's database at all is not touched.
-        assert str(path) in str(error)
+        why = str(error)
+    # What may not be a collector's database at all is not touched.
+    assert started or str(path) in why
