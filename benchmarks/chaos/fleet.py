@@ -38,7 +38,7 @@ class _Recorder:
                 async with grpc.aio.insecure_channel(self.address, options=_CHANNEL) as channel:
                     await self._stream(channel, upto)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await asyncio.sleep(random.random())  # noqa: S311 - no secret
+                await asyncio.sleep(random.random())
 
     async def _stream(self, channel: grpc.aio.Channel, upto: int) -> None:
         path = "/foreshock.v1.Telemetry/Stream"
