@@ -13,8 +13,8 @@ from typing import Any
 
 def facts() -> dict[str, Any]:
     """Return the facts, also where torch cannot be imported."""
-    found: dict[str, Any] = {"torch": "", "torch_error": "", "devices": [], "cuda_built": False, "fused": []}
-    found |= {"triton": "", "compiler": shutil.which(os.environ.get("CC") or "gcc") is not None}
+    found: dict[str, Any] = {"torch": "", "torch_error": "", "cuda_built": False, "fused": []}
+    found |= {"devices": [], "devices_error": "", "triton": "", "compiler": has_compiler()}
     found |= {"settings_error": "", "unknown": [], "disabled": False}
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
@@ -22,10 +22,19 @@ def facts() -> dict[str, Any]:
         found |= _of_torch()
     except Exception as error:
         # A broken installation raises anything.
-        found["torch_error"] = f"{type(error).__name__}: {error}"
+        found["torch_error"] = _line(error)
     else:
-        found |= _of_settings()
+        found |= _of_devices() | _of_settings()
     return found
+
+
+def has_compiler() -> bool:
+    """Return whether Triton finds a C compiler: CC as one program, or gcc or clang if it is not set.
+
+    Source: `_build` in triton/runtime/build.py, Triton 3.7.
+    """
+    names = ("gcc", "clang") if (chosen := os.environ.get("CC")) is None else (chosen,)
+    return any(shutil.which(name) for name in names)
 
 
 def _of_torch() -> dict[str, Any]:
@@ -33,14 +42,26 @@ def _of_torch() -> dict[str, Any]:
 
     import torch
 
-    count = torch.cuda.device_count()
     kinds = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
     return {
         "torch": str(torch.__version__),
-        "devices": [torch.cuda.get_device_name(i) for i in range(count)],
         "cuda_built": torch.version.cuda is not None,
         "fused": [kind.__name__ for kind in kinds if "fused" in inspect.signature(kind).parameters],
     }
+
+
+def _of_devices() -> dict[str, Any]:
+    import torch
+
+    try:
+        return {"devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+    except Exception as error:
+        # A driver that does not match raises anything.
+        return {"devices_error": _line(error)}
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _of_settings() -> dict[str, Any]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from foreshock_recorder.address import address_of
-from foreshock_recorder.doctor.finding import Finding, exit_code, lines
+from foreshock_recorder.doctor.clock import clock, http_address
+from foreshock_recorder.doctor.finding import Finding, exit_code, lines, warn
 from foreshock_recorder.doctor.machine import (
     folder_of_rings,
     launches,
@@ -57,15 +58,23 @@ def main(arguments: list[str] | None = None) -> int:
 def checks(collector: str) -> Iterator[Finding]:
     """Yield the result of each check. collector: host:port."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    yield versions()
+    yield versions(os.environ)
     yield from training(sys.executable)
     yield folder_of_rings(ring_base())
     yield shared_memory(ring_base())
     yield rings_left(launches())
     yield recorder(os.environ.get("FORESHOCK_RECORDER_PYTHON") or sys.executable)
     yield proxy(os.environ)
-    # Imports gRPC, which the checks above do without.
-    from foreshock_recorder.doctor.collector import answers, clock, http_address
-
-    yield asyncio.run(answers(collector))
+    yield _collector(collector)
     yield clock(http_address(collector, os.environ))
+
+
+def _collector(address: str) -> Finding:
+    try:
+        # Imports gRPC, which an environment whose recorder runs in another one need not have.
+        from foreshock_recorder.doctor.collector import answers
+    except Exception as error:
+        # A broken installation raises anything.
+        advice = "run foreshock doctor with the recorder's interpreter too, or pip install grpcio protobuf"
+        return warn("collector", f"not checked: gRPC cannot be imported here: {error}", advice)
+    return asyncio.run(answers(address))

@@ -11,7 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from foreshock_recorder.doctor.finding import Finding, fail, ok, warn
-from foreshock_recorder.folder import Contents, contents
+from foreshock_recorder.doctor.interpreter import last_line, run
+from foreshock_recorder.folder import Contents, contents, paths_below
 from foreshock_recorder.layout import MAX_RING_BYTES
 from foreshock_recorder.paths import SHARED_MEMORY, ring_base, temporary_base
 
@@ -21,14 +22,16 @@ _RECORDER_SECONDS = 60.0
 _MEBIBYTE = 2**20
 _PROXIES = ("https_proxy", "http_proxy", "all_proxy", "grpc_proxy")
 _PACKAGES = ("foreshock", "grpcio", "protobuf")
+_RECORDER_PACKAGES = ("grpcio", "protobuf")
+"""Packages that only the recorder imports."""
 
 
 def folder_of_rings(base: Path) -> Finding:
     """Check that ranks can make their rings below a folder."""
-    existing = next(each for each in (base, *base.parents) if each.exists())
+    existing = _existing(base)
     if not existing.is_dir():
         return fail("rings", f"{existing} is not a folder", "set FORESHOCK_RING_DIR to a folder of this user")
-    if base.exists() and base.stat().st_uid not in (os.getuid(), 0):
+    if existing == base and base.stat().st_uid not in (os.getuid(), 0):
         return fail("rings", f"{base} belongs to another user", "set FORESHOCK_RING_DIR to a folder of this user")
     if not os.access(existing, os.W_OK | os.X_OK):
         return fail("rings", f"{existing} is not writable", "set FORESHOCK_RING_DIR to a folder of this user")
@@ -37,8 +40,12 @@ def folder_of_rings(base: Path) -> Finding:
 
 def shared_memory(base: Path) -> Finding:
     """Check that rings have room where they are made."""
-    existing = next(each for each in (base, *base.parents) if each.exists())
-    return room(shutil.disk_usage(existing).free, base, in_memory=SHARED_MEMORY in (base, *base.parents))
+    return room(shutil.disk_usage(_existing(base)).free, base, in_memory=SHARED_MEMORY in (base, *base.parents))
+
+
+def _existing(base: Path) -> Path:
+    # Below a folder that this user may not search, Path.exists raises in Python 3.11.
+    return next(each for each in (base, *base.parents) if os.path.exists(each))  # noqa: PTH110
 
 
 def room(free: int, base: Path, *, in_memory: bool) -> Finding:
@@ -56,7 +63,7 @@ def room(free: int, base: Path, *, in_memory: bool) -> Finding:
 
 
 def rings_left(launches: Iterable[Contents]) -> Finding:
-    """Check that jobs have left no records that no collector has."""
+    """Check for undelivered records of earlier jobs."""
     left = [each for each in launches if not each.alive and each.unacknowledged]
     if not left:
         return ok("left behind", "no records of earlier jobs")
@@ -70,7 +77,7 @@ def launches() -> list[Contents]:
     """Return what is in the folders of rings of this user."""
     base = ring_base()
     bases = (base, temporary_base()) if SHARED_MEMORY in base.parents else (base,)
-    folders = {path.parent for each in bases if each.is_dir() for path in each.rglob("*.ring")}
+    folders = {path.parent for each in bases for path in paths_below(each, "*/*/*.ring")}
     return [found for folder in sorted(folders) if (found := contents(folder)) is not None]
 
 
@@ -80,12 +87,11 @@ def recorder(python: str) -> Finding:
     command = [python, "-c", code]
     advice = "install foreshock there, or set FORESHOCK_RECORDER_PYTHON to an interpreter that has it"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_RECORDER_SECONDS, check=False)
+        done = run(command, _RECORDER_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return fail("recorder", f"{python} does not run: {error}", advice)
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return fail("recorder", f"{shlex.join(command)} fails: {why}", advice)
+        return fail("recorder", f"{shlex.join(command)} fails: {last_line(done)}", advice)
     return ok("recorder", f"runs with {python}")
 
 
@@ -100,12 +106,15 @@ def proxy(environment: Mapping[str, str]) -> Finding:
     return ok("proxy", f"{present[0]} is ignored; FORESHOCK_HTTP_PROXY=1 would use it" if present else "none")
 
 
-def versions() -> Finding:
-    """Return the versions of what runs beside a training."""
+def versions(environment: Mapping[str, str]) -> Finding:
+    """Return the versions of what runs beside a training. A recorder in another environment has its own packages."""
     found = []
+    elsewhere = _RECORDER_PACKAGES if environment.get("FORESHOCK_RECORDER_PYTHON") else ()
     for name in _PACKAGES:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
+            if name in elsewhere:
+                continue
             return fail("versions", f"{name} is not installed here", f"pip install {name}")
     return ok("versions", ", ".join(found))

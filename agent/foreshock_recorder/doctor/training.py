@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from foreshock_recorder.doctor.finding import Finding, fail, ok, warn
+from foreshock_recorder.doctor.interpreter import last_line, run
 
 FACTS = "foreshock._training_facts"
 """Module that prints the facts, as JSON."""
@@ -23,10 +24,13 @@ def training(python: str) -> list[Finding]:
     """Check an interpreter that runs trainings."""
     advice = "run foreshock doctor with the interpreter that trains"
     try:
-        done = subprocess.run([python, "-m", FACTS], capture_output=True, text=True, timeout=_SECONDS, check=False)
+        done = run([python, "-m", FACTS], _SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [fail("torch", f"{python} does not run: {error}", advice)]
+    try:
         facts = json.loads(done.stdout.splitlines()[-1])
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError) as error:
-        return [fail("torch", f"{python} does not say what it has: {error}", advice)]
+    except (IndexError, ValueError):
+        return [fail("torch", f"{python} printed no facts: {last_line(done)}", advice)]
     return findings(facts)
 
 
@@ -48,21 +52,25 @@ def _torch(facts: Mapping[str, Any]) -> Finding:
 
 def _devices(facts: Mapping[str, Any]) -> Finding:
     devices = facts["devices"]
+    advice = "check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if facts["devices_error"]:
+        return fail("devices", f"cannot be used: {facts['devices_error']}", advice)
     if devices:
         return ok("devices", f"{len(devices)}: {', '.join(sorted(set(devices)))}")
     if facts["cuda_built"]:
-        return warn("devices", "torch is built for CUDA, and finds no device", "check nvidia-smi, and what is visible")
+        return warn("devices", "torch is built for CUDA, and finds no device", advice)
     return ok("devices", "none: trains on the CPU")
 
 
 def _triton(facts: Mapping[str, Any]) -> Finding:
-    if not facts["devices"]:
+    if not facts["devices"] and not facts["devices_error"]:
         return ok("triton", "not needed on a CPU")
     slower = "without it, each step launches more kernels"
     if not facts["triton"]:
         return warn("triton", "not installed", f"pip install triton; {slower}")
     if not facts["compiler"]:
-        return warn("triton", f"{facts['triton']}, but no C compiler", f"install gcc, or set CC; {slower}")
+        advice = "install gcc or clang; CC, if set, must name one program, without arguments"
+        return warn("triton", f"{facts['triton']}, but no C compiler", f"{advice}; {slower}")
     return ok("triton", str(facts["triton"]))
 
 

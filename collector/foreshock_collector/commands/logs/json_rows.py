@@ -31,7 +31,7 @@ class ObjectRows:
         return [row.get(name) for row in self._rows]
 
     def empty(self, row: int, names: Names) -> bool:
-        """Return whether an object has a loss or a norm which is null."""
+        """Return whether an object has a key for the loss or the norm."""
         return names.loss in self._rows[row] or names.norm in self._rows[row]
 
     def where(self, row: int) -> str:
@@ -59,7 +59,7 @@ class AlikeRows:
         return np.fromiter(values, float, len(self)) if self._numeric[place] else list(values)
 
     def empty(self, row: int, names: Names) -> bool:  # noqa: ARG002
-        """Return whether an object has a loss or a norm which is null."""
+        """Return whether an object has a key for the loss or the norm."""
         return names.loss in self.fields or names.norm in self.fields
 
     def where(self, row: int) -> str:
