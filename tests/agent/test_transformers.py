@@ -20,7 +20,7 @@ TAKEN_OVER = ["taken_over", "taken_over_from_none"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", [*OBSERVED, *TAKEN_OVER])
+    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", [*OBSERVED, *TAKEN_OVER, "fails_first"])
 
 
 @pytest.mark.parametrize("name", OBSERVED)
@@ -49,6 +49,17 @@ def test_clipping_is_taken_over_from_a_trainer_whose_logs_and_arguments_stay_as_
         assert result["left"] == (1.0 if name == "taken_over" else 0.0)
     expected = [1, 0] if name == "taken_over" else [0, 0]
     assert found[name].lines_with("and no longer by the trainer's own 1") == expected
+
+
+def test_a_trainer_that_failed_is_attached_again_and_its_checkpoints_contain_its_own_arguments(
+    found: dict[str, Scenario],
+) -> None:
+    for rank, result in enumerate(found["fails_first"].results):
+        assert result["error"] == "out of luck" and result["detached"]
+        assert result["coefficients"] == pytest.approx([min(1.0, 0.5 / norm) for norm in result["norms"]], rel=1e-4)
+        assert result["left"] == 1.0
+        # Rank 0 saves.
+        assert result["saved"] == ([] if rank else [1.0, 1.0])
 
 
 def test_on_a_device_too_a_trainer_that_multiplies_by_1_is_clipped_by_foreshock(

@@ -69,7 +69,7 @@ class ForeshockCallback(Callback):  # type: ignore[misc]
         self._end(trainer, None)
 
     def on_exception(self, trainer: Any, _: Any, exception: BaseException) -> None:
-        """Detach, and report by what the training has ended."""
+        """Detach, and report the exception that ended the training."""
         self._end(trainer, exception)
 
     def state_dict(self) -> dict[str, Any]:

@@ -44,7 +44,8 @@ class TrainerWatch:
             return False
         pass_loss.follow()
         self.watch.observed_of_pass = self._loss
-        self.watch.load_state_dict(self._history)
+        history, self._history = self._history, {}
+        self.watch.load_state_dict(history)
         settings = settings_from(**self._settings)
         clips = settings.clip is not None and not settings.dry_run
         trainer_clips = bool(max_norm) and max_norm != math.inf
@@ -69,5 +70,5 @@ class TrainerWatch:
         self._history = dict(state_dict)
 
     def end(self, error: BaseException | None = None) -> None:
-        """Detach. error: by which the training has ended, if it has not ended by itself."""
+        """Detach. error: the exception that ended the training, if any."""
         self.watch.__exit__(None if error is None else type(error), error, None)

@@ -44,20 +44,38 @@ class ForeshockCallback(transformers.TrainerCallback):  # type: ignore[misc]
             run=run,
             local_norms=local_norms,
         )
+        self._clips = False
+        """Whether Foreshock clips in place of the trainer."""
+        self._arguments: Any = None
+        """The trainer's, while its `max_grad_norm` is replaced."""
         self._max_norm: float | None = None
 
     def on_train_begin(self, args: Any, *_: Any, optimizer: Any, **__: Any) -> None:
         """Attach to the model that the trainer has wrapped, and to its optimizer."""
-        self._max_norm = args.max_grad_norm
-        if self._watch.begin(optimizer, args.max_grad_norm):
+        # A training that raised has not called `on_train_end`.
+        self._end()
+        self._clips = self._watch.begin(optimizer, args.max_grad_norm)
+
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Number the next step; keep the trainer from clipping it."""
+        self._watch.next_step(state.global_step)
+        if self._clips:
+            self._arguments, self._max_norm = args, args.max_grad_norm
             # With 0, older trainers would no longer log the norm.
             args.max_grad_norm = math.inf
 
-    def on_step_begin(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
-        """Number the next step."""
-        self._watch.next_step(state.global_step)
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Restore the trainer's arguments, which checkpoints contain."""
+        self._restore()
 
-    def on_train_end(self, args: Any, *_: Any, **__: Any) -> None:
-        """Detach, and leave the trainer's arguments as they were."""
-        args.max_grad_norm = self._max_norm
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Detach."""
+        self._end()
+
+    def _end(self) -> None:
+        self._restore()
         self._watch.end()
+
+    def _restore(self) -> None:
+        if self._arguments is not None:
+            self._arguments.max_grad_norm, self._arguments = self._max_norm, None

@@ -60,6 +60,10 @@ class Reading(ForeshockCallback):
         self.found = told(self._watch.watch)
         super().on_train_end(trainer, module)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loaded = dict(state_dict)
+        super().load_state_dict(state_dict)
+
 
 def trainer_with(*callbacks: Any, max_steps: int = STEPS, **options: Any) -> Trainer:
     return Trainer(
@@ -108,7 +112,7 @@ def resumes() -> dict[str, Any]:
     trainer.save_checkpoint(path)
     trainer_with(second, max_steps=STEPS + 3).fit(Regression(), ckpt_path=path)
     return {
-        "history": first.state_dict() == dict(second._watch._history) != {},
+        "history": first.state_dict() == second.loaded != {},
         "steps": [record["step"] for record in second.found["records"]],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,18 @@ STEPS = 6
 class Regression(nn.Module):
     """A model as the trainer takes it: its output has the loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int | None = None) -> None:
+        """fails_at: which forward pass raises, once."""
         super().__init__()
+        self.fails_at, self.passes = fails_at, 0
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(WIDTH, 24), nn.Tanh(), nn.Linear(24, 1))
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.passes == self.fails_at:
+            self.fails_at = None
+            raise RuntimeError("out of luck")
+        self.passes += 1
         output = self.layers(x)
         return {"loss": (output - labels).square().mean(), "logits": output}
 
@@ -38,16 +45,20 @@ class Reading(ForeshockCallback):
         super().on_train_end(*arguments, **options)
 
 
-def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
+def trainer_with(*callbacks: Any, model: nn.Module | None = None, **options: Any) -> transformers.Trainer:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(96, WIDTH, generator=generator)
     arguments = transformers.TrainingArguments(
         output_dir=tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", max_steps=STEPS, logging_steps=1,
-        per_device_train_batch_size=4, learning_rate=0.01, save_strategy="no", report_to=[], disable_tqdm=True,
-        remove_unused_columns=False, **options,
+        per_device_train_batch_size=4, learning_rate=0.01, report_to=[], disable_tqdm=True, remove_unused_columns=False,
+        **({"save_strategy": "no"} | options),
     )  # fmt: skip
     data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
-    trainer = transformers.Trainer(Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
+    return transformers.Trainer(model or Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
+
+
+def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
+    trainer = trainer_with(*callbacks, **options)
     trainer.train()
     return trainer
 
@@ -79,12 +90,37 @@ def beside_alone(clip: float | None = None, max_grad_norm: float = 1.0, **option
     }
 
 
+def fails_first() -> dict[str, Any]:
+    """A training that raises, and is started again."""
+    callback = Reading(clip=0.5)
+    model = Regression(fails_at=3)
+    trainer = trainer_with(callback, model=model, max_grad_norm=1.0, save_strategy="steps", save_steps=3)
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        message = str(error)
+    first = callback._watch.watch
+    trainer.train()
+    return {
+        "error": message,
+        "detached": not first.enabled,
+        "coefficients": column(callback.found, "clip_coefficient"),
+        "norms": column(callback.found, "global_norm"),
+        "left": trainer.args.max_grad_norm,
+        "saved": [
+            torch.load(path, weights_only=False).max_grad_norm
+            for path in sorted(Path(trainer.args.output_dir).rglob("training_args.bin"))
+        ],
+    }
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "clips": beside_alone,
     "clips_nothing": functools.partial(beside_alone, max_grad_norm=0.0),
     "accumulates": functools.partial(beside_alone, gradient_accumulation_steps=3),
     "taken_over": functools.partial(beside_alone, clip=0.5),
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5, max_grad_norm=0.0),
+    "fails_first": fails_first,
 }
 
 if __name__ == "__main__":
