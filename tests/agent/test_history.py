@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from foreshock._arithmetic.arithmetic import arithmetic_for
-from foreshock._attach.inherited import state_dict_of
+from foreshock._attach.inherited import state_dict_of, wants_history
+from foreshock._attach.settings import settings_from
 from foreshock._control import history
 from foreshock._control.decide import SKIPS_IN_A_ROW, SKIPS_IN_WINDOW, TRIP_LAG, WINDOW, Budget
 from foreshock._control.history import SKIP_RISE, History, Standing, loaded, saved
@@ -207,3 +208,23 @@ def test_a_run_trips_eight_steps_after_its_budget_has_run_out_and_stays_so() -> 
     assert not any(tripped)
     _, tripped = granted([True] * (SKIPS_IN_A_ROW + 1) + [False] * 20)
     assert tripped == [step >= SKIPS_IN_A_ROW + TRIP_LAG for step in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ({}, False),
+        ({"step": torch.zeros(()), "sum": torch.zeros(3)}, False),
+        ({"step": torch.ones(()), "exp_avg": torch.zeros(3)}, True),
+        ({"momentum_buffer": torch.zeros(3)}, True),
+        ({"step": None, "of its own": 1}, True),
+        ({"step": torch.ones(3)}, True),
+        ({"step": ["a", "list"]}, True),
+    ],
+)
+def test_an_optimizer_that_has_stepped_resumes_whatever_it_calls_a_step(state: dict[str, Any], expected: bool) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter])
+    optimizer.state[parameter] = state
+    assert wants_history(settings_from(skip=True), optimizer) is expected
+    assert not wants_history(settings_from(skip=False), optimizer)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import foreshock
+from foreshock._output import recorder_process
 from foreshock._watch import ActiveWatch
 
 options = {
@@ -25,6 +26,8 @@ options = {
     "guard": "",
     # File with the optimizer of the attempt before, and for the next one.
     "checkpoint": "",
+    # How long attach waits for the collector's history of norms, in seconds; None: as long as it does by itself.
+    "history_seconds": None,
     # Steps of a second model, trained and watched in turn with the first, as in a GAN, for each of its steps.
     "critic": 0,
 } | json.loads(os.environ.get("TRAIN", "{}"))  # fmt: skip
@@ -36,6 +39,8 @@ model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Li
 optimizer = getattr(torch.optim, options["optimizer"])(model.parameters(), lr=0.01)
 if options["checkpoint"] and Path(options["checkpoint"]).exists():
     optimizer.load_state_dict(torch.load(options["checkpoint"]))
+if options["history_seconds"] is not None:
+    recorder_process.HISTORY_SECONDS = options["history_seconds"]
 watch = None
 if options["attach_ranks"] is None or rank in options["attach_ranks"]:
     watch = foreshock.attach(model, optimizer, **options["attach"])

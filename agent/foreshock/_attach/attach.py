@@ -222,8 +222,9 @@ def _attach(config: LocalConfig, ranks: Ranks) -> Watch:
         logs=ranks.rank == 0,
     )
     recorder.ensure()
-    history = _agreed_history(config, agreement, ranks, arithmetic, record.ring, recorder)
+    # First: an attempt of this process that goes on would make this a run of its own, without history.
     make_room(config.model.root, config.optimizer)
+    history = _agreed_history(config, agreement, ranks, arithmetic, record.ring, recorder)
     watch = _watched(config, agreement, arithmetic, kernel, record, recorder)
     watch.load_state_dict(history)
     rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)

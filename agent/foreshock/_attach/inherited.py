@@ -37,7 +37,12 @@ def wants_history(settings: Settings, optimizer: torch.optim.Optimizer) -> bool:
 
 def _of_a_step(state: Any) -> bool:
     """Return whether a parameter's state is more than what Adagrad makes before the first step."""
-    return isinstance(state, Mapping) and len(state) > 0 and float(state.get("step", 1)) > 0
+    if not isinstance(state, Mapping) or not state:
+        return False
+    step = state.get("step")
+    # Others than torch's own may call anything so.
+    counts = isinstance(step, (int, float)) or (isinstance(step, torch.Tensor) and step.numel() == 1)
+    return float(step) > 0 if counts and step is not None else True
 
 
 def inherited_history(ring: Ring, recorder: RecorderProcess, arithmetic: Arithmetic) -> dict[str, float | None]:
