@@ -90,14 +90,20 @@ def salvage(source: sqlite3.Connection, target: sqlite3.Connection) -> dict[str,
 
 def _copy(source: sqlite3.Connection, target: sqlite3.Connection, table: str, by: str) -> bool:
     """Copy rows in an order, up to the first that cannot be read. Return whether there was none."""
-    query = ""
+    names = [name for _, name, *_ in target.execute(f"PRAGMA table_info({table})")]
+    # The identity of the new database is its own: recorders then send again what they have.
+    insert = f"INSERT OR IGNORE INTO {table} VALUES ({', '.join('?' * len(names))})"  # noqa: S608
+    rows = source.cursor()
     try:
-        for row in source.execute(f"SELECT * FROM {table} ORDER BY {by}"):  # noqa: S608
-            query = query or f"INSERT OR IGNORE INTO {table} VALUES ({','.join('?' * len(row))})"  # noqa: S608
-            # The identity of the new database is its own: recorders then send again what they have.
-            target.execute(query, row)
-    except sqlite3.OperationalError:
-        raise
+        # Fails where the damage is in the table's definition.
+        rows.execute(f"SELECT {', '.join(names)} FROM {table} ORDER BY {by}")  # noqa: S608
     except sqlite3.DatabaseError:
         return False
-    return True
+    while True:
+        try:
+            row = rows.fetchone()
+        except sqlite3.DatabaseError:
+            return False
+        if row is None:
+            return True
+        target.execute(insert, row)

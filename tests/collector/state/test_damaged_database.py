@@ -110,6 +110,17 @@ def test_a_damaged_page_costs_its_table_and_the_collector_starts(
     assert not path.with_name("db.damaged-2").exists()
 
 
+def test_a_damaged_definition_costs_its_table_and_the_collector_starts(path: Path) -> None:
+    data = path.read_bytes()
+    definition = b"CREATE TABLE rank_window ("
+    assert data.count(definition) == 1
+    path.write_bytes(data.replace(definition, definition[:-1] + b"\0"))
+    store, runs = recovery.load(str(path), 0.0)
+    assert names(runs) == list(RUNS)
+    assert len(store.steps("first", attempt=0, after=0, limit=1000)["step"]) == STEPS
+    store.close()
+
+
 def test_rows_on_both_sides_of_a_damaged_page_are_kept(path: Path) -> None:
     size, _ = pages_of(path, "steps")
     marks = [

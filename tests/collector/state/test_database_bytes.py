@@ -26,7 +26,7 @@ def errors_expected() -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database of two runs, one of which has ended."""
     path, session = tmp_path_factory.mktemp("whole") / "db", Session()
     store = Store(path)
@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     intake.apply(pb.FromRecorder(exit=left), session)
     intake.commit()
     store.close()
-    return path.read_bytes()
+    return path
 
 
 def goes_on(path: Path) -> bool:
@@ -71,9 +71,9 @@ def goes_on(path: Path) -> bool:
     kept=st.one_of(st.just(1.0), st.just(1.0), st.floats(0, 1)),
 )
 def test_a_collector_starts_whatever_its_database_holds(
-    whole: bytes, tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[float, bytes]], kept: float
+    whole: Path, tmp_path_factory: pytest.TempPathFactory, damage: list[tuple[float, bytes]], kept: float
 ) -> None:
-    data = bytearray(whole)
+    data = bytearray(whole.read_bytes())
     for place, value in damage:
         start = int(place * len(data))
         data[start : start + len(value)] = value[: len(data) - start]
