@@ -17,7 +17,7 @@ import torch.distributed as dist
 import foreshock
 from benchmarks.gpu_models import MODELS, Training, monitor_by_hand
 from benchmarks.gpu_profile import Profile, profile_steps
-from foreshock._attach import attach
+from foreshock._attach.ranks import Ranks
 
 VARIANTS = (
     "plain",
@@ -127,7 +127,7 @@ def several_ranks() -> Iterator[None]:
 
     NCCL refuses two ranks on one card. Once the ranks, all one of them, have agreed, their group claims to have two.
     """
-    agree = vars(attach)["agree"]
+    agree = Ranks.agree
     with ExitStack() as stack:
 
         def agree_and_grow(*arguments: Any, **options: Any) -> Any:
@@ -135,7 +135,7 @@ def several_ranks() -> Iterator[None]:
             stack.enter_context(patch.object(dist.ProcessGroup, "size", lambda _: 2))
             return decision
 
-        stack.enter_context(patch.object(attach, "agree", agree_and_grow))
+        stack.enter_context(patch.object(Ranks, "agree", agree_and_grow))
         yield
 
 

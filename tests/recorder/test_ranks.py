@@ -310,7 +310,8 @@ def test_no_more_is_under_way_than_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_batch_of_many_layers_is_small_enough_for_a_collector(tmp_path: Path) -> None:
-    ring = Ring.create(tmp_path / "many.ring", identity(), layers=2000)
+    layers = [f"layer{i}" for i in range(2000)]
+    ring = Ring.create(tmp_path / "many.ring", identity(model={"layers": layers}), layers=len(layers))
     for sequence in range(1, 65):
         begin(ring, sequence)
         ring.write_measured(sequence, [0.0] * ring.layout.columns)
