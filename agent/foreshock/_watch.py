@@ -60,10 +60,8 @@ class ActiveWatch(Watch):
         # Nothing of ours keeps a model alive: its end is the end of the watch.
         self._model: weakref.ref[Any] = weakref.ref(model, leaving.with_model(self))
         self._optimizer = optimizer
-        self._clips = clips
-        self._by_bucket = by_bucket
-        self._record = record
-        self._recorder = recorder
+        self._clips, self._by_bucket = clips, by_bucket
+        self._record, self._recorder = record, recorder
         self.guard = Guard(record.ring, strict=strict)
         self._arithmetic = arithmetic
         self.rank, self._ranks = rank, ranks
@@ -87,8 +85,7 @@ class ActiveWatch(Watch):
         self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
-        self.enabled = True
-        self.idle = False
+        self.enabled, self.idle = True, False
         leaving.arrived(self, record.ring.path)
 
     def __del__(self) -> None:
@@ -134,7 +131,7 @@ class ActiveWatch(Watch):
             self._record_skipped(earlier, None)
         elif self._observations.habit is Habit.AFTER_STEP and self._measure.at_end is None:
             # No step has followed the pass, and its gradients may soon be gone.
-            self._measure_at_end()
+            self._measure.measure_at_end(self._record.sequence + 1)
 
     def arrived(self, parameter: Tensor) -> None:
         """Learn the order in which gradients arrive."""
@@ -197,10 +194,11 @@ class ActiveWatch(Watch):
         try:
             self._observations.backward_ended(averaged=averaged)
             if averaged:
-                self._measure.at_end, sequence = None, self._record.sequence + 1
-                looks = self._measure.edits.backward_ended(sequence, sequence - self.missed_passes)
+                measure, sequence = self._measure, self._record.sequence + 1
+                measure.at_end = measure.norm_at_end = None
+                looks = measure.edits.backward_ended(sequence, sequence - self.missed_passes)
                 if looks or self._skips:
-                    self._measure_at_end()
+                    measure.measure_at_end(sequence)
                 if self._control.scaler is not None:
                     self._control.backward_ended()
         except Exception as error:
@@ -216,9 +214,9 @@ class ActiveWatch(Watch):
         if not self.enabled:
             return
         step = Step(sequence=self._record.sequence + 1, number=self._next_number, edited=self._measure.edits.seen)
-        self._run_each(
-            (self._observations.stepped, self._measure.edits.compare, self._prepare, self._record.begin), step
-        )
+        compare = self._measure.edits.compare
+        parts = (self._observations.stepped, compare, self._confirm_edit, self._prepare, self._record.begin)
+        self._run_each(parts, step)
         stages = (self._control.read, self._measure.measure, self._decide.decide, self._apply.apply)
         step.complete = self._run_all(stages, step)
         if not step.complete:
@@ -252,20 +250,27 @@ class ActiveWatch(Watch):
             return False
         return True
 
+    def _confirm_edit(self, step: Step) -> None:
+        """Note that the script edits gradients, where it does: each rank must answer alike."""
+        measure, touched = self._measure, step.edited
+        if touched:
+            try:
+                confirmed = measure.confirms_edit(step)
+            except Exception as error:
+                self.guard.count(error)
+                confirmed = measure.confirms_edit(step, fallback=True)
+            if confirmed:
+                measure.edits.log_once(clips=self._clips)
+        step.flags = EDITED if step.edited else 0
+        edits = measure.edits
+        if not (touched or self._skips or edits.compares or edits.ignores_versions):
+            measure.at_end = measure.norm_at_end = None
+
     def _prepare(self, step: Step) -> None:
-        """Fill in what the host knows; note that the script edits gradients."""
-        if self._control.overridden:
-            # The step before has raised.
-            self._control.restore()
+        """Fill in what the host knows."""
         if self._control.is_changed():
             self._update_parameters()
         step.learning_rate = self._control.learning_rate
-        touched, measure = step.edited, self._measure
-        if touched and measure.confirms_edit(step):
-            measure.edits.log_once(clips=self._clips)
-        step.flags = EDITED if step.edited else 0
-        if not touched and not self._skips and not measure.edits.compares:
-            measure.at_end = None
 
     def _fall_back(self, step: Step) -> None:
         """Clip and skip as the other ranks do, where a stage has failed on this one."""
@@ -297,11 +302,6 @@ class ActiveWatch(Watch):
         self._measure = measure
         self._control.clip_only(measure.plan.parameters)
 
-    def _measure_at_end(self) -> NormSummary:
-        measure = self._measure
-        measure.at_end = measure.averaged(self._record.sequence + 1)
-        return measure.at_end
-
     def _skip_pass(self, *, at_end: bool = False) -> None:
         """Record that no step followed the newest backward pass. at_end: of the run, so its gradients still exist."""
         skipped = self._observations.skipped()
@@ -313,7 +313,7 @@ class ActiveWatch(Watch):
             log_dropped_passes(self._dropped)
         summary = self._measure.at_end
         if summary is None and at_end:
-            summary = self._measure_at_end()
+            summary = self._measure.measure_at_end(self._record.sequence + 1)
         # Some scripts drop gradients by design (a GAN's other model); on a device it is not known yet what they are.
         # All ranks must decide alike, for their records to match.
         finite = True if summary is None else self._arithmetic.finite(summary.total)

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> dict[str, Scenario]:
-    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE], FORESHOCK_STRICT="")
+    return run_scenarios(folder, SCRIPT, [*CASES, *EVERYWHERE, "everywhere_logged"], FORESHOCK_STRICT="")
 
 
 @pytest.fixture
@@ -107,11 +107,18 @@ def test_each_call_that_a_step_makes_inside_the_probe_may_fail_on_one_rank(
         assert mine == pytest.approx(theirs, rel=1e-6)
 
 
+def test_a_script_that_logs_norms_is_clipped_alike_whatever_fails_on_one_rank(found: dict[str, Scenario]) -> None:
+    good, bad = found["everywhere_logged"].results
+    assert good["wrong"] == [] and bad["wrong"] == [] and bad["never"] == []
+    called = {"Measure.averaged", "Measure.confirms_edit", "HostArithmetic.norms", "GradientEdits.changed"}
+    assert set(bad["called"]) >= called | {"OptimizerControl.read"}
+
+
 def test_each_of_these_records_is_missing_on_the_metrics_page(
     collector: Collector, found: dict[str, Scenario], folder: Path
 ) -> None:
     expected = dict.fromkeys(CASES, 1.0)
-    for case in EVERYWHERE:
+    for case in (*EVERYWHERE, "everywhere_logged"):
         expected |= found[case].results[1]["runs"]
     # One command for all launches: a recorder of each would take a second.
     command = [*FORESHOCK, "recorder", "--dir", str(folder / "rings"), "--collector", collector.address]

@@ -60,6 +60,9 @@ class OptimizerControl:
 
     def read(self, step: Step) -> None:
         """Fill in what a `GradScaler` has set: its own skip, and the scale of the loss."""
+        if self.overridden:
+            # The step before has raised.
+            self.restore()
         scale, found_inf = getattr(self._optimizer, "grad_scale", None), getattr(self._optimizer, "found_inf", None)
         step.grad_scale = None if scale is None else self._arithmetic.number(scale)
         step.found_inf = None if found_inf is None else self._arithmetic.number(found_inf)

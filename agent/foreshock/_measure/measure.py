@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foreshock._arithmetic.arithmetic import Arithmetic
-from foreshock._arithmetic.norms import Norms, NormSummary
+from foreshock._arithmetic.norms import Norms, NormSummary, Number
 from foreshock._arithmetic.parameters import ParameterLayout, ParameterPlan, averaged_parameters, updated_plan
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._measure.local import LocalNorms
@@ -43,6 +43,8 @@ class Measure:
         self.at_end: NormSummary | None = None
         """Summary of the averaged gradient at the end of the newest backward pass, where that was measured; it contains
         the loss scale."""
+        self.norm_at_end: Number | None = None
+        """Its norm by other means, where measuring it has failed on this rank."""
         self._weights = Weights(plan, optimizer, arithmetic)
         self._all = tuple(range(len(plan.parameters)))
         self._layout = plan.layout(self._all)
@@ -71,29 +73,39 @@ class Measure:
         step.weights = self._weights.look(step.sequence)
         self.measure_local(step, step.summary)
 
-    def confirms_edit(self, step: Step) -> bool:
+    def measure_at_end(self, sequence: int) -> NormSummary:
+        """Measure the averaged gradient as backward has left it. sequence: of the record it is for."""
+        self.at_end = self.norm_at_end = None
+        try:
+            self.at_end = self.averaged(sequence)
+        except Exception:
+            # What it is for, `confirms_edit`, must have one answer on all ranks.
+            self.norm_at_end = self._norm_fallback()
+            raise
+        return self.at_end
+
+    def confirms_edit(self, step: Step, *, fallback: bool = False) -> bool:
         """Return whether the script is known to have edited the gradients of a step whose `edited` is set.
 
         Unsets that where only their version has changed. A device would answer too late: there, a version counts.
+        fallback: by other means, since this has failed on this rank.
         """
         edits, arithmetic = self.edits, self._arithmetic
         if edits.by_norm or edits.seen or not edits.by_version or not edits.on_host:
             return True
-        if self.at_end is None:
+        before = self.norm_at_end if self.at_end is None else self.at_end.total
+        if before is None:
             # The first new version, in the middle of a run: there is nothing to compare with yet.
             return False
         edits.compares = False
         self._control.read(step)
-        now = arithmetic.total(arithmetic.norms(self.gradients()))
-        step.edited = edits.changed(step, float(self.at_end.total), float(now))
+        now = self._norm_fallback() if fallback else arithmetic.total(arithmetic.norms(self.gradients()))
+        step.edited = edits.changed(step, float(before), float(now))
         return step.edited
 
     def measure_fallback(self, step: Step) -> None:
         """Fill in what a decision needs, by other means, where `measure` has failed on this rank."""
-        step.gradients = self.gradients()
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in step.gradients]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
-        norm = self._arithmetic.number(total)
+        step.gradients, norm = self.gradients(), self._norm_fallback()
         step.norm = norm if step.grad_scale is None else self._arithmetic.ratio(norm, step.grad_scale)
 
     def gradients(self) -> list[Tensor]:
@@ -147,6 +159,12 @@ class Measure:
         for index in self._learned:
             measure.arrived(self.plan.parameters[index])
         return measure
+
+    def _norm_fallback(self) -> Number:
+        """Return the norm of the gradients as they are now, by torch alone."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.gradients()]
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=torch.float64)
+        return self._arithmetic.number(total)
 
     def _like(self, plan: ParameterPlan) -> Measure:
         """Return a measure of another plan."""

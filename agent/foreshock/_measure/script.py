@@ -161,7 +161,8 @@ class GradientEdits:
             self.by_norm |= self._late.read()
         # The first time too: it is not known yet what this script does between here and its step.
         self.compares = passes % _COMPARED_EVERY == 1 or self._postponed
-        return self.compares or self.by_norm or self.touched or self.seen
+        # A factor that is NaN, as of an infinite norm, would hide which gradients were bad.
+        return self.compares or self.by_norm or self.touched or self.seen or self.ignores_versions
 
     def compare(self, step: Step) -> None:
         """Fill in whether the script has edited the gradients, unless there is no backward pass to compare with."""

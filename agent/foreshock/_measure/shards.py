@@ -8,6 +8,7 @@ that a step needs. They are exact for norms between 1e-150 and 1e150.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -198,7 +199,7 @@ class ShardedMeasure(Measure):
         step.summary = self._arithmetic.unscaled(self.averaged(step.sequence), step.loss_scale)
         step.norm = step.summary.total
 
-    def confirms_edit(self, _: Step) -> bool:
+    def confirms_edit(self, *_: Any, **__: Any) -> bool:
         """Return that it is known: `compare` has compared values."""
         return True
 

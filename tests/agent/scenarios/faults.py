@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -124,10 +125,11 @@ ENTRIES = {
     "RankSums.issue", "ActiveWatch.before_step", "ActiveWatch.after_step", "ActiveWatch.observe", "ActiveWatch.arrived",
     "ActiveWatch.backward_began", "ActiveWatch.backward_computed", "ActiveWatch.backward_ended", "ActiveWatch.bucket",
     "ActiveWatch._run_each", "ActiveWatch._run_all", "ActiveWatch.prepare_sum", "BackwardHooks.bucket",
-    "HookState.average", "ShardSums.issue",
+    "HookState.average", "ShardSums.issue", "Measure.measure_at_end",
+    "ActiveWatch._confirm_edit",
 }  # fmt: skip
-"""Methods that are entered before any guard: to enter a method cannot fail, and an average or a collective is training
-itself. All that they call in their turn is among the sites."""
+"""Methods that are entered before any guard, or have one of their own: to enter a method cannot fail, and an average
+or a collective is training itself. All that they call in their turn is among the sites."""
 RARE = {"RankSums._buffer", "_reduced"}
 """Only where a sum is four steps behind: sums.py is about that. Only where a reduction is over before its callback is
 set: else another thread calls it."""
@@ -153,7 +155,9 @@ def site_of(frame: FrameType, event: str) -> Site | None:
 class Beside:
     """A watched training, step by step beside a stock one that it starts each step from."""
 
-    def __init__(self, *, fused: bool, clip: Any, name: str) -> None:
+    def __init__(self, *, fused: bool, clip: Any, name: str, logs: bool = False) -> None:
+        """logs: the script of ours multiplies gradients by 1, to log their norm."""
+        self._logs = logs
         self.stock, self.ours = make_model(), make_model()
         # Without momentum there is no state but the weights.
         self._stock_optimizer = make_optimizer(self.stock, "SGD", fused=fused)
@@ -177,6 +181,8 @@ class Beside:
         # So that each step finds the sum of its own, and takes it.
         while self.watch.sums is not None and self.watch.sums.under_way():
             time.sleep(0.0005)
+        if self._logs:
+            nn.utils.clip_grad_norm_(self.ours.parameters(), math.inf)
         sys.setprofile(profile)
         self._optimizer.step()
         sys.setprofile(None)
@@ -207,22 +213,32 @@ def everywhere_kernels() -> dict[str, Any]:
         use("host")
 
 
+def where_norms_are_logged() -> dict[str, Any]:
+    """What finds out, alike on all ranks, that the script has not changed its gradients."""
+    callers = {
+        "ActiveWatch.backward_ended", "ActiveWatch._confirm_edit", "Measure.measure_at_end", "Measure.confirms_edit",
+        "Measure.averaged",
+    }  # fmt: skip
+    return _everywhere("logged", fused=False, clip=0.5, callers=callers)
+
+
 def dropped(watch: ActiveWatch) -> int:
     with ring_of(watch) as path:
         return sum(RingReader(path).dropped.values())
 
 
-def _everywhere(name: str, *, fused: bool, clip: Any) -> dict[str, Any]:
+def _everywhere(name: str, *, fused: bool, clip: Any, callers: Collection[str] = ()) -> dict[str, Any]:
     """Each call of ours by ours that a step makes fails once, on rank 1: in a training that goes on, or, if it comes
-    only in the beginning, in one of its own.
+    only in the beginning, in one of its own. callers: whose calls fail, in a script that logs norms; empty: all.
     """
     norms_of_weights.EVERY_STEPS = norms_of_weights.NORMS_EVERY_STEPS_IF_SMALL = CLOSE_LOOK
     run = f"everywhere_{name}"
-    pair = Beside(fused=fused, clip=clip, name=run)
+    pair = Beside(fused=fused, clip=clip, name=run, logs=bool(callers))
     sites: dict[Site, None] = {}
 
     def find(frame: FrameType, event: str, _: Any) -> None:
-        if (site := site_of(frame, event)) is not None:
+        site = site_of(frame, event)
+        if site is not None and (not callers or site[0] in callers):
             sites[site] = None
 
     for _ in range(2 * CLOSE_LOOK):
@@ -295,6 +311,7 @@ if __name__ == "__main__":
     scenarios: dict[str, Callable[[], Any]] = {
         "plain": plain, "everywhere_fused": everywhere_fused, "everywhere_unfused": everywhere_unfused,
         "everywhere_adaptive": everywhere_adaptive, "everywhere_kernels": everywhere_kernels,
+        "everywhere_logged": where_norms_are_logged,
     }  # fmt: skip
     for each in SITES:
         for fused in (True, False):
