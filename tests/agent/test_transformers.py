@@ -66,9 +66,11 @@ def test_on_a_device_too_a_trainer_that_multiplies_by_1_is_clipped_by_foreshock(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("device")
-    found = run_scenarios(folder, "trainer.py", ["clips_nothing", "taken_over"], TEST_ARITHMETIC="device")
+    found = run_scenarios(folder, "trainer.py", ["clips_nothing", "taken_over", "one_nan"], TEST_ARITHMETIC="device")
     for name, limit in (("clips_nothing", math.inf), ("taken_over", 0.5)):
         for result in found[name].results:
             assert result["dropped"] == {} and result["edited"] == [False] * 6
             expected = [min(1.0, limit / norm) for norm in result["norms"]]
             assert result["coefficients"] == pytest.approx(expected, rel=1e-4)
+    for result in found["one_nan"].results:
+        assert result == {"global_nan_parameters": 1, "first_nonfinite_global": 0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,14 @@ STEPS = 6
 class Regression(nn.Module):
     """A model as the trainer takes it: its output has the loss."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
-        """fails_at: which forward pass raises, once."""
+    def __init__(self, fails_at: int | None = None, nan_pass: int | None = None) -> None:
+        """fails_at: forward passes before the one that raises, once. nan_pass: the pass with a NaN, from 1."""
         super().__init__()
         self.fails_at, self.passes = fails_at, 0
         torch.manual_seed(0)
         self.layers = nn.Sequential(nn.Linear(WIDTH, 24), nn.Tanh(), nn.Linear(24, 1))
+        # One gradient of one layer at one step.
+        self.layers[0].weight.register_hook(lambda gradient: gradient * (math.nan if self.passes == nan_pass else 1.0))
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.passes == self.fails_at:
@@ -114,6 +117,13 @@ def fails_first() -> dict[str, Any]:
     }
 
 
+def one_nan() -> dict[str, Any]:
+    """A gradient that is NaN in one layer, at the third step; the trainer's own clipping makes all of them NaN."""
+    callback = Reading(clip=0.5)
+    trainer_with(callback, model=Regression(nan_pass=3)).train()
+    return {name: column(callback.found, name)[2] for name in ("global_nan_parameters", "first_nonfinite_global")}
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "clips": beside_alone,
     "clips_nothing": functools.partial(beside_alone, max_grad_norm=0.0),
@@ -121,6 +131,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "taken_over": functools.partial(beside_alone, clip=0.5),
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5, max_grad_norm=0.0),
     "fails_first": fails_first,
+    "one_nan": one_nan,
 }
 
 if __name__ == "__main__":
