@@ -124,7 +124,7 @@ class Intake:
         except Exception as error:
             run.errors.add("ingest", error)
             if which == "steps":
-                run.accept_unprocessed(instance, message.steps)
+                run.accept_unprocessed(instance, message.steps, self._now())
                 self._commit([run])
 
     def _hello(self, hello: pb.Hello, session: Session) -> None:

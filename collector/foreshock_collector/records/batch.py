@@ -53,10 +53,13 @@ class Records:
 
     def above(self, position: int, gaps: Sequence[Gap] = ()) -> Records:
         """Return the records above this sequence number, and those in a gap below it."""
-        sequences = self.rows["sequence"]
-        keep = (sequences > position) | in_gaps(gaps, sequences)
+
+        def new(sequences: NDArray[np.int64]) -> NDArray[np.bool_]:
+            return (sequences > position) | in_gaps(gaps, sequences)
+
+        keep = new(self.rows["sequence"])
         norms = None if self.layer_norms is None else self.layer_norms[keep]
-        weights = self.weights.between(position + 1, MAX_SEQUENCE)
+        weights = self.weights.only(new(self.weights.sequences))
         return Records(rows=self.rows[keep], sums=self.sums, layer_norms=norms, weights=weights)
 
     def slices(self, length: int) -> Iterator[Records]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from bisect import bisect_left
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +52,11 @@ class LayerWeights:
 
     def between(self, first: int, last: int) -> LayerWeights:
         """Return the part of these steps."""
-        part = (self.sequences >= first) & (self.sequences <= last)
-        return LayerWeights(sequences=self.sequences[part], blocks=self.blocks[part])
+        return self.only((self.sequences >= first) & (self.sequences <= last))
+
+    def only(self, chosen: NDArray[np.bool_]) -> LayerWeights:
+        """Return the part of the chosen steps: [steps]."""
+        return LayerWeights(sequences=self.sequences[chosen], blocks=self.blocks[chosen])
 
     def block(self, name: str) -> NDArray[np.float64]:
         """Return a block, NaN where it measured nothing: [steps, layers]. name: one of WEIGHT_BLOCKS."""
@@ -66,13 +70,17 @@ class WeightHistory:
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
-        self._kept: deque[tuple[int, Blocks]] = deque(maxlen=_MOST_MEASURED)
+        self._kept: list[tuple[int, Blocks]] = []
 
     def write(self, weights: LayerWeights) -> None:
-        """Add measured steps; those that are not newer than the newest one are known already."""
+        """Add measured steps, in whatever order they come; those that are known already stay as they are."""
+        if weights.blocks.shape[2] != self._layers:
+            return
         for sequence, blocks in zip(weights.sequences.tolist(), weights.blocks, strict=True):
-            if blocks.shape[1] == self._layers and (not self._kept or sequence > self._kept[-1][0]):
-                self._kept.append((sequence, blocks))
+            place = bisect_left(self._kept, sequence, key=itemgetter(0))
+            if place == len(self._kept) or self._kept[place][0] != sequence:
+                self._kept.insert(place, (sequence, blocks))
+        del self._kept[:-_MOST_MEASURED]
 
     def between(self, first: int, last: int) -> LayerWeights:
         """Return what is kept of these steps."""

@@ -127,7 +127,15 @@ class Run:
             instance.update(piece)
             if len(instance.gaps) > _MOST_GAPS:
                 self._missing["ring_overrun"] += instance.lost_up_to(instance.gaps[-_MOST_GAPS][0] - 1)
+        if finalized:
+            self._count_late(attempt, now)
         return finalized
+
+    def _count_late(self, attempt: Attempt, now: float) -> None:
+        """Count what is known only in memory of records that are about to be committed."""
+        self._revise_steps(attempt, now)
+        self.totals.add_dropped(self._missing)
+        self._missing.clear()
 
     def _reopen(self, attempt: Attempt, now: float) -> None:
         """Note that a training that counted as finished steps again: on all its ranks, which take steps together."""
@@ -138,13 +146,14 @@ class Run:
         # It was expected to be silent until now.
         self.watched_since = now
 
-    def accept_unprocessed(self, instance: Instance, batch: pb.StepBatch) -> None:
+    def accept_unprocessed(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
         """Have records stored and acknowledged although an error kept them from being ingested."""
         last = batch.first_sequence + len(batch.step) - 1
         if not any(kept is batch for _, kept in self.unsaved.batches):
             self.unsaved.batches.append((instance, batch))
         instance.position = max(instance.position, last)
         self.unsaved.instances[instance.name] = instance
+        self._count_late(self.attempts[instance.attempt], now)
 
     def record_event(self, instance: Instance, event: pb.Event, now: float) -> None:
         """Record an event of a rank. It is reported again after each reconnect: one of a kind is recorded."""

@@ -134,6 +134,38 @@ def test_a_rank_that_leaves_out_every_other_record_costs_little(tmp_path: Path) 
     collector.store.close()
 
 
+def test_what_comes_late_is_counted_before_it_is_acknowledged(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, 2)
+    collector.send(0, 1, *[2.0] * 2090)
+    collector.clock.now += 12.0
+    # More than the buffer has room for: all that is due is finalized, and committed at once.
+    flags = [pb.LOSS_OBSERVED] * 2099 + [pb.INCOMPLETE]
+    losses = [2.0] * 2059 + [math.nan] + [2.0] * 40
+    batch = steps(1, [1.0] * 2100, instance="r-1", loss=losses, flags=flags)
+    collector.intake.apply(batch, collector.session)
+    collector.store.close()
+    collector.start()
+    totals, acknowledged = collector.run.totals, collector.intake.positions(collector.session)
+    assert [each.sequence for each in acknowledged] == [2090, 2100]
+    assert (totals.nonfinite["loss nan"], totals.dropped["never_finished"]) == (1, 1)
+    collector.store.close()
+
+
+def test_records_that_fill_a_gap_bring_what_they_measured_of_the_layers_weights(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, 1)
+    model = pb.ModelSummary(parameters=["a.w"], parameter_sizes=[1], layers=["a"], parameter_layers=[0])
+    collector.intake.apply(hello("layered", launch_id="layered", model=model), collector.session)
+    for first, ratio in ((6, 3.0), (1, 2.0), (3, 2.5), (4, 2.75), (1, 9.0)):
+        batch = steps(first, [1.0] * 2, run="layered", weight_rows=[1], update_layer_ratios=[ratio])
+        collector.intake.apply(batch, collector.session)
+    run = collector.runs.get("layered")
+    assert run is not None
+    kept = run.newest.buffer.weights.between(1, 10)
+    assert kept.sequences.tolist() == [2, 4, 5, 7]
+    assert kept.block("update_layer_ratios")[:, 0].tolist() == [2.0, 2.5, 2.75, 3.0]
+    collector.store.close()
+
+
 @pytest.mark.parametrize(("loss", "kind"), [(math.nan, "loss nan"), (math.inf, "loss inf")])
 def test_a_loss_that_is_not_finite_and_comes_after_its_step_is_counted_once(
     tmp_path: Path, loss: float, kind: str
