@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,11 @@ from foreshock_collector.config import Config, ConfigError
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
+from tests.support.certificates import sign
 from tests.support.streams import config, hello, serving
 from tests.support.tokens import table
 
 pytestmark = pytest.mark.integration
-
-
-def sign(folder: Path, name: str, by: str = "") -> dict[str, Path]:
-    """A certificate for localhost, signed by itself or by another of the folder."""
-    files = {kind: folder / f"{name}.{kind}" for kind in ("crt", "key")}
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:P-256",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    command += ["-keyout", str(files["key"]), "-out", str(files["crt"]), "-subj", f"/CN={name}"]
-    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command += ["-CA", str(folder / f"{by}.crt"), "-CAkey", str(folder / f"{by}.key")] if by else []
-    subprocess.run(command, check=True, capture_output=True)
-    return files
 
 
 @pytest.fixture(scope="module")
