@@ -12,7 +12,7 @@ import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -35,8 +35,8 @@ class TokensError(ValueError):
 class Token:
     """Describes what the holder of one token may do."""
 
-    name: str
-    """For the log."""
+    name: str = field(compare=False)
+    """For people: renaming a token changes nothing of it."""
     digest: bytes
     """SHA-256 of the token."""
     experiment: str

@@ -67,6 +67,8 @@ def test_a_token_that_was_found_is_valid_until_it_is_removed_changed_or_expired(
     found = {secret: files.tokens.find(secret, "write") for secret in ("writer", "vision", "old")}
     tokens = {secret: token for secret, token in found.items() if token is not None}
     assert len(tokens) == 3 and all(map(files.valid, tokens.values()))
+    path.write_text(path.read_text().replace('name = "', 'name = "renamed '))
+    assert all(map(files.valid, tokens.values())) and files.name("vision", "write") == "renamed vision"
     path.write_text(
         table("vision", '"write", "read"', "*") + table("old", '"write", "read"', more="expires = 2027-06-01")
     )
