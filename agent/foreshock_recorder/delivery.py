@@ -23,7 +23,7 @@ STOP_SECONDS = 2.0
 """From SIGTERM to the end. Ranks that were asked to stop as well write their exit within it."""
 _RETRY_CAP_SECONDS = 30.0
 _MOST_ASKED_SECONDS = 60.0
-"""A collector that asks to wait longer is tried before."""
+"""A collector that asks to wait longer is tried sooner anyway."""
 _TRIES_WHILE_LINGERING = 4
 """The least number of streams tried after the last rank has exited: a collector that is back by then gets the rest."""
 
@@ -245,9 +245,9 @@ def pause_seconds(
     """Return how long to wait before the next stream.
 
     failures: streams without an answer before this one; share: in [0, 1). fill_seconds: in which the fastest rank
-    overwrites its whole ring. asked_seconds: after which the collector asked to try again, 0: it did not.
+    overwrites its whole ring. asked_seconds: after which the collector asked to try again; 0 or less: it did not.
     """
-    if asked_seconds:
+    if asked_seconds > 0:
         return min(asked_seconds, _MOST_ASKED_SECONDS) * (1.0 + share)
     if refused:
         return _RETRY_CAP_SECONDS * (0.5 + share)

@@ -96,4 +96,5 @@ def test_the_first_retry_is_soon_the_later_ones_are_spread_and_a_refusal_waits()
     assert [pause_seconds(n, 0.5, refused=False) for n in (0, 1, 3, 5, 10_000)] == [0.5, 1.0, 4.0, 15.0, 15.0]
     asked = [pause_seconds(9, share, refused=False, asked_seconds=20.0, fill_seconds=1.0) for share in (0.0, 0.5)]
     assert asked == [20.0, 30.0] and pause_seconds(0, 0.0, refused=False, asked_seconds=1e9) == 60.0
+    assert pause_seconds(9, 0.5, refused=False, asked_seconds=-1.0) == 15.0
     assert 15 <= pause_seconds(0, 0.0, refused=True) < pause_seconds(9, 0.999, refused=True) < 45
