@@ -63,8 +63,8 @@ REFUSAL_REASONS = (
 )
 """Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it uses another schema
 version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
-launch; the collector failed on it; too many runs report; or the recorder shows no token, or one for
-other experiments."""
+launch; the collector failed on it; too many runs report or too many streams are open; or the recorder shows no token,
+one for other experiments, or one that was removed or expired while its stream was open."""
 
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)

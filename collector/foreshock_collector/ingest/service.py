@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 4 * 2**20
 _MAX_BATCH_STEPS = 512
 _MOST_STREAMS = 8192
-"""Streams at the same time, one for each recorder; a single machine, or a proxy, may have half of them."""
+"""Streams at the same time, one for each recorder; a single address, be it of a machine or a proxy, may have half."""
 _RETRY_SECONDS = 30.0
-"""After which a recorder may try again that is one too many."""
+"""After which the recorder of one stream too many may try again."""
 _TICK_SECONDS = 0.05
 _EXPIRY_SECONDS = 10.0
 _OPTIONS = (
@@ -172,10 +172,10 @@ class Telemetry:
     def _limit_reached(self, host: str) -> str:
         """Return why no further stream of a machine is accepted; empty if one is."""
         if len(self._streams) >= _MOST_STREAMS:
-            return f"{len(self._streams)} streams are open already, which is the most"
+            return f"{len(self._streams)} streams are open already, the limit"
         of_host = sum(stream.session.host == host for stream in self._streams)
         if of_host >= max(1, _MOST_STREAMS // 2):
-            return f"{of_host} streams of {host} are open already, half of the most"
+            return f"{of_host} streams of {host} are open already, half of the limit"
         return ""
 
     async def _read(self, requests: AsyncIterator[bytes], stream: _Stream) -> None:

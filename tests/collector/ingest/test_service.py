@@ -253,7 +253,7 @@ async def accepted(server: Server) -> Stream | None:
     return stream
 
 
-def test_a_stream_too_many_is_told_when_to_try_again_and_one_that_ends_makes_room(
+def test_one_stream_too_many_is_told_when_to_try_again_and_one_that_ends_makes_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service, "_MOST_STREAMS", 4)
