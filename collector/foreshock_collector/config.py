@@ -45,8 +45,7 @@ class Config:
     retention_seconds: float = setting(900.0, "Seconds for which the series of an ended run stay.")
     most_runs: int = setting(
         1000,
-        "Runs that report or ended within --retention-seconds; one machine may have half of them. "
-        "More are refused.",
+        "Runs that report or ended within --retention-seconds; one machine may have half of them. More are refused.",
     )
     history_days: float = setting(28.0, "Days for which the steps of an ended run are kept; its incidents stay.")
     database_gigabytes: float = setting(
