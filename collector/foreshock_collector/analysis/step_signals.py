@@ -39,7 +39,11 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
     norms = np.array([step.global_norm for step in steps])
     local = buffer.local_norms(sequences)
     layers = buffer.layer_norms_of(sequences)
-    divergent_ranks = [_divergent(*buffer.records(step.sequence), local.shape[1]) for step in steps]
+    compared = buffer.compared(sequences).tolist() if local.shape[1] > 1 else [False] * len(steps)
+    divergent_ranks = [
+        _divergent(*buffer.records(step.sequence)) if all_known else None
+        for step, all_known in zip(steps, compared, strict=True)
+    ]
     found = []
     with np.errstate(all="ignore"):
         mean_squares = np.square(local / norms[:, None]).mean(axis=1)
@@ -75,11 +79,9 @@ def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
     return (largest_rank, float(norms[largest_rank]) / others) if others > 0 else (-1, math.nan)
 
 
-def _divergent(ranks: NDArray[np.int64], rows: Rows, world: int) -> tuple[int, ...] | None:
+def _divergent(ranks: NDArray[np.int64], rows: Rows) -> tuple[int, ...] | None:
     """Return the ranks whose fingerprint is not that of the majority; if two ranks differ, both."""
     prints = rows["parameter_fingerprint"]
-    if len(rows) < world or world < 2 or (prints < 0).any():
-        return None
     if (rows["step"] != rows["step"][0]).any():
         # A rank that observes more often than the others numbers its steps differently: the weights are not comparable.
         return None

@@ -1,17 +1,17 @@
-"""The buffer of the newest records of every rank of one attempt, and how it assembles steps from them.
+"""The buffer of the newest records of every rank of one attempt.
 
-All of it is numpy: a batch goes in at once, and a step reads all its ranks at once. Times come in as arguments.
+All of it is numpy: a batch goes in at once, and steps are read in blocks. Times come in as arguments.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from foreshock_collector.records.assembly import Ranks, assembled
 from foreshock_collector.records.batch import (
     RECORD,
     SUMS,
@@ -20,25 +20,17 @@ from foreshock_collector.records.batch import (
     complete,
     locally_measured,
     nonfinite_mask,
-    observed,
 )
 from foreshock_collector.records.deadlines import Deadlines
 from foreshock_collector.records.layer_weights import WeightHistory
-from foreshock_collector.records.steps import Step, bounded
-from foreshock_protos.columns import WIRE_COLUMNS, Part
+from foreshock_collector.records.steps import Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _MAX_CELLS = 2**18
 """Cells of a buffer, about 200 bytes each; a job of many ranks keeps fewer steps."""
 _MIN_STEPS, _MAX_STEPS = 64, 2048
-
-_STEP_FIELDS = {field.name for field in fields(Step)}
-_MEASUREMENTS = tuple(
-    column
-    for column in WIRE_COLUMNS
-    if column.part is not Part.REDUCED and column.gauge is not None and column.name not in _STEP_FIELDS
-)
-"""Columns that the collector exports and does nothing else with."""
+_ASSEMBLED_AT_ONCE = 2**12
+"""Records of the steps that are assembled at once: their memory is bounded, whatever the number of ranks."""
 
 
 class RecordBuffer:
@@ -128,19 +120,27 @@ class RecordBuffer:
 
     def finalize(self, attempt: int, upto: int) -> Iterator[Step]:
         """Assemble steps, in order, up to a sequence number."""
-        first, last = self.finalized + 1, min(upto, self.highest)
-        for sequence in range(first, last + 1):
-            self.finalized = sequence
-            self._deadlines.end(sequence)
-            step = self._assemble(attempt, sequence)
-            if step is not None:
-                yield step
+        last, length = min(upto, self.highest), max(1, _ASSEMBLED_AT_ONCE // max(1, len(self._ranks)))
+        for first in range(self.finalized + 1, last + 1, length):
+            sequences = np.arange(first, min(first + length, last + 1))
+            for sequence, step in zip(sequences.tolist(), self._assemble(attempt, sequences), strict=True):
+                self.finalized = sequence
+                self._deadlines.end(sequence)
+                if step is not None:
+                    yield step
         self.finalized = max(self.finalized, upto)
         self.highest = max(self.finalized, self.highest)
 
     def assembled_again(self, attempt: int, sequence: int) -> Step | None:
         """Assemble a finalized step once more, with the records that have come since."""
-        return self._assemble(attempt, sequence)
+        return self._assemble(attempt, np.array([sequence]))[0]
+
+    def _assemble(self, attempt: int, sequences: NDArray[np.int64]) -> list[Step | None]:
+        if not len(self._ranks):
+            return [None] * len(sequences)
+        ranks = Ranks(cells=self._cells, columns=self._by_rank, sequences=sequences)
+        with np.errstate(all="ignore"):
+            return assembled(attempt, ranks, self._sums[sequences % self.capacity], len(self.positions))
 
     def records(self, sequence: int) -> tuple[NDArray[np.int64], Rows]:
         """Return the ranks that have finished one step, and their records of it."""
@@ -170,6 +170,15 @@ class RecordBuffer:
             return norms
         return np.column_stack((norms, np.full(len(sequences), math.nan)))
 
+    def compared(self, sequences: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which steps have a fingerprint of the weights from every rank, [steps]."""
+        if len(self._ranks) < len(self.positions):
+            return np.zeros(len(sequences), np.bool_)
+        ranks = Ranks(cells=self._cells, columns=self._by_rank, sequences=sequences)
+        known = ranks.complete() & (ranks.field("parameter_fingerprint") >= 0)
+        found: NDArray[np.bool_] = np.logical_and.reduce(known, axis=1)
+        return found
+
     def local_norms_by_rank(self, sequences: NDArray[np.int64]) -> dict[int, NDArray[np.float64]]:
         """Return local norms, [steps], of each rank that has sent a record."""
         norms = self.local_norms(sequences)
@@ -196,75 +205,3 @@ class RecordBuffer:
         norms[~np.isfinite(norms)] = math.inf
         norms[self._layer_sequences[slots] != sequences] = math.nan
         return norms
-
-    def _assemble(self, attempt: int, sequence: int) -> Step | None:
-        ranks, rows = self.records(sequence)
-        if not ranks.size:
-            return None
-        # Ranks hold the same averaged gradient: any view of it will do.
-        known = np.flatnonzero(rows["flags"] & pb.GRADIENT_UNKNOWN == 0)
-        first = rows[known[0] if known.size else 0]
-        loss, nan_loss, inf_loss = self._loss(sequence, rows)
-        norm = float(first["global_norm"]) if known.size else math.nan
-        step = Step(
-            attempt=attempt,
-            sequence=sequence,
-            step=int(first["step"]),
-            wall_seconds=float(first["wall_seconds"]),
-            duration_seconds=self._duration(sequence, int(ranks[0])),
-            learning_rate=float(first["learning_rate"]),
-            loss=loss,
-            loss_scale=float(first["loss_scale"]),
-            global_norm=norm,
-            clip_coefficient=float(first["clip_coefficient"]),
-            skipped=bool(first["flags"] & pb.SKIPPED),
-            nan_loss=nan_loss,
-            inf_loss=inf_loss,
-            nan_gradient=_any(rows, "global_nan_parameters", "local_nan_parameters")
-            or bool(known.size and norm != norm),
-            inf_gradient=_any(rows, "global_inf_parameters", "local_inf_parameters") or math.isinf(norm),
-            ranks=len(ranks),
-            stepped=not first["flags"] & pb.NOT_STEPPED,
-            shadow_clipped=bool(first["flags"] & pb.SHADOW_CLIPPED),
-            shadow_skipped=bool(first["flags"] & pb.SHADOW_SKIPPED),
-            measurements=_measurements(first),
-        )
-        # Some scripts drop gradients by design, such as those that flow through a GAN's other model: not a step.
-        return step if step.stepped or step.nonfinite or step.loss is not None else None
-
-    def _loss(self, sequence: int, rows: Rows) -> tuple[float | None, bool, bool]:
-        """Return the mean over ranks, whether any loss is NaN, and whether any is Inf.
-
-        Where ranks are missing, the sums of the all-reduce include their losses.
-        """
-        losses = rows["loss"][observed(rows)]
-        nan, inf = bool(np.isnan(losses).any()), bool(np.isinf(losses).any())
-        sums = self.sums(sequence) if len(rows) < len(self.positions) else None
-        if sums is not None:
-            nan, inf = nan or bool(sums["reduced_nan_losses"] > 0), inf or bool(sums["reduced_inf_losses"] > 0)
-        if nan or inf:
-            return (math.nan if nan else math.inf), nan, inf
-        if sums is not None and sums["reduced_loss_count"] > len(losses):
-            mean = bounded(float(sums["reduced_loss_sum"]) / float(sums["reduced_loss_count"]))
-            return (mean if math.isfinite(mean) else None), False, False
-        # Divided before they are summed: finite losses must not add up to Inf.
-        return (float((losses / losses.size).sum()) if losses.size else None), False, False
-
-    def _duration(self, sequence: int, rank: int) -> float | None:
-        column = self._columns[rank]
-        this = self._cells[sequence % self.capacity, column]
-        before = self._cells[(sequence - 1) % self.capacity, column]
-        # Sequence 0 is an empty cell, and no step before the first.
-        if not 0 < before["sequence"] == sequence - 1:
-            return None
-        seconds = float(this["monotonic_seconds"]) - float(before["monotonic_seconds"])
-        return seconds if 0 < seconds < math.inf else None
-
-
-def _measurements(row: np.void) -> dict[str, float]:
-    values = [(column, float(row[column.name])) for column in _MEASUREMENTS]
-    return {column.name: value for column, value in values if not column.optional or value != column.missing}
-
-
-def _any(rows: Rows, *names: str) -> bool:
-    return any(bool((rows[name] > 0).any()) for name in names)

@@ -25,11 +25,14 @@ class Regression(nn.Module):
     def __init__(self, fails_at: int | None = None, nan_pass: int | None = None) -> None:
         """fails_at: forward passes before the one that raises, once. nan_pass: the pass with a NaN, from 1."""
         super().__init__()
-        self.fails_at, self.passes = fails_at, 0
+        self.fails_at, self.nan_pass, self.passes = fails_at, nan_pass, 0
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(WIDTH, 24), nn.Tanh(), nn.Linear(24, 1))
-        # One gradient of one layer at one step.
-        self.layers[0].weight.register_hook(lambda gradient: gradient * (math.nan if self.passes == nan_pass else 1.0))
+        first = nn.Linear(WIDTH, 24)
+        self.layers = nn.Sequential(first, nn.Tanh(), nn.Linear(24, 1))
+        first.weight.register_hook(self._spoiled)  # type: ignore[no-untyped-call]
+
+    def _spoiled(self, gradient: Tensor) -> Tensor:
+        return gradient * (math.nan if self.passes == self.nan_pass else 1.0)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         if self.passes == self.fails_at:
