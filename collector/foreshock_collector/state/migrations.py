@@ -192,7 +192,18 @@ def _measurements(*values: float | str | None) -> bytes | None:
     return msgspec.msgpack.encode(known) if known else None
 
 
-_STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (_json_to_messagepack, _columns_to_measurements)
+# -- 5 to 6: the instances of one run are found without looking at all -----------------------------------------------
+
+
+def _index_of_instances(database: sqlite3.Connection) -> None:
+    database.execute("CREATE INDEX instances_by_run ON instances (run, attempt)")
+
+
+_STEPS: tuple[Callable[[sqlite3.Connection], None], ...] = (
+    _json_to_messagepack,
+    _columns_to_measurements,
+    _index_of_instances,
+)
 """Each leads from the schema of its place, counted from `OLDEST`, to the next."""
 OLDEST = 3
 SCHEMA = OLDEST + len(_STEPS)

@@ -21,6 +21,7 @@ CREATE TABLE runs (run TEXT PRIMARY KEY, state BLOB NOT NULL);
 CREATE TABLE attempts (run TEXT, attempt INTEGER, launch TEXT, started_seconds REAL, hello BLOB,
   PRIMARY KEY (run, attempt));
 CREATE TABLE instances (instance TEXT PRIMARY KEY, run TEXT, attempt INTEGER, state BLOB);
+CREATE INDEX instances_by_run ON instances (run, attempt);
 CREATE TABLE steps (run TEXT, {", ".join(STEP_COLUMNS)}, PRIMARY KEY (run, attempt, sequence)) WITHOUT ROWID;
 CREATE TABLE events (id INTEGER PRIMARY KEY, run TEXT, source TEXT, event BLOB);
 CREATE INDEX events_by_run ON events (run, id);

@@ -140,6 +140,14 @@ def test_an_upgraded_database_has_the_layout_of_a_new_one(path: Path, tmp_path: 
     assert layout(path) == layout(tmp_path / "new")
 
 
+def test_the_instances_of_a_run_are_found_without_looking_at_all(path: Path) -> None:
+    with closing(Store(path)) as store:
+        plan = store._db.execute(
+            "EXPLAIN QUERY PLAN SELECT state FROM instances WHERE run=? ORDER BY attempt, rowid", "r"
+        )
+        assert [detail for *_, detail in plan] == ["SEARCH instances USING INDEX instances_by_run (run=?)"]
+
+
 def test_an_upgrade_keeps_a_backup_and_says_where(path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = contents(path)
     with caplog.at_level("INFO", "foreshock_collector.state.schema"):
