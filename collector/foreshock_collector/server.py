@@ -66,7 +66,13 @@ class Server:
         async with self._stack as stack:
             config, clock = self._config, self._clock
             tokens = _tokens(config, clock)
-            self.store, runs = recovery.load(config.database, clock(), config.rules_of)
+            now = clock()
+            self.store, runs = recovery.load(
+                config.database,
+                now,
+                config.rules_of,
+                archive_before=now - config.silent_seconds - config.retention_seconds,
+            )
             store = self.store
             stack.callback(store.close)
             limits = {"ended_seconds": config.retention_seconds, "silent": config.silent_seconds}

@@ -21,7 +21,7 @@ from foreshock_collector.config import ConfigError, Parser
 
 _TROUBLE = frozenset({"failing", "failed", "stalled", "ranks missing"})
 """Conditions that make `foreshock status` exit with 1. A build-up is only a warning: most runs survive it."""
-_RECENT_SECONDS = 86400.0
+_RECENT_SECONDS = 86400
 """How long ended runs are listed: an old failure must not keep the exit code at 1 forever."""
 
 
@@ -63,15 +63,17 @@ def _show(parser: Parser, arguments: list[str], command: Callable[[Any, Console]
 
 
 def _status(options: Any, console: Console) -> int:
-    answer = ask(options.url, "runs", *([options.run] if options.run else []))
-    runs = [answer] if options.run else answer["runs"]
-    if not (options.run or options.all):
-        runs = [run for run in runs if run["state"] == "active" or _age(run, answer) < _RECENT_SECONDS]
+    if options.run:
+        answer = ask(options.url, "runs", options.run)
+        runs = [answer]
+    else:
+        answer = ask(options.url, "runs", **({} if options.all else {"ended_within": _RECENT_SECONDS}))
+        runs = answer["runs"]
     code = int(any(run["condition"] in _TROUBLE for run in runs))
     if options.json:
-        sys.stdout.write(json.dumps(answer if options.run else {**answer, "runs": runs}) + "\n")
+        sys.stdout.write(json.dumps(answer) + "\n")
         return code
-    older = 0 if options.run else len(answer["runs"]) - len(runs)
+    older = 0 if options.run else answer["ended"] - sum(run["state"] == "ended" for run in runs)
     if runs:
         console.print(_runs(runs))
     elif not older:
@@ -86,10 +88,6 @@ def _status(options: Any, console: Console) -> int:
         _ranks(console, answer["ranks"])
         _verdicts(console, answer["incidents"])
     return code
-
-
-def _age(run: dict[str, Any], answer: dict[str, Any]) -> float:
-    return float(answer["now_seconds"] - run["last_report_seconds"])
 
 
 def _runs(runs: Sequence[dict[str, Any]]) -> Table:

@@ -109,7 +109,9 @@ class Intake:
             name = content.instance[:NAME_LENGTH]
             raise RefusedError(f"instance {name!r} has not said hello on this stream", reason="no_hello")
         found = self._runs.find(content.instance)
-        assert found is not None
+        if found is None:
+            # With another stream, and another hello, the instance begins a new run.
+            raise LookupError(f"the run of instance {content.instance!r} cannot be decoded, and was set aside")
         run, instance = found
         try:
             if which == "steps":
@@ -152,6 +154,8 @@ class Intake:
             self._refuse_instance(sender, session, str(error), "contradiction")
         except Exception as error:
             self._runs.errors.add("ingest", error)
+            if is_damage(error):
+                self.database_error = error
             self._refuse_instance(
                 sender, session, "the collector failed on its hello; see the collector's log", "collector_error"
             )
@@ -243,7 +247,7 @@ class Intake:
         if not self.storing:
             return set()  # the next commit of all tries again
         waiting, self.urgent = self.urgent, set()
-        known = (self._runs.find(name) for name in waiting)
+        known = (self._runs.find_in_memory(name) for name in waiting)
         urgent = {id(found[0]): found[0] for found in known if found is not None}
         for run in self._runs:
             with run.errors.caught("evaluate"):
@@ -264,7 +268,7 @@ class Intake:
         if changed and not self._store_changed(changed):
             return False
         waiting = self.statistics.waiting_since
-        for name in [name for name in waiting if (run := self._runs.get(name)) is None or not run.changed]:
+        for name in [name for name in waiting if (run := self._runs.in_memory(name)) is None or not run.changed]:
             del waiting[name]
         return True
 
@@ -312,11 +316,15 @@ class Intake:
             self._retention.delete_some(self._runs, now)
 
     def positions(self, session: Session) -> list[pb.Ack.Position]:
-        """Return how far each instance of a stream is stored, or why it is refused."""
+        """Return how far each instance of a stream is stored, or why it is refused.
+
+        Without those whose run has left memory: that ended long ago, and the stream has had their last position.
+        """
         found = []
         for name in sorted(session.registered):
-            known = self._runs.find(name)
-            assert known is not None
+            known = self._runs.find_in_memory(name)
+            if known is None:
+                continue
             run, instance = known
             position = pb.Ack.Position(
                 instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name

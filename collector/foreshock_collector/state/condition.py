@@ -12,7 +12,7 @@ def condition(run: Run, now: float, silent: float) -> Condition:
     """The condition of the newest attempt. now: Unix time; silent: seconds without a report that end a run."""
     attempt = run.newest
     if not run.active(now, silent):
-        return _end(attempt)
+        return condition_at_end(attempt)
     if DEATH in attempt.incidents:
         return "failed"
     if attempt.detector.failing:
@@ -26,7 +26,8 @@ def condition(run: Run, now: float, silent: float) -> Condition:
     return "running"
 
 
-def _end(attempt: Attempt) -> Condition:
+def condition_at_end(attempt: Attempt) -> Condition:
+    """The condition of a run whose newest attempt this is, and that has ended."""
     if attempt.detector.failing:
         return "failed"
     if attempt.outcome:

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
+from cachetools import LRUCache
+
 from foreshock_collector.analysis.rules import DEFAULT, Rules
-from foreshock_collector.state.errors import collector_errors
+from foreshock_collector.state.errors import Errors, collector_errors
 from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import ContradictionError, Run
+from foreshock_collector.state.summary import RunSummary, summary_at_end
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 ENDED_KEPT = 200
 """Ended runs in memory, the newest ones, at up to a few hundred kilobytes each; the store has them all."""
+_COPIES_KEPT = 16
+"""Archived runs that were read last: an open page reads its run several times."""
 
 
 class Archive(Protocol):
     """Stores runs, and returns those that have left memory."""
 
-    def restored(self, run: str, rules_of: Callable[[str], Rules]) -> Run:
-        """Return a run by its name, as it was committed."""
+    def restored(self, run: str, rules_of: Callable[[str], Rules], errors: Errors) -> Run | None:
+        """Return a run by its name, as it was committed; None if it cannot be decoded: it is counted and set aside."""
 
     def run_of(self, instance: str) -> str | None:
         """Return the name of the run that an instance is part of; None if no such instance is stored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArchivedRun:
-    """Describes an ended run that is in the store alone."""
-
-    experiment: str
-    last_report: float
-    """Unix time at which any of its ranks last reported."""
-    steps: int
-    """How many steps it has made."""
 
 
 class Runs:
@@ -48,9 +42,13 @@ class Runs:
         self.rules_of = rules_of
         self.errors = collector_errors()
         """Internal errors that no single run caused."""
-        self.archived: dict[str, ArchivedRun] = {}
+        self.archived: dict[str, RunSummary] = {}
         """Ended runs that are in the store alone, by name."""
+        self._newest_archived: list[RunSummary] | None = None
+        """The archived runs in order; None if it is not known."""
         self._archive = archive
+        self._copies: LRUCache[str, Run] = LRUCache(_COPIES_KEPT)
+        """Archived runs as they were read, by name."""
         self._runs: dict[str, Run] = {}
         self._instances: dict[str, tuple[Run, Instance]] = {}
         self._launches: dict[tuple[str, str], str] = {}
@@ -60,23 +58,53 @@ class Runs:
         return iter(list(self._runs.values()))
 
     def get(self, name: str) -> Run | None:
-        """The run of this name; one that was archived is in memory from now on."""
-        return self._restored(name) if name in self.archived else self._runs.get(name)
+        """The run of this name, for reading: of an archived run, a copy."""
+        if name not in self.archived:
+            return self._runs.get(name)
+        if name not in self._copies:
+            run = self._from_archive(name)
+            if run is None:
+                return None
+            self._copies[name] = run
+        copy: Run = self._copies[name]
+        return copy
+
+    def in_memory(self, name: str) -> Run | None:
+        """The run of this name, unless it is archived."""
+        return self._runs.get(name)
+
+    def experiment_of(self, name: str) -> str | None:
+        """The experiment of the run of this name; None if there is no such run."""
+        found = self.archived.get(name) or self._runs.get(name)
+        return None if found is None else found.experiment
 
     def find(self, instance: str) -> tuple[Run, Instance] | None:
-        """An instance and its run."""
+        """An instance and its run, for writing: an archived run is in memory from now on."""
         if instance not in self._instances and self.archived:
             assert self._archive is not None
             if (name := self._archive.run_of(instance)) in self.archived:
-                self._restored(name)
+                self._bring_back(name)
         return self._instances.get(instance)
+
+    def find_in_memory(self, instance: str) -> tuple[Run, Instance] | None:
+        """An instance and its run, unless that is archived."""
+        return self._instances.get(instance)
+
+    def archived_newest_first(self) -> Sequence[RunSummary]:
+        """Return the archived runs, the one that reported last at the beginning."""
+        if self._newest_archived is None:
+            self._newest_archived = sorted(self.archived.values(), key=lambda run: run.last_report, reverse=True)
+        return self._newest_archived
 
     def move_clock(self, seconds: float) -> None:
         """Add so many seconds to each time by this machine's clock, which was set."""
         for run in self._runs.values():
             run.move_clock(seconds)
-        for name, archived in self.archived.items():
-            self.archived[name] = replace(archived, last_report=archived.last_report + seconds)
+        for name, summary in self.archived.items():
+            last_step = summary.last_step + seconds if summary.last_step else 0.0
+            self.archived[name] = replace(summary, last_report=summary.last_report + seconds, last_step=last_step)
+        self._newest_archived = None
+        self._copies.clear()
 
     def add(self, run: Run) -> None:
         """Add a run from the store, with its instances."""
@@ -92,21 +120,42 @@ class Runs:
         if self._archive is None:
             return newest_first
         for run in newest_first[ENDED_KEPT:]:
+            summary = run.errors.value("page", None, summary_at_end, run)
+            if summary is None:
+                continue  # a run that no list can show stays where its errors are seen
             del self._runs[run.name]
             for attempt in run.attempts:
                 for instance in attempt.instances.values():
                     del self._instances[instance.name]
-            self.archived[run.name] = ArchivedRun(
-                experiment=run.experiment, last_report=run.last_report(), steps=run.totals.steps
-            )
+            self.archived[run.name] = summary
+            self._newest_archived = None
         return newest_first[:ENDED_KEPT]
 
-    def _restored(self, name: str) -> Run:
-        assert self._archive is not None
-        run = self._archive.restored(name, self.rules_of)
-        del self.archived[name]
-        self.add(run)
+    def _bring_back(self, name: str) -> Run | None:
+        """Return a run for writing; None if there is no such run, or it is archived and cannot be decoded."""
+        if name not in self.archived:
+            return self._runs.get(name)
+        run = self._from_archive(name)
+        if run is not None:
+            self._remove_archived(name)
+            self.add(run)
         return run
+
+    def _from_archive(self, name: str) -> Run | None:
+        assert self._archive is not None
+        run = self._archive.restored(name, self.rules_of, self.errors)
+        if run is None:
+            self._remove_archived(name)
+            self._launches = {launch: of for launch, of in self._launches.items() if of != name}
+            return None
+        # The clock may have been set since it was stored.
+        run.move_clock(self.archived[name].last_report - run.last_report())
+        return run
+
+    def _remove_archived(self, name: str) -> None:
+        del self.archived[name]
+        self._newest_archived = None
+        self._copies.pop(name, None)
 
     def begins_run(self, hello: pb.Hello) -> bool:
         """Return whether a hello is the first of a launch, and so begins a run or brings one back."""
@@ -144,7 +193,7 @@ class Runs:
         another experiment, the launch becomes a separate run: name-2, name-3 and so on.
         """
         name = self._launches.get((hello.run, hello.launch_id))
-        run = None if name is None else self.get(name)
+        run = None if name is None else self._bring_back(name)
         if run is not None:
             if run.experiment != hello.experiment:
                 raise ContradictionError(
@@ -155,7 +204,7 @@ class Runs:
             name = hello.run if number == 1 else f"{hello.run}-{number}"
             if name in self.archived and self.archived[name].experiment != hello.experiment:
                 continue
-            run = self.get(name)
+            run = self._bring_back(name)
             if run is None:
                 return Run(hello.experiment, name, self.rules_of(hello.run))
             if run.experiment != hello.experiment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +18,24 @@ from foreshock_collector.state.store import Store
 logger = logging.getLogger(__name__)
 
 
-def load(path: str, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> tuple[Store, Runs]:
-    """Open a database and load its runs, after `replace` if it is damaged. Raises `StoreError`. now: Unix time."""
+def load(
+    path: str, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT, *, archive_before: float = -math.inf
+) -> tuple[Store, Runs]:
+    """Open a database and load its runs, after `replace` if it is damaged. Raises `StoreError`.
+
+    now: Unix time. archive_before: as of `Store.load`.
+    """
     try:
-        return _load(path, now, rules_of)
+        return _load(path, now, rules_of, archive_before)
     except DamagedError as error:
         replace(Path(path), error)
-    return _load(path, now, rules_of)
+    return _load(path, now, rules_of, archive_before)
 
 
-def _load(path: str, now: float, rules_of: Callable[[str], Rules]) -> tuple[Store, Runs]:
+def _load(path: str, now: float, rules_of: Callable[[str], Rules], archive_before: float) -> tuple[Store, Runs]:
     store = Store(path)
     try:
-        return store, store.load(now, rules_of)
+        return store, store.load(now, rules_of, archive_before=archive_before)
     except BaseException:
         store.close()
         raise

@@ -31,16 +31,16 @@ class Retention:
 
     def delete_some(self, runs: Runs, now: float) -> None:
         """Delete steps that are due, of one run. now: Unix time. Raises `sqlite3.Error`."""
-        archived = sorted(runs.archived.items(), key=lambda each: each[1].last_report)
+        archived = runs.archived_newest_first()[::-1]
         oldest = sorted((run for run in runs if run.attempts), key=Run.last_report)
-        for name, run in archived:
-            if now - run.last_report > self._seconds and self._delete_archived(name, run.steps):
+        for run in archived:
+            if now - run.last_report > self._seconds and self._delete_archived(run.run, run.steps):
                 return
         for each in oldest:
             if each.ended_for(now, self._silent) > self._seconds and self._delete(each):
                 return
         full = self._store.used_bytes() > self._most_bytes
-        if full and not any(self._delete_archived(name, run.steps) for name, run in archived):
+        if full and not any(self._delete_archived(run.run, run.steps) for run in archived):
             any(self._delete(each) for each in oldest)
 
     def _delete_archived(self, name: str, made: int) -> bool:

@@ -188,8 +188,12 @@ class Run:
                 steps = self._assemble(each, max(each.due(now), at_least if each is attempt else 0))
                 self._evaluate_steps(each, steps, now, newest=newest)
                 self._revise_steps(each, now)
+            pending = each.departures_pending
             with self.errors.caught("evaluate"):
                 self._evaluator.check_departures(each, now)
+            if pending and not each.departures_pending:
+                # The attempt's outcome is known now, though perhaps without an incident.
+                self.unsaved.instances |= {instance.name: instance for instance in each.instances.values()}
             with self.errors.caught("evaluate"):
                 if newest:
                     self._evaluator.check_stall(each, now, since=self.watched_since)

@@ -18,6 +18,7 @@ from foreshock_collector.records.steps import Step, kind_of
 from foreshock_collector.state.attempts import WINDOW_STEPS, Attempt
 from foreshock_collector.state.database_file import DamagedError, DatabaseFile, StoreError
 from foreshock_collector.state.encoding import decode, encode
+from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.events import EVENTS_KEPT, DetectedEvent, RankEvent, RunEvent
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.history import History, number_of
@@ -32,6 +33,7 @@ _EVENT_SOURCES: dict[str, type[RunEvent]] = {"detector": DetectedEvent, "rank": 
 _DELETED_STEPS = 20_000
 """Steps deleted at once: the collector does nothing else meanwhile, for some ten milliseconds."""
 _ARCHIVED_AT_ONCE = 100
+"""Ended runs that are in memory at most, beside those that stay, while the collector starts."""
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
 
 
@@ -174,42 +176,48 @@ class Store(History):
         used: int = (pages - free) * size
         return used
 
-    def load(self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT) -> Runs:
+    def load(
+        self, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT, *, archive_before: float = -math.inf
+    ) -> Runs:
         """Return all runs as they were committed; of those that are over, only the newest are in memory.
 
-        A run that cannot be decoded is set aside.
-        Raises `StoreError` or `DamagedError`.
+        archive_before: Unix time; a run that has reported since stays in memory in any case. A run that cannot be
+        decoded is set aside. Raises `StoreError` or `DamagedError`.
         """
         runs = Runs(rules_of, self)
         ended: list[Run] = []
         try:
             for name in self.runs():
-                (state,) = self._db.execute("SELECT state FROM runs WHERE run=?", (name,)).fetchone()
-                try:
-                    run = self._restored(name, state, now, rules_of)
-                    run.watched_since = now
-                except sqlite3.Error:
-                    raise
-                except Exception as error:
-                    runs.errors.add("load", error, f"run {name!r}, which is set aside")
-                    self._set_aside(name, state)
-                else:
-                    runs.add(run)
-                    if run.over:
-                        ended.append(run)
-                        # Not only at the end: there may be far more than fit in memory.
-                        if len(ended) % _ARCHIVED_AT_ONCE == 0:
-                            ended = runs.archive(ended)
+                run = self.restored(name, rules_of, runs.errors, now)
+                if run is None:
+                    continue
+                run.watched_since = now
+                runs.add(run)
+                if run.over and run.last_report() < archive_before:
+                    ended.append(run)
+                    # Not only at the end: there may be far more than fit in memory.
+                    if len(ended) % _ARCHIVED_AT_ONCE == 0:
+                        ended = runs.archive(ended)
             runs.archive(ended)
         except sqlite3.Error as error:
             damaged = is_damage(error)
             raise (DamagedError if damaged else StoreError)(f"database {self._path} cannot be read: {error}") from error
         return runs
 
-    def restored(self, run: str, rules_of: Callable[[str], Rules]) -> Run:
-        """Return a run that has ended, as it was committed. Raises `sqlite3.Error`, and others for what is damaged."""
+    def restored(self, run: str, rules_of: Callable[[str], Rules], errors: Errors, now: float = math.inf) -> Run | None:
+        """Return a run as it was committed, yet no time after `now`. Raises `sqlite3.Error`.
+
+        None if it cannot be decoded: it is counted in `errors`, and set aside.
+        """
         (state,) = self._db.execute("SELECT state FROM runs WHERE run=?", (run,)).fetchone()
-        return self._restored(run, state, math.inf, rules_of)
+        try:
+            return self._restored(run, state, now, rules_of)
+        except sqlite3.Error:
+            raise
+        except Exception as error:
+            errors.add("load", error, f"run {run!r}, which is set aside")
+            self._set_aside(run, state)
+        return None
 
     def run_of(self, instance: str) -> str | None:
         """Return the name of the run that an instance is part of; None if no such instance is stored."""
@@ -240,6 +248,7 @@ class Store(History):
         for attempt in run.attempts:
             if not attempt.evicted:
                 self._restore_steps(run, attempt)
+        run.departures_pending = any(attempt.departures_pending for attempt in run.attempts)
         return run
 
     def _set_aside(self, name: str, state: bytes) -> None:

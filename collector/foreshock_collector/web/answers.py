@@ -11,8 +11,32 @@ from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.events import DetectedEvent, RunEvent
 from foreshock_collector.state.incidents import Incident
 from foreshock_collector.state.instances import Instance
+from foreshock_collector.state.summary import RunSummary
 
 Answer = dict[str, Any]
+
+
+def summary_answer(run: RunSummary) -> Answer:
+    """A run and its newest attempt."""
+    return {
+        "run": run.run,
+        "experiment": run.experiment,
+        "state": "active" if run.active else "ended",
+        "condition": run.condition,
+        "attempt": run.attempt,
+        "started_seconds": run.started_seconds,
+        "world_size": run.world_size,
+        "ranks_reporting": run.ranks_reporting,
+        "verdict": run.verdict,
+        "verdict_title": VERDICT_TABLE[run.verdict].title,
+        "failing": run.failing,
+        "building_up": run.building_up,
+        "newest": run.newest,
+        "last_report_seconds": run.last_report,
+        "last_step_seconds": run.last_step,
+        "stall_threshold_seconds": run.stall_threshold,
+        "errors": run.errors,
+    }
 
 
 def verdict_answer(verdict: Verdict) -> Answer:

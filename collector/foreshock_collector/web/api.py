@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import heapq
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,21 +13,21 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
-from foreshock_collector.analysis.verdict_entry import Cause
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 from foreshock_collector.state.attempts import Attempt
-from foreshock_collector.state.condition import condition
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
+from foreshock_collector.state.summary import RunSummary, summary_of
 from foreshock_collector.web import heat
-from foreshock_collector.web.answers import attempt_answer, event_answer, incident_answer, rank_answer
+from foreshock_collector.web.answers import attempt_answer, event_answer, incident_answer, rank_answer, summary_answer
 from foreshock_collector.web.baseline import Baselines
 from foreshock_collector.web.downsampling import Downsampler
 from foreshock_collector.web.sparklines import Sparklines
 
 RUN = "{run:[^/]+}"
 """In a route: any name, percent-encoded. A bare {run} leaves out names with braces."""
+_SHORT_LIST = 1000
+"""Most runs in a list that is encoded at once, in some tens of milliseconds; a longer one is encoded in a thread."""
 _MOST_STEPS = 10_000
 _MOST_RANK_COLUMNS = 64
 """Most ranks for which the steps carry local norms."""
@@ -56,19 +59,25 @@ class Api:
         ]
 
     async def _list(self, request: web.Request) -> web.Response:
+        """Return all active runs, and ended runs: at most `ended`, that reported within `ended_within` seconds."""
         now = self._clock()
-        runs = sorted(self._runs, key=lambda run: run.errors.value("page", 0.0, run.last_report), reverse=True)
-        ended = [run for run in runs if not run.errors.value("page", True, run.active, now, self._silent)]
-        omitted = set(ended[query_number(request, "ended", len(ended)) :])
-        runs = [run for run in runs if run not in omitted]
-        briefs = [self._brief_or_unknown(run) for run in runs]
+        summaries = sorted(map(self._summary_or_unknown, self._runs), key=_last_report, reverse=True)
+        ended, archived = [each for each in summaries if not each.active], self._runs.archived_newest_first()
+        seconds = query_number(request, "ended_within", _NO_END)
+        in_order = heapq.merge(ended, archived, key=_last_report, reverse=True)
+        newest = itertools.islice(in_order, query_number(request, "ended", _NO_END))
+        shown = [each for each in summaries if each.active]
+        shown += itertools.takewhile(lambda each: now - each.last_report < seconds, newest)
+        shown.sort(key=_last_report, reverse=True)
+        briefs = [summary_answer(each) for each in shown]
         if query_number(request, "recent", 0):
+            runs = [self._runs.in_memory(each.run) for each in shown]
             for brief, run, columns in zip(briefs, runs, self._sparklines.points(runs), strict=True):
                 brief["recent"] = columns
-                open_ = [each for each in run.incidents.kept if each.closed_seconds is None]
-                brief["open_incidents"] = [incident_answer(each) for each in open_]
-        facts = {"now_seconds": now, "ended": len(ended), "archived": len(self._runs.archived)}
-        return json_response({**facts, "runs": briefs})
+                incidents = [] if run is None else run.incidents.kept
+                brief["open_incidents"] = [incident_answer(each) for each in incidents if each.closed_seconds is None]
+        answer = {"now_seconds": now, "ended": len(ended) + len(archived), "runs": briefs}
+        return json_response(answer) if len(briefs) <= _SHORT_LIST else await asyncio.to_thread(json_response, answer)
 
     async def _run(self, request: web.Request) -> web.Response:
         run = self._find(request)
@@ -78,7 +87,7 @@ class Api:
         ranks = ranks[: query_number(request, "ranks", len(ranks))]
         return json_response(
             {
-                **self._brief(run),
+                **summary_answer(summary_of(run, self._clock(), self._silent)),
                 "now_seconds": self._clock(),
                 "counters": {**run.totals.counters, "nonfinite": run.totals.nonfinite, "dropped": run.totals.dropped},
                 "attempts": [attempt_answer(each) for each in run.attempts],
@@ -160,60 +169,39 @@ class Api:
             raise json_error(web.HTTPNotFound, f"there is no run {name[:200]!r}; /api/v1/runs lists them")
         return run
 
-    def _brief_or_unknown(self, run: Run) -> dict[str, Any]:
+    def _summary_or_unknown(self, run: Run) -> RunSummary:
         try:
-            return self._brief(run)
+            return summary_of(run, self._clock(), self._silent)
         except Exception as failure:
             run.errors.add("page", failure)
-            return _unknown_brief(run)
-
-    def _brief(self, run: Run) -> dict[str, Any]:
-        attempt = run.newest
-        newest = run.incidents.newest
-        cause: Cause = newest.verdict.cause if newest else "healthy"
-        now = self._clock()
-        return {
-            "run": run.name,
-            "experiment": run.experiment,
-            "state": "active" if run.active(now, self._silent) else "ended",
-            "condition": condition(run, now, self._silent),
-            "attempt": attempt.number,
-            "started_seconds": attempt.started_seconds,
-            "world_size": attempt.world_size,
-            "ranks_reporting": sum(instance.reporting for instance in attempt.instances.values()),
-            "verdict": cause,
-            "verdict_title": VERDICT_TABLE[cause].title,
-            "failing": attempt.detector.failing,
-            "building_up": attempt.detector.gradient.in_build_up,
-            "newest": run.totals.newest() if attempt.finalized else {},
-            "last_report_seconds": run.last_report(),
-            "last_step_seconds": run.totals.last["step"],
-            "stall_threshold_seconds": run.stall_threshold(),
-            "errors": run.errors.nonzero(),
-        }
+            return _unknown(run)
 
 
-def _unknown_brief(run: Run) -> dict[str, Any]:
-    """Return a brief for a run whose own cannot be made."""
-    return {
-        "run": run.name,
-        "experiment": run.experiment,
-        "state": "active",
-        "condition": "unknown",
-        "attempt": 0,
-        "started_seconds": 0.0,
-        "world_size": 0,
-        "ranks_reporting": 0,
-        "verdict": "unknown",
-        "verdict_title": VERDICT_TABLE["unknown"].title,
-        "failing": False,
-        "building_up": False,
-        "newest": {},
-        "last_report_seconds": 0.0,
-        "last_step_seconds": 0.0,
-        "stall_threshold_seconds": 0.0,
-        "errors": run.errors.nonzero(),
-    }
+def _last_report(run: RunSummary) -> float:
+    return run.last_report
+
+
+def _unknown(run: Run) -> RunSummary:
+    """Return the summary of a run whose own cannot be made."""
+    return RunSummary(
+        run=run.name,
+        experiment=run.experiment,
+        active=True,
+        condition="unknown",
+        attempt=0,
+        started_seconds=0.0,
+        world_size=0,
+        ranks_reporting=0,
+        failing=False,
+        building_up=False,
+        verdict="unknown",
+        newest={},
+        steps=0,
+        last_report=0.0,
+        last_step=0.0,
+        stall_threshold=0.0,
+        errors=run.errors.nonzero(),
+    )
 
 
 def _attempt_of(request: web.Request, run: Run) -> Attempt:

@@ -118,7 +118,7 @@ class WebApplication:
         except (web.HTTPException, ConnectionError):
             raise
         except Exception as failure:
-            run = self._runs.get(request.match_info.get("run", ""))
+            run = self._runs.in_memory(request.match_info.get("run", ""))
             (self._runs if run is None else run).errors.add("page", failure)
             raise json_error(
                 web.HTTPInternalServerError, "the collector failed on this request; see its log"

@@ -28,9 +28,9 @@ def token_required(tokens: Tokens, runs: Runs) -> Any:
             if token is None:
                 raise web.HTTPUnauthorized(text="a token with the right to read is required\n", headers=_ASK)
             name = request.match_info.get("run", "") or request.query.get("run", "")
-            run = runs.get(name) if name else None
+            experiment = runs.experiment_of(name) if name else None
             of_all = request.path in _OF_ALL_RUNS and not name
-            if not token.allows_all and (of_all or (run is not None and not token.allows(run.experiment))):
+            if not token.allows_all and (of_all or (experiment is not None and not token.allows(experiment))):
                 raise web.HTTPForbidden(text=f"this token is for experiments {token.experiment!r} only\n")
         response: web.StreamResponse = await handler(request)
         return response

@@ -79,7 +79,9 @@ class ChangeStreams:
     def _fingerprints(self, name: str | None) -> Any:
         if name is None:
             return [self._fingerprint(run) for run in self._runs]
-        run = self._runs.get(name)
+        if name in self._runs.archived:
+            return name
+        run = self._runs.in_memory(name)
         return None if run is None else self._fingerprint(run)
 
     def _fingerprint(self, run: Run) -> tuple[Any, ...]:

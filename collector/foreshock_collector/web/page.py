@@ -53,7 +53,7 @@ _INDEX_TEXT = """Foreshock collector
 
 /                             the page, for a browser
 /metrics                      for Prometheus
-/api/v1/runs                  all runs, as JSON
+/api/v1/runs                  all runs, as JSON: ?ended=&ended_within=
 /api/v1/runs/{run}            one run: ranks, events, incidents
 /api/v1/runs/{run}/steps      its steps, as columns: ?attempt=&after=&limit=
 /api/v1/runs/{run}/series     its steps downsampled for a chart, with the baseline: ?attempt=&first=&last=&points=
@@ -94,7 +94,7 @@ class Page:
 
     async def _run(self, request: web.Request) -> web.Response:
         name = request.match_info["run"]
-        status = 200 if self._runs.get(name) is not None else 404
+        status = 404 if self._runs.experiment_of(name) is None else 200
         return _page("run.html", status=status, title=name[:200], plotly_version=_PLOTLY_VERSION)
 
     async def _list(self, request: web.Request) -> web.Response:

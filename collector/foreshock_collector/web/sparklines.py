@@ -26,10 +26,12 @@ class Sparklines:
         self._store = store
         self._cache: LRUCache[tuple[str, int, int], Columns] = LRUCache(_MOST_FROM_STORE)
 
-    def points(self, runs: Sequence[Run]) -> list[Columns | None]:
-        """Return loss and norm of each run's newest attempt, oldest first; None where that is too much to read."""
+    def points(self, runs: Sequence[Run | None]) -> list[Columns | None]:
+        """Return loss and norm of each run's newest attempt, oldest first; None without a run, or where that is too
+        much to read.
+        """
         budget = iter(range(_MOST_FROM_STORE))
-        return [run.errors.value("page", None, self._points, run, budget) for run in runs]
+        return [None if run is None else run.errors.value("page", None, self._points, run, budget) for run in runs]
 
     def _points(self, run: Run, budget: Iterator[int]) -> Columns | None:
         attempt = run.newest

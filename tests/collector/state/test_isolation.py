@@ -275,7 +275,7 @@ def test_a_run_that_cannot_be_shown_is_told_as_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     broken = failing(condition, for_run=lambda run, *_: run.name == "broken")
-    monkeypatch.setattr("foreshock_collector.web.api.condition", broken)
+    monkeypatch.setattr("foreshock_collector.state.summary.condition", broken)
     monkeypatch.setattr(
         exposition.RunSeries,
         "_run_samples",

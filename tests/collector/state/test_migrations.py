@@ -31,7 +31,7 @@ its second attempt, one withholds a failure, one waits for a rank with a NaN as 
 RUNS = ["done", "guarded", "silent", "again", "waiting"]
 ANSWERS_3 = Path(__file__).with_name("schema_3.json")
 """What the same collector answered of it after a restart; the usual bands are those of the rule as it is now."""
-ADDED = {"title", "verdict_title", "names_last_step", "archived"}
+ADDED = {"title", "verdict_title", "names_last_step"}
 """Keys that answers have gained since: those of a verdict follow from its cause."""
 ADDED_COLUMNS = {"update_ratio", "parameter_norm", "first_moment_norm", "second_moment_norm"}
 """Columns that answers about steps have gained since."""
