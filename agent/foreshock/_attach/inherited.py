@@ -39,10 +39,11 @@ def _of_a_step(state: Any) -> bool:
     """Return whether a parameter's state is more than what Adagrad makes before the first step."""
     if not isinstance(state, Mapping) or not state:
         return False
-    step = state.get("step")
-    # Others than torch's own may call anything so.
-    counts = isinstance(step, (int, float)) or (isinstance(step, torch.Tensor) and step.numel() == 1)
-    return float(step) > 0 if counts and step is not None else True
+    try:
+        return float(state.get("step", 1)) > 0
+    except (TypeError, ValueError, RuntimeError):
+        # Others than torch's own may call anything so.
+        return True
 
 
 def inherited_history(ring: Ring, recorder: RecorderProcess, arithmetic: Arithmetic) -> dict[str, float | None]:

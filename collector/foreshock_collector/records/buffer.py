@@ -123,9 +123,15 @@ class RecordBuffer:
         last, length = min(upto, self.highest), max(1, _ASSEMBLED_AT_ONCE // max(1, len(self._ranks)))
         for first in range(self.finalized + 1, last + 1, length):
             sequences = np.arange(first, min(first + length, last + 1))
-            for sequence, step in zip(sequences.tolist(), self._assemble(attempt, sequences), strict=True):
+            try:
+                steps = self._assemble(attempt, sequences)
+            except Exception:
+                # One by one instead, so that the error comes again, at its own step, and costs no other.
+                steps = []
+            for place, sequence in enumerate(sequences.tolist()):
                 self.finalized = sequence
                 self._deadlines.end(sequence)
+                step = steps[place] if steps else self.assembled_again(attempt, sequence)
                 if step is not None:
                     yield step
         self.finalized = max(self.finalized, upto)

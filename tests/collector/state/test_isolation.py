@@ -165,7 +165,7 @@ def test_an_error_that_comes_up_at_every_tick_is_logged_once(
 
 def test_a_step_that_cannot_be_put_together_leaves_no_hole_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        RecordBuffer, "_assemble", failing(RecordBuffer._assemble, for_run=lambda _, __, number: number == 2)
+        RecordBuffer, "_assemble", failing(RecordBuffer._assemble, for_run=lambda _, __, numbers: 2 in numbers)
     )
     runs, store = Runs(), Store(":memory:")
     instance = runs.register(hello().hello, 0.0)
