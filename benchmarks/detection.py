@@ -253,6 +253,8 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Pa
             cause = replay(rows).verdict.cause
             if cause != case.cause:
                 log_wrong.append(f"{case.name}: {cause}, not {case.cause}")
+            if case.clip is not None and (cause := replay(_rows(trace, clipped=True)).verdict.cause) != case.cause:
+                log_wrong.append(f"{case.name}, norms after clipping: {cause}, not {case.cause}")
     right = sum(count for (is_so, said_so), count in confusion.items() if is_so == said_so)
     judged_roots = roots[True] + roots[False]
     return {
@@ -285,9 +287,14 @@ _IN_LOGS = ("healthy", "exploding_gradients", "first_step_nonfinite", "sudden_no
 """What loss, norm and learning rate alone can tell."""
 
 
-def _rows(trace: Trace) -> list[Row]:
-    """What a script's own log would hold: rank 0's learning rate, the norm, and the mean loss."""
+def _rows(trace: Trace, *, clipped: bool = False) -> list[Row]:
+    """What a script's own log would hold: rank 0's learning rate, the norm, and the mean loss.
+
+    clipped: the norm after clipping.
+    """
     norms, _ = norms_of(trace)
+    if clipped:
+        norms = (np.array(norms) * trace.records["clip_coefficient"][:, 0]).tolist()
     rates = trace.records["learning_rate"][:, 0].tolist()
     return [
         Row(step=step, loss=loss, norm=norm, rate=rate)

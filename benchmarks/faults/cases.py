@@ -30,7 +30,7 @@ class Case:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     loss_scale: float = 2.0**16
     """To begin with, at fp16."""
-    optimizer: Literal["sgd", "momentum", "adamw", "lion"] = "momentum"
+    optimizer: Literal["sgd", "momentum", "adamw", "lion", "muon"] = "momentum"
     rate: float = 0.01
     schedule: str = "constant"
     at: int = 0
@@ -62,7 +62,7 @@ class Case:
             "stable_decay": min(1.0, (step + 1) / 50, (self.steps - step) / (0.2 * self.steps)),
             "runaway": 1.6 ** min(after, 100),
             "jump": 1.0 if step < self.at else self.factor,
-            "ramp": math.exp(math.log(self.factor) * after / 100),
+            "ramp": self.factor ** (after / 100),
             "drops": 0.3 ** (3 * step // self.steps),
             "spell": self.factor if self.at <= step % 400 < self.at + 3 else 1.0,
         }
@@ -237,6 +237,22 @@ def _starts_and_ends() -> Iterator[dict[str, Any]]:
     yield start | {"model": "plain_mlp", "loss_scale": 2.0**32, "optimizer": "adamw", "rate": 0.002, "steps": 200}
 
 
+def _zero_losses_and_rollbacks() -> Iterator[dict[str, Any]]:
+    """Losses whose value says nothing, jumps right after a rollback, and Muon."""
+    calm = {"kind": "healthy", "cause": "healthy", "steps": 1000}
+    for model, penalty in (("mlp", 0.0), ("cnn", 1e-3), ("transformer", 0.0), ("lstm", 1e-2)):
+        yield calm | {"fault": "zero_loss", "model": model, "factor": penalty, "rate": 0.02}
+        yield calm | {"fault": "muon", "model": model, "optimizer": "muon", "schedule": "cosine", "rate": 0.01}
+    jump = {"root": "learning_rate", "schedule": "jump"}
+    for model, rate, factor in (("plain_mlp", 0.02, 60.0), ("plain_cnn", 0.01, 200.0), ("plain_mlp", 0.03, 80.0)):
+        yield jump | {"fault": "zero_loss_jump", "model": model, "rate": rate, "factor": factor, "at": 200}
+    yield jump | {"fault": "zero_loss_jump", "model": "transformer", "rate": 0.05, "factor": 60.0, "at": 200}
+    back = jump | {"fault": "rollback_jump", "at": 312, "steps": 400, "checkpoint_every": 250, "restarts": (300,)}
+    for model, rate, factor in (("plain_mlp", 0.02, 60.0), ("plain_cnn", 0.01, 200.0), ("plain_mlp", 0.03, 80.0)):
+        yield back | {"model": model, "rate": rate, "factor": factor}
+    yield back | {"model": "transformer", "rate": 0.05, "factor": 60.0}
+
+
 _DEFAULTS = {"kind": "failing", "cause": "exploding_gradients"}
 _UNSEEN = {"lstm": "gru", "cnn": "mixer"}
 """Architectures of the test part, in place of those that tuning has seen."""
@@ -250,7 +266,7 @@ def cases(part: Part) -> list[Case]:
     first = 1001 if part == "test" else 1
     made = []
     # Last, because the place of a case is its seed.
-    for number, values in enumerate([*failing, *calm, *back, *_starts_and_ends()]):
+    for number, values in enumerate([*failing, *calm, *back, *_starts_and_ends(), *_zero_losses_and_rollbacks()]):
         case = Case(name="", part=part, **(_DEFAULTS | values))
         case = replace(case, seed=first + number)
         if part == "test":

@@ -166,6 +166,14 @@ class Ascent(Fault):
         return loss if step < self.case.at else 2 * loss.detach() - loss
 
 
+class ZeroLoss(Fault):
+    """The loss of GRPO: zero in value, whatever its gradient, but for a penalty that grows to `factor`."""
+
+    def loss(self, step: int, output: Tensor, target: Tensor, loss: Tensor) -> Tensor:
+        value = self.case.factor * (1 - math.exp(-step / 300)) if self.case.fault == "zero_loss" else 0.0
+        return loss - loss.detach() + value
+
+
 class Death(Fault):
     def process(self, step: int) -> None:
         if step == self.case.at and self.bad_rank:
@@ -232,6 +240,8 @@ FAULTS: dict[str, type[Fault]] = {
     "shared_data": SharedData,
     "replica_drift": Drift,
     "ascent": Ascent,
+    "zero_loss": ZeroLoss,
+    "zero_loss_jump": ZeroLoss,
     "dead_rank": Death,
     "stalled_rank": Standstill,
     "scale_collapse": Collapse,

@@ -55,6 +55,8 @@ def _optimizer(case: Case, model: torch.nn.Module) -> torch.optim.Optimizer:
     parameters = model.parameters()
     if case.optimizer == "lion":
         return Lion(parameters, case.rate)
+    if case.optimizer == "muon":
+        return Muon(parameters, case.rate)
     if case.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=case.rate, fused=True)
     momentum = 0.9 if case.optimizer == "momentum" else 0.0
@@ -75,6 +77,38 @@ class Lion(torch.optim.Optimizer):
                 momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                 parameter.sub_(group["lr"] * momentum.lerp(parameter.grad, 0.1).sign())
                 momentum.lerp_(parameter.grad, 0.01)
+
+
+class Muon(torch.optim.Optimizer):
+    """Moves each matrix by the rate, along its momentum made orthogonal (Jordan, *Muon*, 2024); other weights as Lion."""
+
+    def __init__(self, parameters: Any, rate: float) -> None:
+        super().__init__(parameters, {"lr": rate})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momentum.mul_(0.95).add_(parameter.grad)
+                ahead = momentum.mul(0.95).add_(parameter.grad)
+                if parameter.dim() < 2:
+                    parameter.sub_(0.1 * group["lr"] * ahead.sign())
+                    continue
+                matrix = ahead.flatten(1)
+                scale = max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5
+                parameter.sub_(group["lr"] * scale * orthogonal(matrix).reshape_as(parameter))
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the nearest matrix with singular values near 1, by five Newton-Schulz steps with Muon's coefficients."""
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
 
 
 class Loop:

@@ -50,6 +50,8 @@ _BY_SETTINGS = (
     "rate_ramp",
     "rate_runaway",
     "late_jump",
+    "zero_loss_jump",
+    "rollback_jump",
     "no_warm_up",
     "large_initialisation",
     "no_normalisation",
