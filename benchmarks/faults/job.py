@@ -80,7 +80,7 @@ class Lion(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.Optimizer):
-    """Moves each matrix by the rate, along its momentum made orthogonal (Jordan, *Muon*, 2024); other weights as Lion."""
+    """Moves a matrix by the rate, along its orthogonalized momentum (Jordan, *Muon*, 2024); other weights as Lion."""
 
     def __init__(self, parameters: Any, rate: float) -> None:
         super().__init__(parameters, {"lr": rate})
@@ -108,7 +108,8 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
+    near: torch.Tensor = x.T if tall else x
+    return near
 
 
 class Loop:
