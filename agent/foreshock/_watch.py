@@ -85,7 +85,7 @@ class ActiveWatch(Watch):
         self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
-        self.enabled, self.idle = True, False
+        self.enabled, self.idle, self.run = True, False, recorder.run
         leaving.arrived(self, record.ring.path)
 
     def __del__(self) -> None:

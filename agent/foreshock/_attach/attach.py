@@ -16,7 +16,7 @@ from torch import nn
 from foreshock._arithmetic.arithmetic import Arithmetic, arithmetic_for
 from foreshock._arithmetic.parameters import ParameterPlan, model_summary
 from foreshock._attach.agreement import Agreement, RankProposal
-from foreshock._attach.identity import launch_name, local_rank, node_name, run_name
+from foreshock._attach.identity import free_name, launch_name, local_rank, node_name, run_name
 from foreshock._attach.inherited import CAPABILITY, inherited_history, wants_history
 from foreshock._attach.models import (
     WatchedModel,
@@ -38,7 +38,7 @@ from foreshock._kernels.choice import step_kernel, wants_kernel, why_not
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
 from foreshock._measure.shards import ShardSums
 from foreshock._output.device_record import DeviceRecord, record_for
-from foreshock._output.leaving import detach_all, make_room
+from foreshock._output.leaving import detach_all, make_room, runs_in_use
 from foreshock._output.new_ring import new_ring
 from foreshock._output.record import Record
 from foreshock._output.recorder_process import RecorderProcess
@@ -172,7 +172,7 @@ def _attach(config: LocalConfig, ranks: Ranks) -> Watch:
     settings = config.settings
     agreement = ranks.agree(
         config.proposal(),
-        run=run_name(settings.run, os.environ) if ranks.rank == 0 else "",
+        run=free_name(run_name(settings.run, os.environ), runs_in_use()) if ranks.rank == 0 else "",
         launch=launch_name() if ranks.rank == 0 else "",
         timeout=settings.attach_timeout,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import secrets
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from foreshock_recorder.process import start_ticks
 
@@ -30,6 +31,16 @@ def run_name(explicit: str, environment: Mapping[str, str]) -> str:
         started = start_ticks(launcher)
         return f"run-{uuid.uuid5(uuid.NAMESPACE_OID, f'{socket.gethostname()} {launcher} {started}').hex[:10]}"
     return f"run-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def free_name(name: str, in_use: Collection[str]) -> str:
+    """Return the name, or the first of name-2, name-3 and so on that is not in use by another model of this process.
+
+    The collector would do so too, in the order in which recorders happen to reach it. A script that is started again
+    must not swap the runs of its models.
+    """
+    numbered = (f"{name}-{number}" for number in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if each not in in_use)
 
 
 def launch_name() -> str:

@@ -39,6 +39,8 @@ class Leaver(Protocol):
     """Whether another training of this process steps, and this one does not."""
     steps: int
     """How many it has seen."""
+    run: str
+    """Name of its run, by which the ranks have attached."""
 
     def leave(self, ending: Ending, *, wait: bool = True) -> None:
         """Say goodbye, once. wait: for the last acknowledgement."""
@@ -258,6 +260,11 @@ def detach_all() -> None:
     """Detach each watch."""
     for each in present():
         each.leave(Ending(ExitReason.DETACHED))
+
+
+def runs_in_use() -> set[str]:
+    """Return the names of the runs of this process whose trainings are not idle."""
+    return {each.run for each in present() if each.enabled and not each.idle}
 
 
 def make_room(*those: object) -> None:

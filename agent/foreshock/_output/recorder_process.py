@@ -33,7 +33,7 @@ class RecorderProcess:
 
     def __init__(self, folder: Path, *, run: str, collector: str, python: str, logs: bool) -> None:
         self._folder = folder
-        self._run = run
+        self.run = run
         self._command = [
             python or sys.executable, "-m", "foreshock_recorder", "--folder", str(folder), "--collector", collector
         ]  # fmt: skip
@@ -136,7 +136,7 @@ class RecorderProcess:
         page = ring.page
         if self._logs and page:
             run = unquote(page.rpartition("/")[2])
-            other = "" if run == self._run else f"; the name {self._run} is in use by another run"
+            other = "" if run == self.run else f"; the name {self.run} is in use by another run"
             info_once(f"page {page}", f"run {run}: {page}{other}")
 
     def _log_hint(self) -> str:
