@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
@@ -74,11 +75,11 @@ def test_a_rank_that_claims_a_huge_job_costs_the_memory_of_one_rank() -> None:
     ranks, rows = buffer.records(7)
     assert ranks.tolist() == [60_000, 60_002] and rows["local_norm"].tolist() == [1.0, 3.0]
     at = np.array([7])
-    np.testing.assert_array_equal(buffer.local_norms(at), [[1.0, 3.0, math.nan]])
-    np.testing.assert_array_equal(few.local_norms(at), [[1.0, 3.0, math.nan]])
-    np.testing.assert_array_equal(few.rank_norms(at), [[1.0, math.nan, 3.0]])
+    assert_array_equal(buffer.local_norms(at), [[1.0, 3.0, math.nan]])
+    assert_array_equal(few.local_norms(at), [[1.0, 3.0, math.nan]])
+    assert_array_equal(few.rank_norms(at), [[1.0, math.nan, 3.0]])
     few.write(1, records, 0.0)
-    np.testing.assert_array_equal(few.local_norms(at), [[1.0, 1.0, 3.0]])
+    assert_array_equal(few.local_norms(at), [[1.0, 1.0, 3.0]])
     (step, *_) = few.finalize(0, 50)
     assert step.ranks == 3
 

@@ -153,7 +153,7 @@ def _lines(source: Source, builder: ColumnBuilder, layout: _Layout | None) -> It
 def _layout_of(line: str) -> _Layout | None:
     try:
         return _Layout(_decoder.decode(line))
-    except (AttributeError, TypeError, ValueError, RecursionError):
+    except (msgspec.DecodeError, AttributeError, TypeError, ValueError, RecursionError):
         return None
 
 
