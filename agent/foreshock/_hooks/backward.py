@@ -69,8 +69,8 @@ class BackwardHooks:
     would keep a model alive, since its parameters hold the hooks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """model: DDP, or that of a process that trains alone."""
+    def __init__(self, model: nn.Module, after_first_pass: Callable[[nn.Module], None] | None = None) -> None:
+        """model: DDP, or that of a process that trains alone. after_first_pass: called once, when DDP has averaged."""
         ddp = model if isinstance(model, DistributedDataParallel) else None
         self._model = weakref.ref(model)
         self._observer: weakref.ref[BackwardObserver] | None = None
@@ -95,6 +95,7 @@ class BackwardHooks:
         comes at the end of the task that requested it, before other tasks' gradients have arrived."""
         self._tasks: dict[int, _Task] = {}
         """Tasks of this pass, by autograd's number. One that raised never ends."""
+        self._after_first_pass = after_first_pass
 
     def place(self, observer: BackwardObserver, sums: RankSums | None, *, by_bucket: bool) -> None:
         """Start calling an observer. sums: issued after each averaged pass, on every rank alike, from now on."""
@@ -209,6 +210,9 @@ class BackwardHooks:
         sums = summed and isinstance(model, DistributedDataParallel) and not in_join(model)
         if observer is not None:
             observer.backward_ended(averaged=averaged, sums=sums)
+            if averaged and self._after_first_pass is not None:
+                first_pass, self._after_first_pass = self._after_first_pass, None
+                observer.guard.run(first_pass, model)
             if averaged and self._all_hooked and not self._unused and not self._reentrant:
                 observer.guard.run(self._hook_few)
             elif averaged and self._reentrant and not self._all_hooked:
