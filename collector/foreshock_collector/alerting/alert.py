@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from foreshock_collector import catalogue as c
-from foreshock_collector.alerting.lookups import WINDOW, Lookup, largest, number
+from foreshock_collector.alerting.condition import Condition
+from foreshock_collector.alerting.lookups import Lookup, largest, number
 
 RUN_LABEL = "{{ $labels.run }}"
-RUN = f"{RUN_LABEL} of {{{{ $labels.experiment }}}}"
+EXPERIMENT_LABEL = "{{ $labels.experiment }}"
+RUN = f"{RUN_LABEL} of {EXPERIMENT_LABEL}"
 VALUE = '{{ $value | printf "%.0f" }}'
 """The value of an alert's expression, as a whole number."""
 NEWEST_STEP = {"newest_step": number(c.STEP)}
@@ -28,8 +30,7 @@ class Alert:
     name: str
     """Also the name of its runbook in docs/runbooks."""
     severity: Literal["critical", "warning", "info"]
-    expr: str
-    """PromQL; the alert fires for every series that it returns."""
+    condition: Condition
     wait: str = ""
     """How long the condition must hold before the alert fires: `for` in the rule file."""
     keep_firing_for: str = ""
@@ -43,21 +44,11 @@ class Alert:
     """Whether it is about one run, and so names the run and links to the run's page; otherwise about the collector."""
 
     @property
+    def expr(self) -> str:
+        """PromQL; the alert fires for every series that it returns."""
+        return self.condition.promql
+
+    @property
     def dashboard(self) -> str:
         """UID of the Grafana dashboard to open."""
         return "foreshock-run" if self.of_run else "foreshock-collector"
-
-
-def by_run(series: c.Series, matchers: str = "") -> str:
-    """Query for the newest value of a series, one for each run."""
-    selector = series.name + (f"{{{matchers}}}" if matchers else "")
-    return f"max by (experiment, run) (last_over_time({selector}{WINDOW}))"
-
-
-def recent(series: c.Series, matchers: str = "") -> str:
-    """Condition: the event of this timestamp happened within the last five minutes.
-
-    A timestamp of 0 means never. Unlike increase(), this sees an event on the first scrape of a series and across a
-    restart of the collector, where a counter reads 1 before and 1 after.
-    """
-    return f"time() - {by_run(series, matchers)} < 300"

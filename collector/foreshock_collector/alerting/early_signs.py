@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from foreshock_collector import catalogue as c
-from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, WORST, Alert, recent
+from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, WORST, Alert
+from foreshock_collector.alerting.condition import recent
 from foreshock_collector.alerting.lookups import largest, number
 
 EARLY_SIGNS = (
     Alert(
         name="ForeshockGradientSpike",
         severity="info",
-        expr=recent(c.LAST_SPIKE),
+        condition=recent(c.LAST_SPIKE),
         keep_firing_for="2m",
         summary="The gradient norm was far above its recent history for one step.",
         description=(
@@ -22,7 +23,7 @@ EARLY_SIGNS = (
     Alert(
         name="ForeshockGradientBuildUp",
         severity="warning",
-        expr=recent(c.LAST_BUILD_UP),
+        condition=recent(c.LAST_BUILD_UP),
         keep_firing_for="5m",
         summary="The gradient norm keeps climbing, as it does before gradients explode.",
         description=(
@@ -38,7 +39,7 @@ EARLY_SIGNS = (
     Alert(
         name="ForeshockLossSpike",
         severity="info",
-        expr=recent(c.LAST_LOSS_SPIKE),
+        condition=recent(c.LAST_LOSS_SPIKE),
         keep_firing_for="2m",
         summary="The loss was far above its recent history for one step.",
         description=(

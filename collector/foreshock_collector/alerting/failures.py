@@ -6,8 +6,15 @@ None of them asks whether the run is still active: a job that has failed is ofte
 from __future__ import annotations
 
 from foreshock_collector import catalogue as c
-from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, Alert, by_run, recent
-from foreshock_collector.alerting.lookups import Lookup, incident, incident_label, known_label, number
+from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, Alert
+from foreshock_collector.alerting.condition import Condition, by_run, recent, still_open
+from foreshock_collector.alerting.lookups import (
+    Lookup,
+    incident_label,
+    incident_sentence,
+    known_label,
+    number,
+)
 from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
 
 
@@ -32,11 +39,10 @@ def _verdict_alert(
     labels: annotations for programs, beside the verdict and its first step. include_closed: fire for five minutes even
     if the incident is closed by then.
     """
-    causes = [cause for cause, entry in VERDICT_TABLE.items() if entry.outcome.alert == name]
+    causes = tuple(cause for cause, entry in VERDICT_TABLE.items() if entry.outcome.alert == name)
     (severity,) = {VERDICT_TABLE[cause].outcome.severity for cause in causes}
     assert severity is not None
-    matcher = f'verdict="{causes[0]}"' if len(causes) == 1 else f'verdict=~"{"|".join(causes)}"'
-    still_open = f"{by_run(c.OPEN_INCIDENTS, matcher)} > 0"
+    open_ = still_open(causes)
     known = {
         "verdict": incident_label(name, "verdict"),
         "since_step": incident_label(name, "first_step"),
@@ -47,7 +53,7 @@ def _verdict_alert(
     return Alert(
         name=name,
         severity=severity,
-        expr=f"{recent(c.LAST_INCIDENT, matcher)}\nor\n{still_open}" if include_closed else still_open,
+        condition=recent(c.LAST_INCIDENT, causes) | open_ if include_closed else open_,
         keep_firing_for=keep_firing_for,
         summary=summary,
         description=description,
@@ -55,14 +61,7 @@ def _verdict_alert(
     )
 
 
-def _incident_summary(alert: str) -> Lookup:
-    return incident(alert, "{{ (. | first).Labels.summary }}")
-
-
-_WHERE = (
-    "Worst rank {{ with .Labels.rank }}{{ . }}{{ else }}unknown{{ end }}, "
-    "layer {{ with .Labels.layer }}{{ . }}{{ else }}unknown{{ end }}."
-)
+_WHERE = "Worst rank {rank}, layer {layer}."
 
 # The first two keep firing longer than any early sign: Alertmanager inhibits the signs of the same run meanwhile, and
 # would send them late if they outlasted the failure.
@@ -73,10 +72,9 @@ FAILURES = (
         summary="Gradients grew until they were no longer finite.",
         description=(
             f"Run {RUN} has exploded.",
-            incident(
+            incident_sentence(
                 "ForeshockExplodingGradients",
-                "{{ with . | first }}First non-finite step {{ .Labels.first_step }}, {{ .Labels.lead_steps }} "
-                'step{{ if ne .Labels.lead_steps "1" }}s{{ end }} after the first sign. ' + _WHERE + "{{ end }}",
+                f"First non-finite step {{first_step}}, {{lead}} after the first sign. {_WHERE}",
             ),
             "Go back to a checkpoint from before the first sign.",
         ),
@@ -88,14 +86,10 @@ FAILURES = (
         summary="The loss or the gradient became NaN or Inf without a preceding gradient build-up.",
         description=(
             f"Run {RUN} is no longer finite.",
-            incident(
-                "ForeshockSuddenNonFinite",
-                "{{ with . | first }}First non-finite step {{ .Labels.first_step }}"
-                '{{ if eq .Labels.verdict "first_step_nonfinite" }}, the first step of all{{ end }}. '
-                + _WHERE
-                + "{{ end }}",
+            incident_sentence(
+                "ForeshockSuddenNonFinite", f"First non-finite step {{first_step}}{{first_of_all}}. {_WHERE}"
             ),
-            _incident_summary("ForeshockSuddenNonFinite"),
+            incident_label("ForeshockSuddenNonFinite", "summary"),
         ),
         labels=("lead_steps", "worst_rank", "layer"),
     ),
@@ -105,7 +99,7 @@ FAILURES = (
         summary="Training is degraded although all values are finite.",
         description=(
             f"Run {RUN} has a persistent fault.",
-            _incident_summary("ForeshockTrainingFault"),
+            incident_label("ForeshockTrainingFault", "summary"),
             "The run's page shows the evidence and what to try.",
         ),
         labels=("worst_rank", "layer"),
@@ -115,8 +109,10 @@ FAILURES = (
         severity="warning",
         # Both windows, so that neither a short burst nor an old one fires; the first 400 steps, in which a GradScaler
         # finds its scale, do not count.
-        expr=f"{_skipped_share('5m')}\nand on (experiment, run)\n{_skipped_share('1h')}\n"
-        f"and on (experiment, run) {by_run(c.STEPS)} > 400",
+        condition=Condition(
+            promql=f"{_skipped_share('5m')}\nand on (experiment, run)\n{_skipped_share('1h')}\n"
+            f"and on (experiment, run) {by_run(c.STEPS)} > 400"
+        ),
         wait="2m",
         summary="The optimizer skips more than one step in twenty.",
         description=(
@@ -131,7 +127,7 @@ FAILURES = (
         summary="A run has lost ranks: they crashed, were killed, or stopped reporting.",
         description=(
             f"Run {RUN} has lost ranks.",
-            _incident_summary("ForeshockRunDied"),
+            incident_label("ForeshockRunDied", "summary"),
             "This alert resolves once the run makes steps again.",
             "It also resolves when the run's series expire some time after its end, even if nothing was fixed.",
         ),
@@ -145,7 +141,7 @@ FAILURES = (
         summary="A running job has stopped making steps.",
         description=(
             f"Run {RUN} has stalled.",
-            _incident_summary("ForeshockRunStalled"),
+            incident_label("ForeshockRunStalled", "summary"),
             "The run's page shows its newest step and the state of each rank.",
         ),
         labels=("worst_rank",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from foreshock_collector import catalogue as c
 from foreshock_collector.alerting.alert import NEWEST_STEP, RUN, VALUE, Alert
+from foreshock_collector.alerting.condition import Condition
 from foreshock_collector.alerting.lookups import WINDOW, Lookup, increase
 
 _COLLECTOR = "{{ $labels.instance }}"
@@ -29,7 +30,9 @@ MONITOR = (
     Alert(
         name="ForeshockRecordsDropped",
         severity="warning",
-        expr=f"sum by (experiment, run) (increase({c.RECORDS_DROPPED.name}{{{_LOST}}}[10m])) > 0",
+        condition=Condition(
+            promql=f"sum by (experiment, run) (increase({c.RECORDS_DROPPED.name}{{{_LOST}}}[10m])) > 0"
+        ),
         keep_firing_for="5m",
         summary="Step records were lost, so a warning sign may have been missed.",
         description=(
@@ -46,7 +49,7 @@ MONITOR = (
     Alert(
         name="ForeshockCollectorDown",
         severity="critical",
-        expr=f"absent_over_time({c.BUILD_INFO.name}{WINDOW})",
+        condition=Condition(promql=f"absent_over_time({c.BUILD_INFO.name}{WINDOW})"),
         wait="30s",
         summary="Prometheus cannot scrape any Foreshock collector, so no run is monitored.",
         description=(
@@ -59,7 +62,7 @@ MONITOR = (
     Alert(
         name="ForeshockCommitsFailing",
         severity="critical",
-        expr=_grown(c.COLLECTOR_ERRORS, "2m", _FAILED_COMMIT),
+        condition=Condition(promql=_grown(c.COLLECTOR_ERRORS, "2m", _FAILED_COMMIT)),
         # One failure alone, as by a backup that holds the database, is in sight for less than that.
         wait="2m",
         keep_firing_for="2m",
@@ -74,7 +77,7 @@ MONITOR = (
     Alert(
         name="ForeshockIngestLagging",
         severity="warning",
-        expr=f"max by (instance) (last_over_time({c.INGEST_LAG.name}{WINDOW})) > 30",
+        condition=Condition(promql=f"max by (instance) (last_over_time({c.INGEST_LAG.name}{WINDOW})) > 30"),
         wait="1m",
         keep_firing_for="2m",
         summary="The collector takes more than 30 seconds to store what it receives.",
@@ -87,7 +90,7 @@ MONITOR = (
     Alert(
         name="ForeshockRecorderRefused",
         severity="warning",
-        expr=_grown(c.COLLECTOR_REFUSED, "10m"),
+        condition=Condition(promql=_grown(c.COLLECTOR_REFUSED, "10m")),
         keep_firing_for="5m",
         summary="The collector refuses records, so a run or some of its ranks are not monitored.",
         description=(
@@ -105,9 +108,11 @@ MONITOR = (
         name="ForeshockCollectorErrors",
         severity="warning",
         # Errors while loading the database precede the first scrape: they count for a quarter of an hour.
-        expr=f"{_grown(c.RUN_ERRORS, '10m')}\n"
-        f"or\n{_grown(c.COLLECTOR_ERRORS, '10m', _NOT_COMMIT)}\n"
-        f"or\n({_loaded_with_errors()} unless {_loaded_with_errors(' offset 15m')})",
+        condition=Condition(
+            promql=f"{_grown(c.RUN_ERRORS, '10m')}\n"
+            f"or\n{_grown(c.COLLECTOR_ERRORS, '10m', _NOT_COMMIT)}\n"
+            f"or\n({_loaded_with_errors()} unless {_loaded_with_errors(' offset 15m')})"
+        ),
         keep_firing_for="5m",
         summary="The collector has internal errors, so a run may not be evaluated.",
         description=(
