@@ -83,6 +83,14 @@ def collector() -> Json:
                 (f"sum by (stage) (increase({c.COLLECTOR_ERRORS.name}[{RATE}]))", "{{stage}}"),
             ),
             _chart(
+                "Notifications of the collector itself",
+                "Messages to --notify-url: accepted, dropped, and those that wait.",
+                (f"sum by (result) (increase({c.NOTIFICATIONS.name}[{RATE}]))", "{{result}}"),
+                (f"sum({c.NOTIFICATIONS_PENDING.name})", "pending"),
+            ),
+        ],
+        [
+            _chart(
                 "Longest silence of a rank, per run",
                 "Usually about a second. If all runs rise together, suspect the network or this collector.",
                 (f"max by (experiment, run) (time() - {of(c.LAST_REPORT)})", "{{run}}"),

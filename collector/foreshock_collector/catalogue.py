@@ -66,6 +66,10 @@ version; a value is out of range; a rank sends records before its hello; its hel
 launch; the collector failed on it; too many runs report or too many streams are open; or the recorder shows no token,
 one for other experiments, or one that was removed or expired while its stream was open."""
 
+NOTIFICATION_RESULTS = ("sent", "failed")
+"""How a notification of the collector itself ended: accepted by the receiver; or refused by it, or dropped because too
+many were waiting."""
+
 _POWERS_OF_TEN = tuple(10.0**e for e in range(-6, 9))
 _DURATIONS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -306,6 +310,14 @@ INGEST_LAG = _gauge(
     "Age of the oldest record that waits for its commit; 0 if none waits.",
     "seconds",
     (),
+)
+NOTIFICATIONS = _counter(
+    "foreshock_collector_notifications_total",
+    "Messages to --notify-url, by result: sent, or failed and dropped.",
+    ("result",),
+)
+NOTIFICATIONS_PENDING = _gauge(
+    "foreshock_collector_notifications_pending", "Messages that --notify-url has not accepted yet.", labels=()
 )
 DATABASE_SIZE = _gauge(
     "foreshock_collector_database_bytes", "Size of the database on disk, including its write-ahead log.", "bytes", ()

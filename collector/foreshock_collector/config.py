@@ -7,6 +7,7 @@ import difflib
 import ipaddress
 import os
 import tomllib
+import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from typing import Any, NoReturn
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.log_format import FORMATS
+from foreshock_collector.notify.message import FORMATS as NOTIFY_FORMATS
 from foreshock_collector.settings import doc_of, setting
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
@@ -64,6 +66,11 @@ class Config:
     allow_unauthenticated: bool = setting(
         False, "Listen on other than loopback addresses, where anyone may read and write."
     )
+    notify_url: str = setting("", "Webhook to notify about runs in trouble (docs/notifications.md); default: none.")
+    notify_format: str = setting(
+        NOTIFY_FORMATS[0], "Form of these messages: alertmanager, or slack for Slack's incoming webhooks."
+    )
+    notify_secret: str = setting("", "File of the secret that signs these messages; default: they are not signed.")
     ready_file: str = setting("", "File to write the chosen ports to, as JSON, once they are listened on.")
     log_format: str = setting("text", "Form of the log on standard error: text, or json for one object a line.")
 
@@ -98,6 +105,13 @@ class Config:
                 raise ConfigError(f"{_flag(name)} must not be empty")
         if self.log_format not in FORMATS:
             raise ConfigError(f"--log-format must be {' or '.join(FORMATS)}, not {self.log_format!r}")
+        if self.notify_url and not is_web_address(self.notify_url):
+            # The address may hold a secret: it is not repeated.
+            raise ConfigError("--notify-url must be an address that begins with http:// or https://")
+        if self.notify_format not in NOTIFY_FORMATS:
+            raise ConfigError(f"--notify-format must be {' or '.join(NOTIFY_FORMATS)}, not {self.notify_format!r}")
+        if self.notify_secret and not self.notify_url:
+            raise ConfigError("--notify-secret requires --notify-url")
         for pattern, overrides in self.runs.items():
             try:
                 DEFAULT.with_overrides(overrides)
@@ -197,6 +211,28 @@ def _parse(name: str, kind: str, text: str) -> Any:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def is_web_address(text: str) -> bool:
+    """Return whether a text is an HTTP address with a host."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def secret_from(path: str) -> bytes | None:
+    """Return the secret in a file, without white space around it; None without a file. Raises `ConfigError`."""
+    if not path:
+        return None
+    try:
+        secret = Path(path).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"--notify-secret {path} cannot be read: {error.strerror}") from error
+    if not secret:
+        raise ConfigError(f"--notify-secret {path} is empty")
+    return secret
 
 
 def is_loopback(host: str) -> bool:

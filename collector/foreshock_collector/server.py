@@ -24,9 +24,11 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from foreshock_collector.access.certificates import Certificates
 from foreshock_collector.access.tokens import Tokens, TokensError
 from foreshock_collector.clock import SystemClock
-from foreshock_collector.config import Config, ConfigError, is_loopback
+from foreshock_collector.config import Config, ConfigError, is_loopback, secret_from
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.notify.notifier import notifying
+from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state import recovery
 from foreshock_collector.state.database_file import GoneError
 from foreshock_collector.state.retention import Retention
@@ -87,8 +89,15 @@ class Server:
                 runs, store, clock, **limits, jumped=jumped, retention=retention, most_runs=config.most_runs
             )
             registry = CollectorRegistry()
-            registry.register(RunSeries(runs, clock, **limits))
-            registry.register(CollectorSeries(intake.statistics, runs.errors, store.size_bytes, clock, version=VERSION))
+            series, notifications = RunSeries(runs, clock, **limits), NotificationStatistics()
+            registry.register(series)
+            registry.register(
+                CollectorSeries(
+                    *(intake.statistics, runs.errors, store.size_bytes, clock),
+                    notifications=notifications,
+                    version=VERSION,
+                )
+            )
             ProcessCollector(registry=registry)
             application = WebApplication(
                 runs=runs,
@@ -108,6 +117,16 @@ class Server:
                 page_url=lambda: self.public_url,
                 tokens=tokens,
             )
+            if config.notify_url:
+                await stack.enter_async_context(
+                    notifying(
+                        *(series.facts, notifications, clock),
+                        target=config.notify_url,
+                        secret=secret_from(config.notify_secret),
+                        form=config.notify_format,
+                        url=lambda: self.public_url,
+                    )
+                )
             await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
             self.committer = asyncio.create_task(telemetry.committer())

@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
+from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.store import Store
@@ -46,7 +47,14 @@ class Watched:
         self._intake = Intake(self.runs, store, clock, **limits)
         self._registry = CollectorRegistry()
         self._registry.register(RunSeries(self.runs, clock, **limits))
-        itself = CollectorSeries(self._intake.statistics, self.runs.errors, store.size_bytes, clock, version="0")
+        itself = CollectorSeries(
+            self._intake.statistics,
+            self.runs.errors,
+            store.size_bytes,
+            clock,
+            version="0",
+            notifications=NotificationStatistics(),
+        )
         self._registry.register(itself)
         self._session = Session()
         self._scrapes: list[dict[str, float]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import urllib.parse
 from dataclasses import dataclass
 from typing import Self
 
@@ -33,8 +34,17 @@ class Addresses:
 
     def links(self, alert: Alert) -> dict[str, str]:
         """Links of an alert, by the name of their annotation."""
-        links = {"runbook_url": f"{self.collector}/runbooks/{alert.name}"}
+        links = {"runbook_url": self.runbook(alert.name)}
         if alert.of_run:
             links["page_url"] = f"{self.collector}/run/{{{{ $labels.run | {_PATH} }}}}"
         variable = "?var-run={{ $labels.run | urlquery }}" if alert.of_run else ""
         return links | {"dashboard_url": f"{self.grafana}/d/{alert.dashboard}{variable}"}
+
+    def links_of_run(self, alert: Alert, run: str) -> dict[str, str]:
+        """Links of an alert on this run to the collector's pages."""
+        page = f"{self.collector}/run/{urllib.parse.quote(run, safe='')}"
+        return {"runbook_url": self.runbook(alert.name), "page_url": page}
+
+    def runbook(self, alert: str) -> str:
+        """Address of an alert's runbook."""
+        return f"{self.collector}/runbooks/{alert}"

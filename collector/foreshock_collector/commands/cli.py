@@ -68,6 +68,13 @@ def backup(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def notify(arguments: list[str]) -> int:
+    """Send a test notification; see `foreshock_collector.commands.notify`."""
+    from foreshock_collector.commands.notify import main
+
+    return main(arguments)
+
+
 def status(arguments: list[str]) -> int:
     """Show all runs or one; see `foreshock_collector.commands.status`."""
     from foreshock_collector.commands.status import status

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
 from foreshock_collector.ingest.statistics import IngestStatistics
+from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.web.samples import Sample, families_of
 
@@ -29,12 +30,14 @@ class CollectorSeries(Collector):
         database_bytes: Callable[[], int],
         clock: Callable[[], float],
         *,
+        notifications: NotificationStatistics,
         version: str,
     ) -> None:
         self._statistics = statistics
         self._errors = errors
         self._database_bytes = database_bytes
         self._clock = clock
+        self._notifications = notifications
         self._version = version
 
     def describe(self) -> list[Metric]:
@@ -58,4 +61,7 @@ class CollectorSeries(Collector):
             yield Sample(c.COLLECTOR_REFUSED, (reason,), count)
         yield Sample.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
         yield Sample(c.INGEST_LAG, (), counted.lag_seconds(self._clock()))
+        for result, count in self._notifications.results.items():
+            yield Sample(c.NOTIFICATIONS, (result,), count)
+        yield Sample(c.NOTIFICATIONS_PENDING, (), self._notifications.pending)
         yield Sample(c.DATABASE_SIZE, (), self._database_bytes())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
+from foreshock_collector.alerting.facts import Facts
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.web.samples import Sample, families_of
@@ -54,6 +56,24 @@ class RunSeries(Collector):
     def collect(self) -> Iterator[Metric]:
         """Return every family about runs, in the order of the catalogue."""
         yield from families_of(_SERIES, self._samples(self._clock()))
+
+    def facts(self) -> Iterator[Facts]:
+        """Return the samples of one run after the other, histograms aside: what alerts on runs are evaluated on."""
+        now = self._clock()
+        for run in self._runs:
+            found = None
+            with run.errors.caught("expose"):
+                if run.ended_for(now, self._silent) < self._ended_seconds:
+                    found = self._facts_of(run, now)
+            if found is not None:
+                yield found
+
+    def _facts_of(self, run: Run, now: float) -> Facts:
+        samples: dict[str, dict[tuple[str, ...], float]] = {}
+        for sample in self._run_samples(run, now):
+            if sample.series.kind is not c.Kind.HISTOGRAM and math.isfinite(sample.value):
+                samples.setdefault(sample.series.name, {})[sample.labels[len(c.RUN) :]] = sample.value
+        return Facts(experiment=run.experiment, run=run.name, now=now, samples=samples)
 
     def _samples(self, now: float) -> Iterator[Sample]:
         for run in self._runs:

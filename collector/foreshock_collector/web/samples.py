@@ -21,9 +21,9 @@ class Sample:
     """A value of one series, or the buckets of a histogram. Whatever is wrong with it raises when it is made."""
 
     def __init__(self, series: Series, labels: Labels, value: float, buckets: Buckets = ()) -> None:
-        self._series = series
-        self._labels = tuple(map(str, labels))
-        self._value = float(value)
+        self.series = series
+        self.labels = tuple(map(str, labels))
+        self.value = float(value)
         self._buckets = buckets
 
     @classmethod
@@ -35,14 +35,14 @@ class Sample:
 
     def add_to(self, families: dict[str, Metric]) -> None:
         """Join its family, unless it is not finite: an alert on a NaN never fires, and a maximum hides behind one."""
-        if not math.isfinite(self._value):
+        if not math.isfinite(self.value):
             return
-        family = families[self._series.name]
+        family = families[self.series.name]
         if isinstance(family, HistogramMetricFamily):
-            family.add_metric(self._labels, self._buckets, self._value)
+            family.add_metric(self.labels, self._buckets, self.value)
         else:
             assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
-            family.add_metric(self._labels, self._value)
+            family.add_metric(self.labels, self.value)
 
 
 def families_of(series: Iterable[Series], samples: Iterable[Sample]) -> Iterator[Metric]:

@@ -1,0 +1,1 @@
+"""Notifications that the collector itself sends, for teams without Prometheus."""
