@@ -84,7 +84,7 @@ def collector() -> Json:
             ),
             _chart(
                 "Notifications of the collector itself",
-                "Messages to --notify-url: accepted, dropped, and those that wait.",
+                "Messages to --notify-url: accepted, dropped, or waiting.",
                 (f"sum by (result) (increase({c.NOTIFICATIONS.name}[{RATE}]))", "{{result}}"),
                 (f"sum({c.NOTIFICATIONS_PENDING.name})", "pending"),
             ),

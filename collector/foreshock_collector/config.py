@@ -68,7 +68,7 @@ class Config:
     )
     notify_url: str = setting("", "Webhook to notify about runs in trouble (docs/notifications.md); default: none.")
     notify_format: str = setting(
-        NOTIFY_FORMATS[0], "Form of these messages: alertmanager, or slack for Slack's incoming webhooks."
+        NOTIFY_FORMATS[0], "Form of these messages: alertmanager, or slack or teams for these services' own webhooks."
     )
     notify_secret: str = setting("", "File of the secret that signs these messages; default: they are not signed.")
     ready_file: str = setting("", "File to write the chosen ports to, as JSON, once they are listened on.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from foreshock_collector.notify.run_alerts import Notification
 
-FORMATS = ("alertmanager", "slack")
+FORMATS = ("alertmanager", "slack", "teams")
 SIGNATURE_HEADER = "Foreshock-Signature"
 _NEVER = "0001-01-01T00:00:00Z"
 """Time at which Alertmanager says that an alert ended which still fires: Go's zero time."""
@@ -23,8 +23,9 @@ _NEVER = "0001-01-01T00:00:00Z"
 
 def body_of(notifications: Sequence[Notification], *, form: str, url: str) -> bytes:
     """Return the body of one message about one run, as JSON. form: of FORMATS; url: the collector's page."""
-    content = _slack(notifications) if form == "slack" else _alertmanager(notifications, url)
-    return json.dumps(content).encode()
+    if form == "alertmanager":
+        return json.dumps(_alertmanager(notifications, url)).encode()
+    return json.dumps((_slack if form == "slack" else _teams)(notifications)).encode()
 
 
 def alertmanager_alerts(notifications: Sequence[Notification]) -> list[dict[str, Any]]:
@@ -74,13 +75,42 @@ def _alert(notification: Notification) -> dict[str, Any]:
 def _slack(notifications: Sequence[Notification]) -> dict[str, Any]:
     lines = []
     for each in notifications:
-        status = each.labels["severity"].upper() if each.resolved_seconds is None else "RESOLVED"
-        text = f"{status} {each.labels['alertname']}: {each.annotations['summary']} {each.annotations['description']}"
+        text = f"{_title(each)}: {each.annotations['summary']} {each.annotations['description']}"
         # https://docs.slack.dev/messaging/formatting-message-text#escaping
         for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
             text = text.replace(character, entity)
         lines += [text, f"<{each.annotations['page_url']}|page> <{each.annotations['runbook_url']}|runbook>"]
     return {"text": "\n".join(lines)}
+
+
+def _teams(notifications: Sequence[Notification]) -> dict[str, Any]:
+    """Return an Adaptive Card, as the trigger "When a Teams webhook request is received" of Workflows takes it.
+
+    https://learn.microsoft.com/connectors/teams/#microsoft-teams-webhook
+    """
+    blocks: list[dict[str, Any]] = []
+    links: list[dict[str, str]] = []
+    for each in notifications:
+        blocks.append({"type": "TextBlock", "text": _title(each), "weight": "Bolder", "wrap": True})
+        text = f"{each.annotations['summary']} {each.annotations['description']}"
+        # A text run, because a text block would read Markdown in a run's name.
+        blocks.append({"type": "RichTextBlock", "inlines": [{"type": "TextRun", "text": text}]})
+        links.append({"type": "Action.OpenUrl", "title": "Runbook", "url": each.annotations["runbook_url"]})
+    links.append({"type": "Action.OpenUrl", "title": "Page", "url": notifications[0].annotations["page_url"]})
+    card = {
+        "$schema": "http://adaptivecards.io/schemas/adaptive-card.json",
+        "type": "AdaptiveCard",
+        "version": "1.2",
+        "body": blocks,
+        "actions": links,
+    }
+    attachment = {"contentType": "application/vnd.microsoft.card.adaptive", "content": card}
+    return {"type": "message", "attachments": [attachment]}
+
+
+def _title(notification: Notification) -> str:
+    status = notification.labels["severity"].upper() if notification.resolved_seconds is None else "RESOLVED"
+    return f"{status} {notification.labels['alertname']}"
 
 
 def _status(notifications: Sequence[Notification]) -> str:

@@ -100,7 +100,7 @@ def test_an_alert_that_holds_when_a_collector_comes_back_is_sent_again(tmp_path:
         (["--notify-url", "http://:80/"], "begins with http:// or https://"),
         (["--notify-url", "http://h:x/s3cret"], "begins with http:// or https://"),
         (["--notify-secret", "file"], "requires --notify-url"),
-        (["--notify-url", "http://h/", "--notify-format", "xml"], "alertmanager or slack, not 'xml'"),
+        (["--notify-url", "http://h/", "--notify-format", "xml"], "alertmanager or slack or teams, not 'xml'"),
     ],
 )
 def test_a_wrong_setting_is_named_and_no_address_is_repeated(arguments: list[str], problem: str) -> None:

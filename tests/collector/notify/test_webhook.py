@@ -233,6 +233,22 @@ def test_a_message_to_slack_is_one_text() -> None:
     assert message.keys() == {"text"}
 
 
+def test_a_message_to_teams_is_an_adaptive_card() -> None:
+    """https://adaptivecards.io/explorer: a card of version 1.2, whose body needs elements with `type` and text."""
+    message = json.loads(body_of([notification("*r*"), notification("*r*", resolved=0.0)], form="teams", url=PAGE))
+    ((attachment,), kind) = message["attachments"], message["type"]
+    assert (kind, attachment["contentType"]) == ("message", "application/vnd.microsoft.card.adaptive")
+    card = attachment["content"]
+    assert (card["type"], card["version"]) == ("AdaptiveCard", "1.2")
+    assert [block["text"] for block in card["body"] if block["type"] == "TextBlock"] == [
+        "CRITICAL ForeshockRunDied",
+        "RESOLVED ForeshockRunDied",
+    ]
+    runs = [run for block in card["body"] if block["type"] == "RichTextBlock" for run in block["inlines"]]
+    assert runs == [{"type": "TextRun", "text": "A run died. Run <r> & co."}] * 2
+    assert [link["url"] for link in card["actions"]] == [f"{PAGE}/runbooks/ForeshockRunDied"] * 2 + [f"{PAGE}/run/*r*"]
+
+
 def test_a_message_is_what_alertmanager_posts() -> None:
     """The fields of https://prometheus.io/docs/alerting/latest/configuration/#webhook_config, all of them."""
     message = json.loads(body_of([notification()], form="alertmanager", url=PAGE))
