@@ -96,6 +96,6 @@ def _applied_norm(step: Step) -> float:
 
 
 def _measured(step: Step, name: str) -> float:
-    """Return what a step measured; 0 if nothing, or a value that is not finite."""
+    """Return what a step measured; 0 if nothing, or a value that is negative or not finite."""
     value = step.measurements.get(name, 0.0)
-    return value if math.isfinite(value) else 0.0
+    return value if 0.0 < value < math.inf else 0.0

@@ -59,6 +59,7 @@ def test_an_update_ratio_that_rose_before_the_first_sign_says_how_early() -> Non
         pytest.param(usual() | {105: 0.0015}, id="as before"),
         pytest.param(usual() | {95: 0.008, 105: 0.001}, id="calm again"),
         pytest.param(usual() | {105: math.nan}, id="not finite"),
+        pytest.param({11: -0.001, 21: 0.001, 31: -0.001, 41: 0.001, 105: 0.008}, id="negative"),
     ],
 )
 def test_an_update_ratio_that_did_not_rise_or_is_not_known_is_not_told(values: dict[int, float]) -> None:
