@@ -28,11 +28,14 @@ from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import replay
 from foreshock_collector.state.events import DetectedEvent, RunEvent
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import Run
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 EPISODE_STEPS = 10
 """Alarms closer together than this are one, for every rule alike."""
+RELAUNCHED_STEPS = 50
+"""An attempt has just been resumed for so many steps."""
 PACES = (0.2, 1.0, 10.0)
 """Steps a second."""
 _STALL_SECONDS = 1200.0
@@ -44,7 +47,9 @@ class Told:
     """What the collector says of one trace."""
 
     build_ups: list[int]
-    """Steps, from 0."""
+    """Steps, from 0, over all attempts."""
+    resumed: int
+    """Attempts that began with the history of the one before."""
     cause: str
     """Of the first incident; `healthy` without one."""
     root: str | None
@@ -54,39 +59,48 @@ class Told:
 def told(trace: Trace) -> Told:
     """Tell the trace to a collector's state, as its recorder did."""
     runs, now = Runs(), trace.hello.started_seconds
-    for hello in trace.hellos():
-        runs.register(hello, now)
-    run = runs.get(trace.case.name)
-    assert run is not None
-    ranks = {rank: home for rank in range(trace.case.ranks) if (home := runs.find(f"{trace.case.name}-{rank}"))}
     events: list[RunEvent] = []
-    for rank, batch in trace.batches():
-        now += 0.01
-        run.ingest(ranks[rank][1], batch, now)
-        run.finalize_steps(now)
+    for attempt in range(len(trace.starts)):
+        ranks = [runs.register(hello, now) for hello in trace.hellos(attempt)]
+        run = _run(runs, trace)
+        for rank, batch in trace.batches(attempt):
+            now += 0.01
+            run.ingest(ranks[rank], batch, now)
+            run.finalize_steps(now)
+            events += run.events.unsaved
+            run.mark_stored()
+        now = _end(trace, attempt, run, ranks, now)
         events += run.events.unsaved
         run.mark_stored()
-    now = _end(trace, run, ranks, now)
-    events += run.events.unsaved
+    run = _run(runs, trace)
     found = (each.event for each in events if isinstance(each, DetectedEvent))
-    build_ups = [event.sequence - 1 for event in found if event.kind == "build_up"]
+    build_ups = [trace.starts[event.attempt] + event.sequence - 1 for event in found if event.kind == "build_up"]
+    resumed = sum(attempt.inherited is not None for attempt in run.attempts)
     if not run.incidents.kept:
-        return Told(build_ups=build_ups, cause="healthy", root=None, rank=None)
+        return Told(build_ups=build_ups, resumed=resumed, cause="healthy", root=None, rank=None)
     first = run.incidents.kept[0].verdict
-    return Told(build_ups=build_ups, cause=first.cause, root=first.likely_root, rank=first.rank)
+    return Told(build_ups=build_ups, resumed=resumed, cause=first.cause, root=first.likely_root, rank=first.rank)
 
 
-def _end(trace: Trace, run: Run, ranks: dict[int, Any], now: float) -> float:
+def _run(runs: Runs, trace: Trace) -> Run:
+    run = runs.get(trace.case.name)
+    assert run is not None
+    return run
+
+
+def _end(trace: Trace, attempt: int, run: Run, ranks: Sequence[Instance], now: float) -> float:
     if trace.case.cause == "stalled":
         # Every rank's recorder goes on reporting; nobody has left.
         for _ in range(int(_STALL_SECONDS / 30)):
             now += 30.0
-            for _, instance in ranks.values():
+            for instance in ranks:
                 run.heartbeat(instance, now)
             run.finalize_steps(now)
         return now
-    for order, (rank, reason, detail) in enumerate(trace.ends):
-        instance = ranks[rank][1]
+    for order, (rank, reason, detail, ended) in enumerate(trace.ends):
+        if ended != attempt:
+            continue
+        instance = ranks[rank]
         if reason == "LOST":
             event = pb.Event(instance=instance.name, kind=pb.Event.RANK_LOST, wall_seconds=now + 0.01 * order)
             run.record_event(instance, event, now)
@@ -217,12 +231,21 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Pa
     roots: Counter[bool] = Counter()
     log_wrong: list[str] = []
     logs: list[Log] = []
+    relaunches: Counter[str] = Counter()
     for number, trace in enumerate(traces, 1):
         _progress(number, len(traces))
         case = trace.case
         norms, bad = norms_of(trace)
         steps[case.kind] += len(norms)
         said = told(trace)
+        relaunches["attempts"] += len(trace.starts) - 1
+        relaunches["with_history"] += said.resumed
+        after = {start + step for start in trace.starts[1:] for step in range(RELAUNCHED_STEPS)}
+        if case.kind != "failing":
+            relaunches["false_alarms"] += len(after.intersection(episodes(said.build_ups)))
+        elif True in bad and (end := bad.index(True)) in after:
+            relaunches["exploding"] += 1
+            relaunches["warned"] += any(end - 32 <= place < end for place in said.build_ups)
         found = {"Foreshock": said.build_ups} | {name: rule(norms, bad) for name, rule in baselines.items()}
         if case.kind == "failing" and builds_up(norms, bad):
             climbing += 1
@@ -263,6 +286,9 @@ def measure(part: str, baselines: Mapping[str, Rule] | None = None, *, peers: Pa
         "steps": dict(steps),
         "building_up": climbing,
         "exploding_cold": cold,
+        "relaunches": {
+            name: relaunches[name] for name in ("attempts", "with_history", "false_alarms", "exploding", "warned")
+        },
         "rules": {
             name: {
                 "warned": climbing - len(missed[name]),
@@ -328,6 +354,7 @@ def show(found: dict[str, Any]) -> str:
         + ", ".join(f"{count:,} {kind}" for kind, count in sorted(steps.items())),
         f"{found['building_up']} failing runs build up by the data alone.",
         f"{found['exploding_cold']} failing runs explode in their first steps and stay finite: cold.",
+        _relaunches(found["relaunches"]),
         "",
         f"{'rule':26}{'warned':>10}{'lead':>8}{'cold':>8}{'per 10k healthy':>18}{'per 10k recovering':>20}",
     ]
@@ -359,6 +386,12 @@ def show(found: dict[str, Any]) -> str:
         )
     lines.append(f"run-level channel: {found['channel_steps_per_second'] / 1e6:.2f} M steps/s on one core")
     return "\n".join(lines)
+
+
+def _relaunches(found: dict[str, int]) -> str:
+    resumed = f"{found['attempts']} attempts resume from a checkpoint, {found['with_history']} with the history before."
+    warned = f"{found['exploding']} explode, warned: {found['warned']}."
+    return f"{resumed}\nWithin {RELAUNCHED_STEPS} steps: {found['false_alarms']} false alarms; {warned}"
 
 
 def _progress(number: int, of: int) -> None:

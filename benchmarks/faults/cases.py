@@ -51,6 +51,8 @@ class Case:
     """Go back to the last of these where weights are no longer finite."""
     restarts: tuple[int, ...] = ()
     """Steps after which the job goes back to its last checkpoint on purpose."""
+    relaunches: tuple[int, ...] = ()
+    """Steps after which the job ends, and the next attempt of the run resumes from its last checkpoint."""
 
     def rate_at(self, step: int) -> float:
         """The learning rate."""
@@ -253,6 +255,24 @@ def _zero_losses_and_rollbacks() -> Iterator[dict[str, Any]]:
     yield back | {"model": "transformer", "rate": 0.05, "factor": 60.0}
 
 
+def _relaunches() -> Iterator[dict[str, Any]]:
+    """Several attempts in one run: calm ones, and a jump of the rate right after the next attempt has begun."""
+    calm: dict[str, Any] = {"fault": "relaunch", "kind": "healthy", "cause": "healthy", "steps": 1000}
+    calm |= {"checkpoint_every": 100, "relaunches": (180, 410)}
+    yield calm | {"model": "mlp", "batch": 3}
+    yield calm | {"model": "cnn", "ranks": 2}
+    yield calm | {"model": "lstm", "optimizer": "adamw", "rate": 0.002}
+    yield calm | {"model": "transformer", "optimizer": "adamw", "rate": 0.003, "schedule": "cosine"}
+    jump: dict[str, Any] = {"fault": "relaunch_jump", "root": "learning_rate", "schedule": "jump"}
+    jump |= {"steps": 400, "checkpoint_every": 250, "relaunches": (255,)}
+    yield jump | {"model": "plain_mlp", "rate": 0.02, "factor": 60.0, "at": 258}
+    yield jump | {"model": "plain_cnn", "rate": 0.01, "factor": 100.0, "at": 258, "ranks": 2}
+    # With the wrong rate from its first step on.
+    jump |= {"at": 250, "relaunches": (250,)}
+    yield jump | {"model": "plain_mlp", "rate": 0.03, "factor": 80.0}
+    yield jump | {"model": "transformer", "rate": 0.05, "factor": 60.0}
+
+
 _DEFAULTS = {"kind": "failing", "cause": "exploding_gradients"}
 _UNSEEN = {"lstm": "gru", "cnn": "mixer"}
 """Architectures of the test part, in place of those that tuning has seen."""
@@ -266,7 +286,8 @@ def cases(part: Part) -> list[Case]:
     first = 1001 if part == "test" else 1
     made = []
     # Last, because the place of a case is its seed.
-    for number, values in enumerate([*failing, *calm, *back, *_starts_and_ends(), *_zero_losses_and_rollbacks()]):
+    added = [*_starts_and_ends(), *_zero_losses_and_rollbacks(), *_relaunches()]
+    for number, values in enumerate([*failing, *calm, *back, *added]):
         case = Case(name="", part=part, **(_DEFAULTS | values))
         case = replace(case, seed=first + number)
         if part == "test":

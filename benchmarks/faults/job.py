@@ -39,14 +39,16 @@ def train(case: Case, rank: int, store: str, collector: str) -> None:
             noise=case.noise,
             tail=case.tail,
         )
-        module = build(case.model, task.outputs)
-        fault.model(module)
-        model = DistributedDataParallel(module, find_unused_parameters=False)
-        optimizer = _optimizer(case, model)
-        with foreshock.attach(
-            model, optimizer, clip=case.clip, collector=collector, run=case.name, experiment="faults"
-        ) as watch:
-            Loop(case, rank, fault, task, model, optimizer, watch).run()
+        saved = None
+        for end in (*case.relaunches, case.steps):
+            module = build(case.model, task.outputs)
+            fault.model(module)
+            model = DistributedDataParallel(module, find_unused_parameters=False)
+            optimizer = _optimizer(case, model)
+            with foreshock.attach(
+                model, optimizer, clip=case.clip, collector=collector, run=case.name, experiment="faults"
+            ) as watch:
+                saved = Loop(case, rank, fault, task, model, optimizer, watch).run(saved, end)
     finally:
         dist.destroy_process_group()
 
@@ -113,7 +115,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Loop:
-    """The steps of a job."""
+    """The steps of one attempt of a job."""
 
     def __init__(
         self, case: Case, rank: int, fault: Any, task: Task, model: Any, optimizer: Any, watch: foreshock.Watch
@@ -125,12 +127,17 @@ class Loop:
         kinds = {"fp16": torch.float16, "bf16": torch.bfloat16}
         kind = kinds.get(case.precision)
         self.cast = nullcontext() if kind is None else torch.autocast("cpu", dtype=kind)
-        self.saved = self._state()
+        self.saved: dict[str, Any]
 
-    def run(self) -> None:
-        case, spoilt = self.case, 0
-        step = 0
-        while step < case.steps:
+    def run(self, saved: dict[str, Any] | None, end: int) -> dict[str, Any]:
+        """Train up to step `end`, from a checkpoint if there is one; return the last checkpoint."""
+        case, spoilt, step = self.case, 0, 0
+        if saved is None:
+            self.saved = self._state(step)
+        else:
+            self.saved, step = saved, saved["step"]
+            self._restore()
+        while step < end:
             for group in self.optimizer.param_groups:
                 group["lr"] = case.rate_at(step)
             self.fault.process(step)
@@ -138,15 +145,16 @@ class Loop:
             self.fault.weights(step, self.model)
             step += 1
             if case.checkpoint_every and step % case.checkpoint_every == 0 and self._finite():
-                self.saved = self._state()
+                self.saved = self._state(step)
             if not self._finite():
                 spoilt += 1
                 if case.checkpoint_every:
                     self._restore()
                 elif spoilt > _STEPS_AFTER:
-                    return
+                    break
             if step in case.restarts:
                 self._restore()
+        return self.saved
 
     def _step(self, step: int) -> None:
         case, total = self.case, None
@@ -171,8 +179,9 @@ class Loop:
         """Weights are alike on all ranks, so all ranks decide alike."""
         return all(bool(parameter.isfinite().all()) for parameter in self.model.parameters())
 
-    def _state(self) -> dict[str, Any]:
-        return copy.deepcopy({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+    def _state(self, step: int) -> dict[str, Any]:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": step}
+        return copy.deepcopy(state)
 
     def _restore(self) -> None:
         """From the last checkpoint."""

@@ -23,6 +23,8 @@ def disagreement(trace: Trace) -> str | None:
     case, bad = trace.case, bad_steps(trace)
     first = int(bad.argmax()) if bad.any() else None
     length = len(trace.records)
+    if len(trace.starts) != 1 + len(case.relaunches):
+        return f"{len(trace.starts)} attempts"
     missing = not (observed(trace.records) | (trace.records["sequence"] == 0)).all()
     if missing != (case.cause == "missing_loss"):
         return "a loss is missing" if missing else "no loss is missing"
@@ -52,6 +54,7 @@ _BY_SETTINGS = (
     "late_jump",
     "zero_loss_jump",
     "rollback_jump",
+    "relaunch_jump",
     "no_warm_up",
     "large_initialisation",
     "no_normalisation",

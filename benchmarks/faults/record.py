@@ -101,7 +101,7 @@ def record(chosen: Sequence[Case]) -> list[str]:
                 case = queue.pop()
                 begun = time.monotonic()
                 said = lane.run(case, server.address, folder)
-                _wait_for_exits(server.tape, case.name, said.count(""))
+                _wait_for_exits(server.tape, case.name, said.count("") * (1 + len(case.relaunches)))
                 if any(said):
                     time.sleep(_QUIET_SECONDS)
                 messages = server.tape.messages.pop(case.name, [])
@@ -126,7 +126,7 @@ def record(chosen: Sequence[Case]) -> list[str]:
 
 
 def _wait_for_exits(tape: Tape, run: str, count: int) -> None:
-    """Wait until the records of so many ranks of a run have all arrived, since they ended by themselves."""
+    """Wait until so many ends of ranks have arrived, since they ended by themselves, and all records before."""
     deadline = time.monotonic() + _DELIVERY_SECONDS
     while tape.exits[run] < count and time.monotonic() < deadline:
         time.sleep(0.05)

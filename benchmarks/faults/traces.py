@@ -7,8 +7,9 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,15 @@ _BEFORE, _AFTER, _EVERY = 80, 20, 50
 _BATCH = 64
 
 
+class End(NamedTuple):
+    """How a rank left. reason: LOST also where only the event came."""
+
+    rank: int
+    reason: str
+    detail: str
+    attempt: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trace:
     """What the ranks of a case told."""
@@ -35,34 +45,45 @@ class Trace:
     step_seconds: float
     """Median time of a step: clocks are not kept."""
     hello: pb.Hello
-    """Of rank 0."""
+    """Of rank 0, at the first attempt."""
     records: Rows
-    """[steps, ranks], as on the collector's buffer; sequence 0 where that rank has no record."""
+    """[steps, ranks], as on the collector's buffer, one attempt after another; sequence 0 where that rank has no
+    record."""
     layer_norms: NDArray[np.float32]
     """[steps, layers] of the averaged gradient; NaN where they were not kept."""
-    ends: tuple[tuple[int, str, str], ...]
-    """Rank, reason and detail of each exit, in the order they came; reason LOST also where only the event came."""
+    ends: tuple[End, ...]
+    """In the order in which they came."""
+    starts: tuple[int, ...] = (0,)
+    """First row of each attempt. Sequence numbers begin with 1 at each."""
 
-    def hellos(self) -> Iterator[pb.Hello]:
+    def instance(self, attempt: int, rank: int) -> str:
+        """Name of a rank's instance."""
+        return f"{self.case.name}-{attempt}-{rank}"
+
+    def hellos(self, attempt: int) -> Iterator[pb.Hello]:
         """One per rank."""
         for rank in range(self.case.ranks):
             hello = pb.Hello()
             hello.CopyFrom(self.hello)
-            hello.instance, hello.topology.rank = f"{self.case.name}-{rank}", rank
+            hello.instance, hello.topology.rank = self.instance(attempt, rank), rank
+            hello.launch_id = f"{self.hello.launch_id}-{attempt}"
+            hello.started_seconds += self.starts[attempt] * self.step_seconds
             yield hello
 
-    def batches(self) -> Iterator[tuple[int, pb.StepBatch]]:
+    def batches(self, attempt: int) -> Iterator[tuple[int, pb.StepBatch]]:
         """Rank and batch, in the order of steps."""
-        for start in range(0, len(self.records), _BATCH):
+        last = (*self.starts, len(self.records))[attempt + 1]
+        for start in range(self.starts[attempt], last, _BATCH):
+            place = slice(start, min(start + _BATCH, last))
             for rank in range(self.case.ranks):
-                rows = self.records[start : start + _BATCH, rank]
+                rows = self.records[place, rank]
                 kept = rows["sequence"] > 0
                 if kept.any():
-                    norms = self.layer_norms[start : start + _BATCH][kept]
-                    yield rank, self._batch(rank, rows[kept], norms if rank == 0 else norms[:0])
+                    norms = self.layer_norms[place][kept]
+                    yield rank, self._batch(self.instance(attempt, rank), rows[kept], norms if rank == 0 else norms[:0])
 
-    def _batch(self, rank: int, rows: Rows, norms: NDArray[np.float32]) -> pb.StepBatch:
-        batch = pb.StepBatch(instance=f"{self.case.name}-{rank}", first_sequence=int(rows["sequence"][0]))
+    def _batch(self, instance: str, rows: Rows, norms: NDArray[np.float32]) -> pb.StepBatch:
+        batch = pb.StepBatch(instance=instance, first_sequence=int(rows["sequence"][0]))
         for field in pb.StepBatch.DESCRIPTOR.fields:
             if field.name in (RECORD.names or ()) and field.name != "sequence":
                 values = rows[field.name]
@@ -77,33 +98,40 @@ class Trace:
 def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
     """What a tape holds of a case."""
     hellos = {m.hello.instance: m.hello for m in messages if m.WhichOneof("message") == "hello"}
-    ranks = {name: hello.topology.rank for name, hello in hellos.items()}
     if not hellos:
         raise ValueError("no rank said hello")
-    hello = next(hello for hello in hellos.values() if hello.topology.rank == 0)
+    # Names of launches sort by time.
+    launches = sorted({hello.launch_id for hello in hellos.values()})
+    places = {name: (launches.index(hello.launch_id), hello.topology.rank) for name, hello in hellos.items()}
+    hello = next(hellos[name] for name, place in places.items() if place == (0, 0))
     layers = len(hello.model.layers)
-    found: list[tuple[int, Rows, Any]] = []
-    ends: dict[int, tuple[int, str, str]] = {}
+    found: list[tuple[tuple[int, int], Rows, Any]] = []
+    ends: dict[str, End] = {}
     for message in messages:
         which = message.WhichOneof("message")
         if which == "steps" and len(message.steps.step):
             decoded = decode(message.steps, layers)
-            found.append((ranks[message.steps.instance], decoded.rows, decoded.layer_norms))
+            found.append((places[message.steps.instance], decoded.rows, decoded.layer_norms))
         elif which == "exit":
-            rank, exit_message = ranks[message.exit.instance], message.exit
-            ends.setdefault(rank, (rank, pb.ExitReason.Name(exit_message.reason), exit_message.detail))
+            (attempt, rank), exit_message = places[message.exit.instance], message.exit
+            reason = pb.ExitReason.Name(exit_message.reason)
+            ends.setdefault(exit_message.instance, End(rank, reason, exit_message.detail, attempt))
         elif which == "event" and message.event.kind == pb.Event.RANK_LOST:
-            rank = ranks[message.event.instance]
-            ends.setdefault(rank, (rank, "LOST", ""))
+            attempt, rank = places[message.event.instance]
+            ends.setdefault(message.event.instance, End(rank, "LOST", "", attempt))
     if not found:
         raise ValueError("no steps were told")
-    length = max(int(rows["sequence"][-1]) for _, rows, _ in found)
+    lengths = [0] * len(launches)
+    for (attempt, _), rows, _ in found:
+        lengths[attempt] = max(lengths[attempt], int(rows["sequence"][-1]))
+    *starts, length = accumulate(lengths, initial=0)
     records = np.zeros((length, case.ranks), RECORD)
     norms = np.full((length, layers), np.nan, np.float32)
-    for rank, rows, told in found:
-        records[rows["sequence"] - 1, rank] = rows
+    for (attempt, rank), rows, told in found:
+        numbers = starts[attempt] + rows["sequence"] - 1
+        records[numbers, rank] = rows
         if told is not None:
-            norms[rows["sequence"] - 1] = told
+            norms[numbers] = told
     seconds = np.diff(records["monotonic_seconds"][records["sequence"][:, 0] > 0, 0])
     if case.cause != "vanishing_gradients":
         norms[~_kept(records, len(norms))] = np.nan
@@ -115,6 +143,7 @@ def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
             records=records,
             layer_norms=norms,
             ends=tuple(ends.values()),
+            starts=tuple(starts),
         )
     )
 
@@ -165,6 +194,7 @@ def save(trace: Trace, path: Path) -> None:
         "hello": trace.hello.SerializeToString().hex(),
         "shape": trace.records.shape,
         "ends": trace.ends,
+        "starts": trace.starts,
     }
     kept = np.flatnonzero(~np.isnan(trace.layer_norms).all(axis=1))
     file = io.BytesIO()
@@ -189,14 +219,16 @@ def load(path: Path) -> Trace:
         )
         norms = np.full((len(records), len(hello.model.layers)), np.nan, np.float32)
         norms[arrays["kept"]] = arrays["norms"]
-    known = facts["case"] | {"restarts": tuple(facts["case"]["restarts"])}
+    known: dict[str, Any] = facts["case"]
+    known |= {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
     return Trace(
         case=Case(**known),
         step_seconds=facts["step_seconds"],
         hello=hello,
         records=records,
         layer_norms=norms,
-        ends=tuple((rank, reason, detail) for rank, reason, detail in facts["ends"]),
+        ends=tuple(End(*values) for values in facts["ends"]),
+        starts=tuple(facts.get("starts", (0,))),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from benchmarks.detection import builds_up, measure
+from benchmarks.detection import builds_up, measure, told
 from benchmarks.faults.cases import Case, Part, cases
 from benchmarks.faults.outcome import bad_steps, disagreement
 from benchmarks.faults.record import record
@@ -84,6 +84,23 @@ def test_verdicts_and_roots_are_right_nearly_always(part: Part) -> None:
     assert figures(part)["roots"]["share"] >= 0.80, figures(part)["wrong"]
 
 
+def test_a_resumed_attempt_begins_with_the_history_of_the_one_before() -> None:
+    for trace in traces("test"):
+        if trace.case.relaunches:
+            first_labels = trace.records["step"][list(trace.starts), 0].tolist()
+            assert 0 == first_labels[0] < min(first_labels[1:])
+            assert told(trace).resumed == len(trace.case.relaunches)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("part", PARTS)
+def test_explosions_right_after_a_relaunch_are_warned_of_and_calm_ones_do_not_alarm(part: Part) -> None:
+    found = figures(part)["relaunches"]
+    assert found["with_history"] == found["attempts"] >= 12
+    assert found["false_alarms"] == 0
+    assert found["warned"] == found["exploding"] >= 4
+
+
 def test_building_up_is_three_steps_in_a_row_at_three_times_the_median() -> None:
     calm = [1.0] * 60
     bad = [*[False] * 63, True]
@@ -93,10 +110,15 @@ def test_building_up_is_three_steps_in_a_row_at_three_times_the_median() -> None
 
 
 def test_a_trace_is_the_same_after_it_was_saved(tmp_path: Path) -> None:
-    trace = next(trace for trace in traces("tune") if trace.case.cause == "bad_rank")
+    found = {trace.case.fault: trace for trace in traces("tune")}
+    for name in ("bit_flip", "relaunch"):
+        _saved_and_read(found[name], tmp_path)
+
+
+def _saved_and_read(trace: Trace, tmp_path: Path) -> None:
     save(trace, tmp_path / "trace.xz")
     again = load(tmp_path / "trace.xz")
-    assert again.case == trace.case and again.ends == trace.ends
+    assert again.case == trace.case and again.ends == trace.ends and again.starts == trace.starts
     assert again.hello == trace.hello
     for column in trace.records.dtype.names or ():
         assert np.array_equal(again.records[column], trace.records[column], equal_nan=True), column
