@@ -77,8 +77,15 @@ class Outbox:
     async def _attempt(self, run: Run) -> bool:
         """Send the message about a run. Return whether it need not be sent again."""
         sent = dict(self._waiting[run])
-        body = body_of(list(sent.values()), form=self._form, url=self._url())
-        answer = await self._webhook.post(body, self._clock())
+        try:
+            body = body_of(list(sent.values()), form=self._form, url=self._url())
+            answer = await self._webhook.post(body, self._clock())
+        except Exception as error:
+            # An error in one message must not end all others.
+            logger.exception("notification about run %(run)s failed", {"run": run[1]})
+            self._remove(run, sent)
+            self._count("failed", run, type(error).__name__)
+            return True
         if answer.final:
             self._failures = 0
             self._remove(run, sent)

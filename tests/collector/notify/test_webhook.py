@@ -7,9 +7,12 @@ import hashlib
 import hmac
 import json
 import logging
+import math
+import re
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,10 +76,14 @@ def run(test: Coroutine[Any, Any, None]) -> None:
 
 @pytest.fixture
 def errors_expected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """The only errors are messages that were dropped."""
+    """The only errors are of messages that were dropped."""
     yield
     records = [record for when in ("setup", "call") for record in caplog.get_records(when)]
-    assert all("dropped" in record.getMessage() for record in records if record.levelno >= logging.ERROR)
+    assert all(
+        re.search("dropped|run broken failed", record.getMessage())
+        for record in records
+        if record.levelno >= logging.ERROR
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +191,18 @@ def test_a_message_that_the_receiver_cannot_take_does_not_hold_up_others() -> No
             assert [(await receiver.next())["groupLabels"]["run"] for _ in range(3)] == ["poison", "other", "poison"]
 
     run(test())
+
+
+def test_an_error_in_one_message_is_logged_and_costs_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with receiving() as receiver, sending(receiver) as (outbox, counts):
+            outbox.add([replace(notification("broken"), started_seconds=math.nan)])
+            outbox.add([notification("other")])
+            assert (await receiver.next())["groupLabels"]["run"] == "other"
+            await until(lambda: counts.results == {"sent": 1, "failed": 1})
+
+    run(test())
+    assert "notification about run broken failed" in caplog.text
 
 
 def test_messages_that_wait_are_bounded_and_the_oldest_goes_first(
