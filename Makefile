@@ -10,6 +10,7 @@ PIP := -m pip --quiet --disable-pip-version-check install
 INSTALLED := .venv/.installed
 PROTOC_INSTALLED := .protos-venv/.installed
 PEERS_INSTALLED := .peers-venv/.installed
+DEPLOY_INSTALLED := .deploy-venv/.installed
 GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
 PROTOC := .protos-venv/bin/python -m grpc_tools.protoc -I protos foreshock_protos/v1/telemetry.proto
@@ -123,6 +124,19 @@ faults: $(INSTALLED) ## record the fault corpus again (20 minutes); ARGS="--only
 wheel-check: $(INSTALLED) ## build sdist and wheel, and try the wheel in a clean environment
 	@PYTHON=$(PYTHON) .ci/wheel-check
 
+.PHONY: deploy-check
+deploy-check: $(DEPLOY_INSTALLED) prometheus ## validate the chart, manifests and Slurm scripts with Helm, kustomize and Kubernetes' schemas
+	@command -v kubectl >/dev/null || { echo "deploy-check: please install kubectl, which has kustomize" >&2; exit 1; }
+	@.deploy-venv/bin/python .ci/deploy_check.py
+
+.PHONY: kubernetes
+kubernetes: $(DEPLOY_INSTALLED) ## write the kustomize base from the Helm chart
+	@.deploy-venv/bin/python .ci/deploy_check.py --write
+
+.PHONY: bench-collector
+bench-collector: $(INSTALLED) ## measure a collector under simulated ranks: core, memory, disk, scrapes; ARGS="--ranks 64 256 --json"
+	@$(BIN)/python -m benchmarks.collector $(ARGS)
+
 .PHONY: test-matrix
 test-matrix: $(INSTALLED) ## run the fast tests with the oldest and newest dependencies, on every installed Python
 	@$(BIN)/python .ci/matrix.py $(ARGS)
@@ -177,6 +191,11 @@ $(PROTOC_INSTALLED): requirements-protos.txt
 $(PEERS_INSTALLED): requirements-peers.txt
 	@$(call make-venv,.peers-venv)
 	@.peers-venv/bin/python $(PIP) -r requirements-peers.txt
+	@touch $@
+
+$(DEPLOY_INSTALLED): requirements-deploy.txt
+	@$(call make-venv,.deploy-venv)
+	@.deploy-venv/bin/python $(PIP) -r requirements-deploy.txt
 	@touch $@
 
 define make-venv

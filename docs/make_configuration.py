@@ -57,6 +57,8 @@ TAIL = """## Other files
 | file | what it sets |
 | --- | --- |
 | `/etc/foreshock/collector.env` | environment of the collector, for `deploy/systemd/foreshock-collector.service` |
+| `/etc/foreshock/agent.env` | environment of ranks and recorders, for `deploy/slurm` and `deploy/systemd` |
+| `deploy/helm/foreshock/values.yaml` | [the collector in Kubernetes](deploy.md#in-kubernetes) |
 | `deploy/prometheus/prometheus.yml` | the scrape configuration for the collector's `/metrics` |
 | `deploy/prometheus/foreshock.rules.yml` | the alerts, and the [addresses in their links](deploy.md#links-in-alerts) |
 | `deploy/alertmanager/alertmanager.yml` | an example of routing alerts to receivers |

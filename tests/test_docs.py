@@ -22,6 +22,8 @@ FOREIGN_OPTIONS = {
     "torchrun": {"--nproc-per-node", "--max-restarts", "--rdzv-id"},
     "prometheus": {"--config.file"},
     "docker": {"--build", "--target"},
+    "helm": {"--namespace", "--create-namespace", "--set"},
+    "kubectl": {"--kustomize"},
     "pip": {"--no-deps"},
     "py-spy": {"--pid"},
 }

@@ -16,6 +16,7 @@ _PURPOSE = {
     "report": "write a run or a recorded log as one self-contained page",
     "backup": "copy a collector's database while it is in use",
     "notify": "send a test notification",
+    "files": "print or copy the rules, dashboards, runbooks and service files that are installed",
     "recorder": "deliver records that jobs left on this machine while the collector was down",
     "run": "run a training command and watch it, without a change to its script",
     "doctor": "check whether trainings on this machine can be watched",

@@ -122,6 +122,20 @@ def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     said("systemd-analyze", "security", "--offline=true", "--threshold=15", unit)
 
 
+@pytest.mark.integration
+@needs("systemd-analyze")
+def test_systemd_accepts_the_units_of_training_machines(tmp_path: Path) -> None:
+    units = [UNIT.with_name(f"foreshock-recorder@.{kind}") for kind in ("service", "timer")]
+    command = "/opt/foreshock/bin/foreshock"
+    assert f"ExecStart={command} recorder\n" in units[0].read_text()
+    for unit in units:
+        (tmp_path / unit.name).write_text(unit.read_text().replace(command, sys.executable))
+    copies = [tmp_path / unit.name for unit in units]
+    assert said("systemd-analyze", "verify", *copies) == ""
+    # It reads and removes files of its user, in shared memory: a little less closed than the collector.
+    said("systemd-analyze", "security", "--offline=true", "--threshold=25", copies[0])
+
+
 def test_the_unit_keeps_its_database_where_systemd_lets_it_write() -> None:
     parser = ConfigParser(strict=False, interpolation=None)
     parser.optionxform = str  # type: ignore[assignment,method-assign]

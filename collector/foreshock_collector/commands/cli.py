@@ -75,6 +75,13 @@ def notify(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def files(arguments: list[str]) -> int:
+    """Print or copy the installed files; see `foreshock_collector.commands.files`."""
+    from foreshock_collector.commands.files import main
+
+    return main(arguments)
+
+
 def status(arguments: list[str]) -> int:
     """Show all runs or one; see `foreshock_collector.commands.status`."""
     from foreshock_collector.commands.status import status
