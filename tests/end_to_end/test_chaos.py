@@ -9,7 +9,13 @@ import pytest
 from benchmarks.chaos.__main__ import run
 from benchmarks.chaos.fleet import come_back
 
-FAULTS = ("collector killed", "recorder killed", "ranks stopped for a second", "data swallowed, then cut")
+FAULTS = (
+    "collector killed",
+    "recorder killed",
+    "ranks stopped for a second",
+    "ranks killed, job started again",
+    "data swallowed, then cut",
+)
 
 
 def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,232 @@
+"""A job under load, and the faults that happen to it."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.chaos.proxy import Proxy
+from tests.support.collector_process import Collector
+from tests.support.launched_jobs import recorders
+
+RUN = "chaos"
+_HOLD_SECONDS = 1.0
+"""How long a process is stopped, a connection delayed, a database held or a disk full."""
+_DISK_BYTES = 512 * 2**20
+"""Of each disk that can be filled, in memory: a thousand faults write a database of some 100 MB."""
+_FILL_BYTES = 2**20
+
+
+@dataclass
+class Job:
+    """Ranks that write steps, their recorder, a proxy, and a collector: what faults happen to."""
+
+    folder: Path
+    pace: float
+    """Seconds between steps."""
+    collector: Collector = field(init=False)
+    proxy: Proxy = field(init=False)
+    ranks: subprocess.Popen[bytes] = field(init=False)
+    """Process of all ranks of the newest launch."""
+    launches: list[str] = field(default_factory=list)
+    counters: dict[str, float] = field(default_factory=dict)
+    regressions: int = 0
+
+    def __post_init__(self) -> None:
+        self.rings.mkdir(exist_ok=True)
+        self.storage.mkdir(exist_ok=True)
+        self.collector = Collector(self.storage)
+        self.proxy = Proxy(int(self.collector.address.rpartition(":")[2]))
+
+    @property
+    def rings(self) -> Path:
+        return self.folder / "rings"
+
+    @property
+    def storage(self) -> Path:
+        """Folder of the collector's database."""
+        return self.folder / "collector"
+
+    @property
+    def database(self) -> Path:
+        return self.storage / "foreshock.db"
+
+    @property
+    def stop(self) -> Path:
+        """File that ends the ranks."""
+        return self.folder / "stop"
+
+    def launch(self) -> None:
+        """Start ranks, as another launch of the run."""
+        self.launches.append(f"launch-{len(self.launches)}")
+        self.ranks = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.chaos.ranks", str(self.rings / RUN / self.launches[-1]),
+             f"127.0.0.1:{self.proxy.port}", "--pace", str(self.pace), "--stop", str(self.stop),
+             "--durations", str(self._durations_file(self.launches[-1]))],
+        )  # fmt: skip
+
+    def _durations_file(self, launch: str) -> Path:
+        return self.folder / f"{launch}.durations"
+
+    def durations(self, launch: str) -> list[float]:
+        """Return how long each finished step of a launch took, in seconds."""
+        path = self._durations_file(launch)
+        values = array.array("d")
+        if path.exists():
+            content = path.read_bytes()
+            values.frombytes(content[: len(content) // values.itemsize * values.itemsize])
+        return values.tolist()
+
+    def undelivered(self) -> list[Path]:
+        """Return the rings of launches before the newest."""
+        return [path for path in self.rings.rglob("*.ring") if path.parent.name != self.launches[-1]]
+
+    def recorder_pids(self) -> list[int]:
+        return [int(pid) for pid in recorders(self.rings)]
+
+    def look(self) -> float:
+        """Scrape the collector: count what went back. Return the steps that it has counted."""
+        with suppress(OSError):
+            for family in text_string_to_metric_families(self.collector.metrics()):
+                for sample in family.samples:
+                    # A launch whose predecessor is not known to be dead becomes a run of another name.
+                    if family.type == "counter" and sample.labels.get("run", "").startswith(RUN):
+                        key = sample.name + json.dumps(sample.labels)
+                        self.regressions += sample.value < self.counters.get(key, 0.0)
+                        self.counters[key] = sample.value
+        return sum(value for key, value in self.counters.items() if key.startswith("foreshock_steps_total"))
+
+
+def _hold(pids: list[int]) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(_HOLD_SECONDS)
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+
+
+def kill_collector(job: Job) -> None:
+    job.collector.kill_and_restart()
+
+
+def stop_collector(job: Job) -> None:
+    _hold([job.collector.process.pid])
+
+
+def drain_collector(job: Job) -> None:
+    job.collector.stop()
+    job.collector.start()
+
+
+def kill_recorder(job: Job) -> None:
+    for pid in job.recorder_pids():
+        os.kill(pid, signal.SIGKILL)
+
+
+def stop_recorder(job: Job) -> None:
+    _hold(job.recorder_pids())
+
+
+def drain_recorder(job: Job) -> None:
+    for pid in job.recorder_pids():
+        os.kill(pid, signal.SIGTERM)
+
+
+def stop_ranks(job: Job) -> None:
+    _hold([job.ranks.pid])
+
+
+def kill_ranks(job: Job) -> None:
+    job.ranks.kill()
+    job.ranks.wait()
+    job.launch()
+
+
+def cut_connections(job: Job) -> None:
+    job.proxy.cut()
+
+
+def delay_data(job: Job) -> None:
+    job.proxy.delay(0.3)
+    time.sleep(_HOLD_SECONDS)
+    job.proxy.delay(0.0)
+
+
+def swallow_data(job: Job) -> None:
+    job.proxy.swallow(True)
+    time.sleep(_HOLD_SECONDS)
+    job.proxy.cut()
+    job.proxy.swallow(False)
+
+
+def hold_database(job: Job) -> None:
+    with closing(sqlite3.connect(job.database, isolation_level=None)) as database:
+        database.execute("BEGIN IMMEDIATE")
+        time.sleep(_HOLD_SECONDS)
+
+
+def _fill(folder: Path) -> None:
+    """Leave no room on the disk of a folder for a while."""
+    filler = folder / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(_FILL_BYTES))
+    time.sleep(_HOLD_SECONDS)
+    filler.unlink()
+
+
+def fill_storage(job: Job) -> None:
+    with closing(sqlite3.connect(job.database)) as database:
+        # Its log has room for many more commits otherwise.
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    _fill(job.storage)
+
+
+def fill_rings(job: Job) -> None:
+    _fill(job.rings)
+
+
+FAULTS: dict[str, Callable[[Job], None]] = {
+    "collector killed": kill_collector,
+    "collector stopped for a second": stop_collector,
+    "collector asked to end": drain_collector,
+    "recorder killed": kill_recorder,
+    "recorder stopped for a second": stop_recorder,
+    "recorder asked to end": drain_recorder,
+    "ranks stopped for a second": stop_ranks,
+    "ranks killed, job started again": kill_ranks,
+    "connections cut": cut_connections,
+    "data delayed": delay_data,
+    "data swallowed, then cut": swallow_data,
+    "database held by another process": hold_database,
+}
+DISK_FAULTS: dict[str, Callable[[Job], None]] = {
+    "disk of the database full": fill_storage,
+    "disk of the rings full": fill_rings,
+}
+"""Need disks of their own."""
+
+
+def mount_disks(folder: Path) -> None:
+    """Give the job in a folder small disks, in the mount namespace of this process: they end with it."""
+    for name in ("rings", "collector"):
+        (folder / name).mkdir()
+        options = f"size={_DISK_BYTES},mode=0700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder / name)], check=True)
+
+
+def unmount_disks(folder: Path) -> None:
+    for name in ("rings", "collector"):
+        subprocess.run(["umount", str(folder / name)], check=True)
