@@ -15,6 +15,8 @@ BEGIN_SECONDS = 10.0
 """How long a new connection may take to send its first request, TLS handshake and headers included."""
 IDLE_SECONDS = 75.0
 """How long a client may neither take in more of its answer nor send a request. Prometheus scrapes more often."""
+ANSWER_SECONDS = 600.0
+"""How long a client may take for one answer, however steadily it reads: 100 MB at 170 kB a second."""
 MOST_WAITING = 512
 """Open connections that wait for a request at the same time; one more ends the oldest of them."""
 SWEEP_SECONDS = 1.0
@@ -29,8 +31,8 @@ class Connections:
         self._monotonic = monotonic
         # By the time since which they wait, the oldest first.
         self._new: dict[web.RequestHandler, float] = {}
-        self._idle: dict[web.RequestHandler, tuple[float, int]] = {}
-        """With how much of their answers they have taken in."""
+        self._idle: dict[web.RequestHandler, tuple[float, int, float]] = {}
+        """With how much of their answers they have taken in, and since when they could."""
 
     @property
     def waiting(self) -> list[web.RequestHandler]:
@@ -61,7 +63,8 @@ class Connections:
                 return response
             finally:
                 if protocol.connected:
-                    self._idle[protocol] = self._monotonic(), 0
+                    now = self._monotonic()
+                    self._idle[protocol] = now, 0, now
 
         return note
 
@@ -80,12 +83,14 @@ class Connections:
             elif now - since >= 2 * BEGIN_SECONDS:
                 # Closed: a TLS handshake, in which it is not connected yet, would be over.
                 del self._new[protocol]
-        for protocol, (since, taken) in [*self._idle.items()]:
+        for protocol, (since, taken, answered) in [*self._idle.items()]:
             if not protocol.connected:
                 del self._idle[protocol]
+            elif now - answered >= ANSWER_SECONDS:
+                self._end(protocol)
             elif (newly := bytes_taken(protocol)) != taken:
                 del self._idle[protocol]
-                self._idle[protocol] = now, newly
+                self._idle[protocol] = now, newly, answered
             elif now - since >= IDLE_SECONDS:
                 self._end(protocol)
         self._limit(MOST_WAITING)

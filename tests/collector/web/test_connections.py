@@ -15,7 +15,7 @@ from aiohttp import web
 
 from foreshock_collector.server import Server
 from foreshock_collector.web import connections
-from foreshock_collector.web.connections import BEGIN_SECONDS, IDLE_SECONDS, Connections, bytes_taken
+from foreshock_collector.web.connections import ANSWER_SECONDS, BEGIN_SECONDS, IDLE_SECONDS, Connections, bytes_taken
 from tests.support.certificates import sign
 from tests.support.streams import config, serving
 
@@ -240,6 +240,30 @@ def test_a_client_that_reads_its_answer_slowly_gets_all_of_it(
             client.writer.write(REQUEST + b"\r\n")
             assert await client.status() == 200
             client.writer.close()
+
+    serving(test())
+
+
+def test_a_client_that_reads_too_long_at_one_answer_loses_its_connection(
+    tmp_path: Path, waiting: Waiting, long_answers: None
+) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            client, protocol = await begin_to_read(server, waiting)
+            await client.reader.readuntil(b"\r\n\r\n")
+            read = 0
+            last = waiting.now + ANSWER_SECONDS
+            while waiting.now + IDLE_SECONDS < last:
+                taken = bytes_taken(protocol)
+                await client.reader.readexactly(PIECE)
+                read += PIECE
+                while bytes_taken(protocol) == taken:
+                    await asyncio.sleep(0)
+                waiting.after(IDLE_SECONDS - 1)
+                assert waiting.waiting == [protocol]
+            waiting.after(last - waiting.now)
+            assert read + await client.ended() < SIZE
+            assert await is_ready(server)
 
     serving(test())
 
