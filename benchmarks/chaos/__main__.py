@@ -79,16 +79,16 @@ def run(
     for name in names:
         print(f"{name:<36}{counts[name]:>6}")
     print(f"{'in all':<36}{sum(counts.values()):>6}   seed {seed}, {seconds:.0f} s\n")
-    lost = sum(max(0, len(steps) - stored.get(launch, 0)) for launch, steps in finished.items())
-    # A rank that is killed may have begun one more step than it has finished.
-    extra = sum(
-        max(0, stored.get(launch, 0) - len(steps) - (launch != job.launches[-1])) for launch, steps in finished.items()
-    )
+    kept = {launch: stored.get(launch, set()) for launch in finished}
+    lost = sum(len(set(range(1, len(steps) + 1)) - kept[launch]) for launch, steps in finished.items())
+    # Ranks that are killed may have begun one more step than they have finished.
+    extra = sum(len(kept[launch] - set(range(1, len(steps) + 2))) for launch, steps in finished.items())
+    total = sum(map(len, stored.values()))
     figures = {
         "steps sent": sum(map(len, finished.values())),
-        "stored": sum(stored.values()),
+        "stored": total,
         "lost": lost,
-        "doubled": abs(counted - sum(stored.values())) + extra,
+        "doubled": abs(counted - total) + extra,
         "records counted as dropped": dropped,
         "counter regressions": job.regressions,
         "rings and other files left": len(left),
@@ -123,11 +123,15 @@ def _break(job: Job, names: Sequence[str], faults: int, generator: random.Random
     return counts
 
 
-def _stored(database: Path) -> dict[str, int]:
-    """Return how many steps of each launch a database has."""
+def _stored(database: Path) -> dict[str, set[int]]:
+    """Return the sequence numbers of the steps of each launch that a database has."""
+    stored: dict[str, set[int]] = {}
     with closing(sqlite3.connect(database)) as connection:
-        query = "SELECT launch, count(*) FROM steps JOIN attempts USING (run, attempt) GROUP BY launch"
-        return dict(connection.execute(query).fetchall())
+        for launch, sequence in connection.execute(
+            "SELECT launch, sequence FROM steps JOIN attempts USING (run, attempt)"
+        ):
+            stored.setdefault(launch, set()).add(sequence)
+    return stored
 
 
 def _spread(durations: list[float]) -> list[float]:
