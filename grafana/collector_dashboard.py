@@ -60,6 +60,7 @@ def collector() -> Json:
                 f"{c.COLLECTOR_REFUSED.help} The log has a line for each. Skipped: {c.COLLECTOR_SKIPPED.help}",
                 (f"sum by (reason) ({refused})", "{{reason}}"),
                 (f"sum(increase({c.COLLECTOR_SKIPPED.name}[{RATE}]))", "skipped"),
+                (f"sum(increase({c.COLLECTOR_OTLP_FAILURES.name}[{RATE}]))", "OTLP exports failed"),
             ),
         ],
         [

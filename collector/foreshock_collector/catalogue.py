@@ -297,6 +297,9 @@ COLLECTOR_RECORDS = _counter(
 COLLECTOR_REFUSED = _counter(
     "foreshock_collector_refused_total", "Streams and single ranks that the collector refused, by reason.", ("reason",)
 )
+COLLECTOR_OTLP_FAILURES = _counter(
+    "foreshock_collector_otlp_failures_total", "Exports to `--otlp-endpoint` that failed.", ()
+)
 COMMIT_DURATION = Series(
     name="foreshock_collector_commit_seconds",
     kind=Kind.HISTOGRAM,

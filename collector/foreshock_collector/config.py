@@ -6,6 +6,7 @@ import argparse
 import difflib
 import ipaddress
 import os
+import re
 import tomllib
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +58,11 @@ class Config:
     metrics_cache_seconds: float = setting(
         1.0, "Seconds for which scrapes share one rendering of /metrics; 0 renders each time."
     )
+    otlp_endpoint: str = setting(
+        "",
+        "URL of an OpenTelemetry receiver that gets the series of /metrics over OTLP/HTTP every 15 seconds, such as "
+        "http://localhost:4318/v1/metrics; needs `pip install 'foreshock[otlp]'`.",
+    )
     tokens: str = setting(
         "", "File of the tokens that may write and read (docs/security.md); default: none is asked for."
     )
@@ -100,6 +106,8 @@ class Config:
             raise ConfigError(f"--ack-seconds must be {most}: ranks that report less often look dead")
         if not 0 <= self.metrics_cache_seconds < 1e7:
             raise ConfigError(f"--metrics-cache-seconds must be 0 or more, not {self.metrics_cache_seconds:g}")
+        if self.otlp_endpoint and not re.fullmatch(r"https?://[^\s/].*", self.otlp_endpoint):
+            raise ConfigError(f"--otlp-endpoint must be an http:// or https:// URL, not {self.otlp_endpoint!r}")
         for name in ("host", "database"):
             if not getattr(self, name):
                 raise ConfigError(f"{_flag(name)} must not be empty")

@@ -27,6 +27,7 @@ from foreshock_collector.clock import SystemClock
 from foreshock_collector.config import Config, ConfigError, is_loopback, secret_from
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
+from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.notify.notifier import notifying
 from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state import recovery
@@ -37,6 +38,7 @@ from foreshock_collector.web.app import WebApplication
 from foreshock_collector.web.collector_series import CollectorSeries
 from foreshock_collector.web.connections import BEGIN_SECONDS
 from foreshock_collector.web.exposition import RunSeries
+from foreshock_collector.web.otlp import OtlpExport
 
 VERSION = importlib.metadata.version("foreshock")
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Server:
         self._stack = AsyncExitStack()
         self.grpc_port = 0
         self.http_port = 0
+        self.otlp_export: OtlpExport | None = None
         self.store: Store
         self.committer: asyncio.Task[None]
         """Ends only with an error; then nothing is stored any more."""
@@ -129,12 +132,28 @@ class Server:
                 )
             await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
+            self.otlp_export = self._otlp_export(registry, intake.statistics)
+            if self.otlp_export is not None:
+                stack.push_async_callback(_cancel, asyncio.create_task(self.otlp_export.run()))
             self.committer = asyncio.create_task(telemetry.committer())
             stack.push_async_callback(_cancel, self.committer)
             application.ready = True
             stack.callback(application.drain)
             self._stack = stack.pop_all()
         return self
+
+    def _otlp_export(self, registry: CollectorRegistry, statistics: IngestStatistics) -> OtlpExport | None:
+        if not (endpoint := self._config.otlp_endpoint):
+            return None
+        attributes = {
+            "service.name": "foreshock-collector",
+            "service.version": VERSION,
+            "service.instance.id": _address(socket.gethostname(), self.http_port),
+        }
+        try:
+            return OtlpExport(endpoint, registry, statistics, self._clock, attributes)
+        except ImportError as error:
+            raise ConfigError(f"--otlp-endpoint needs pip install 'foreshock[otlp]': {error}") from error
 
     async def _open_http(self, stack: AsyncExitStack, application: WebApplication) -> None:
         # No request has a body that is read: what a client compresses must not grow here.

@@ -24,6 +24,8 @@ class IngestStatistics:
     """Refused streams and instances by reason."""
     commit_seconds: Histogram = field(default_factory=lambda: Histogram(COMMIT_DURATION.buckets))
     """Durations of commits, failed ones included."""
+    otlp_failures: int = 0
+    """Exports to `--otlp-endpoint` that failed."""
     waiting_since: dict[str, float] = field(default_factory=dict)
     """By run, the Unix time at which the oldest record was received that is not committed yet."""
 

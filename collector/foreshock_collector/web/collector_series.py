@@ -59,6 +59,7 @@ class CollectorSeries(Collector):
         yield Sample(c.COLLECTOR_RECORDS, (), counted.records)
         for reason, count in counted.refused.items():
             yield Sample(c.COLLECTOR_REFUSED, (reason,), count)
+        yield Sample(c.COLLECTOR_OTLP_FAILURES, (), counted.otlp_failures)
         yield Sample.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
         yield Sample(c.INGEST_LAG, (), counted.lag_seconds(self._clock()))
         for result, count in self._notifications.results.items():
