@@ -82,6 +82,8 @@ class OtlpExport:
         if sent and self._failing:
             logger.info("exports to --otlp-endpoint %(endpoint)s again", facts)
         self._failing = not sent
+        # The exporter logs each attempt, four in each export: once is enough.
+        logging.getLogger("opentelemetry.exporter").setLevel(logging.CRITICAL if self._failing else logging.NOTSET)
 
     def _send(self, families: Iterable[Family], now: float) -> bool:
         from opentelemetry.sdk.metrics.export import MetricExportResult

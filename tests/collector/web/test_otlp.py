@@ -68,6 +68,7 @@ def receiver() -> Iterator[Receiver]:
     receiver = Receiver()
     yield receiver
     receiver.close()
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.NOTSET)
 
 
 def points(metric: Any) -> list[Any]:
@@ -139,6 +140,7 @@ def test_a_receiver_that_refuses_is_counted_and_logged_once(
         "cannot export to --otlp-endpoint ",
         "exports to --otlp-endpoint ",
     ]
+    assert sum(r.name.startswith("opentelemetry.exporter") for r in caplog.records) == 1
 
 
 def test_series_that_cannot_be_read_end_no_export(receiver: Receiver, caplog: pytest.LogCaptureFixture) -> None:
