@@ -21,7 +21,7 @@ import foreshock
 def train_worker(settings: dict) -> None:
     """Train on one worker."""
     torch.manual_seed(0)  # the same weights on every rank
-    model = prepare_model(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1)), ddp_kwargs={})
+    model = prepare_model(nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 1)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"])
     watch = foreshock.attach(model, optimizer)
     torch.manual_seed(1 + train.get_context().get_world_rank())  # different data on every rank
