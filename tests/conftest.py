@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -41,7 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long tests go first and short ones fill the gaps, so that workers end together."""
+    """Long tests go first and short ones fill the gaps, so that workers end together.
+
+    The longest of all are those with a Prometheus, and in a row so that it ends early: see end_to_end/conftest.py.
+    """
     for item in items:
         if item.path.parent.name == "end_to_end":
             item.add_marker(pytest.mark.integration)
@@ -51,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         on_card = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if item not in on_card]
         config.hook.pytest_deselected(items=on_card)
-    items.sort(key=_is_long, reverse=True)
+    items.sort(key=lambda item: (_is_long(item), "watch" in getattr(item, "fixturenames", ())), reverse=True)
 
 
 def _is_long(item: pytest.Item) -> bool:
@@ -79,6 +83,11 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     finally:
         _unit_test = ""
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is no garbage: a full collection would take a fifth of a second to see so."""
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

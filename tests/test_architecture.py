@@ -13,13 +13,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import foreshock
 import foreshock_protos
 from tests.support.repository import ROOT
+from tests.support.yaml_text import parsed
 
 PACKAGES = {
     "foreshock": ROOT / "agent/foreshock",
@@ -321,7 +321,7 @@ def test_a_default_port_is_named_once(port: str) -> None:
 
 
 def test_prometheus_is_sent_to_the_default_port() -> None:
-    config = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    config = parsed((ROOT / "deploy/prometheus/prometheus.yml").read_text())
     targets = config["scrape_configs"][0]["static_configs"][0]["targets"]
     assert targets == [f"127.0.0.1:{foreshock_protos.DEFAULT_HTTP_PORT}"]
 

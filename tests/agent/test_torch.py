@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from foreshock import _torch
@@ -32,6 +31,9 @@ def ddp(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Any:
+    # Not above: it takes a second, in each worker that collects these tests.
+    from torch.distributed.fsdp import fully_shard
+
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield fully_shard(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), mesh=init_device_mesh("cpu", (1,)))
     dist.destroy_process_group()

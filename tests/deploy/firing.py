@@ -12,9 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from tests.support.alerting import ALERTS, RULES, SEVERITY
+from tests.support.yaml_text import parsed
 
 SCRAPE_SECONDS = 15
 _UNITS = {"h": 3600, "m": 60, "s": 1}
@@ -56,7 +55,7 @@ def quiet(series: dict[str, list[str]], name: str, times: Iterable[str]) -> dict
 def fired_in(tests: list[dict[str, Any]], folder: Path) -> list[Fired]:
     """All that does. The tests' names differ."""
     suite = {"rule_files": [str(RULES)], "evaluation_interval": f"{SCRAPE_SECONDS}s", "tests": tests}
-    (folder / "quiet.yml").write_text(yaml.safe_dump(suite, width=10**6))
+    (folder / "quiet.yml").write_text(json.dumps(suite, ensure_ascii=False))
     done = promtool("test", "rules", folder / "quiet.yml")
     said = done.stdout + done.stderr
     assert "SUCCESS" in said or "got:[" in said, said
@@ -85,7 +84,7 @@ def judged(file: Path) -> tuple[Counter[Expectation], Counter[Expectation], str]
 
     It evaluates the rules once for both.
     """
-    suite = yaml.safe_load(file.read_text())
+    suite = parsed(file.read_text())
     suite["rule_files"] = [str(RULES)]
     opposites: Counter[Expectation] = Counter()
     for test in suite["tests"]:
@@ -95,7 +94,7 @@ def judged(file: Path) -> tuple[Counter[Expectation], Counter[Expectation], str]
             test["alert_rule_test"].append({**stated, "exp_alerts": expected})
             opposites[Expectation(test["name"], name, seconds_of(stated["eval_time"]), fires)] += 1
     with tempfile.NamedTemporaryFile("w", suffix=".yml") as both:
-        yaml.safe_dump(suite, both)
+        json.dump(suite, both, ensure_ascii=False)
         both.flush()
         done = promtool("test", "rules", both.name)
     said = done.stdout + done.stderr

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.support.alerting import (
     ALERTMANAGER_CONFIG,
@@ -21,6 +20,7 @@ from tests.support.alerting import (
     start_alertmanager,
     with_receiver,
 )
+from tests.support.yaml_text import parsed
 
 pytestmark = pytest.mark.integration
 
@@ -91,10 +91,10 @@ def test_critical_and_warning_are_told_and_info_is_only_kept(name: str, severity
 
 
 def test_an_early_sign_waits_for_more_than_one_evaluation_and_damage_waits_for_nothing() -> None:
-    evaluation = seconds(yaml.safe_load(PROMETHEUS_CONFIG.read_text())["global"]["evaluation_interval"])
+    evaluation = seconds(parsed(PROMETHEUS_CONFIG.read_text())["global"]["evaluation_interval"])
     waits = {
         route["matchers"][0].split('"')[1]: seconds(route["group_wait"])
-        for route in yaml.safe_load(ALERTMANAGER_CONFIG.read_text())["route"]["routes"]
+        for route in parsed(ALERTMANAGER_CONFIG.read_text())["route"]["routes"]
         if "group_wait" in route
     }
     assert waits["critical"] == 0

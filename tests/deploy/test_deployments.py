@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from foreshock_collector.config import config_from
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 from tests.support.alerting import PROMETHEUS_CONFIG, RULES
 from tests.support.repository import ROOT
+from tests.support.yaml_text import parsed
 
 DOCKER = ROOT / "deploy/docker"
 COMPOSE = DOCKER / "docker-compose.yml"
 DOCKERFILE = DOCKER / "Dockerfile"
 UNIT = ROOT / "deploy/systemd/foreshock-collector.service"
-SERVICES: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+SERVICES: dict[str, dict[str, Any]] = parsed(COMPOSE.read_text())["services"]
 STAGES = re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
 
 
@@ -45,7 +45,7 @@ def environment_of_the_image() -> dict[str, str]:
 def test_compose_accepts_the_file() -> None:
     """Debian's docker-compose 1 knows all of it but `name`."""
     text = re.sub(r"^name: .*\n", "", COMPOSE.read_text(), flags=re.MULTILINE)
-    shown = yaml.safe_load(said("docker-compose", "--project-directory", DOCKER, "-f", "-", "config", text=text))
+    shown = parsed(said("docker-compose", "--project-directory", DOCKER, "-f", "-", "config", text=text))
     assert set(shown["services"]) == {"collector", "trainer", "prometheus", "alertmanager", "grafana"}
 
 
@@ -103,7 +103,7 @@ def test_prometheus_of_the_containers_is_the_shipped_one_but_for_addresses(tmp_p
     shipped = PROMETHEUS_CONFIG.read_text().replace(f"127.0.0.1:{DEFAULT_HTTP_PORT}", f"collector:{DEFAULT_HTTP_PORT}")
     shipped = shipped.replace("127.0.0.1:9093", "alertmanager:9093")
     ours = DOCKER / "prometheus.yml"
-    assert yaml.safe_load(ours.read_text()) == yaml.safe_load(shipped)
+    assert parsed(ours.read_text()) == parsed(shipped)
     # As the containers see them: side by side.
     for file in (ours, RULES):
         shutil.copy(file, tmp_path)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.deploy.firing import SCRAPE_SECONDS, Fired, fired_in, quiet, seconds_of
 from tests.support.alerting import SEVERITY
+from tests.support.yaml_text import parsed
 
 pytestmark = pytest.mark.integration
 
@@ -52,7 +52,7 @@ def scenarios() -> dict[str, tuple[int, Series]]:
     """Of each alert the first in which it fires, and the healthy run: the scrape to look at, its series."""
     found: dict[str, tuple[int, Series]] = {}
     for suite in SUITES:
-        for test in yaml.safe_load(suite.read_text())["tests"]:
+        for test in parsed(suite.read_text())["tests"]:
             series = {each["series"]: values(each["values"]) for each in test["input_series"]}
             for assertion in test["alert_rule_test"]:
                 fires = assertion["alertname"] if assertion.get("exp_alerts") else ""

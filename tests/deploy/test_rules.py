@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import promql_parser as promql
 import pytest
-import yaml
 
 from foreshock_collector.alerting import alerts
 from foreshock_collector.alerting.addresses import Addresses
@@ -33,6 +32,7 @@ from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.deploy.firing import judged, promtool
 from tests.support.alerting import ALERTS, PROMETHEUS_CONFIG, SEVERITY
 from tests.support.repository import ROOT
+from tests.support.yaml_text import parsed
 
 SCENARIOS = sorted(Path(__file__).parent.glob("promtool/*.test.yml"))
 NAMES = [alert["alert"] for alert in ALERTS]
@@ -114,7 +114,7 @@ def test_every_alert_has_a_scenario_that_fires_it_and_one_that_does_not() -> Non
     fires: set[str] = set()
     quiet: set[str] = set()
     for file in SCENARIOS:
-        for test in yaml.safe_load(file.read_text())["tests"]:
+        for test in parsed(file.read_text())["tests"]:
             for assertion in test["alert_rule_test"]:
                 (fires if assertion.get("exp_alerts") else quiet).add(assertion["alertname"])
     assert fires == set(NAMES)
@@ -229,12 +229,12 @@ def test_the_documented_command_points_every_link_to_other_addresses() -> None:
         }
         for alert in ALERTS
     }
-    assert {rule["alert"]: links_of(rule) for rule in yaml.safe_load(text)["groups"][0]["rules"]} == expected
+    assert {rule["alert"]: links_of(rule) for rule in parsed(text)["groups"][0]["rules"]} == expected
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=NAMES)
 def test_grafanas_alert_has_the_same_links_and_no_empty_annotation(alert: dict[str, Any]) -> None:
-    (group,) = yaml.safe_load((ROOT / "grafana/provisioning/alerting/foreshock.yml").read_text())["groups"]
+    (group,) = parsed((ROOT / "grafana/provisioning/alerting/foreshock.yml").read_text())["groups"]
     (twin,) = (rule for rule in group["rules"] if rule["title"] == alert["alert"])
     assert links_of(twin) == links_of(alert)
     assert all(twin["annotations"].values())

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.alerted_collector import Watch, watching
 from tests.support.collector_process import Collector
 from tests.support.forked_jobs import forking
 from tests.support.launched_jobs import TRAINING, Job, Launched, recorders
@@ -29,13 +30,29 @@ def collector(tmp_path: Path) -> Iterator[Collector]:
         assert started.stop() == 0
 
 
-@pytest.fixture(scope="session")
-def watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A collector with Prometheus, Alertmanager and a webhook around it."""
-    from tests.support.alerted_collector import watching
+_watches: list[Watch] = []
+"""At most one."""
+_programs = ExitStack()
+"""Those of it."""
 
-    with watching(tmp_path_factory.mktemp("watch")) as all_of_it:
-        yield all_of_it
+
+@pytest.fixture
+def watch(tmp_path_factory: pytest.TempPathFactory) -> Watch:
+    """A collector with Prometheus, Alertmanager and a webhook around it: one for all tests in a row that ask for it."""
+    if not _watches:
+        _watches.append(_programs.enter_context(watching(tmp_path_factory.mktemp("watch"))))
+    return _watches[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    try:
+        return (yield)
+    finally:
+        # A session's fixture would judge all rules every second until the last test of all.
+        if not isinstance(nextitem, pytest.Function) or "watch" not in nextitem.fixturenames:
+            _watches.clear()
+            _programs.close()
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_a_job_that_its_user_or_scheduler_stops_pages_nobody(
 def test_a_restart_that_goes_on_resolves_the_page(watch: Watch, job: Job) -> None:
     said(job("again", watch.collector.address, steps=60, raise_at=20))
     the_page(watch, "again", 21)
-    process = job("again", watch.collector.address, steps=10**6, pace=0.02)
+    process = job("again", watch.collector.address, steps=10**6, pace=0.1)
     running(watch, "again", attempt=1)
     # The alert goes on for a minute, so that it does not come and go.
     eventually(lambda: "ForeshockRunDied" not in watch.alerts("again"), "its end", after=60.0)

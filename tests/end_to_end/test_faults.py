@@ -62,7 +62,7 @@ def test_weights_are_the_same_with_a_collector_without_one_and_with_one_that_swa
 
 def test_memory_is_bounded_however_long_nobody_takes_the_records(black_hole: str, job: Job, tmp_path: Path) -> None:
     rings = tmp_path / "rings"
-    job("silent", black_hole, ranks=1, steps=10**9)
+    job("silent", black_hole, ranks=1, steps=10**9, pace=0.001)
     (log,) = eventually(lambda: list(rings.rglob("recorder.log")), "a recorder's log")
     eventually(lambda: "no answer" in log.read_text(), "its complaint")
     recorder = only_recorder(rings)
@@ -130,7 +130,7 @@ def test_two_nodes_are_one_run_with_all_its_ranks(collector: Collector, job: Job
 def test_a_killed_recorder_is_replaced_and_no_step_is_lost_or_counted_twice(
     collector: Collector, job: Job, tmp_path: Path
 ) -> None:
-    process = job("replaced", collector.address, steps=1300, pace=0.01)
+    process = job("replaced", collector.address, steps=650, pace=0.02)
     eventually(
         lambda: "replaced" in collector.names() and collector.run("replaced")["counters"]["steps"] > 50, "some steps"
     )
@@ -140,8 +140,8 @@ def test_a_killed_recorder_is_replaced_and_no_step_is_lost_or_counted_twice(
     assert only_recorder(tmp_path) != first
     assert "rank 0 done" in said(process)
     run = left(collector, "replaced")
-    assert run["counters"]["steps"] == 1300
-    assert collector.get("/api/v1/runs/replaced/steps?limit=2000")["step"] == list(range(1300))
+    assert run["counters"]["steps"] == 650
+    assert collector.get("/api/v1/runs/replaced/steps?limit=2000")["step"] == list(range(650))
     assert run["counters"]["dropped"] == dict.fromkeys(run["counters"]["dropped"], 0)
 
 

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import promql_parser as promql
-import yaml
 
 from foreshock_collector.catalogue import CATALOGUE, Kind
 from grafana.make import HERE
+from tests.support.yaml_text import parsed
 
 Dashboard = dict[str, Any]
 RULES: list[dict[str, Any]] = [
     rule
-    for group in yaml.safe_load((HERE / "provisioning/alerting/foreshock.yml").read_text())["groups"]
+    for group in parsed((HERE / "provisioning/alerting/foreshock.yml").read_text())["groups"]
     for rule in group["rules"]
 ]
 """Grafana's own alert rules, as they are provisioned."""

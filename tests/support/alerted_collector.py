@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import yaml
-
 from tests.support.alerting import (
     Webhook,
     faster,
@@ -25,6 +23,7 @@ from tests.support.alerting import (
 )
 from tests.support.collector_process import Collector
 from tests.support.waiting import eventually
+from tests.support.yaml_text import parsed
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Watch:
 
     def _judged(self) -> float:
         groups = request(self.prometheus, "GET", "/api/v1/rules")["data"]["groups"]
-        times = [yaml.safe_load(group["lastEvaluation"]).timestamp() for group in groups]
+        times = [parsed(group["lastEvaluation"]).timestamp() for group in groups]
         return float(min(times))
 
 

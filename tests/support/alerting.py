@@ -21,13 +21,12 @@ import yaml
 from foreshock_protos import DEFAULT_HTTP_PORT
 from tests.support.repository import ROOT
 from tests.support.waiting import eventually
+from tests.support.yaml_text import parsed
 
 RULES = ROOT / "deploy/prometheus/foreshock.rules.yml"
 PROMETHEUS_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
 ALERTMANAGER_CONFIG = ROOT / "deploy/alertmanager/alertmanager.yml"
-ALERTS: list[dict[str, Any]] = [
-    rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
-]
+ALERTS: list[dict[str, Any]] = [rule for group in parsed(RULES.read_text())["groups"] for rule in group["rules"]]
 SEVERITY: dict[str, str] = {alert["alert"]: alert["labels"]["severity"] for alert in ALERTS}
 LISTENING = re.compile(r'msg="Listening on" address=(127\.0\.0\.1:\d+)')
 
@@ -85,7 +84,7 @@ def seconds(duration: str) -> int:
 
 def with_receiver(url: str, folder: Path, *, faster: int = 10, inhibit: bool = True) -> Path:
     """The example, with our webhook and with waits so many times as short."""
-    config = yaml.safe_load(ALERTMANAGER_CONFIG.read_text())
+    config = parsed(ALERTMANAGER_CONFIG.read_text())
     config["receivers"][0]["webhook_configs"][0]["url"] = url
     for route in (config["route"], *config["route"]["routes"]):
         if "group_wait" in route:
@@ -98,7 +97,7 @@ def with_receiver(url: str, folder: Path, *, faster: int = 10, inhibit: bool = T
 
 def faster(folder: Path, collector: str, alertmanager: str) -> Path:
     """The shipped files, every second instead of every five, pointed at this test's processes, links included."""
-    config = yaml.safe_load(PROMETHEUS_CONFIG.read_text())
+    config = parsed(PROMETHEUS_CONFIG.read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [collector]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]

@@ -14,7 +14,6 @@ from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.support.ui import WebDriverWait
 
 from foreshock_collector.config import Config
 from foreshock_collector.server import Server
@@ -101,6 +100,9 @@ class Browser:
 
     def until(self, script: str, wanted: str) -> Any:
         """Ask until the answer is true; what it was."""
+        # Not above: it takes a fourth of a second, in each worker that collects these tests.
+        from selenium.webdriver.support.ui import WebDriverWait
+
         wait = WebDriverWait(self.driver, DEADLINE, poll_frequency=0.05)
         return wait.until(lambda _: self.ask(script), f"never came: {wanted}; the page says {self.errors()}")
 
