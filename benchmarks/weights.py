@@ -44,7 +44,7 @@ def measure(millions: float, rounds: int) -> str:
         (model(x) - 1).square().mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         computed = time.thread_time()
-        weights.look(sequence)
+        weights.measure_due(sequence)
         looked = time.thread_time()
         optimizer.step()
         steps.append(time.thread_time() - looked + computed - began)

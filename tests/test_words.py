@@ -31,7 +31,7 @@ OLD_NAMES = {
         "settled",
         "shipped",
     ),
-    *("standstill", "story", "stretch", "tell", "telling", "thinned", "told", "unlike"),
+    *("said", "say", "standstill", "story", "stretch", "tell", "telling", "thinned", "told", "unlike"),
 }
 """Words that no identifier contains."""
 OLD_TEXT = re.compile(

@@ -366,7 +366,7 @@ class ActiveWatch(Watch):
         # A device that has failed, or hangs, must not cost the exit's own report.
         self.guard.run(self._log_dry_run, wait=wait)
         self.guard.run(self._record.close)
-        self.guard.run(leaving.say, self._record.ring, self._recorder, ending, wait=wait)
+        self.guard.run(leaving.report, self._record.ring, self._recorder, ending, wait=wait)
 
     def pause(self) -> None:
         """Become idle until the next step. Unless that comes soon, the training counts as finished until then."""

@@ -212,7 +212,7 @@ def test_a_training_that_has_ended_keeps_its_ring_no_longer_than_one_end_lasts(
     for number in range(3):
         ring = make_ring(tmp_path / "sweep" / str(number))
         recorder = RecorderProcess(ring.path.parent, run="sweep", collector="", python="/bin/true", logs=False)
-        leaving.say(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
+        leaving.report(ring, recorder, Ending(ExitReason.FINISHED), wait=False)
         rings.append(weakref.ref(ring))
         del ring
     assert [ring() is None for ring in rings] == [True, True, False]

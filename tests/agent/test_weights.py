@@ -57,7 +57,7 @@ def measured(model: nn.Module, optimizer: torch.optim.Optimizer) -> Weights:
 
 
 def columns_of(weights: Weights, sequence: int) -> dict[str, float]:
-    summary = weights.look(sequence)
+    summary = weights.measure_due(sequence)
     return {} if summary is None else {name: float(value) for name, value in summary.columns.items()}
 
 
@@ -94,14 +94,14 @@ def test_of_a_small_tensor_every_norm_is_exact_in_total_and_by_layer(arithmetic:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     weights = measured(model, optimizer)
     adam_step(model, optimizer)
-    weights.look(weights.every)
+    weights.measure_due(weights.every)
     before = [p.detach().clone() for p in model.parameters()]
     adam_step(model, optimizer)
     after = list(model.parameters())
     firsts = [optimizer.state[p]["exp_avg"] for p in after]
     seconds = [optimizer.state[p]["exp_avg_sq"].sqrt() for p in after]
     updates = [a - b for a, b in zip(after, before, strict=True)]
-    summary = weights.look(weights.every + 1)
+    summary = weights.measure_due(weights.every + 1)
     assert summary is not None
     columns = {name: float(value) for name, value in summary.columns.items()}
     expected = {
@@ -160,7 +160,7 @@ def test_a_tensor_whose_elements_lie_apart_is_read_anew_each_time() -> None:
 def test_an_update_that_the_optimizer_skipped_counts_as_not_measured() -> None:
     model = nn.Linear(8, 3)
     weights = measured(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    weights.look(weights.every)
+    weights.measure_due(weights.every)
     assert columns_of(weights, weights.every + 1)["update_ratio"] == 0.0
 
 
@@ -168,7 +168,7 @@ def test_records_of_skipped_steps_do_not_part_an_update_from_its_measurement() -
     model = nn.Linear(8, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weights = measured(model, optimizer)
-    weights.look(weights.every)
+    weights.measure_due(weights.every)
     adam_step(model, optimizer)
     # Two records of steps that the script has skipped lie in between.
     assert columns_of(weights, weights.every + 3)["update_ratio"] > 0
@@ -187,7 +187,7 @@ def test_moments_are_measured_once_every_parameter_with_a_gradient_has_them() ->
     assert columns_of(weights, 1)["first_moment_norm"] == pytest.approx(
         norm_of(optimizer.state[p]["exp_avg"] for p in model[0].parameters())
     )
-    assert layers_of(weights.look(1))["first_moment_layer_norms"][1] == 0.0
+    assert layers_of(weights.measure_due(1))["first_moment_layer_norms"][1] == 0.0
     # It has one now, and this rank does not hold its moments, as with a sharded optimizer.
     last = list(model.parameters())[-1]
     last.grad = torch.ones_like(last)
@@ -231,5 +231,5 @@ def test_a_weight_that_is_not_finite_shows_in_its_layer_alone(value: float) -> N
     weights = measured(model, torch.optim.SGD(model.parameters(), lr=0.1))
     with torch.no_grad():
         list(model.parameters())[-1][0] = value
-    first, second = layers_of(weights.look(1))["parameter_layer_norms"]
+    first, second = layers_of(weights.measure_due(1))["parameter_layer_norms"]
     assert math.isfinite(first) and not math.isfinite(second)

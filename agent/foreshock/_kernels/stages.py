@@ -25,7 +25,7 @@ from foreshock._kernels.launches import Measurement, OrderedSums, StepKernel
 from foreshock._kernels.tables import ChunkTable, GradientSums, ParameterOrder
 from foreshock._measure.local import LocalNorms
 from foreshock._measure.measure import Measure
-from foreshock._measure.rank_sums import OwnGradient, RankSums
+from foreshock._measure.rank_sums import LocalGradient, RankSums
 from foreshock._measure.weights import due
 from foreshock._step import Step, StepDecision
 from foreshock._torch import foreach_multiply_
@@ -85,7 +85,7 @@ class KernelRankSums(RankSums):
         super().__init__(group, device, arithmetic)
         self._kernel = kernel
 
-    def _fill(self, values: Tensor, local: OwnGradient | None, loss: Number | None) -> None:
+    def _fill(self, values: Tensor, local: LocalGradient | None, loss: Number | None) -> None:
         newest = local.newest if isinstance(local, KernelLocalNorms) else None
         if newest is None:
             values.copy_(self.contribution(None, loss))
@@ -127,7 +127,7 @@ class KernelMeasure(Measure):
                 at_end = None
         else:
             step.gradients, largest = self.gradients(), at_end.largest
-        step.weights = self._weights.look(step.sequence)
+        step.weights = self._weights.measure_due(step.sequence)
         # At the end of backward every gradient contains the scale of the loss.
         kernel.measured = Measurement(
             averaged=OrderedSums(self._sums, self._in_order),

@@ -70,7 +70,7 @@ class Measure:
             step.gradients = self.gradients()
         step.summary = summary if scale is None else self._arithmetic.unscaled(summary, scale)
         step.norm = step.summary.total
-        step.weights = self._weights.look(step.sequence)
+        step.weights = self._weights.measure_due(step.sequence)
         self.measure_local(step, step.summary)
 
     def measure_at_end(self, sequence: int) -> NormSummary:

@@ -33,7 +33,7 @@ class FinishedSum(NamedTuple):
     """Scale of that step's loss, which the square sum contains; None without a `GradScaler`."""
 
 
-class OwnGradient(Protocol):
+class LocalGradient(Protocol):
     """Knows the norms of this rank's own gradient."""
 
     @property
@@ -44,7 +44,7 @@ class OwnGradient(Protocol):
 class Sums(Protocol):
     """Sums over the ranks of a model, once per backward pass that averages."""
 
-    def prepare(self, sequence: int, local: OwnGradient | None, observation: Observation | None) -> None:
+    def prepare(self, sequence: int, local: LocalGradient | None, observation: Observation | None) -> None:
         """Set what this rank adds to the next sum. sequence: of the record. local: its own gradient."""
 
     def collect(self, scale: Number | None) -> Sequence[Number]:
@@ -110,7 +110,7 @@ class RankSums:
             idle = a.counted(summary.total == 0)
         return a.vector((square, nan, inf, idle, *losses))
 
-    def prepare(self, sequence: int, local: OwnGradient | None, observation: Observation | None) -> None:
+    def prepare(self, sequence: int, local: LocalGradient | None, observation: Observation | None) -> None:
         """Set what this rank adds to the next sum. sequence: of the record. local: its own gradient."""
         slot = self._slots[self._turn % len(self._slots)]
         if slot.work is not None and not slot.work.is_completed():
@@ -121,7 +121,7 @@ class RankSums:
         slot.sequence, slot.turn, slot.scale, slot.taken = sequence, self._turn, self._scale, False
         self._prepared = slot
 
-    def _fill(self, values: Tensor, local: OwnGradient | None, loss: Number | None) -> None:
+    def _fill(self, values: Tensor, local: LocalGradient | None, loss: Number | None) -> None:
         """Write what this rank adds to the sum."""
         values.copy_(self.contribution(None if local is None else local.summary, loss))
 

@@ -19,7 +19,7 @@ from foreshock._arithmetic.norms import Flag, Norms, NormSummary, Number
 from foreshock._arithmetic.parameters import ParameterPlan, updated_plan
 from foreshock._control.optimizer import OptimizerControl
 from foreshock._measure.measure import Measure
-from foreshock._measure.rank_sums import SUM_FIELDS, OwnGradient, loss_fields
+from foreshock._measure.rank_sums import SUM_FIELDS, LocalGradient, loss_fields
 from foreshock._measure.script import SAME, GradientEdits
 from foreshock._step import Observation, Step
 from foreshock._torch import shard_of
@@ -65,7 +65,7 @@ class ShardSums:
         """Kept until the next one: gloo's thread must not hold the last reference, because releasing it needs the
         interpreter, and an interpreter that is about to end aborts the process."""
 
-    def prepare(self, sequence: int, _: OwnGradient | None, observation: Observation | None) -> None:
+    def prepare(self, sequence: int, _: LocalGradient | None, observation: Observation | None) -> None:
         """Set what this rank adds to the next sum beside its shards. sequence: of the record."""
         loss = None if observation is None else observation.loss
         losses = loss_fields(self._arithmetic, loss, self._zero, self._one)

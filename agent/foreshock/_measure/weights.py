@@ -60,7 +60,7 @@ class Weights:
         self._before: Tensor | None = None
         """Samples of the weights before the last step, where its update is to be measured."""
 
-    def look(self, sequence: int) -> WeightSummary | None:
+    def measure_due(self, sequence: int) -> WeightSummary | None:
         """Measure what is due before a step; None if nothing is. sequence: number of its record, from 1."""
         if self._before is None and sequence % self.every > 1:
             return None

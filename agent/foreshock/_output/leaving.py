@@ -1,4 +1,4 @@
-"""How a rank leaves: what its goodbye says, and when it is said.
+"""How a rank leaves: which exit its ring reports, and when.
 
 No signal is taken in Python: a rank that waits in a collective would no longer die of it. faulthandler's handler is C,
 writes the stack into a file beside the ring, and lets the process die at once.
@@ -31,7 +31,7 @@ class Ending(NamedTuple):
 
 
 class Leaver(Protocol):
-    """Who says goodbye."""
+    """Watches a training of this process, and reports how it ends."""
 
     enabled: bool
     """Whether it watches and clips."""
@@ -43,7 +43,7 @@ class Leaver(Protocol):
     """Name of its run, by which the ranks have attached."""
 
     def leave(self, ending: Ending, *, wait: bool = True) -> None:
-        """Say goodbye, once. wait: for the last acknowledgement."""
+        """Report the exit, once. wait: for the last acknowledgement."""
 
     def leave_at_exit(self) -> None:
         """The interpreter ends."""
@@ -154,7 +154,7 @@ class _Stack:
             self._paths.add(path)
 
     def drop(self, path: Path) -> None:
-        """That rank has said goodbye."""
+        """Forget the stack file of a rank that has reported its exit."""
         if path in self._paths:
             self._paths.discard(path)
             with suppress(OSError):
@@ -215,8 +215,8 @@ def arrived(leaver: Leaver, ring: Path) -> None:
     _here[leaver] = max(_here.values(), default=0) + 1
 
 
-def say(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) -> None:
-    """The goodbye. wait: for its acknowledgement, two seconds at most."""
+def report(ring: Ring, recorder: RecorderProcess, ending: Ending, *, wait: bool) -> None:
+    """Write the exit into the ring. wait: for its acknowledgement, two seconds at most."""
     # It has counted as finished for long: no recorder has to come back for it.
     delivered = ring.idle and ring.exit_acknowledged and ring.acknowledged >= ring.begun
     # What ends the process meanwhile is the end of the training that steps.
@@ -308,10 +308,10 @@ def _leave_all() -> None:
     now, ending = time.monotonic(), ending_now()
     for leaver in present():
         leaver.leave_at_exit()
-    for said, ring, recorder in _unconfirmed:
-        if now - said < _ONE_END_SECONDS:
+    for reported, ring, recorder in _unconfirmed:
+        if now - reported < _ONE_END_SECONDS:
             # What a function holds goes when it returns, a moment before its process does: both are one end.
-            say(ring, recorder, ending, wait=True)
+            report(ring, recorder, ending, wait=True)
 
 
 def _go_inert() -> None:
@@ -323,5 +323,5 @@ def _go_inert() -> None:
     _unconfirmed.clear()
 
 
-# A DataLoader's worker is a copy of the rank: it must neither write into the rank's ring nor say goodbye for it.
+# A DataLoader's worker is a copy of the rank: it must neither write into the rank's ring nor report an exit for it.
 os.register_at_fork(after_in_child=_go_inert)

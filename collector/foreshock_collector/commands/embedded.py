@@ -42,7 +42,7 @@ def main(command: list[str]) -> int:
 async def _train(server: Server, command: list[str]) -> int:
     async with server:
         environment = {**os.environ, "FORESHOCK_COLLECTOR": server.address, "FORESHOCK_URL": server.url}
-        _say(f"page at {server.url}")
+        _print(f"page at {server.url}")
         process = await asyncio.create_subprocess_exec(*command, env=environment)
         loop = asyncio.get_running_loop()
         # A terminal sends Ctrl-C to the command as well, and its end is still to be reported.
@@ -60,11 +60,11 @@ def _report_all(url: str) -> None:
     try:
         runs = _ended_runs(url)
         for run in runs:
-            _say(_outcome(url, run["run"]))
+            _print(_outcome(url, run["run"]))
         if not runs:
-            _say("no training was watched")
+            _print("no training was watched")
     except (ClientError, OSError) as error:
-        _say(f"no report: {error}")
+        _print(f"no report: {error}")
 
 
 def _ended_runs(url: str) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def _outcome(url: str, run: str) -> str:
     return f"run {run}: {found[-1]} Report: {path}"
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stderr.write(f"foreshock: {line}\n")
     sys.stderr.flush()
 

@@ -93,7 +93,7 @@ class Log:
 
 def values_or_none(values: Floats, logged: Flags) -> list[float | None]:
     """Return the values as a list, with None where they were not logged."""
-    return [value if there else None for value, there in zip(values.tolist(), logged.tolist(), strict=True)]
+    return [value if is_logged else None for value, is_logged in zip(values.tolist(), logged.tolist(), strict=True)]
 
 
 class Chunk(Protocol):

@@ -75,14 +75,14 @@ class GrowingSource(Source):
         return b""
 
     def _why_empty(self) -> Ending:
-        here = os.fstat(self._descriptor)
+        opened = os.fstat(self._descriptor)
         if not self.path.is_file():
             # A file that has gone is one that is being rotated.
-            return "" if stat.S_ISREG(here.st_mode) else "ended"
-        there = self.path.stat()
-        if (there.st_dev, there.st_ino) != (here.st_dev, here.st_ino):
+            return "" if stat.S_ISREG(opened.st_mode) else "ended"
+        named = self.path.stat()
+        if (named.st_dev, named.st_ino) != (opened.st_dev, opened.st_ino):
             return "replaced"
-        return "truncated" if here.st_size < self._position else ""
+        return "truncated" if opened.st_size < self._position else ""
 
 
 @contextmanager
