@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -158,6 +159,7 @@ def top_level(modules: set[str]) -> set[str]:
     return {module.partition(".")[0] for module in modules}
 
 
+@cache
 def imported_by(path: Path) -> list[tuple[int, str]]:
     """Line and dotted name of everything that a file imports."""
     found = []

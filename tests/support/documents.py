@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from itertools import pairwise
 from pathlib import PurePosixPath
 from posixpath import normpath
@@ -88,7 +89,12 @@ class Document:
         return next((part for part in parts[1:] if part.startswith(heading)), "")
 
     def _tokens(self) -> list[Token]:
-        return _MARKDOWN.parse(self.text)
+        return _parsed(self.text)
+
+
+@cache
+def _parsed(text: str) -> list[Token]:
+    return _MARKDOWN.parse(text)
 
 
 def repository_documents() -> list[Document]:
