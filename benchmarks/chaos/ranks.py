@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import secrets
 import struct
 import time
 from pathlib import Path
@@ -23,7 +24,9 @@ def write(folder: Path, collector: str, *, ranks: int, pace: float, stop: Path, 
     place = {"run": folder.parent.name, "launch_id": launch, "started_seconds": time.time(), "world_size": ranks}
     rings = [
         Ring.create(
-            folder / ring_name(launch, rank), identity(rank, instance=f"{launch}-{rank}", **place), layers=LAYERS
+            folder / ring_name(launch, rank),
+            identity(rank, instance=f"{launch}-{rank}", token=secrets.token_hex(16), **place),
+            layers=LAYERS,
         )
         for rank in range(ranks)
     ]
