@@ -50,7 +50,6 @@ class Measure:
         self._layout = plan.layout(self._all)
         self._norms: Norms = arithmetic.zeros(0)
         """Norm of each parameter that had a gradient when the averaged gradient was measured last."""
-        self._gradients: list[Tensor] = []
         self._learned: dict[int, None] = {}
         """Parameters in the order in which their gradients were seen to arrive."""
         self.order = self._all[::-1]
@@ -62,8 +61,8 @@ class Measure:
         # At the end of backward every gradient contains the scale of the loss.
         scale, summary = step.loss_scale, self.at_end
         if summary is None or (self.edits.compares and not step.edited):
-            now = self.averaged(step.sequence)
-            step.gradients = self._gradients
+            step.gradients = self.gradients()
+            now = self._summarize(step.gradients, step.sequence)
             if summary is None or not self.edits.differ(step, summary.total, now.total):
                 scale, summary = step.grad_scale, now
         else:
@@ -114,12 +113,16 @@ class Measure:
 
     def averaged(self, sequence: int) -> NormSummary:
         """Return the norms of the averaged gradient as it is now. sequence: of the record it is for."""
-        gradients, present = self.gradients(), self._all
+        return self._summarize(self.gradients(), sequence)
+
+    def _summarize(self, gradients: list[Tensor], sequence: int) -> NormSummary:
+        # Keeps no gradient: that would double their memory in the next backward pass.
+        present = self._all
         if len(gradients) < len(present):
             present = tuple(i for i in present if self.plan.parameters[i].grad is not None)
         if self._layout.parameters != present:
             self._layout = self.plan.layout(present)
-        self._gradients, self._norms = gradients, self._arithmetic.norms(gradients)
+        self._norms = self._arithmetic.norms(gradients)
         summary = self._arithmetic.summarize(self._norms, self._layout)
         if gradients and due(sequence):
             return replace(summary, largest=self._arithmetic.largest(self._arithmetic.maxima(gradients)))
