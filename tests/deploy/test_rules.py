@@ -17,8 +17,7 @@ import pytest
 from foreshock_collector.alerting import alerts
 from foreshock_collector.alerting.addresses import Addresses
 from foreshock_collector.alerting.rule_file import rule_file
-from foreshock_collector.analysis.verdict_entry import Cause
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.catalogue import (
     CATALOGUE,
     COLLECTOR_STAGES,

@@ -7,8 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from foreshock_collector.analysis.verdict_entry import Cause
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.analysis.verdicts import make_verdict
 from foreshock_collector.state.condition import condition
 from foreshock_collector.state.incidents import FAILURE

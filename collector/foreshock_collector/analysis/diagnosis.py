@@ -13,7 +13,7 @@ from foreshock_collector.analysis.detection import Event
 from foreshock_collector.analysis.explosion import blown_rank, counted, explosion, explosion_in_one_step
 from foreshock_collector.analysis.failure_facts import FailureFacts, after_clipping, clipped_norm
 from foreshock_collector.analysis.rules import DEFAULT, Rules
-from foreshock_collector.analysis.verdict_entry import Cause
+from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.analysis.verdicts import Verdict, make_verdict
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step

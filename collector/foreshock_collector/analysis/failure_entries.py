@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from foreshock_collector.analysis.verdict_entry import Cause, Entry, Outcome, Wording
+from typing import Literal
+
+from foreshock_collector.analysis.verdict_entry import Entry, Outcome, Wording
+
+FailureCause = Literal[
+    "exploding_gradients",
+    "amp_overflow",
+    "amp_scale_collapse",
+    "first_step_nonfinite",
+    "unknown",
+    "nonfinite_divergence",
+    "sudden_nonfinite",
+    "bad_rank",
+    "nonfinite_gradient",
+]
+"""Name of a verdict on values that are not finite."""
 
 _BENIGN = Outcome(alert="", severity=None, condition="running", finite=False)
 _EXPLODED = Outcome(alert="ForeshockExplodingGradients", severity="critical", condition="failing", finite=False)
@@ -23,7 +38,7 @@ _EXPLODED_SUMMARY = (
     "step {step}, it was no longer finite."
 )
 
-FAILURE_ENTRIES: dict[Cause, Entry] = {
+FAILURE_ENTRIES: dict[FailureCause, Entry] = {
     "exploding_gradients": Entry(
         title="Exploding gradients",
         outcome=_EXPLODED,

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from foreshock_collector.analysis.failure_entries import EARLIER_CHECKPOINT, SMALLER_STEPS
-from foreshock_collector.analysis.verdict_entry import Cause, Entry, Outcome, Wording
+from foreshock_collector.analysis.verdict_entry import Entry, Outcome, Wording
+
+FaultCause = Literal[
+    "duplicate_data",
+    "outlier_rank",
+    "replica_drift",
+    "vanishing_gradients",
+    "loss_divergence",
+    "missing_loss",
+    "stalled",
+    "rank_lost",
+    "crashed",
+]
+"""Name of a verdict on finite values."""
 
 _FAULT = Outcome(alert="ForeshockTrainingFault", severity="warning", condition="running", finite=True)
 _STALLED = Outcome(
@@ -30,7 +45,7 @@ _OUT_OF_MEMORY_ADVICE = (
 _PEER_FAILED_FIRST = ("another rank, its machine or the network failed first",)
 _DIED_SUMMARY = "{who} died {when}{first}: {reason}."
 
-FAULT_ENTRIES: dict[Cause, Entry] = {
+FAULT_ENTRIES: dict[FaultCause, Entry] = {
     "duplicate_data": Entry(
         title="Duplicate data",
         outcome=_FAULT,

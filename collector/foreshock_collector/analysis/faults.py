@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from foreshock_collector.analysis.loss_trend import FIRST_STEPS, LossTrend
 from foreshock_collector.analysis.rules import DEFAULT, FaultRules
 from foreshock_collector.analysis.step_signals import StepSignals
-from foreshock_collector.analysis.verdict_entry import Cause
+from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.records.steps import Step
 
 _LONGER_GAP = 3

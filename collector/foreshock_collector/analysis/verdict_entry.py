@@ -6,28 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Cause = Literal[
-    "healthy",
-    "exploding_gradients",
-    "amp_overflow",
-    "amp_scale_collapse",
-    "first_step_nonfinite",
-    "unknown",
-    "nonfinite_divergence",
-    "sudden_nonfinite",
-    "bad_rank",
-    "nonfinite_gradient",
-    "duplicate_data",
-    "outlier_rank",
-    "replica_drift",
-    "vanishing_gradients",
-    "loss_divergence",
-    "missing_loss",
-    "stalled",
-    "rank_lost",
-    "crashed",
-]
-"""Name of a verdict."""
 Severity = Literal["critical", "warning"]
 Condition = Literal["failing", "building up", "stalled", "ranks missing", "running", "failed", "interrupted", "ended"]
 """State of a run, as status and the page show it."""

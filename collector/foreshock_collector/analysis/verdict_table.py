@@ -6,23 +6,24 @@ the tables of the documentation are made from these entries.
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
-from foreshock_collector.analysis.failure_entries import FAILURE_ENTRIES
-from foreshock_collector.analysis.fault_entries import FAULT_ENTRIES
-from foreshock_collector.analysis.verdict_entry import Cause, Entry, Outcome
+from foreshock_collector.analysis.failure_entries import FAILURE_ENTRIES, FailureCause
+from foreshock_collector.analysis.fault_entries import FAULT_ENTRIES, FaultCause
+from foreshock_collector.analysis.verdict_entry import Entry, Outcome
 
-VERDICT_TABLE: dict[Cause, Entry] = {
-    "healthy": Entry(
-        title="Healthy",
-        outcome=Outcome(alert="", severity=None, condition="running", finite=True),
-        observed="none of the below",
-        summary="All values are finite up to step {step}.",
-        advice=(),
-        confidence=1.0,
-    ),
-    **FAILURE_ENTRIES,
-    **FAULT_ENTRIES,
-}
+Cause = Literal["healthy", FailureCause, FaultCause]
+"""Name of a verdict."""
+
+_HEALTHY = Entry(
+    title="Healthy",
+    outcome=Outcome(alert="", severity=None, condition="running", finite=True),
+    observed="none of the below",
+    summary="All values are finite up to step {step}.",
+    advice=(),
+    confidence=1.0,
+)
+_ENTRIES: list[tuple[Cause, Entry]] = [("healthy", _HEALTHY), *FAILURE_ENTRIES.items(), *FAULT_ENTRIES.items()]
+VERDICT_TABLE = dict(_ENTRIES)
 
 assert VERDICT_TABLE.keys() == set(get_args(Cause))

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from foreshock_collector.analysis.verdict_entry import Cause
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 
 Root = Literal["learning_rate", "initialization", "recurrent", "normalization", "unknown"]
 """What most likely made gradients explode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foreshock_collector.analysis.verdict_entry import Cause
+from foreshock_collector.analysis.verdict_table import Cause
 from foreshock_collector.state.condition import condition, condition_at_end
 from foreshock_collector.state.runs import Run
 

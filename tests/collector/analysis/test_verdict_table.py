@@ -8,8 +8,8 @@ from typing import get_args
 
 import pytest
 
-from foreshock_collector.analysis.verdict_entry import Cause, Wording
-from foreshock_collector.analysis.verdict_table import VERDICT_TABLE
+from foreshock_collector.analysis.verdict_entry import Wording
+from foreshock_collector.analysis.verdict_table import VERDICT_TABLE, Cause
 from foreshock_collector.analysis.verdicts import make_verdict
 from foreshock_collector.web.answers import verdict_answer
 from tests.support.repository import ROOT
