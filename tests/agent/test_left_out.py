@@ -18,6 +18,7 @@ NAMES = [
     "continues_before_step_and_never_observes", "accumulates_and_observes_each", "accumulates_without_a_word",
     "accumulates_in_bucket_views", "scaler_nan_before", "scaler_nan_between", "scaler_nan_after", "scaler_inf_before",
     "scaler_inf_after", "ends_with_what_was_told", "an_optimizer_that_never_steps", "another_optimizer_steps", "gan",
+    "dropped_by_zero_grad",
 ]  # fmt: skip
 STEPS, BAD = 9, 5
 
@@ -143,3 +144,8 @@ def test_two_models_that_train_in_turn_are_both_watched_and_keep_their_own(found
     assert not any(
         "counts as finished" in line or "has not stepped" in line for lines in found["gan"].said for line in lines
     )
+
+
+def test_no_gradient_outlives_zero_grad(found: dict[str, Scenario]) -> None:
+    for left in found["dropped_by_zero_grad"].results:
+        assert left and set(left) == {0}

@@ -51,7 +51,7 @@ SITES: dict[str, tuple[Any, str]] = {
     "end_of_backward": (GradientEdits, "backward_ended"),
     "edits": (GradientEdits, "compare"),
     "begin": (Record, "begin"),
-    "norms": (Measure, "averaged"),
+    "norms": (Measure, "_summarize"),
     "measure": (Measure, "measure"),
     "apply": (Apply, "apply"),
     "decide": (Decide, "decide"),
@@ -217,7 +217,7 @@ def where_norms_are_logged() -> dict[str, Any]:
     """What finds out, alike on all ranks, that the script has not changed its gradients."""
     callers = {
         "ActiveWatch.backward_ended", "ActiveWatch._confirm_edit", "Measure.measure_at_end", "Measure.confirms_edit",
-        "Measure.averaged",
+        "Measure.averaged", "Measure._summarize",
     }  # fmt: skip
     return _everywhere("logged", fused=False, clip=0.5, callers=callers)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -391,23 +390,6 @@ def a_step_that_raised() -> dict[str, Any]:
         "scale": column(found, "loss_scale"),
         "left": left,
     }
-
-
-def dropped_by_zero_grad() -> list[int]:
-    """How many gradients of a step outlive `zero_grad`, for several optimizers and settings."""
-    left = []
-    for fused, settings in ((True, {"clip": 0.5}), (False, {"clip": 0.5}), (True, {"clip": None})):
-        model = make_model()
-        optimizer = make_optimizer(model, fused=fused)
-        with foreshock.attach(model, optimizer, **settings):
-            data = batches()
-            for _ in range(STEPS):
-                loss_of(model, data).backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                seen = [weakref.ref(gradient) for gradient in gradients(model)]
-                optimizer.zero_grad()
-                left.append(sum(each() is not None for each in seen))
-    return left
 
 
 if __name__ == "__main__":

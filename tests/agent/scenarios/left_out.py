@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from typing import Any
 
 import torch
@@ -283,6 +284,23 @@ def gan() -> dict[str, Any]:
     wg.detach()
     wd.detach()
     return found
+
+
+def dropped_by_zero_grad() -> list[int]:
+    """How many gradients of a step outlive `zero_grad`, for several optimizers and settings."""
+    left = []
+    for fused, settings in ((True, {"clip": 0.5}), (False, {"clip": 0.5}), (True, {"clip": None})):
+        model = make_model()
+        optimizer = make_optimizer(model, fused=fused)
+        with foreshock.attach(model, optimizer, **settings):
+            data = batches()
+            for _ in range(3):
+                loss_of(model, data).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                seen = [weakref.ref(p.grad) for p in model.parameters() if p.grad is not None]
+                optimizer.zero_grad()
+                left.append(sum(each() is not None for each in seen))
+    return left
 
 
 if __name__ == "__main__":
