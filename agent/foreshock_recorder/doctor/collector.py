@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 
 import grpc
 
@@ -24,9 +25,13 @@ async def answers(address: str) -> Finding:
     except CredentialsError as error:
         return fail("collector", str(error), "correct the variable, or the rights of the file")
     async with channel:
-        call = TelemetryStub(channel).Stream(iter(()), metadata=metadata)  # type: ignore[no-untyped-call]
+        call = TelemetryStub(channel).Stream(metadata=metadata)  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(_SECONDS):
+                # Where the stream has ended already, reading says why. With an iterator of requests instead, gRPC would
+                # cancel the call then, and with it whoever reads.
+                with suppress(Exception):
+                    await call.done_writing()
                 async for _ in call:
                     pass
         except TimeoutError:
