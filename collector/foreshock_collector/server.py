@@ -28,7 +28,7 @@ from foreshock_collector.config import Config, ConfigError, is_loopback, secret_
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.ingest.statistics import IngestStatistics
-from foreshock_collector.notify.notifier import notifying
+from foreshock_collector.notify.notifier import Notifier, notifying
 from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state import recovery
 from foreshock_collector.state.database_file import GoneError
@@ -120,8 +120,9 @@ class Server:
                 page_url=lambda: self.public_url,
                 tokens=tokens,
             )
+            notifier: Notifier | None = None
             if config.notify_url:
-                await stack.enter_async_context(
+                notifier = await stack.enter_async_context(
                     notifying(
                         *(series.facts, notifications, clock),
                         target=config.notify_url,
@@ -132,6 +133,9 @@ class Server:
                 )
             await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
+            if notifier is not None:
+                # Not before it listens: the links in messages have its port.
+                stack.push_async_callback(_cancel, asyncio.create_task(notifier.evaluate_forever()))
             self.otlp_export = self._otlp_export(registry, intake.statistics)
             if self.otlp_export is not None:
                 stack.push_async_callback(_cancel, asyncio.create_task(self.otlp_export.run()))

@@ -67,7 +67,7 @@ class Notifier:
             del self._alerts[run]
 
     async def evaluate_forever(self) -> None:
-        """Evaluate every few seconds."""
+        """Evaluate every few seconds. Start it once `url` is known."""
         while True:
             await self.evaluate()
             await asyncio.sleep(_EVALUATION_SECONDS)
@@ -83,19 +83,21 @@ async def notifying(
     secret: bytes | None,
     form: str,
     url: Callable[[], str],
-) -> AsyncIterator[None]:
-    """Notify while the block lasts, and at its end of what is new by then. target: the webhook's address."""
+) -> AsyncIterator[Notifier]:
+    """Send what the notifier finds while the block lasts, and at its end what is new by then, unless an error ends it.
+
+    target: the webhook's address.
+    """
     async with webhook(target, secret) as client:
         outbox = Outbox(client, statistics, clock, form=form, url=url)
         notifier = Notifier(facts, outbox, clock, url=url)
-        tasks = [asyncio.create_task(notifier.evaluate_forever()), asyncio.create_task(outbox.send_forever())]
+        sending = asyncio.create_task(outbox.send_forever())
         try:
-            yield
+            yield notifier
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_SECONDS):
-                    await notifier.evaluate()
-                    await outbox.send_once()
+            sending.cancel()
+            await asyncio.wait((sending,))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_SECONDS):
+                await notifier.evaluate()
+                await outbox.send_once()

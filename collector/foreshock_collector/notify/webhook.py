@@ -52,7 +52,7 @@ class Webhook:
     def host(self) -> str:
         """Where the address points, without its path and user: services put their secrets there."""
         parts = urllib.parse.urlsplit(self._url)
-        return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
     async def post(self, body: bytes, now: float) -> Answer:
         """Make one attempt. now: Unix time. A redirection counts as a refusal: its target may be anyone's."""

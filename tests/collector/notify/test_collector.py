@@ -7,7 +7,9 @@ import hashlib
 import hmac
 import json
 import math
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +88,29 @@ def test_an_alert_that_holds_when_a_collector_comes_back_is_sent_again(tmp_path:
                 await stream.stored(41)
                 await stream.close()
                 fingerprints.append((await receiver.next())["alerts"][0]["fingerprint"])
-            async with Server(config(tmp_path, notify_url=receiver.url)):
-                fingerprints.append((await receiver.next())["alerts"][0]["fingerprint"])
+            async with Server(config(tmp_path, notify_url=receiver.url)) as server:
+                (alert,) = (await receiver.next())["alerts"]
+                fingerprints.append(alert["fingerprint"])
+                # Also when it could be sent before the port was known.
+                assert alert["annotations"]["page_url"] == f"{server.url}/run/r"
         assert len(set(fingerprints)) == 1
+
+    serving(test())
+
+
+def test_a_collector_that_cannot_start_notifies_nobody(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with receiving() as receiver:
+            async with Server(config(tmp_path)) as server:
+                stream = Stream(server)
+                await stream.send(hello(), steps(1, [1.0] * 40 + [math.nan]))
+                await stream.stored(41)
+                await stream.close()
+            with socket.create_server(("127.0.0.1", 0)) as taken:
+                changed = replace(config(tmp_path, notify_url=receiver.url), http_port=taken.getsockname()[1])
+                with pytest.raises(ConfigError, match="--http-port"):
+                    await Server(changed).__aenter__()
+            assert receiver.requests.empty()
 
     serving(test())
 
