@@ -4,6 +4,9 @@
 #   Epilog=/etc/slurm/foreshock-epilog.sh
 # A node that waits for its epilog takes no job, so it takes 30 seconds at most, and never fails: a failure would drain the
 # node. What is left waits for the next job of the user, for a day.
+# Slurm starts it without a PATH.
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+export PATH
 [ -n "${SLURM_JOB_USER:-}" ] || exit 0
 foreshock=${FORESHOCK:-/opt/foreshock/bin/foreshock}
 [ -x "$foreshock" ] || exit 0

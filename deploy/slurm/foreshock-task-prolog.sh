@@ -1,9 +1,12 @@
 #!/bin/sh
-# TaskProlog of slurm.conf: every task of every job reports to this collector. What it prints as `export NAME=VALUE` is set
-# in the task's environment. A job that sets FORESHOCK_COLLECTOR itself keeps its own.
+# TaskProlog of slurm.conf: sets the variables in /etc/foreshock/agent.env, such as FORESHOCK_COLLECTOR=monitor:4327, in every
+# task of every job, unless the job sets them itself. Slurm reads each line `export NAME=VALUE` that this prints.
 #   TaskProlog=/etc/slurm/foreshock-task-prolog.sh
-# The address is in /etc/foreshock/agent.env, as FORESHOCK_COLLECTOR=monitor:4327.
-[ -z "${FORESHOCK_COLLECTOR:-}" ] || exit 0
-collector=$(sed -n 's/^FORESHOCK_COLLECTOR=//p' /etc/foreshock/agent.env 2>/dev/null | tail -n 1)
-[ -z "$collector" ] || echo "export FORESHOCK_COLLECTOR=$collector"
+PATH=/usr/bin:/bin
+settings=/etc/foreshock/agent.env
+[ -r "$settings" ] || exit 0
+sed -n 's/^\(FORESHOCK_[A-Z_]*\)=.*/\1/p' "$settings" | while read -r name; do
+  # shellcheck source=/dev/null
+  printenv "$name" >/dev/null || (. "$settings"; eval "echo \"export $name=\$$name\"")
+done
 exit 0

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foreshock_collector.config import config_from
+from foreshock_collector.config import Config, config_from
+from foreshock_collector.settings import doc_of
 from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 from tests.support.alerting import PROMETHEUS_CONFIG, RULES
 from tests.support.repository import ROOT
@@ -92,6 +94,13 @@ def test_the_collector_starts_with_what_image_and_compose_set_and_listens_where_
     assert published == {f"{port}:{port}" for port in (config.grpc_port, config.http_port)}
     assert f"EXPOSE {DEFAULT_GRPC_PORT} {DEFAULT_HTTP_PORT}\n" in DOCKERFILE.read_text()
     assert SERVICES["trainer"]["environment"]["FORESHOCK_COLLECTOR"] == f"collector:{config.grpc_port}"
+
+
+def test_the_image_has_what_each_setting_needs() -> None:
+    (extras,) = re.findall(r"foreshock-\*\.whl\)\[(.*)\]", DOCKERFILE.read_text())
+    needed = {extra for each in fields(Config) for extra in re.findall(r"foreshock\[(\w+)\]", doc_of(each))}
+    assert needed == {"otlp"}
+    assert set(extras.split(",")) == {"collector", *needed}
 
 
 def test_the_image_alone_lets_nobody_in() -> None:

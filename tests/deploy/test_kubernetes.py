@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 import subprocess
 from pathlib import Path
@@ -116,6 +118,17 @@ def test_the_pod_may_do_nothing_special_and_opens_no_connection(
     assert all(rule["from"] and rule["ports"] for rule in policy["ingress"])
 
 
+def test_jobs_may_run_in_the_bases_namespace_and_its_page_is_there_when_nothing_can_be_stored(
+    base: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    (namespace,) = objects("base/namespace.yaml").values()
+    job = yaml.safe_load((KUBERNETES / "training/trainjob.yaml").read_text("utf-8"))
+    assert job["metadata"]["namespace"] == namespace["metadata"]["name"]
+    # A TrainJob has no security context; "restricted" refuses pods without one.
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "baseline"
+    assert base["Service", "foreshock"]["spec"]["publishNotReadyAddresses"]
+
+
 def test_every_setting_of_the_charts_values_reaches_the_collector() -> None:
     text = (CHART / "templates/statefulset.yaml").read_text("utf-8")
     named = set(re.findall(r"FORESHOCK_COLLECTOR_[A-Z_]*[A-Z]\b", text))
@@ -162,12 +175,17 @@ def test_a_side_car_serves_the_run_and_the_rings_of_its_pod() -> None:
     [
         ({}, "FORESHOCK_COLLECTOR=monitor:4327\n", "export FORESHOCK_COLLECTOR=monitor:4327\n"),
         ({"FORESHOCK_COLLECTOR": "mine:4327"}, "FORESHOCK_COLLECTOR=monitor:4327\n", ""),
-        ({}, "FORESHOCK_RING_DIR=/rings\n", ""),
+        ({}, '# ours\nFORESHOCK_RING_DIR="/my rings"\n', "export FORESHOCK_RING_DIR=/my rings\n"),
+        (
+            {"FORESHOCK_CA_FILE": "/mine"},
+            "FORESHOCK_COLLECTOR=monitor:4327\nFORESHOCK_CA_FILE=/ca\n",
+            "export FORESHOCK_COLLECTOR=monitor:4327\n",
+        ),
         ({}, None, ""),
     ],
-    ids=["named by the node", "named by the job", "not named", "no file"],
+    ids=["set by the node", "set by the job", "in quotes", "one by each", "no file"],
 )
-def test_slurms_tasks_report_to_the_nodes_collector_unless_the_job_names_one(
+def test_slurms_tasks_have_the_nodes_settings_unless_the_job_sets_them(
     environment: dict[str, str], file: str | None, printed: str, tmp_path: Path
 ) -> None:
     settings = tmp_path / "agent.env"
@@ -183,3 +201,17 @@ def test_slurms_tasks_report_to_the_nodes_collector_unless_the_job_names_one(
         check=True,
     )
     assert (done.stdout, done.stderr) == (printed, "")
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(os.geteuid() != 0, reason="Slurm starts the epilog as root, and only root may become another user")
+def test_slurms_epilog_delivers_as_the_jobs_user_without_a_path(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    command = tmp_path / "foreshock"
+    command.write_text(f'#!/bin/sh\necho "$@" as $(id -un) > {tmp_path}/called\n')
+    command.chmod(0o755)
+    (tmp_path / "called").touch()
+    user = pwd.getpwuid(0).pw_name
+    environment = {"SLURM_JOB_USER": user, "FORESHOCK": str(command)}
+    subprocess.run(("/bin/sh", str(SLURM / "foreshock-epilog.sh")), env=environment, timeout=60, check=True)
+    assert (tmp_path / "called").read_text() == f"recorder as {user}\n"

@@ -95,12 +95,13 @@ class OtlpExport:
 def metrics_data(families: Iterable[Family], now: float, attributes: dict[str, str]) -> MetricsData:
     """Return families of prometheus-client as OpenTelemetry's metrics of one resource. now: Unix time."""
     from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
-    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
     from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
     metrics = [_metric(family, int(now * 1e9)) for family in families if family.samples]
     scope = ScopeMetrics(scope=InstrumentationScope("foreshock_collector"), metrics=metrics, schema_url="")
-    resource = Resource.create(dict(attributes))
+    # By itself, `create` prefers what it is given to OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
+    resource = Resource.create(dict(attributes)).merge(OTELResourceDetector().detect())
     return MetricsData([ResourceMetrics(resource=resource, scope_metrics=[scope], schema_url="")])
 
 

@@ -122,6 +122,16 @@ def test_a_receiver_gets_every_series_of_the_metrics_page(
     serving(test())
 
 
+def test_opentelemetrys_own_variables_name_the_service(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "ours")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment.environment=lab")
+    attributes = {"service.name": "foreshock-collector", "service.version": "1"}
+    serving(OtlpExport(receiver.url, CollectorRegistry(), IngestStatistics(), lambda: 1.0, attributes).export())
+    found = labels(receiver.requests[-1].resource_metrics[0].resource)
+    assert (found["service.name"], found["service.version"]) == ("ours", "1")
+    assert found["deployment.environment"] == "lab"
+
+
 def test_a_receiver_that_refuses_is_counted_and_logged_once(
     receiver: Receiver, caplog: pytest.LogCaptureFixture
 ) -> None:
