@@ -12,7 +12,9 @@ import aiohttp
 from foreshock_collector.notify.message import SIGNATURE_HEADER, signature
 
 _SECONDS = 10.0
-_ANSWER_BYTES = 200
+_ANSWER_BYTES = 4096
+_SHOWN = 200
+"""Characters of an answer that are logged."""
 _TRY_AGAIN = frozenset((408, 425, 429))
 """Statuses below 500 after which another attempt may succeed: timeout, too early, too many requests."""
 
@@ -62,13 +64,21 @@ class Webhook:
         try:
             async with self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as response:
                 text = (await response.content.read(_ANSWER_BYTES)).decode("utf-8", "replace")
-                return Answer(status=response.status, text=_printable(text))
+                return Answer(status=response.status, text=_printable(self._hidden(text))[:_SHOWN])
         except TimeoutError:
             return Answer(status=0, text=f"no answer within {_SECONDS:g} seconds")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # Its text may contain the address: the kind of error says enough.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else ""
             return Answer(status=0, text=f"{type(error).__name__} {reason}".strip())
+
+    def _hidden(self, text: str) -> str:
+        """Return an answer without the address's path and query: many servers repeat them where they find nothing."""
+        parts = urllib.parse.urlsplit(self._url)
+        for secret in (parts.path, parts.query):
+            if len(secret) > 1:
+                text = text.replace(secret, "...")
+        return text
 
 
 @asynccontextmanager

@@ -151,6 +151,20 @@ def test_a_refusal_drops_the_message_and_a_redirection_is_not_followed(caplog: p
     assert "s3cret" not in caplog.text
 
 
+def test_an_answer_that_repeats_the_address_brings_no_secret_into_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with receiving() as receiver:
+            receiver.url += "?key=s3cret"
+            async with sending(receiver) as (outbox, counts):
+                receiver.replies = [lambda request: web.Response(status=404, text=f"Cannot POST {request.path_qs}")]
+                outbox.add([notification()])
+                await until(lambda: counts.results["failed"] == 1)
+
+    run(test())
+    assert "HTTP 404 Cannot POST ...?..." in caplog.text
+    assert "s3cret" not in caplog.text
+
+
 def test_of_an_alert_that_waits_only_the_newest_state_is_sent_and_a_run_is_one_message() -> None:
     async def test() -> None:
         async with receiving() as receiver, sending(receiver) as (outbox, _):
