@@ -121,6 +121,7 @@ class Server:
                 tokens=tokens,
             )
             notifier: Notifier | None = None
+            # Entered before the servers, so that it ends after them: their last commit may bring news.
             if config.notify_url:
                 notifier = await stack.enter_async_context(
                     notifying(

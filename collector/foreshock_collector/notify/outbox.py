@@ -76,6 +76,7 @@ class Outbox:
 
     async def _attempt(self, run: Run) -> bool:
         """Send the message about a run. Return whether it need not be sent again."""
+        # A copy: `add` may replace some of it while the receiver is being waited for.
         sent = dict(self._waiting[run])
         try:
             body = body_of(list(sent.values()), form=self._form, url=self._url())
@@ -121,4 +122,5 @@ class Outbox:
 
 def pause(failures: int) -> float:
     """Return the seconds before the next attempt: full jitter, so that collectors do not try in step."""
+    # Of a receiver that is away for weeks, 2.0 ** failures would overflow.
     return random.uniform(0.0, min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 10)))  # noqa: S311 - no secret

@@ -82,6 +82,7 @@ class RunAlerts:
             track.held_last = seconds
             if track.fires_since is None and seconds - track.held_since >= duration(alert.wait):
                 track.fires_since, track.started = seconds, now
+            # Its resolution repeats what was notified, so that a receiver takes both for one alert.
             if not track.notified:
                 track.labels = labels_of(alert, facts)
                 track.annotations = annotations_of(alert, facts, value, self._addresses)

@@ -12,6 +12,7 @@ import aiohttp
 from foreshock_collector.notify.message import SIGNATURE_HEADER, signature
 
 _SECONDS = 10.0
+"""For one attempt. Slow relays take a second or two; messages about other runs wait meanwhile."""
 _ANSWER_BYTES = 4096
 _SHOWN = 200
 """Characters of an answer that are logged."""
