@@ -25,7 +25,7 @@ from foreshock_protos.columns import (
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder import layout
 from foreshock_recorder.batches import BatchPacker, is_nonfinite
-from foreshock_recorder.reader import Record
+from foreshock_recorder.records import Record
 
 NOT_COLUMNS = {
     *("instance", "first_sequence", "dropped", "backward_passes"),

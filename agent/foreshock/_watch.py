@@ -20,6 +20,7 @@ from foreshock._hooks.sharded import ShardedHooks
 from foreshock._log import rank_zero_info
 from foreshock._measure.rank_sums import wait_for_sums
 from foreshock._measure.script import Habit, Observations, log_changed_parameters, log_dropped_passes, observation_of
+from foreshock._mirror.mirror import Mirror
 from foreshock._output import leaving
 from foreshock._output.leaving import Ending, ending_by
 from foreshock._output.record import Record
@@ -60,11 +61,9 @@ class ActiveWatch(Watch):
         # Nothing of ours keeps a model alive: its end is the end of the watch.
         self._model: weakref.ref[Any] = weakref.ref(model, leaving.with_model(self))
         self._optimizer = optimizer
-        self._clips, self._by_bucket = clips, by_bucket
-        self._record, self._recorder = record, recorder
+        self._clips, self._by_bucket, self._record, self._recorder = clips, by_bucket, record, recorder
         self.guard = Guard(record.ring, strict=strict)
-        self._arithmetic = arithmetic
-        self.rank, self._ranks = rank, ranks
+        self._arithmetic, self.rank, self._ranks = arithmetic, rank, ranks
         self._control, self._measure = stages.control, stages.measure
         self._decide, self._apply = stages.decide, stages.apply
         self.sums = record.sums = stages.sums
@@ -82,6 +81,7 @@ class ActiveWatch(Watch):
         """Returns the loss of a step's passes so far, and its number; None where the script observes."""
         self.missed_passes = 0
         """Steps whose backward passes came before attach: 1 under `foreshock run`."""
+        self.mirror: Mirror | None = None
         self._step_hooks = StepHooks(optimizer, self, clips=clips)
         self.backward_hooks: BackwardHooks | ShardedHooks | None = None
         """Hooks of the model, which call this watch."""
@@ -281,12 +281,14 @@ class ActiveWatch(Watch):
         self._apply.apply_fallback(step)
 
     def _check(self, _: Step) -> None:
-        ring = self._record.ring
+        ring, now = self._record.ring, time.monotonic()
         if self.idle:
             self.idle = False
             self._recorder.resume(ring)
-        if due := time.monotonic() - self._recorder.checked >= CHECK_SECONDS:
-            self._recorder.check(ring, time.monotonic())
+        if due := now - self._recorder.checked >= CHECK_SECONDS:
+            self._recorder.check(ring, now)
+        if self.mirror is not None:
+            self.mirror.update(ring, now)
         # Whoever called `sys.exit` was caught.
         leaving.exits.called = None
         if due or self.steps <= 2:
@@ -332,10 +334,8 @@ class ActiveWatch(Watch):
         self, observation: Observation | None, summary: NormSummary | None, *, passed: bool = False
     ) -> None:
         """Write a record without a step. summary: of the averaged gradient, scaled. passed: backward had ended."""
-        step = Step(sequence=self._record.sequence + 1, number=self._next_number, complete=True)
-        step.observation = observation
-        if observation is not None and observation.step is not None:
-            step.number = observation.step
+        number = self._next_number if observation is None or observation.step is None else observation.step
+        step = Step(sequence=self._record.sequence + 1, number=number, complete=True, observation=observation)
         step.flags = NOT_STEPPED | (GRADIENT_UNKNOWN if summary is None else 0)
         step.learning_rate = self._control.learning_rate
         step.loss_scale = self._control.newest_scale
@@ -367,6 +367,8 @@ class ActiveWatch(Watch):
         self.guard.run(self._log_dry_run, wait=wait)
         self.guard.run(self._record.close)
         self.guard.run(leaving.report, self._record.ring, self._recorder, ending, wait=wait)
+        if self.mirror is not None:
+            self.guard.run(self.mirror.close, self._record.ring)
 
     def pause(self) -> None:
         """Become idle until the next step. Unless that comes soon, the training counts as finished until then."""

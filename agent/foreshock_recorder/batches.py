@@ -13,7 +13,7 @@ from foreshock_protos.columns import (
     WEIGHT_BLOCKS,
 )
 from foreshock_protos.v1 import telemetry_pb2 as pb
-from foreshock_recorder.reader import Record
+from foreshock_recorder.records import Record
 
 _POSITION = {name: i for i, name in enumerate(MEASURED_NAMES)}
 _PACKED = tuple((_POSITION[column.name], column.name) for column in MEASURED_COLUMNS if column.on_wire)

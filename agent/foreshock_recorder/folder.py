@@ -11,7 +11,8 @@ from glob import glob
 from pathlib import Path
 
 from foreshock_recorder.paths import LOCK_NAME, make_private
-from foreshock_recorder.reader import ReadOutcome, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.records import ReadOutcome
 
 LOG_NAME = "recorder.log"
 STACK_SUFFIX = ".stack"

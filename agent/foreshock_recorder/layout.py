@@ -33,7 +33,7 @@ from typing import NamedTuple
 from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
 
 MAGIC = b"FORESHK1"
-LAYOUT_VERSION = 8
+LAYOUT_VERSION = 9
 COLUMNS_CHECKSUM = zlib.crc32(",".join((*MEASURED_NAMES, *WEIGHT_BLOCKS)).encode())
 """Probe and recorder may come from different environments: they must agree on the measured columns as well."""
 MAX_RING_BYTES = 4 * 2**20
@@ -69,8 +69,8 @@ WORD_EXIT_REASON, WORD_HEARTBEAT, WORD_BACKWARD_PASSES, WORD_IDLE, WORD_DROPPED 
 WORD_HISTORY = 24
 """1 once the history behind it is written, which is `NormHistory`; the counts of dropped records end before it."""
 TEXT_BYTES = 256
-ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET = 256, 512, 768, 1024
-JSON_OFFSET = 1280
+ERROR_OFFSET, PROBLEM_OFFSET, EXIT_DETAIL_OFFSET, PAGE_OFFSET, NOTICE_OFFSET = 256, 512, 768, 1024, 1280
+JSON_OFFSET = 1536
 HISTORY = struct.Struct("<5d")
 _PAGE_BYTES = 4096
 
@@ -193,6 +193,21 @@ class RingFile:
     def page(self) -> str:
         """Address of the run's page at the collector; empty before the collector has answered."""
         return self._read_text(PAGE_OFFSET)
+
+    @property
+    def notice(self) -> str:
+        """What the collector says of the run: its newest incident or event, in a sentence; empty without one."""
+        return self._read_text(NOTICE_OFFSET)
+
+    @property
+    def words(self) -> memoryview[int]:
+        """The file as words of eight bytes."""
+        return self._words
+
+    @property
+    def oldest(self) -> int:
+        """The lowest sequence number that may still be readable."""
+        return max(1, self.begun - self.layout.slot_count + 1)
 
     @property
     def idle(self) -> bool:

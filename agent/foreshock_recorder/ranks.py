@@ -13,7 +13,8 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.batches import BatchPacker, global_norm, hello, is_urgent
 from foreshock_recorder.endings import ProcessEnd, exit_of
 from foreshock_recorder.layout import ExitReason, NormHistory
-from foreshock_recorder.reader import ReadOutcome, Record, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.records import ReadOutcome, Record
 
 OBSERVE_SECONDS = 0.5
 """How long a measured record waits for the script to observe its loss."""
@@ -217,6 +218,8 @@ class Rank:
             known = position.history
             rate = known.learning_rate
             self.reader.write_history(NormHistory(known.mean, known.recent, known.deviation, known.count, rate))
+        if position.notice and not self._dead and position.notice != self.reader.notice:
+            self.reader.write_notice(position.notice)
         while self._in_flight and self._in_flight[0][0] <= position.sequence:
             self._in_flight.popleft()
         self.delivered = position.closed and self.exited and not self.unacknowledged

@@ -8,29 +8,21 @@ import mmap
 import os
 import struct
 import weakref
-import zlib
 from contextlib import suppress
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from foreshock_recorder.layout import (
-    BEGUN,
-    BEGUN_PAYLOAD,
     COLUMNS_CHECKSUM,
     DROP_REASONS,
     ERROR_OFFSET,
     EXIT_DETAIL_OFFSET,
     FACTS,
-    HAS_LOSS,
-    HAS_STEP,
     HISTORY,
     JSON_OFFSET,
     LAYOUT_VERSION,
     MAGIC,
-    OBSERVED,
-    OBSERVED_PAYLOAD,
+    NOTICE_OFFSET,
     PAGE_OFFSET,
     PROBLEM_OFFSET,
     TEXT_BYTES,
@@ -45,40 +37,11 @@ from foreshock_recorder.layout import (
     ExitReason,
     Layout,
     NormHistory,
-    Part,
     RingFile,
-    device_checksum,
 )
+from foreshock_recorder.records import ReadOutcome, Record, read_record
 
 _FILE_LOCK = struct.Struct("hhqqi")  # struct flock: type, whence, start, length, process
-
-
-class ReadOutcome(Enum):
-    """Why `RingReader.read` has no record to return."""
-
-    NOT_YET = "not yet"
-    OVERRUN = "overrun"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One step of one rank, as read back."""
-
-    sequence: int
-    step: int
-    wall_seconds: float
-    monotonic_seconds: float
-    learning_rate: float
-    flags: int
-    """EDITED: the script changed the gradients between backward and step. NOT_STEPPED: its optimizer was not called.
-    GRADIENT_UNKNOWN: the averaged gradient was not measured."""
-    measured: memoryview[float] | None
-    """float64: MEASURED_NAMES, then global layer norms, then local ones. None: the step began and never finished."""
-    weights: memoryview[float] | None
-    """float64: WEIGHT_BLOCKS, each [layers]. None: the step has not measured the weights by layer."""
-    observed: bool
-    """True if the observed part is written; without it, the script may still pass its step and loss."""
-    loss: float | None
 
 
 class RingReader(RingFile):
@@ -108,40 +71,10 @@ class RingReader(RingFile):
         self.identity = _identity(path, memory[JSON_OFFSET : JSON_OFFSET + text])
 
     def read(self, sequence: int) -> Record | ReadOutcome:
-        """Return the record, as far as it is written.
-
-        NOT_YET: its step has not begun. OVERRUN: a newer record has taken its slot.
-        """
-        if sequence > self.begun:
-            return ReadOutcome.NOT_YET
+        """Return the record, as far as it is written."""
         if self.given_up:
-            return ReadOutcome.OVERRUN
-        slot = self.layout.word(sequence)
-        begun = self._part(BEGUN, slot, sequence)
-        observed = self._part(OBSERVED, slot, sequence)
-        measured = self._part(self.layout.measured, slot, sequence)
-        weights = self._part(self.layout.weights, self.layout.weights_word(sequence), sequence)
-        # Asked last: a part that was overwritten just now must not look like one that was never written.
-        if begun is None or sequence < self.oldest:
-            return ReadOutcome.OVERRUN
-        step, wall, monotonic, learning_rate, flags = BEGUN_PAYLOAD.unpack(begun)
-        loss = None
-        if observed is not None:
-            observed_step, observed_loss, given = OBSERVED_PAYLOAD.unpack(observed)
-            step = observed_step if given & HAS_STEP else step
-            loss = observed_loss if given & HAS_LOSS else None
-        return Record(
-            sequence=sequence,
-            step=step,
-            wall_seconds=wall,
-            monotonic_seconds=monotonic,
-            learning_rate=learning_rate,
-            flags=flags,
-            measured=None if measured is None else memoryview(measured).cast("d"),
-            weights=None if weights is None else memoryview(weights).cast("d"),
-            observed=observed is not None,
-            loss=loss,
-        )
+            return ReadOutcome.OVERRUN if sequence <= self.begun else ReadOutcome.NOT_YET
+        return read_record(self, sequence)
 
     def acknowledge(self, sequence: int, *, exited: bool = False) -> None:
         """Write how far the collector has stored: for the rank, and for a recorder that may follow.
@@ -159,6 +92,10 @@ class RingReader(RingFile):
         """Write where the run's page is. An address that does not fit is left out: half of it leads nowhere."""
         self._write_text(PAGE_OFFSET, address if len(address) < TEXT_BYTES else "")
 
+    def write_notice(self, text: str) -> None:
+        """Write what the collector says of the run, for the tools that mirror it."""
+        self._write_text(NOTICE_OFFSET, text)
+
     def write_history(self, history: NormHistory) -> None:
         """Write what the collector knows of the attempt that the rank continues."""
         HISTORY.pack_into(self.memory, 8 * (WORD_HISTORY + 1), *history)
@@ -172,8 +109,7 @@ class RingReader(RingFile):
     @property
     def oldest(self) -> int:
         """The lowest sequence number that may still be readable."""
-        kept = 0 if self.given_up else self.layout.slot_count
-        return max(1, self.begun - kept + 1)
+        return max(1, self.begun + 1) if self.given_up else super().oldest
 
     @property
     def backward_passes(self) -> int:
@@ -239,17 +175,6 @@ class RingReader(RingFile):
         self._bytes.release()
         self.memory.close()
         self._close_descriptor()
-
-    def _part(self, part: Part, slot: int, sequence: int) -> bytes | None:
-        """Return a part of a record; None unless it is whole. slot: its first word."""
-        begin = slot + part.begin
-        start, end = begin + 1, begin + 1 + part.words
-        if self._words[end + 1] != sequence:
-            return None
-        data = bytes(self._bytes[8 * start : 8 * end])
-        checksum = self._words[end]
-        whole = self._words[begin] == sequence and (checksum == zlib.crc32(data) or checksum == device_checksum(data))
-        return data if whole else None
 
 
 def _identity(path: Path, data: bytes) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from foreshock._output import pinned_ring as module
 from foreshock._output import staging
 from foreshock._output.pinned_ring import PinnedRing, observed_words, pinned_ring
 from foreshock_recorder.layout import HAS_LOSS, HAS_STEP, device_checksum
-from foreshock_recorder.reader import Record, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.records import Record
 from foreshock_recorder.ring import Ring
 from tests.support.cudart import Cudart
 from tests.support.rings import begin, make_ring, measure

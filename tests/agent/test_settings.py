@@ -38,6 +38,7 @@ def test_without_anything_said_the_defaults_hold() -> None:
         run="",
         local_norms=True,
         attach_timeout=60.0,
+        mirror=(),
         recorder_python="",
         strict=False,
     )

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from foreshock_protos.columns import MEASURED_NAMES
-from foreshock_recorder.reader import Record, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.records import Record
 from tests.gpu.scenarios import CASES, MAX_NORM, NAN_STEP, SETTINGS, STEPS
 from tests.support.torch_jobs import run_job
 

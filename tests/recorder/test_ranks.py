@@ -40,6 +40,17 @@ def test_hello_says_who_it_is_and_nothing_follows_before_the_answer(ring: Ring) 
     assert listener.ask(after=5.0) == []
 
 
+def test_what_the_collector_says_of_the_run_is_written_for_the_rank(ring: Ring) -> None:
+    listener = Listener(ring)
+    assert ring.notice == ""
+    for notice in ("Build-up of the gradient norm at step 7", "Exploding gradients: …"):
+        listener.rank.acknowledge(pb.Ack.Position(instance=listener.rank.instance, notice=notice))
+        assert ring.notice == notice
+    # An acknowledgement need not repeat it.
+    listener.rank.acknowledge(pb.Ack.Position(instance=listener.rank.instance))
+    assert ring.notice == "Exploding gradients: …"
+
+
 def test_the_history_that_the_collector_answers_is_written_for_the_rank(ring: Ring) -> None:
     listener = Listener(ring).greet()
     assert [ring.history] == [None]

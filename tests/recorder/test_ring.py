@@ -16,7 +16,8 @@ from foreshock_protos.columns import MEASURED_NAMES, WEIGHT_BLOCKS
 from foreshock_recorder.layout import EDITED, FACTS, LAYOUT_VERSION, MAX_RING_BYTES, ExitReason, Layout, NormHistory
 from foreshock_recorder.paths import ring_folder, ring_name, run_folder
 from foreshock_recorder.process import start_ticks
-from foreshock_recorder.reader import ReadOutcome, Record, RingReader
+from foreshock_recorder.reader import RingReader
+from foreshock_recorder.records import ReadOutcome, Record
 from foreshock_recorder.ring import Ring
 from tests.support.repository import ROOT
 from tests.support.rings import LAYERS, begin, identity, make_ring, measure, step

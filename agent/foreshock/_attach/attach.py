@@ -37,6 +37,7 @@ from foreshock._hooks.sharded import observe_shards
 from foreshock._kernels.choice import step_kernel, wants_kernel, why_not
 from foreshock._log import rank_zero_info, rank_zero_warn_once, set_rank
 from foreshock._measure.shards import ShardSums
+from foreshock._mirror.mirror import NOTICES, Mirror
 from foreshock._output.device_record import DeviceRecord, record_for
 from foreshock._output.leaving import detach_all, make_room, runs_in_use
 from foreshock._output.new_ring import new_ring
@@ -227,6 +228,8 @@ def _attach(config: LocalConfig, ranks: Ranks) -> Watch:
     history = _agreed_history(config, agreement, ranks, arithmetic, record.ring, recorder)
     watch = _watched(config, agreement, arithmetic, kernel, record, recorder)
     watch.load_state_dict(history)
+    if settings.mirror and ranks.rank == 0:
+        watch.mirror = Mirror(settings.mirror)
     rank_zero_info(_line(config, agreement, ranks.size), rank=ranks.rank)
     return watch
 
@@ -339,7 +342,7 @@ def _identity(config: LocalConfig, agreement: Agreement, ranks: Ranks) -> dict[s
         "world_size": ranks.size,
         "node": node_name(),
         "clip": str(config.settings.clip or "none"),
-        "capabilities": _capabilities(agreement, ranks.rank),
+        "capabilities": _capabilities(config.settings, agreement, ranks.rank),
         "versions": {
             "foreshock": __version__,
             "torch": str(torch.__version__),
@@ -351,9 +354,12 @@ def _identity(config: LocalConfig, agreement: Agreement, ranks: Ranks) -> dict[s
     }
 
 
-def _capabilities(agreement: Agreement, rank: int) -> list[str]:
-    asks = agreement.resumes and rank == 0
-    return ["local_norms"] * agreement.local_norms + [CAPABILITY] * asks
+def _capabilities(settings: Settings, agreement: Agreement, rank: int) -> list[str]:
+    found = ["local_norms"] if agreement.local_norms else []
+    if rank == 0:
+        found += [CAPABILITY] if agreement.resumes else []
+        found += [NOTICES] if settings.mirror else []
+    return found
 
 
 def _line(config: LocalConfig, agreement: Agreement, size: int) -> str:

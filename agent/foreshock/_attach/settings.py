@@ -11,6 +11,7 @@ from typing import Any
 from foreshock._control.clip import Clip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
+MIRROR_TOOLS = ("tensorboard", "wandb", "mlflow")
 _NAME_LENGTH = 128
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
@@ -35,6 +36,8 @@ class Settings:
     """Measure this rank's own gradient before the all-reduce."""
     attach_timeout: float
     """Seconds to wait for the other ranks to attach."""
+    mirror: tuple[str, ...]
+    """Experiment tools to mirror the run in, of `MIRROR_TOOLS`."""
     recorder_python: str
     """Python interpreter for the recorder; empty: this one."""
     strict: bool
@@ -71,6 +74,7 @@ def settings_from(
         run=_name(*setting("run", run, ""), may_be_empty=True),
         local_norms=_switch(*setting("local_norms", local_norms, True)),
         attach_timeout=_seconds(*setting("attach_timeout", None, 60.0)),
+        mirror=_tools(*setting("mirror", None, "")),
         recorder_python=env.get("FORESHOCK_RECORDER_PYTHON", ""),
         strict=_switch(*setting("strict", None, False)),
     )
@@ -112,6 +116,14 @@ def _switch(name: str, value: Any) -> bool:
     if not isinstance(on, bool):
         raise SettingsError(f"{name}: must be 1 or 0 (an argument: True or False), not {value!r}")
     return on
+
+
+def _tools(name: str, text: str) -> tuple[str, ...]:
+    tools = tuple(dict.fromkeys(tool for part in text.split(",") if (tool := part.strip().lower())))
+    for tool in tools:
+        if tool not in MIRROR_TOOLS:
+            raise SettingsError(f"{name}: {tool!r} is none of {', '.join(MIRROR_TOOLS)}; separate several by commas")
+    return tools
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -17,6 +17,7 @@ from foreshock_collector.state.database_file import GoneError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.instances import Instance
+from foreshock_collector.state.notice import notice
 from foreshock_collector.state.retention import Retention
 from foreshock_collector.state.runs import LIVE_SECONDS, ContradictionError, Run
 from foreshock_collector.state.schema import is_damage
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _NORM_HISTORY = "norm_history"
 """Capability of an instance that asks for the history of the attempt before."""
+_NOTICE = "notice"
+"""Capability of an instance that mirrors its run in other tools."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +165,8 @@ class Intake:
         else:
             session.registered.add(hello.instance)
             session.refused.pop(hello.instance, None)
+            if _NOTICE in hello.capabilities:
+                session.mirroring.add(hello.instance)
             if _NORM_HISTORY in hello.capabilities:
                 # The rank waits for the answer.
                 session.resuming.add(hello.instance)
@@ -331,5 +336,7 @@ class Intake:
             )
             if name in session.resuming and not instance.stored:
                 position.history.CopyFrom(run.norms_before(instance))
+            if name in session.mirroring:
+                position.notice = notice(run)
             found.append(position)
         return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(session.refused.items())]

@@ -28,6 +28,8 @@ class Session:
     """Instances whose hello was refused, and why. Their further messages are ignored; other instances go on."""
     resuming: set[str] = field(default_factory=set)
     """Instances that have asked for the history of the attempt before."""
+    mirroring: set[str] = field(default_factory=set)
+    """Instances that have asked for notices of their run."""
 
     token: Token | None = None
     """The token that the recorder showed; None if the collector asks for none."""

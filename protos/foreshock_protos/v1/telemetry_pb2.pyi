@@ -274,20 +274,22 @@ class Exit(_message.Message):
 class Ack(_message.Message):
     __slots__ = ("epoch", "positions", "flow", "page_url")
     class Position(_message.Message):
-        __slots__ = ("instance", "sequence", "closed", "run", "refused", "history")
+        __slots__ = ("instance", "sequence", "closed", "run", "refused", "history", "notice")
         INSTANCE_FIELD_NUMBER: _ClassVar[int]
         SEQUENCE_FIELD_NUMBER: _ClassVar[int]
         CLOSED_FIELD_NUMBER: _ClassVar[int]
         RUN_FIELD_NUMBER: _ClassVar[int]
         REFUSED_FIELD_NUMBER: _ClassVar[int]
         HISTORY_FIELD_NUMBER: _ClassVar[int]
+        NOTICE_FIELD_NUMBER: _ClassVar[int]
         instance: str
         sequence: int
         closed: bool
         run: str
         refused: str
         history: NormHistory
-        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ..., run: _Optional[str] = ..., refused: _Optional[str] = ..., history: _Optional[_Union[NormHistory, _Mapping]] = ...) -> None: ...
+        notice: str
+        def __init__(self, instance: _Optional[str] = ..., sequence: _Optional[int] = ..., closed: bool = ..., run: _Optional[str] = ..., refused: _Optional[str] = ..., history: _Optional[_Union[NormHistory, _Mapping]] = ..., notice: _Optional[str] = ...) -> None: ...
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     FLOW_FIELD_NUMBER: _ClassVar[int]

@@ -31,7 +31,7 @@ from foreshock._output.pinned_ring import PinnedRing
 from foreshock._output.record import Record
 from foreshock._watch import ActiveWatch
 from foreshock_protos.columns import MEASURED_NAMES
-from foreshock_recorder import reader as ring_reader
+from foreshock_recorder import records as ring_records
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
@@ -133,7 +133,7 @@ def told_in(path: Path) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     for sequence in range(1, reader.begun + 1):
         record = reader.read(sequence)
-        assert isinstance(record, ring_reader.Record)
+        assert isinstance(record, ring_records.Record)
         measured = None
         if record.measured is not None:
             measured = dict(zip(MEASURED_NAMES, record.measured, strict=False))

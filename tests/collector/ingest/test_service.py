@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,43 @@ def test_a_rank_that_asks_is_answered_the_norms_of_the_attempt_before(tmp_path: 
             while second.sequence < 1:
                 first, second = await stream.positions(2)
             assert not first.HasField("history") and not second.HasField("history")
+            await stream.close()
+
+    serving(test())
+
+
+def test_a_rank_that_mirrors_its_run_is_told_the_newest_event_and_the_verdict(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello(capabilities=["notice"]), steps(1, [2.0, 2.1] * 60))
+            (position,) = await stream.positions(1)
+            assert position.notice == ""
+            await stream.send(steps(121, [90.0]))
+            while not (position := (await stream.positions(1))[0]).notice:
+                pass
+            assert position.notice.startswith("Spike of the gradient norm at step 120: 90, usually 2.0")
+            await stream.send(steps(122, [math.nan]))
+            while (position := (await stream.positions(1))[0]).notice.startswith("Spike"):
+                pass
+            assert re.match(r"[A-Z][a-z ]+: .* step 121", position.notice)
+            # Of a later attempt, nothing has happened yet.
+            await stream.send(hello(instance="r-1", launch_id="m", capabilities=["notice"]))
+            _, second = await stream.positions(2)
+            assert not second.notice
+            await stream.close()
+
+    serving(test())
+
+
+def test_a_rank_that_mirrors_nothing_is_not_told(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            stream = Stream(server)
+            await stream.send(hello(), steps(1, [2.0, 2.1] * 60), steps(121, [math.nan]))
+            while (position := (await stream.positions(1))[0]).sequence < 121:
+                pass
+            assert not position.notice
             await stream.close()
 
     serving(test())

@@ -1,0 +1,1 @@
+"""Mirrors a run in the experiment tools whose run the script has open."""
