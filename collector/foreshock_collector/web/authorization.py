@@ -12,8 +12,9 @@ from foreshock_collector.state.fleet import Runs
 
 _OPEN = ("/-/healthy", "/-/ready")
 """Paths that show nothing of any run."""
-_OF_ALL_RUNS = ("/metrics", "/api/v1/runs", "/api/v1/live")
-"""Paths that show runs of all experiments, unless a query names one run."""
+_LIVE = "/api/v1/live"
+_OF_ALL_RUNS = ("/metrics", "/api/v1/runs", _LIVE)
+"""Paths that show runs of all experiments. Only the changes can be asked for of one run; the others ignore a query."""
 _ASK = {"WWW-Authenticate": 'Basic realm="foreshock", charset="UTF-8"'}
 """Makes a browser ask for a password: the token, with any user name."""
 
@@ -27,7 +28,7 @@ def token_required(tokens: Tokens, runs: Runs) -> Any:
             token = tokens.find(secret_in(request.headers.get("Authorization", "")), "read")
             if token is None:
                 raise web.HTTPUnauthorized(text="a token with the right to read is required\n", headers=_ASK)
-            name = request.match_info.get("run", "") or request.query.get("run", "")
+            name = request.query.get("run", "") if request.path == _LIVE else request.match_info.get("run", "")
             experiment = runs.experiment_of(name) if name else None
             of_all = request.path in _OF_ALL_RUNS and not name
             if not token.allows_all and (of_all or (experiment is not None and not token.allows(experiment))):
