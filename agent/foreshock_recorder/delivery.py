@@ -209,6 +209,9 @@ class Delivery:
             if position.refused:
                 self._refuse(rank, position.refused)
                 continue
+            if rank.refusal:
+                logger.info("rank %d: %s no longer refuses it", rank.number, self.collector)
+                rank.report_problem("")
             acknowledged = rank.acknowledge(position)
             self.acknowledged += acknowledged
             if acknowledged or rank.delivered:
@@ -218,10 +221,11 @@ class Delivery:
                 rank.report_page(self.page)
 
     def _refuse(self, rank: Rank, why: str) -> None:
-        """Stop sending this rank alone; the next stream tries again."""
-        if not rank.refusal:
-            rank.refuse(f"{self.collector}: refused: {why}")
-            logger.warning("rank %d: %s", rank.number, rank.refusal)
+        """Stop sending this rank alone, until the collector takes its hello again."""
+        text = f"{self.collector}: refused: {why}"
+        if text != rank.refusal:
+            logger.warning("rank %d: %s", rank.number, text)
+        rank.refuse(text, time.monotonic(), random.random())  # noqa: S311 - no secret
 
     def _report_problem(self, text: str) -> None:
         if text and text != self._problem:

@@ -25,6 +25,9 @@ _UNDER_WAY = 48
 _IN_FLIGHT = 4096
 """Records sent and not yet acknowledged at most; the others stay in the ring. A record that the ring had overwritten
 before it was sent is not in flight."""
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS = 1.0, 30.0, 5.0
+"""From a refusal to the next hello: the first, the longest, and the longest of a rank that has exited, for which the
+recorder does not stay long."""
 _PACE_STEPS = 32
 """Newest steps whose time is a rank's pace."""
 _IDLE_SECONDS, _IDLE_STEPS, _MAX_IDLE_SECONDS = 30.0, 10, 300.0
@@ -52,6 +55,9 @@ class Rank:
         self.number = identity.topology.rank
         self.refusal = ""
         """Why the collector of this stream refuses the rank; empty if it does not."""
+        self._hello_sent = False
+        self._pause_seconds = _FIRST_PAUSE_SECONDS
+        """From the next refusal to the hello after it."""
         self._packer = BatchPacker(
             identity.instance,
             rank=identity.topology.rank,
@@ -189,14 +195,22 @@ class Rank:
         if not self._dead and self.reader.page != address:
             self.reader.write_page(address)
 
-    def refuse(self, reason: str) -> None:
-        """Send nothing more of this rank on this stream: the collector refuses it."""
+    def refuse(self, reason: str, now: float, share: float) -> None:
+        """Send nothing of this rank but a hello after a while, since the collector refuses it: its reason may pass.
+
+        share: in [0, 1), chosen at random, so that the ranks of a fleet do not all ask at once.
+        """
         self.refusal = reason
         self.report_problem(reason)
+        if self._hello_sent:
+            longest = _LAST_PAUSE_SECONDS if self.exited else _LONGEST_PAUSE_SECONDS
+            self._hello_due = now + min(self._pause_seconds, longest) * (0.5 + share)
+            self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
+            self._hello_sent = False
 
     def restart_stream(self) -> None:
         """Prepare for a new stream: everything is sent again, from the position that the collector acknowledges."""
-        self.refusal = ""
+        self.refusal, self._hello_due = "", -math.inf
         self._hello_sent = self._hello_acknowledged = self._exit_sent = False
         self._unsent_events = set(self._events)
         self._sent_dropped: dict[str, int] = {}
@@ -209,6 +223,9 @@ class Rank:
     def acknowledge(self, position: pb.Ack.Position) -> int:
         """Take in what the collector has stored of this rank. Return how many records more than before."""
         before = self.acknowledged
+        if self.refusal:
+            self.restart_stream()
+            self._hello_sent = True
         if not self._hello_acknowledged:
             # The collector is the authority: with another database it asks for all that the ring still holds.
             self._hello_acknowledged = True
@@ -224,16 +241,21 @@ class Rank:
             self._in_flight.popleft()
         self.delivered = position.closed and self.exited and not self.unacknowledged
         self.reader.acknowledge(position.sequence, exited=self.delivered)
+        if position.sequence > before:
+            # Not with the hello alone: a rank whose records are refused would ask every second.
+            self._pause_seconds = _FIRST_PAUSE_SECONDS
         return max(0, self.acknowledged - before)
 
     def next_messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
         """Return what to send now. interval: seconds between batches that are not urgent; limit: records in a batch."""
-        if self.delivered or self.refusal:
+        if self.delivered or (not self._hello_sent and now < self._hello_due):
             return []
         self.reader.check_size()
         self._hello.hello.exited = self.exited
         messages = [] if self._hello_sent else [self._hello]
         self._hello_sent = True
+        if self.refusal:
+            return messages
         due = now - self._flushed >= interval
         messages += self._new_events(due=due)
         if not self._hello_acknowledged:

@@ -1,8 +1,8 @@
 """Break things at random moments under load, and count what was lost: `make chaos ARGS="--faults 100 --seed 7"`.
 
 Ends with 1 if a step was lost that was not counted, stored twice, or counted twice; if a counter went back; if a
-process or a ring was left; or if the median step took twice as long as before the first fault. Disks are filled where
-`unshare` can make a mount namespace for them.
+process or a ring was left; or if faults made a step slower than the same step written at the same moment into rings
+that nobody reads. Disks are filled where `unshare` can make a mount namespace for them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -27,9 +27,9 @@ from benchmarks.chaos.job import DISK_FAULTS, FAULTS, RUN, Job, mount_disks, unm
 from tests.support.waiting import eventually
 
 _QUIET_STEPS = 2000
-"""Steps before the first fault, whose times are the usual ones."""
-_MOST_SLOWDOWN = 2.0
-"""Of the median step, faults beside no faults: two cores do all this."""
+"""Steps before the first fault."""
+_MOST_SLOWDOWN = 1.5
+"""Of the median, the 99 % and the 99.9 % of a step beside those of the step that nobody reads."""
 _NAMESPACE = "FORESHOCK_CHAOS_NAMESPACE"
 """Set in the mount namespace of this benchmark."""
 
@@ -46,7 +46,7 @@ def run(
 ) -> list[str]:
     """Run a job through so many of these faults and print the table. Return what was wrong.
 
-    quiet: steps before the first fault. most_slowdown: of the median step, by the faults.
+    quiet: steps before the first fault. most_slowdown: of a step, by what Foreshock does during the faults.
     """
     with ExitStack() as stack:
         if DISK_FAULTS.keys() & set(names):
@@ -70,9 +70,13 @@ def run(
         eventually(lambda: not job.recorder_pids(), "the end of the recorder")
         counted = int(job.look())
         runs = [name for name in job.collector.names() if name.startswith(RUN)]
-        dropped = sum(sum(job.collector.run(name)["counters"]["dropped"].values()) for name in runs)
+        found = [job.collector.run(name) for name in runs]
+        dropped = sum(sum(each["counters"]["dropped"].values()) for each in found)
+        # No fault lasts so long that a training has stalled, whatever the clocks say.
+        stalls = sum(incident["verdict"]["cause"] == "stalled" for each in found for incident in each["incidents"])
         job.collector.stop()
         job.proxy.close()
+        job.relay.close()
         stored = _stored(job.database)
         left = [str(path.relative_to(folder)) for path in job.rings.rglob("*") if path.is_file()]
     print(f"\n{'fault':<36}{'times':>6}")
@@ -91,21 +95,25 @@ def run(
         "doubled": abs(counted - total) + extra,
         "records counted as dropped": dropped,
         "counter regressions": job.regressions,
+        "stalls reported": stalls,
         "rings and other files left": len(left),
     }
     for what, figure in figures.items():
         print(f"{what:<36}{figure:>6}")
     faulty = finished[job.launches[0]][len(usual) :] + [d for each in job.launches[1:] for d in finished[each]]
-    spreads = {"before the first fault": _spread(usual), "with faults": _spread(faulty)}
-    print(f"\n{'a step of all ranks, in us':<36}{'median':>8}{'99 %':>8}{'99.9 %':>8}")
-    for words, spread in spreads.items():
-        print(f"{words:<36}" + "".join(f"{1e6 * each:>8.0f}" for each in spread))
-    wrong = [f"{figures[what]} {what}" for what in ("doubled", "counter regressions") if figures[what]]
+    print(f"\n{'a step of all ranks, in us':<48}{'median':>8}{'99 %':>8}{'99.9 %':>8}")
+    for words, pairs in (("before the first fault", usual), ("with faults", faulty)):
+        read, unread = (_spread(each) for each in zip(*pairs, strict=True))
+        for rings, spread in (("", read), (", rings that nobody reads", unread)):
+            print(f"{words + rings:<48}" + "".join(f"{1e6 * each:>8.0f}" for each in spread))
+    wrong = [
+        f"{figures[what]} {what}" for what in ("doubled", "counter regressions", "stalls reported") if figures[what]
+    ]
     if lost > dropped / 2:
         wrong.append(f"{lost} steps lost, and {dropped} records counted as dropped")
-    slowdown = spreads["with faults"][0] / spreads["before the first fault"][0]
+    slowdown = max(one / other for one, other in zip(read, unread, strict=True))
     if slowdown > most_slowdown:
-        wrong.append(f"the median step takes {slowdown:.1f} times as long as before the first fault")
+        wrong.append(f"with faults, a step takes {slowdown:.1f} times as long as one that nobody reads")
     return wrong + [f"left: {path}" for path in left]
 
 
@@ -134,7 +142,7 @@ def _stored(database: Path) -> dict[str, set[int]]:
     return stored
 
 
-def _spread(durations: list[float]) -> list[float]:
+def _spread(durations: Iterable[float]) -> list[float]:
     """Return the median, and what 99 % and 99.9 % are below."""
     ordered = sorted(durations)
     return [ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.99, 0.999)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import array
 import json
 import os
+import random
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -17,13 +18,18 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.chaos.collector import CLOCK
 from benchmarks.chaos.proxy import Proxy
+from benchmarks.chaos.ranks import UNREAD_SUFFIX
+from benchmarks.chaos.relay import Relay
+from foreshock_recorder.layout import JSON_OFFSET
 from tests.support.collector_process import Collector
 from tests.support.launched_jobs import recorders
 
 RUN = "chaos"
 _HOLD_SECONDS = 1.0
 """How long a process is stopped, a connection delayed, a database held or a disk full."""
+_DAY_SECONDS = 86400.0
 _DISK_BYTES = 512 * 2**20
 """Of each disk that can be filled, in memory: a thousand faults write a database of some 100 MB."""
 _FILL_BYTES = 2**20
@@ -31,12 +37,13 @@ _FILL_BYTES = 2**20
 
 @dataclass
 class Job:
-    """Ranks that write steps, their recorder, a proxy, and a collector: what faults happen to."""
+    """Ranks that write steps, their recorder, a proxy, a relay, and a collector: what faults happen to."""
 
     folder: Path
     pace: float
     """Seconds between steps."""
     collector: Collector = field(init=False)
+    relay: Relay = field(init=False)
     proxy: Proxy = field(init=False)
     ranks: subprocess.Popen[bytes] = field(init=False)
     """Process of all ranks of the newest launch."""
@@ -47,8 +54,10 @@ class Job:
     def __post_init__(self) -> None:
         self.rings.mkdir(exist_ok=True)
         self.storage.mkdir(exist_ok=True)
-        self.collector = Collector(self.storage)
-        self.proxy = Proxy(int(self.collector.address.rpartition(":")[2]))
+        self._clock.write_text("0")
+        self.collector = Collector(self.storage, module="benchmarks.chaos.collector", **{CLOCK: str(self._clock)})
+        self.relay = Relay(self.collector.address)
+        self.proxy = Proxy(self.relay.port)
 
     @property
     def rings(self) -> Path:
@@ -62,6 +71,17 @@ class Job:
     @property
     def database(self) -> Path:
         return self.storage / "foreshock.db"
+
+    @property
+    def _clock(self) -> Path:
+        """File of the seconds by which the collector's clock is ahead."""
+        return self.folder / "clock"
+
+    def set_clock(self, seconds: float) -> None:
+        """Set the collector's clock forward, or back."""
+        draft = self._clock.with_suffix(".draft")
+        draft.write_text(str(float(self._clock.read_text()) + seconds))
+        draft.rename(self._clock)
 
     @property
     def stop(self) -> Path:
@@ -80,14 +100,12 @@ class Job:
     def _durations_file(self, launch: str) -> Path:
         return self.folder / f"{launch}.durations"
 
-    def durations(self, launch: str) -> list[float]:
-        """Return how long each finished step of a launch took, in seconds."""
+    def durations(self, launch: str) -> list[tuple[float, float]]:
+        """Return the seconds of each finished step of a launch, and of the same step in rings that nobody reads."""
         path = self._durations_file(launch)
-        values = array.array("d")
-        if path.exists():
-            content = path.read_bytes()
-            values.frombytes(content[: len(content) // values.itemsize * values.itemsize])
-        return values.tolist()
+        content = path.read_bytes() if path.exists() else b""
+        pair = struct.Struct("2d")
+        return list(pair.iter_unpack(content[: len(content) // pair.size * pair.size]))
 
     def undelivered(self) -> list[Path]:
         """Return the rings of launches before the newest."""
@@ -151,6 +169,8 @@ def stop_ranks(job: Job) -> None:
 def kill_ranks(job: Job) -> None:
     job.ranks.kill()
     job.ranks.wait()
+    for path in job.rings.rglob(f"*{UNREAD_SUFFIX}"):
+        path.unlink()
     job.launch()
 
 
@@ -169,6 +189,32 @@ def swallow_data(job: Job) -> None:
     time.sleep(_HOLD_SECONDS)
     job.proxy.cut()
     job.proxy.swallow(False)
+
+
+def scramble_batches(job: Job) -> None:
+    job.relay.scramble(True)
+    time.sleep(_HOLD_SECONDS)
+    job.relay.scramble(False)
+
+
+def set_clock_forward(job: Job) -> None:
+    job.set_clock(_DAY_SECONDS)
+
+
+def set_clock_back(job: Job) -> None:
+    job.set_clock(-_DAY_SECONDS)
+
+
+def add_damaged_ring(job: Job) -> None:
+    """Put a ring of random bytes behind a valid header beside the ranks' own, for a while."""
+    folder = job.rings / RUN / job.launches[-1]
+    (source, *_) = folder.glob("*.ring")
+    damaged = folder / "rank-damaged.ring"
+    content = bytearray(source.read_bytes())
+    content[JSON_OFFSET:] = random.randbytes(len(content) - JSON_OFFSET)
+    damaged.write_bytes(content)
+    time.sleep(_HOLD_SECONDS)
+    damaged.unlink(missing_ok=True)
 
 
 def hold_database(job: Job) -> None:
@@ -210,6 +256,10 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "connections cut": cut_connections,
     "data delayed": delay_data,
     "data swallowed, then cut": swallow_data,
+    "batches repeated and exchanged": scramble_batches,
+    "clock set a day ahead": set_clock_forward,
+    "clock set a day back": set_clock_back,
+    "damaged ring beside the others": add_damaged_ring,
     "database held by another process": hold_database,
 }
 DISK_FAULTS: dict[str, Callable[[Job], None]] = {

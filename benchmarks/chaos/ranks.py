@@ -1,4 +1,7 @@
-"""Ranks without torch: they write their rings at a steady pace, as a training would, and keep a recorder running."""
+"""Ranks without torch: they write their rings at a steady pace, as a training would, and keep a recorder running.
+
+Beside each step they write the same step into rings that nobody reads. What delays both alike is the machine.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +17,60 @@ from foreshock_recorder.paths import ring_name
 from foreshock_recorder.ring import Ring
 from tests.support.rings import LAYERS, identity, step
 
+UNREAD_SUFFIX = ".unread"
+"""Of the files of rings that no recorder finds."""
+
 
 def write(folder: Path, collector: str, *, ranks: int, pace: float, stop: Path, durations: Path) -> None:
     """Write steps until a file appears, then leave.
 
-    durations: file that gets the seconds of each finished step, as float64: all that a killed job leaves behind.
+    durations: file that gets the seconds of each finished step, then those of the step that nobody reads, as float64:
+    all that a killed job leaves behind.
     """
     launch = folder.name
     place = {"run": folder.parent.name, "launch_id": launch, "started_seconds": time.time(), "world_size": ranks}
-    rings = [
-        Ring.create(
-            folder / ring_name(launch, rank),
-            identity(rank, instance=f"{launch}-{rank}", token=secrets.token_hex(16), **place),
-            layers=LAYERS,
-        )
-        for rank in range(ranks)
+    paths = [folder / ring_name(launch, rank) for rank in range(ranks)]
+    identities = [
+        identity(rank, instance=f"{launch}-{rank}", token=secrets.token_hex(16), **place) for rank in range(ranks)
     ]
+    rings, unread = (
+        [
+            Ring.create(path.with_suffix(suffix), each, layers=LAYERS)
+            for path, each in zip(paths, identities, strict=True)
+        ]
+        for suffix in (paths[0].suffix, UNREAD_SUFFIX)
+    )
     recorder = RecorderProcess(folder, run=folder.parent.name, collector=collector, python="", logs=False)
     recorder.ensure()
     sequence, due, looked = 0, time.monotonic(), 0.0
     with durations.open("wb", buffering=0) as file:
         while not stop.exists():
             sequence += 1
-            began = time.perf_counter()
-            for ring in rings:
-                step(ring, sequence)
-            file.write(struct.pack("d", time.perf_counter() - began))
+            # In turns, since whoever comes second finds the code in the caches.
+            first, second = (rings, unread) if sequence % 2 else (unread, rings)
+            took = [_write_step(first, sequence), _write_step(second, sequence)]
+            file.write(struct.pack("2d", *(took if sequence % 2 else reversed(took))))
             due = max(due + pace, time.monotonic() - 1.0)
             if (now := time.monotonic()) - looked > 0.5:
                 looked = now
                 _replace(recorder, rings[0], now)
             time.sleep(max(0.0, due - time.monotonic()))
+    for ring in unread:
+        ring.path.unlink()
     for ring in rings:
         ring.write_exit(ExitReason.FINISHED)
     deadline = time.monotonic() + 60
     while any(ring.path.exists() for ring in rings) and time.monotonic() < deadline:
         _replace(recorder, rings[0], time.monotonic())
         time.sleep(0.5)
+
+
+def _write_step(rings: list[Ring], sequence: int) -> float:
+    """Write a step of all ranks. Return how long that took, in seconds."""
+    began = time.perf_counter()
+    for ring in rings:
+        step(ring, sequence)
+    return time.perf_counter() - began
 
 
 def _replace(recorder: RecorderProcess, ring: Ring, now: float) -> None:

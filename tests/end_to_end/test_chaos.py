@@ -15,13 +15,20 @@ FAULTS = (
     "ranks stopped for a second",
     "ranks killed, job started again",
     "data swallowed, then cut",
+    "batches repeated and exchanged",
+    "clock set a day ahead",
+    "clock set a day back",
+    "damaged ring beside the others",
 )
 
 
 def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, FAULTS, faults=len(FAULTS), seed=0, pace=0.01) == []
     figures = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[-1:].isdigit())
-    assert {figures[what] for what in ("lost", "doubled", "counter regressions", "rings and other files left")} == {"0"}
+    assert {
+        figures[what]
+        for what in ("lost", "doubled", "counter regressions", "stalls reported", "rings and other files left")
+    } == {"0"}
     assert int(figures["steps sent"]) > 100
 
 

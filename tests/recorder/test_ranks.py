@@ -13,7 +13,7 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.layout import EDITED, GRADIENT_UNKNOWN, NOT_STEPPED, ExitReason, NormHistory
 from foreshock_recorder.ranks import Rank
 from foreshock_recorder.ring import Ring
-from tests.support.listeners import Listener
+from tests.support.listeners import Listener, kinds
 from tests.support.rings import begin, identity, make_ring, measure, step
 
 Said = Callable[..., list[pb.FromRecorder]]
@@ -22,10 +22,6 @@ Said = Callable[..., list[pb.FromRecorder]]
 @pytest.fixture
 def ring(tmp_path: Path) -> Ring:
     return make_ring(tmp_path)
-
-
-def kinds(messages: list[pb.FromRecorder]) -> list[str | None]:
-    return [message.WhichOneof("message") for message in messages]
 
 
 def test_hello_says_who_it_is_and_nothing_follows_before_the_answer(ring: Ring) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from tests.support.waiting import eventually, free_port
 class Collector:
     """`foreshock collector` in a process, with a database that outlives it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, module: str = "foreshock_collector", **environment: str) -> None:
+        """module: that runs as the collector's program does. environment: further variables."""
+        self._folder, self._module, self._environment = folder, module, {**os.environ, **environment}
         # Its own when it starts again.
         self._ports = (str(free_port()), str(free_port()))
         self.start()
@@ -26,9 +28,9 @@ class Collector:
         ready = self._folder / "ready.json"
         ready.unlink(missing_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "foreshock_collector", "--grpc-port", self._ports[0], "--http-port", self._ports[1],
+            [sys.executable, "-m", self._module, "--grpc-port", self._ports[0], "--http-port", self._ports[1],
              "--database", str(self._folder / "foreshock.db"), "--ack-seconds", "0.3", "--ready-file", str(ready)],
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, env=self._environment,
         )  # fmt: skip
         eventually(ready.exists, "a collector that listens")
         places = json.loads(ready.read_text())

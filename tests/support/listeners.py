@@ -10,6 +10,10 @@ from foreshock_recorder.ranks import Rank
 from foreshock_recorder.ring import Ring
 
 
+def kinds(messages: list[pb.FromRecorder]) -> list[str | None]:
+    return [message.WhichOneof("message") for message in messages]
+
+
 class Listener:
     """Asks a rank for its messages; a collector that has stored `position`."""
 
