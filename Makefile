@@ -10,6 +10,7 @@ PIP := -m pip --quiet --disable-pip-version-check install
 INSTALLED := .venv/.installed
 PROTOC_INSTALLED := .protos-venv/.installed
 PEERS_INSTALLED := .peers-venv/.installed
+TRAINERS_INSTALLED := .trainers-venv/.installed
 DEPLOY_INSTALLED := .deploy-venv/.installed
 GRAFANA_SCHEMA := .grafana-schema/dashboard.json
 # --python_out and its kin follow: the output folder. The path below `protos` is the import path.
@@ -47,6 +48,10 @@ test: $(INSTALLED) system-deps $(GRAFANA_SCHEMA) ## run the tests; sets everythi
 .PHONY: test-unit
 test-unit: $(INSTALLED) ## run the tests that start no process, except the longest: a minute
 	@$(BIN)/python -m pytest -n $$(($(CORES) + 1)) $(PARALLEL) -m unit $(ARGS)
+
+.PHONY: test-trainers
+test-trainers: $(TRAINERS_INSTALLED) ## run the tests of the callbacks for trainers, with the real packages; ARGS="-k name"
+	@.trainers-venv/bin/python -m pytest -n $(CORES) --dist load -m trainers $(ARGS)
 
 .PHONY: check
 check: static test ## everything that a change must pass: static, then test
@@ -191,6 +196,14 @@ $(PROTOC_INSTALLED): requirements-protos.txt
 $(PEERS_INSTALLED): requirements-peers.txt
 	@$(call make-venv,.peers-venv)
 	@.peers-venv/bin/python $(PIP) -r requirements-peers.txt
+	@touch $@
+
+# It has all packages of .venv too: a second torch would take most of the time.
+$(TRAINERS_INSTALLED): requirements-trainers.txt $(INSTALLED)
+	@$(call make-venv,.trainers-venv)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  >"$$(.trainers-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
+	@.trainers-venv/bin/python $(PIP) -r requirements-trainers.txt
 	@touch $@
 
 $(DEPLOY_INSTALLED): requirements-deploy.txt

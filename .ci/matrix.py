@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / ".matrix"
 PINNED = ("torch",)
 """Dependencies that every cell takes as pinned."""
-TESTS = ("-m", "not integration")
-"""What a cell runs unless told otherwise: the tests that start no process."""
+TESTS = ("-m", "not integration or trainers")
+"""What a cell runs unless told otherwise: the tests that start no process, and those of the callbacks for trainers."""
 
 
 class Cell(NamedTuple):
@@ -62,8 +62,10 @@ def dependencies() -> list[Requirement]:
 
 
 def pins() -> dict[str, str]:
-    """Name to version, as requirements-dev.txt has them."""
-    lines = (line.partition("#")[0].strip() for line in (ROOT / "requirements-dev.txt").read_text().splitlines())
+    """Name to version, as the files of requirements have them."""
+    files = ("requirements-dev.txt", "requirements-trainers.txt")
+    text = "\n".join((ROOT / file).read_text() for file in files)
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
     pins = [Requirement(line) for line in lines if line]
     return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
 

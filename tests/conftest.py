@@ -91,5 +91,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
+    # Hypothesis, which may be imported only now, asks the garbage collector who refers to an object.
+    gc.unfreeze()
     if forking.cache_info().currsize:
         forking().stop()

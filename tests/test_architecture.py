@@ -338,7 +338,8 @@ def test_every_dependency_is_pinned_for_development_within_its_range() -> None:
     for extra in project["project"]["optional-dependencies"].values():
         wanted += extra
     pins = {}
-    for line in (ROOT / "requirements-dev.txt").read_text().splitlines():
+    files = ("requirements-dev.txt", "requirements-trainers.txt")
+    for line in [line for file in files for line in (ROOT / file).read_text().splitlines()]:
         if line and not line.startswith("#"):
             pin = Requirement(line)
             (version,) = (each.version for each in pin.specifier if each.operator == "==")

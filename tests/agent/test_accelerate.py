@@ -10,7 +10,8 @@ from tests.support.torch_jobs import Scenario, run_scenarios
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed: pip install it"),
+    pytest.mark.trainers,
+    pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed: make test-trainers"),
 ]
 
 

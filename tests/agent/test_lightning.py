@@ -10,7 +10,8 @@ from tests.support.torch_jobs import Scenario, run_scenarios
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed: pip install it"),
+    pytest.mark.trainers,
+    pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed: make test-trainers"),
 ]
 
 OBSERVED = ["observed", "clips", "accumulates"]

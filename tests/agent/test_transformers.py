@@ -11,7 +11,8 @@ from tests.support.torch_jobs import Scenario, run_scenarios
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed: pip install it"),
+    pytest.mark.trainers,
+    pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed: make test-trainers"),
 ]
 
 OBSERVED = ["clips", "clips_nothing", "accumulates"]

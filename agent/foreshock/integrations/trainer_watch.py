@@ -30,9 +30,13 @@ class TrainerWatch:
     def begin(self, optimizer: Any, max_norm: float | None) -> bool:
         """Attach. Return whether Foreshock clips, so that the trainer must not.
 
-        optimizer: the trainer's, on which it calls `step`. max_norm: by which the trainer clips; None or 0 if it does
-        not. Raises what `foreshock.attach` raises.
+        optimizer: the trainer's, on which it calls `step`; None if it has not told. max_norm: by which the trainer
+        clips; None or 0 if it does not. Raises what `foreshock.attach` raises.
         """
+        if optimizer is None:
+            line = "not watching: this version of the trainer hands callbacks no optimizer; call foreshock.attach"
+            rank_zero_info_once("trainer's optimizer", line)
+            return False
         inner = inner_optimizer(optimizer)
         model = model_of(inner)
         if model is None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from foreshock.integrations.transformers import ForeshockCallback
 from tests.agent.scenarios.training import WIDTH, apart, column, main, same, told
@@ -69,15 +71,34 @@ def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
     return trainer
 
 
+@contextlib.contextmanager
+def norms_before_step(norms: list[float]) -> Iterator[None]:
+    """Append the norm of the gradients that the trainer steps with, before Foreshock clips them."""
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(nn.utils.get_total_norm(gradients)))
+
+    hook = register_optimizer_step_pre_hook(before_step)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def beside_alone(clip: float | None = None, max_grad_norm: float = 1.0, **options: Any) -> dict[str, Any]:
     """The trainer by itself, then with our callback. clip: Foreshock's, in place of the trainer's."""
-    alone = trained(max_grad_norm=max_grad_norm if clip is None else clip, **options)
+    norms: tuple[list[float], list[float]] = ([], [])
+    with norms_before_step(norms[0]):
+        alone = trained(max_grad_norm=max_grad_norm if clip is None else clip, **options)
     callback = Reading(run="trainer", clip=clip)
-    ours = trained(callback, max_grad_norm=max_grad_norm, **options)
+    with norms_before_step(norms[1]):
+        ours = trained(callback, max_grad_norm=max_grad_norm, **options)
     weights = [[p.detach() for p in each.model.parameters()] for each in (alone, ours)]
     logs = [[row for row in each.state.log_history if "loss" in row] for each in (alone, ours)]
-    names = ("loss", "grad_norm")
-    rows = [[{name: float(row[name]) for name in names} for row in log] for log in logs]
+    # With `max_grad_norm=0`, older trainers log no norm.
+    rows = [[{n: float(row.get(n, norm)) for n in ("loss", "grad_norm")} for row, norm in zip(log, each, strict=True)]
+            for log, each in zip(logs, norms, strict=True)]  # fmt: skip
     return {
         "same": same(*weights),
         "apart": apart(*weights),
