@@ -9,12 +9,12 @@ from foreshock.integrations.trainer_watch import TrainerWatch
 
 
 def test_a_trainer_that_tells_no_optimizer_trains_unwatched_and_keeps_its_clipping(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     _log._logged.clear()
     watch = TrainerWatch(clip=1.0)
     assert not watch.begin(None, 1.0)
     assert not watch.watch.enabled
-    assert capsys.readouterr().err == (
-        "foreshock: not watching: this version of the trainer hands callbacks no optimizer; call foreshock.attach\n"
-    )
+    assert caplog.messages == [
+        "not watching: this version of the trainer hands callbacks no optimizer; call foreshock.attach"
+    ]
