@@ -78,9 +78,9 @@ class Job:
         return self.folder / "clock"
 
     def set_clock(self, seconds: float) -> None:
-        """Set the collector's clock forward, or back."""
+        """Set the collector's clock so far ahead, or behind if it is negative."""
         draft = self._clock.with_suffix(".draft")
-        draft.write_text(str(float(self._clock.read_text()) + seconds))
+        draft.write_text(str(seconds))
         draft.rename(self._clock)
 
     @property
@@ -198,11 +198,18 @@ def scramble_batches(job: Job) -> None:
 
 
 def set_clock_forward(job: Job) -> None:
-    job.set_clock(_DAY_SECONDS)
+    _set_clock(job, _DAY_SECONDS)
 
 
 def set_clock_back(job: Job) -> None:
-    job.set_clock(-_DAY_SECONDS)
+    _set_clock(job, -_DAY_SECONDS)
+
+
+def _set_clock(job: Job, seconds: float) -> None:
+    # Set right again: retention goes by age, and deletes what is weeks old.
+    job.set_clock(seconds)
+    time.sleep(_HOLD_SECONDS)
+    job.set_clock(0.0)
 
 
 def add_damaged_ring(job: Job) -> None:
@@ -257,8 +264,8 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "data delayed": delay_data,
     "data swallowed, then cut": swallow_data,
     "batches repeated and exchanged": scramble_batches,
-    "clock set a day ahead": set_clock_forward,
-    "clock set a day back": set_clock_back,
+    "clock a day ahead, then right": set_clock_forward,
+    "clock a day behind, then right": set_clock_back,
     "damaged ring beside the others": add_damaged_ring,
     "database held by another process": hold_database,
 }

@@ -16,8 +16,8 @@ FAULTS = (
     "ranks killed, job started again",
     "data swallowed, then cut",
     "batches repeated and exchanged",
-    "clock set a day ahead",
-    "clock set a day back",
+    "clock a day ahead, then right",
+    "clock a day behind, then right",
     "damaged ring beside the others",
 )
 
