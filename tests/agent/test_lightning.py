@@ -20,7 +20,7 @@ TAKEN_OVER = ["taken_over", "taken_over_from_none"]
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    names = [*OBSERVED, *TAKEN_OVER, "resumes", "fails"]
+    names = [*OBSERVED, *TAKEN_OVER, "resumes", "fails", "detached_meanwhile"]
     return run_scenarios(tmp_path_factory.mktemp("lightning"), "lightning_trainer.py", names)
 
 
@@ -54,3 +54,8 @@ def test_a_resumed_training_goes_on_with_its_steps_and_its_history(found: dict[s
 def test_a_training_that_fails_is_detached_and_its_trainer_as_before(found: dict[str, Scenario]) -> None:
     for result in found["fails"].results:
         assert result == {"error": "out of luck", "enabled": False, "left": 1.0}
+
+
+def test_a_trainer_clips_again_once_nothing_watches(found: dict[str, Scenario]) -> None:
+    for result in found["detached_meanwhile"].results:
+        assert result == {"clip_vals": [None] * 3 + [1.0] * 3, "left": 1.0}

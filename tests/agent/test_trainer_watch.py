@@ -13,8 +13,8 @@ def test_a_trainer_that_tells_no_optimizer_trains_unwatched_and_keeps_its_clippi
 ) -> None:
     _log._logged.clear()
     watch = TrainerWatch(clip=1.0)
-    assert not watch.begin(None, 1.0)
-    assert not watch.watch.enabled
+    watch.begin(None, 1.0)
+    assert not watch.clips and not watch.watch.enabled
     assert caplog.messages == [
         "not watching: this version of the trainer hands callbacks no optimizer; call foreshock.attach"
     ]

@@ -17,11 +17,12 @@ pytestmark = [
 
 OBSERVED = ["clips", "clips_nothing", "accumulates"]
 TAKEN_OVER = ["taken_over", "taken_over_from_none"]
+OTHERS = ["fails_first", "detached_meanwhile"]
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", [*OBSERVED, *TAKEN_OVER, "fails_first"])
+    return run_scenarios(tmp_path_factory.mktemp("trainer"), "trainer.py", [*OBSERVED, *TAKEN_OVER, *OTHERS])
 
 
 @pytest.mark.parametrize("name", OBSERVED)
@@ -61,6 +62,12 @@ def test_a_trainer_that_failed_is_attached_again_and_its_checkpoints_contain_its
         assert result["left"] == 1.0
         # Rank 0 saves.
         assert result["saved"] == ([] if rank else [1.0, 1.0])
+
+
+def test_a_trainer_clips_again_once_nothing_watches(found: dict[str, Scenario]) -> None:
+    for result in found["detached_meanwhile"].results:
+        assert min(result["norms"][:3]) > 0.1
+        assert result["norms"][3:] == pytest.approx([0.1] * 3, rel=1e-3) and result["left"] == 0.1
 
 
 def test_on_a_device_too_a_trainer_that_multiplies_by_1_is_clipped_by_foreshock(

@@ -49,20 +49,26 @@ class ForeshockCallback(Callback):  # type: ignore[misc]
             run=run,
             local_norms=local_norms,
         )
+        self._taken_over = False
+        """Whether the trainer's `gradient_clip_val` is replaced by None."""
         self._clip_val: float | None = None
 
     def on_train_start(self, trainer: Any, _: Any) -> None:
         """Attach to the model that the trainer has wrapped, and to its first optimizer."""
-        self._clip_val = trainer.gradient_clip_val
         if len(trainer.optimizers) > 1:
             line = f"watching the first of {len(trainer.optimizers)} optimizers; for others, call foreshock.attach"
             rank_zero_info_once("trainer's optimizers", line)
-        if trainer.optimizers and self._watch.begin(trainer.optimizers[0], self._clip_val):
+        if trainer.optimizers:
+            self._watch.begin(trainer.optimizers[0], trainer.gradient_clip_val)
+        if self._watch.clips:
+            self._clip_val, self._taken_over = trainer.gradient_clip_val, True
             trainer.gradient_clip_val = None
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        """Number the next step."""
+        """Number the next step. Let the trainer clip again if nothing watches any more."""
         self._watch.next_step(trainer.global_step)
+        if not self._watch.clips:
+            self._restore(trainer)
 
     def on_train_end(self, trainer: Any, _: Any) -> None:
         """Detach, and leave the trainer's arguments as they were."""
@@ -81,6 +87,9 @@ class ForeshockCallback(Callback):  # type: ignore[misc]
         self._watch.load_state_dict(state_dict)
 
     def _end(self, trainer: Any, error: BaseException | None) -> None:
-        if self._watch.watch.enabled:
-            trainer.gradient_clip_val = self._clip_val
+        self._restore(trainer)
         self._watch.end(error)
+
+    def _restore(self, trainer: Any) -> None:
+        if self._taken_over:
+            trainer.gradient_clip_val, self._taken_over = self._clip_val, False

@@ -44,8 +44,6 @@ class ForeshockCallback(transformers.TrainerCallback):  # type: ignore[misc]
             run=run,
             local_norms=local_norms,
         )
-        self._clips = False
-        """Whether Foreshock clips in place of the trainer."""
         self._arguments: Any = None
         """The trainer's, while its `max_grad_norm` is replaced."""
         self._max_norm: float | None = None
@@ -54,12 +52,12 @@ class ForeshockCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Attach to the model that the trainer has wrapped, and to its optimizer."""
         # A training that raised has not called `on_train_end`.
         self._end()
-        self._clips = self._watch.begin(optimizer, args.max_grad_norm)
+        self._watch.begin(optimizer, args.max_grad_norm)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Number the next step; keep the trainer from clipping it."""
         self._watch.next_step(state.global_step)
-        if self._clips:
+        if self._watch.clips:
             self._arguments, self._max_norm = args, args.max_grad_norm
             # With 0, older trainers would no longer log the norm.
             args.max_grad_norm = math.inf

@@ -127,6 +127,29 @@ def fails() -> dict[str, Any]:
     return {"error": message, "enabled": callback._watch.watch.enabled, "left": trainer.gradient_clip_val}
 
 
+class Detaching(ForeshockCallback):
+    """Ends the watch before the fourth step, and notes by what the trainer clips after each."""
+
+    def __init__(self) -> None:
+        super().__init__(clip=0.5)
+        self.clip_vals: list[float | None] = []
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+        if number == 3:
+            self._watch.watch.detach()
+        super().on_train_batch_start(trainer, module, batch, number)
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.clip_vals.append(trainer.gradient_clip_val)
+
+
+def detached_meanwhile() -> dict[str, Any]:
+    callback = Detaching()
+    trainer = trainer_with(callback, gradient_clip_val=1.0)
+    trainer.fit(Regression())
+    return {"clip_vals": callback.clip_vals, "left": trainer.gradient_clip_val}
+
+
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "observed": beside_alone,
     "clips": functools.partial(beside_alone, gradient_clip_val=0.5),
@@ -135,6 +158,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5),
     "resumes": resumes,
     "fails": fails,
+    "detached_meanwhile": detached_meanwhile,
 }
 
 if __name__ == "__main__":

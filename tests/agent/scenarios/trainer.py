@@ -141,6 +141,22 @@ def fails_first() -> dict[str, Any]:
     }
 
 
+class Detaching(ForeshockCallback):
+    """Ends the watch before the fourth step."""
+
+    def on_step_begin(self, args: Any, state: Any, *arguments: Any, **options: Any) -> None:
+        if state.global_step == 3:
+            self._watch.watch.detach()
+        super().on_step_begin(args, state, *arguments, **options)
+
+
+def detached_meanwhile() -> dict[str, Any]:
+    norms: list[float] = []
+    with norms_before_step(norms):
+        trainer = trained(Detaching(clip=0.2), max_grad_norm=0.1)
+    return {"norms": norms, "left": trainer.args.max_grad_norm}
+
+
 def one_nan() -> dict[str, Any]:
     """A gradient that is NaN in one layer, at the third step; the trainer's own clipping makes all of them NaN."""
     callback = Reading(clip=0.5)
@@ -156,6 +172,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5, max_grad_norm=0.0),
     "fails_first": fails_first,
     "one_nan": one_nan,
+    "detached_meanwhile": detached_meanwhile,
 }
 
 if __name__ == "__main__":
