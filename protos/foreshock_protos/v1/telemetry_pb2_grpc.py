@@ -51,8 +51,8 @@ class TelemetryServicer(object):
 
     def Stream(self, request_iterator, context):
         """The first message about an instance is its Hello. A Hello that is wrong or contradicts what is known refuses that
-        instance alone: see Ack.Position.refused. So do steps or an Exit that contradict themselves. A message of a kind
-        that the collector does not know is skipped and counted. A message that no recorder sends ends the stream:
+        instance alone: see Ack.Position.refused. So do steps or an Exit that contradict themselves. A refused instance may
+        send its Hello again. A message of a kind that the collector does not know is skipped and counted. A message that no recorder sends ends the stream:
         INVALID_ARGUMENT (it cannot be decoded, or its instance has sent no Hello), FAILED_PRECONDITION (the
         schema_version is unknown to the collector), RESOURCE_EXHAUSTED (it is too large). Where there are too many
         streams, the status is RESOURCE_EXHAUSTED with a RetryInfo.
