@@ -38,7 +38,7 @@ ARROWS = {
         "foreshock_recorder.ring",
     },
     "foreshock_recorder": {"foreshock_protos"},
-    "foreshock_collector": {"foreshock_protos"},
+    "foreshock_collector": {"foreshock_protos", "foreshock_recorder.doctor"},
     "foreshock_protos": set(),
 }
 """Package: what it may import of the others."""

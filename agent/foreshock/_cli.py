@@ -19,7 +19,7 @@ _PURPOSE = {
     "files": "print or copy the rules, dashboards, runbooks and service files that are installed",
     "recorder": "deliver records that jobs left on this machine while the collector was down",
     "run": "run a training command and watch it, without a change to its script",
-    "doctor": "check whether trainings on this machine can be watched",
+    "doctor": "check a machine that trains, or the collector's",
     "demo": "run a real training job that explodes, and see why",
 }
 _USAGE = """usage: foreshock COMMAND [OPTIONS]

@@ -7,6 +7,7 @@ import difflib
 import ipaddress
 import os
 import re
+import socket
 import tomllib
 import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 _PREFIX = "FORESHOCK_COLLECTOR_"
 _MOST_ACK_SECONDS = 5.0
 """Recorders report as often. A rank counts as live for twice as long (`Run.has_live_ranks`)."""
+_ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 
 
 class ConfigError(ValueError):
@@ -251,3 +253,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def public_host(host: str) -> str:
+    """Return the name under which others reach this machine: nobody can connect to 0.0.0.0."""
+    return socket.gethostname() if host in _ANY_ADDRESS else host
+
+
+def address_of(host: str, port: int) -> str:
+    """Return host:port."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from foreshock_collector.access.certificates import Certificates
 from foreshock_collector.access.tokens import Tokens, TokensError
 from foreshock_collector.clock import SystemClock
-from foreshock_collector.config import Config, ConfigError, is_loopback, secret_from
+from foreshock_collector.config import Config, ConfigError, address_of, is_loopback, public_host, secret_from
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.ingest.statistics import IngestStatistics
@@ -44,7 +44,6 @@ VERSION = importlib.metadata.version("foreshock")
 logger = logging.getLogger(__name__)
 
 _DRAIN_SECONDS = 2.0
-_ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 _SERVICES = ("", "foreshock.v1.Telemetry")
 
 
@@ -153,7 +152,7 @@ class Server:
         attributes = {
             "service.name": "foreshock-collector",
             "service.version": VERSION,
-            "service.instance.id": _address(socket.gethostname(), self.http_port),
+            "service.instance.id": address_of(socket.gethostname(), self.http_port),
         }
         try:
             return OtlpExport(endpoint, registry, statistics, self._clock, attributes)
@@ -190,7 +189,7 @@ class Server:
         servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         try:
-            address = _address(self._config.host, self._config.grpc_port)
+            address = address_of(self._config.host, self._config.grpc_port)
             if self._certificates is None:
                 self.grpc_port = server.add_insecure_port(address)
             else:
@@ -215,7 +214,7 @@ class Server:
     @property
     def url(self) -> str:
         """Address for people and Prometheus."""
-        return f"{self._scheme}://{_address(self._config.host, self.http_port)}"
+        return f"{self._scheme}://{address_of(self._config.host, self.http_port)}"
 
     @property
     def _scheme(self) -> str:
@@ -226,13 +225,13 @@ class Server:
         """Address under which people on other machines reach it, as far as it is known."""
         return (
             self._config.public_url.rstrip("/")
-            or f"{self._scheme}://{_address(_public_host(self._config.host), self.http_port)}"
+            or f"{self._scheme}://{address_of(public_host(self._config.host), self.http_port)}"
         )
 
     @property
     def address(self) -> str:
         """Address for recorders."""
-        return _address(self._config.host, self.grpc_port)
+        return address_of(self._config.host, self.grpc_port)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -274,7 +273,7 @@ async def _serve(config: Config, stopping: asyncio.Future[str]) -> None:
                 raise ConfigError(f"--ready-file {config.ready_file} cannot be written: {error.strerror}") from error
         facts = {
             "version": VERSION,
-            "recorders": _address(_public_host(config.host), server.grpc_port),
+            "recorders": address_of(public_host(config.host), server.grpc_port),
             "page": server.public_url,
             "database": config.database,
         }
@@ -320,12 +319,3 @@ def _stop(stopping: asyncio.Future[str], signal_name: str) -> None:
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait((task,))
-
-
-def _public_host(host: str) -> str:
-    """Return the name under which others reach this machine: nobody can connect to 0.0.0.0."""
-    return socket.gethostname() if host in _ANY_ADDRESS else host
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -8,9 +8,10 @@ import os
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from importlib.metadata import PackageNotFoundError
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from foreshock_recorder.folder import contents
 from foreshock_recorder.layout import MAX_RING_BYTES
 from foreshock_recorder.paths import SHARED_MEMORY
 from tests.support.fake_collector import FakeCollector
+from tests.support.repository import ROOT
 from tests.support.rings import leave
 from tests.support.waiting import WAIT_SECONDS, free_port
 
@@ -311,7 +313,8 @@ def test_a_slow_answer_does_not_set_the_clocks_apart(
     [(4.0, Level.OK, ""), (90.0, Level.WARN, "90 s ahead of"), (-3600.0, Level.WARN, "3,600 s behind")],
 )
 def test_clocks_that_differ_are_found(seconds: float, level: Level, text: str) -> None:
-    assert apart(seconds).level is level and text in apart(seconds).text
+    found = apart(seconds, "the collector's")
+    assert found.level is level and text in found.text and found.text.endswith("the collector's")
 
 
 def test_the_address_of_the_page_follows_from_that_of_the_stream() -> None:
@@ -349,3 +352,23 @@ def test_a_wrong_address_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as ended:
         command.main(["--collector", "monitor"])
     assert ended.value.code == 2 and "is not host:port" in capsys.readouterr().err
+
+
+def test_options_of_the_collectors_machine_belong_to_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--prometheus-url", "http://127.0.0.1:9090"])
+    assert ended.value.code == 2 and "foreshock doctor collector" in capsys.readouterr().err
+
+
+def test_the_collectors_package_has_the_checks_of_its_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["foreshock.doctor"]
+    entry = EntryPoint("collector", declared["collector"], "foreshock.doctor")
+    monkeypatch.setattr(command, "entry_points", lambda **_: [entry])
+    monkeypatch.setenv("FORESHOCK_COLLECTOR_HTTP_PORT", "none")
+    assert command.main(["collector"]) == 1
+    assert "fail settings       --http-port must be a whole number" in capsys.readouterr().out
+    monkeypatch.setattr(command, "entry_points", lambda **_: [])
+    assert command.main(["collector"]) == 1
+    assert "no collector" in capsys.readouterr().out

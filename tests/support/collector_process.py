@@ -29,13 +29,17 @@ class Collector:
         ready.unlink(missing_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, "-m", self._module, "--grpc-port", self._ports[0], "--http-port", self._ports[1],
-             "--database", str(self._folder / "foreshock.db"), "--ack-seconds", "0.3", "--ready-file", str(ready)],
+             "--database", str(self.database), "--ack-seconds", "0.3", "--ready-file", str(ready)],
             stdout=subprocess.DEVNULL, env=self._environment,
         )  # fmt: skip
         eventually(ready.exists, "a collector that listens")
         places = json.loads(ready.read_text())
         self._address: str = places["grpc"]
         self.url: str = places["http"]
+
+    @property
+    def database(self) -> Path:
+        return self._folder / "foreshock.db"
 
     @property
     def address(self) -> str:

@@ -1,4 +1,4 @@
-"""Check of this machine's clock against the collector's, which needs no gRPC."""
+"""Check of this machine's clock against that of another, by HTTP: it needs no gRPC."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ _SECONDS = 5.0
 """How long to wait for an answer."""
 _APART_SECONDS = 5.0
 """Difference of clocks that confuses a reader of times; steps are ordered by number."""
+_UNKNOWN = "set FORESHOCK_URL to the collector's HTTP address"
 
 
 def http_address(address: str, environment: Mapping[str, str]) -> str:
@@ -24,11 +25,10 @@ def http_address(address: str, environment: Mapping[str, str]) -> str:
     return environment.get("FORESHOCK_URL") or f"{scheme}://{address.rpartition(':')[0]}:{DEFAULT_HTTP_PORT}"
 
 
-def clock(url: str) -> Finding:
-    """Compare this machine's clock with that of the collector. url: its HTTP address."""
+def clock(url: str, whose: str = "the collector's", unknown: str = _UNKNOWN) -> Finding:
+    """Compare this machine's clock with another's. url: what answers there. unknown: advice if nothing does."""
     # None means the proxies from the environment.
     proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
-    unknown = "set FORESHOCK_URL to the collector's HTTP address"
     if not url.startswith(("http://", "https://")):
         return warn("clock", f"not compared: {url} is not an HTTP address", unknown)
     try:
@@ -42,13 +42,13 @@ def clock(url: str) -> Finding:
     except (OSError, ValueError, TypeError) as error:
         return warn("clock", f"not compared: {url} does not answer ({error})", unknown)
     # The header has whole seconds, rounded down. The middle: a slow answer does not set the clocks apart.
-    return apart((asked + answered) / 2 - date - 0.5)
+    return apart((asked + answered) / 2 - date - 0.5, whose)
 
 
-def apart(seconds: float) -> Finding:
+def apart(seconds: float, whose: str) -> Finding:
     """Return the finding for clocks that differ by so much."""
     if abs(seconds) > _APART_SECONDS:
         ahead = "ahead of" if seconds > 0 else "behind"
-        text = f"{abs(seconds):,.0f} s {ahead} the collector's"
-        return warn("clock", text, "synchronize both, for example with chrony: times on the page are off by as much")
-    return ok("clock", "same as the collector's")
+        text = f"{abs(seconds):,.0f} s {ahead} {whose}"
+        return warn("clock", text, "synchronize both, for example with chrony: times and alerts are off by as much")
+    return ok("clock", f"same as {whose}")

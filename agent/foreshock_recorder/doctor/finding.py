@@ -14,7 +14,7 @@ class Level(StrEnum):
     WARN = "warn"
     """Something works less well than it could, or cannot be checked."""
     FAIL = "fail"
-    """Jobs on this machine cannot be watched."""
+    """Jobs cannot be watched, or nobody would hear of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

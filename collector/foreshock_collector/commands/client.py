@@ -8,6 +8,7 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +29,14 @@ def add_url(parser: Parser) -> None:
 
 
 def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
-    """GET /api/v1/..., with each path segment quoted. Raises `ClientError`.
-
-    Ignores `http_proxy` unless FORESHOCK_HTTP_PROXY=1, as recorders do: a collector is usually on the same network.
-    """
+    """GET /api/v1/..., with each path segment quoted. Raises `ClientError`."""
     address = "/".join((url.rstrip("/"), "api/v1", *(urllib.parse.quote(part, safe="") for part in path)))
     if not url.startswith(("http://", "https://")):
         raise ClientError(f"{url!r} is not the address of a collector; it begins with http:// or https://")
     if query:
         address += "?" + urllib.parse.urlencode(query)
-    # None means the proxies from the environment.
-    proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
     try:
-        context = ssl.create_default_context(cafile=os.environ.get("FORESHOCK_CA_FILE") or None)
-        handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context))
-        request = urllib.request.Request(address, headers=_authorization())  # noqa: S310 - checked above
-        with urllib.request.build_opener(*handlers).open(request, timeout=_SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
+        answer: dict[str, Any] = json.loads(fetch(address, authorization()))
     except urllib.error.HTTPError as error:
         raise ClientError(_reason(error)) from error
     except (OSError, ValueError) as error:
@@ -52,7 +44,22 @@ def ask(url: str, *path: str, **query: Any) -> dict[str, Any]:
     return answer
 
 
-def _authorization() -> dict[str, str]:
+def fetch(address: str, headers: Mapping[str, str]) -> bytes:
+    """GET an HTTP address. Raises `OSError` and `ValueError`.
+
+    Ignores `http_proxy` unless FORESHOCK_HTTP_PROXY=1, as recorders do: a collector is usually on the same network.
+    """
+    # None means the proxies from the environment.
+    proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
+    context = ssl.create_default_context(cafile=os.environ.get("FORESHOCK_CA_FILE") or None)
+    handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context))
+    request = urllib.request.Request(address, headers=dict(headers))  # noqa: S310 - callers check the scheme
+    with urllib.request.build_opener(*handlers).open(request, timeout=_SECONDS) as response:
+        body: bytes = response.read()
+    return body
+
+
+def authorization() -> dict[str, str]:
     """Return the header with the token of FORESHOCK_TOKEN_FILE; nothing without one. Raises `OSError`."""
     path = os.environ.get("FORESHOCK_TOKEN_FILE")
     return {"Authorization": f"Bearer {Path(path).read_text().strip()}"} if path else {}

@@ -1,0 +1,1 @@
+"""`foreshock doctor collector`: checks the machine of a collector, and what watches it."""
