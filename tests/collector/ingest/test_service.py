@@ -62,7 +62,12 @@ def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
         ({"started_seconds": math.nan}, "hello.started_seconds"),
         ({"topology": pb.Topology(rank=2, world_size=2)}, "rank 2 of world_size 2"),
         ({"topology": pb.Topology(rank=0, world_size=1)}, "rank 0 of this launch is another instance already"),
+        ({"topology": pb.Topology(world_size=65_537)}, "rank 0 of world_size 65537"),
         ({"model": pb.ModelSummary(parameters=["w"])}, "0 parameter_sizes for 1 parameters"),
+        (
+            {"model": pb.ModelSummary(parameters=["w"], parameter_sizes=[1], parameter_layers=[2], layers=["a", "b"])},
+            "parameter_layers points beyond the 2 layers",
+        ),
     ],
 )
 def test_an_instance_that_is_refused_is_told_why_and_the_others_of_its_stream_go_on(

@@ -234,11 +234,17 @@ def test_runbooks_are_pages_for_people_and_markdown_for_machines(url: str) -> No
         status, body, headers = get(address, accept)
         assert (status, headers.get_content_type()) == (200, "text/markdown")
         assert body.startswith(text)
-    assert get(f"{url}/runbooks/..%2F..%2Fpyproject.toml")[0] == 404
-    assert get(f"{url}/static/..%2Fweb.py")[0] == 404
     status, body, _ = get(f"{url}/runbooks/%3Cscript%3E")
     assert status == 404
     assert "<script>" not in body
+
+
+@pytest.mark.parametrize("folder", ["static", "runbooks", "run", "api/v1/runs", "api/v1"])
+@pytest.mark.parametrize("up", ["../", "..%2F", "%2e%2e%2f", "..%5C", "%252e%252e%252f", "//", "x/../../"])
+def test_no_path_leaves_what_the_collector_serves(url: str, folder: str, up: str) -> None:
+    for target in ("etc/passwd", "app.py", "__init__.py", "page.py", "README.md"):
+        status, body, _ = get(f"{url}/{folder}/{4 * up}{target}")
+        assert status in (400, 404) and "root:" not in body and "import" not in body
 
 
 def test_pages_may_run_their_own_scripts_and_no_others(url: str) -> None:
