@@ -103,7 +103,7 @@ PARTS: dict[str, dict[str, set[str]]] = {
         "access": set(),
         "clock": set(),
         "text": set(),
-        "log_format": {"text"},
+        "log_format": set(),
         "notify": {"alerting", "catalogue"},
         "config": {"analysis", "log_format", "notify", "settings"},
         "resources": set(),

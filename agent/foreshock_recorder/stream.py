@@ -10,6 +10,7 @@ from contextlib import suppress
 import grpc
 
 from foreshock_protos.retry import retry_seconds
+from foreshock_protos.text import escaped
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
 from foreshock_recorder.credentials import CredentialsError, open_channel, token_metadata
@@ -74,7 +75,7 @@ async def run_stream(
         async def read() -> None:
             async for ack in call:
                 patience.reschedule(None)
-                on_ack(ack)
+                on_ack(_printable(ack))
 
         tasks: list[asyncio.Task[None]] = []
         try:
@@ -87,7 +88,7 @@ async def run_stream(
         except TimeoutError:
             raise UnreachableError(f"no answer for {ANSWER_SECONDS:g} s") from None
         except grpc.aio.AioRpcError as error:
-            text = error.details() or error.code().name
+            text = escaped(error.details() or error.code().name)
             if error.code() is grpc.StatusCode.INTERNAL and text.startswith(_LOST_STATUS):
                 text = "the collector has ended the stream"
             if error.code() in _REFUSALS:
@@ -99,3 +100,12 @@ async def run_stream(
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _printable(ack: pb.Ack) -> pb.Ack:
+    """Return the message with texts that a rank may print: its terminal is not the collector's to control."""
+    ack.page_url = escaped(ack.page_url)
+    for position in ack.positions:
+        position.run, position.refused = escaped(position.run), escaped(position.refused)
+        position.notice = escaped(position.notice)
+    return ack

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Mapping
 
-from foreshock_collector.text import escaped
+from foreshock_protos.text import escaped
 
 FORMATS = ("text", "json")
 _WINDOW_SECONDS = 60.0

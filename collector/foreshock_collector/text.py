@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 
+from foreshock_protos.text import escaped
+
 NAME_LENGTH = 200
 """Names become labels of series, which should be short."""
 PATH_LENGTH = 2000
@@ -24,8 +26,3 @@ def identifier(text: str, limit: int = NAME_LENGTH) -> str:
         return text
     suffix = f"-{zlib.crc32(text.encode(errors='surrogatepass')):08x}"
     return shown[: limit - len(suffix)] + suffix
-
-
-def escaped(text: str) -> str:
-    """Return text with each character that cannot be printed as its escape sequence in Python."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -68,6 +68,43 @@ def test_a_refusal_is_not_mistaken_for_a_failure(collector: FakeCollector) -> No
         asyncio.run(run_stream(collector.address, _say_hello, _ignore))
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE])
+def test_what_a_collector_says_as_it_ends_a_stream_is_printable(
+    collector: FakeCollector, code: grpc.StatusCode
+) -> None:
+    collector.refusal = (code, "no\x1b[2J\u202e\nyes")
+    with pytest.raises((RefusedError, UnreachableError)) as ended:
+        asyncio.run(run_stream(collector.address, _say_hello, _ignore))
+    assert str(ended.value) == r"no\x1b[2J\u202e\nyes"
+
+
+def test_what_a_collector_says_of_runs_is_printable(collector: FakeCollector) -> None:
+    collector.renamed["crimson-otter"] = collector.refused["b-0"] = "a\x1b[2J\u202e\nb"
+    texts = asyncio.run(_texts_of_answers(collector.address, "a-0", "b-0"))
+    assert texts == {"a-0": (r"a\x1b[2J\u202e\nb", ""), "b-0": ("", r"a\x1b[2J\u202e\nb")}
+
+
+async def _texts_of_answers(address: str, *instances: str) -> dict[str, tuple[str, str]]:
+    """What a collector answers to a hello of each: the name of its run, and why it is refused."""
+    texts: dict[str, tuple[str, str]] = {}
+    answered = asyncio.Event()
+
+    async def say_hello(send: Send) -> None:
+        for instance in instances:
+            await send(pb.FromRecorder(hello=pb.Hello(instance=instance, run="crimson-otter")))
+        await answered.wait()
+
+    def take(ack: pb.Ack) -> None:
+        texts.update({position.instance: (position.run, position.refused) for position in ack.positions})
+        if len(texts) == len(instances):
+            answered.set()
+
+    reading = asyncio.create_task(run_stream(address, say_hello, take))
+    await answered.wait()
+    reading.cancel()
+    return texts
+
+
 @pytest.mark.parametrize("seconds", [0.0, 2.5])
 def test_a_collector_with_too_many_streams_says_when_to_try_again(collector: FakeCollector, seconds: float) -> None:
     collector.refusal = (grpc.StatusCode.RESOURCE_EXHAUSTED, "too many streams")

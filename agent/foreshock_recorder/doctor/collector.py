@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import grpc
 
+from foreshock_protos.text import escaped
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
 from foreshock_recorder.credentials import CredentialsError, open_channel, token_metadata
 from foreshock_recorder.doctor.finding import Finding, fail, ok
@@ -37,7 +38,7 @@ async def answers(address: str) -> Finding:
         except TimeoutError:
             return unanswered(address, f"no answer for {_SECONDS:g} s")
         except grpc.aio.AioRpcError as error:
-            return refused(address, error.code(), error.details() or error.code().name)
+            return refused(address, error.code(), escaped(error.details() or error.code().name))
     return ok("collector", f"{address} takes records")
 
 

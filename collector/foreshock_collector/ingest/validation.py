@@ -59,4 +59,7 @@ def validated(hello: pb.Hello) -> pb.Hello:
     shown.model.module_types.clear()
     for kind, count in model.module_types.items():
         shown.model.module_types[printable(kind, PATH_LENGTH)] = count
+    shown.versions.clear()
+    for name, version in hello.versions.items():
+        shown.versions[printable(name, NAME_LENGTH)] = printable(version, NAME_LENGTH)
     return shown
