@@ -147,13 +147,20 @@ def main() -> int:
     parser.add_argument("--per-stream", type=int, default=8, help="ranks of a recorder")
     parser.add_argument("--rate", type=float, default=10.0, help="steps a second of each rank")
     parser.add_argument("--seconds", type=float, default=20.0, help="length of each load")
+    parser.add_argument("--batches", action="store_true", help="a message for each rank, as version 0.1.0 sends")
     parser.add_argument("--json", action="store_true", help="print one JSON object for each size")
     options = parser.parse_args()
     if options.seconds <= _WARM_UP_SECONDS:
         parser.error(f"--seconds must be more than {_WARM_UP_SECONDS:g}")
     found = []
     for ranks in options.ranks:
-        job = Job(ranks=ranks, ranks_per_run=options.per_run, ranks_per_stream=options.per_stream, rate=options.rate)
+        job = Job(
+            ranks=ranks,
+            ranks_per_run=options.per_run,
+            ranks_per_stream=options.per_stream,
+            rate=options.rate,
+            blocks=not options.batches,
+        )
         found.append(measure(job, options.seconds))
         if options.json:
             sys.stdout.write(json.dumps(asdict(found[-1])) + "\n")

@@ -59,13 +59,13 @@ class BatchPacker:
     """Packs the records of one instance into messages, one array a column."""
 
     def __init__(self, instance: str, *, rank: int, layers: int, local_norms: bool) -> None:
-        self._instance = instance
-        self._layers = layers
+        self.instance = instance
+        self.layers = layers
         self._local_norms = local_norms
-        # Every rank has the same averaged gradient and the same weights: one sends their layers.
-        self._global_layers = rank == 0
+        self.sends_layers = rank == 0
+        """Every rank has the same averaged gradient and the same weights: one sends their layers."""
         self._unmeasured = bytes(8 * (len(MEASURED_NAMES) + 2 * layers))
-        blocks = (1 + len(WEIGHT_BLOCKS)) * self._global_layers + local_norms
+        blocks = (1 + len(WEIGHT_BLOCKS)) * self.sends_layers + local_norms
         row_bytes = 8 * len(pb.StepBatch.DESCRIPTOR.fields) + 4 * layers * blocks
         self.max_rows = max(1, _BATCH_BYTES // row_bytes)
         """Rows that a message may carry."""
@@ -75,14 +75,14 @@ class BatchPacker:
     ) -> pb.FromRecorder:
         """Pack records whose sequence numbers follow each other; without any, the message only shows a live rank."""
         steps = pb.StepBatch(
-            instance=self._instance,
+            instance=self.instance,
             first_sequence=first_sequence,
             step=[r.step for r in records],
             wall_seconds=[r.wall_seconds for r in records],
             monotonic_seconds=[r.monotonic_seconds for r in records],
             learning_rate=[r.learning_rate for r in records],
-            flags=[self._flags(r) for r in records],
-            loss=[math.nan if r.loss is None else r.loss for r in records],
+            flags=[self.flags(r) for r in records],
+            loss=[loss_of(r) for r in records],
             dropped=dropped,
             backward_passes=backward_passes,
         )
@@ -92,12 +92,12 @@ class BatchPacker:
         for position, name in _PACKED:
             getattr(steps, name).extend(table[position::width].tolist())
         for start in range(first, len(table), width):
-            middle, end = start + self._layers, start + 2 * self._layers
-            if self._global_layers:
+            middle, end = start + self.layers, start + 2 * self.layers
+            if self.sends_layers:
                 steps.global_layer_norms.extend(table[start:middle].tolist())
             if self._local_norms:
                 steps.local_layer_norms.extend(table[middle:end].tolist())
-        if self._global_layers:
+        if self.sends_layers:
             self._pack_weights(steps, records)
         return pb.FromRecorder(steps=steps)
 
@@ -107,10 +107,11 @@ class BatchPacker:
                 continue
             steps.weight_rows.append(row)
             for i, name in enumerate(WEIGHT_BLOCKS):
-                block = record.weights[i * self._layers : (i + 1) * self._layers]
+                block = record.weights[i * self.layers : (i + 1) * self.layers]
                 getattr(steps, name).extend(block.tolist())
 
-    def _flags(self, record: Record) -> int:
+    def flags(self, record: Record) -> int:
+        """Return the bits of RecordFlag of a record."""
         if record.measured is None:
             return record.flags | pb.INCOMPLETE
         flags: int = record.flags | (pb.LOCAL_NORMS if self._local_norms else 0)
@@ -118,6 +119,11 @@ class BatchPacker:
         shadow = int(record.measured[_SHADOW])
         flags |= (pb.SHADOW_CLIPPED if shadow & 1 else 0) | (pb.SHADOW_SKIPPED if shadow & 2 else 0)
         return flags | (0 if record.loss is None else pb.LOSS_OBSERVED)
+
+
+def loss_of(record: Record) -> float:
+    """Return the rank's own loss; NaN, which flags tell from a measured one, if the script observed none."""
+    return math.nan if record.loss is None else record.loss
 
 
 def global_norm(record: Record) -> float | None:

@@ -7,12 +7,15 @@ import logging
 import math
 import random
 import time
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
+from foreshock_protos import BLOCKS_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.folder import release
+from foreshock_recorder.node import Node
 from foreshock_recorder.ranks import Rank
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
 
@@ -54,6 +57,8 @@ class Delivery:
         self._interval = 1.0
         self._limit = 512
         self._answered = self._stopping = False
+        self._takes_blocks = False
+        """Whether the collector of this stream does: not before it has answered."""
         self._all_exited = asyncio.Event()
         self._progressed = time.monotonic()
         self._streaming = asyncio.create_task(self._stream_forever())
@@ -148,7 +153,7 @@ class Delivery:
                 await asyncio.sleep(POLL_SECONDS)
             for rank in self._ranks.values():
                 rank.restart_stream()
-            self._answered = refused = False
+            self._answered = refused = self._takes_blocks = False
             asked_seconds = 0.0
             why = "the collector has ended the stream"
             try:
@@ -178,25 +183,31 @@ class Delivery:
                 await asyncio.sleep(share * self._linger / _TRIES_WHILE_LINGERING)
 
     async def _send_messages(self, send: Send) -> None:
+        node = Node(self._ignore)
         while True:
             interval = min(self._interval, STOP_SECONDS / 10) if self._stopping else self._interval
-            for path, rank in list(self._ranks.items()):
-                if path not in self._ranks:
-                    continue  # ignored or removed while another rank's messages were sent
-                try:
-                    messages = rank.next_messages(time.monotonic(), interval=interval, limit=self._limit)
-                except Exception as error:
-                    self._ignore(path, error)
-                    continue
-                for message in messages:
-                    await send(message)
+            compose = node.next_messages if self._takes_blocks else self._messages_by_rank
+            for message in compose(dict(self._ranks), time.monotonic(), interval=interval, limit=self._limit):
+                await send(message)
             await asyncio.sleep(POLL_SECONDS)
+
+    def _messages_by_rank(
+        self, ranks: Mapping[Path, Rank], now: float, *, interval: float, limit: int
+    ) -> Iterator[pb.FromRecorder]:
+        for path, rank in ranks.items():
+            if path not in self._ranks:
+                continue  # ignored or removed while another rank's messages were sent
+            try:
+                yield from rank.next_messages(now, interval=interval, limit=limit)
+            except Exception as error:
+                self._ignore(path, error)
 
     def _on_ack(self, ack: pb.Ack) -> None:
         if not self._answered:
             self._answered = True
             logger.info("%s answers; page: %s", self.collector, ack.page_url or "none")
             self._report_problem("")
+        self._takes_blocks = ack.schema_version >= BLOCKS_VERSION
         if ack.flow.flush_interval_seconds > 0:
             self._interval = min(ack.flow.flush_interval_seconds, 60.0)
         if ack.flow.max_batch_steps > 0:

@@ -11,6 +11,7 @@ from statistics import median
 
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.batches import BatchPacker, global_norm, hello, is_urgent
+from foreshock_recorder.blocks import Piece
 from foreshock_recorder.endings import ProcessEnd, exit_of
 from foreshock_recorder.layout import ExitReason, NormHistory
 from foreshock_recorder.reader import RingReader
@@ -52,6 +53,8 @@ class Rank:
         self.instance = identity.instance
         self.run = identity.run
         """Name that the rank asked for."""
+        self.launch = (identity.run, identity.launch_id)
+        """Ranks of the same launch send their records together."""
         self.number = identity.topology.rank
         self.refusal = ""
         """Why the collector of this stream refuses the rank; empty if it does not."""
@@ -247,33 +250,64 @@ class Rank:
         return max(0, self.acknowledged - before)
 
     def next_messages(self, now: float, *, interval: float, limit: int) -> list[pb.FromRecorder]:
-        """Return what to send now. interval: seconds between batches that are not urgent; limit: records in a batch."""
+        """Return what to send now, records as a batch of this rank alone.
+
+        interval: seconds between batches that are not urgent; limit: records in a batch.
+        """
+        due = now - self._flushed >= interval
+        messages = self.opening(now, due=due)
+        if not self.accepted:
+            return messages
+        limit = min(limit, self._packer.max_rows)
+        self.read_ahead(now, limit=limit)
+        if self.pressing(limit) or (due and self.speaks):
+            piece = self.take(now, limit=limit)
+            passes = piece.backward_passes
+            packed = self._packer.pack(piece.first_sequence, list(piece.records), piece.dropped, backward_passes=passes)
+            messages.append(packed)
+        return messages + self.closing()
+
+    def opening(self, now: float, *, due: bool) -> list[pb.FromRecorder]:
+        """Return what comes before the records: its hello, and what has happened to it. due: records are due."""
         if self.delivered or (not self._hello_sent and now < self._hello_due):
             return []
         self.reader.check_size()
         self._hello.hello.exited = self.exited
         messages = [] if self._hello_sent else [self._hello]
         self._hello_sent = True
-        if self.refusal:
-            return messages
-        due = now - self._flushed >= interval
-        messages += self._new_events(due=due)
-        if not self._hello_acknowledged:
-            return messages
-        exited = self.exited
-        limit = min(limit, self._packer.max_rows)
-        self._read_records(now, limit=limit, exited=exited)
-        dropped = self.reader.dropped
-        enough = due or exited or self._urgent or len(self._waiting) >= limit
-        if (self._waiting and enough) or (due and not exited) or (exited and dropped != self._sent_dropped):
-            messages.append(self._next_batch(now, dropped, limit))
-        if exited and not self._waiting and self._next > self.reader.begun and not self._exit_sent:
-            self._exit_sent = True
-            messages.append(self._exit_message())
-        return messages
+        return messages if self.refusal else messages + self._new_events(due=due)
 
-    def _read_records(self, now: float, *, limit: int, exited: bool) -> None:
-        """Read on from the ring, up to the first record that may still change."""
+    def closing(self) -> list[pb.FromRecorder]:
+        """Return its exit, once all records before it are sent."""
+        if self._exit_sent or not self.exited or self._waiting or self._next <= self.reader.begun:
+            return []
+        self._exit_sent = True
+        return [self._exit_message()]
+
+    @property
+    def accepted(self) -> bool:
+        """True if the collector of this stream takes its records, and does not have all of them."""
+        return self._hello_acknowledged and not (self.delivered or self.refusal)
+
+    @property
+    def speaks(self) -> bool:
+        """True if there is something to send once it is due: records, or that the rank is alive."""
+        return bool(self._waiting) or not self.exited
+
+    def pressing(self, limit: int) -> bool:
+        """Return whether what it has to send should not wait until it is due. limit: records that wait at most."""
+        if self._waiting:
+            return self.exited or self._urgent or len(self._waiting) >= limit
+        return self.exited and self.reader.dropped != self._sent_dropped
+
+    @property
+    def read_up_to(self) -> int:
+        """The highest sequence number that was sent or waits."""
+        return self._next - 1
+
+    def read_ahead(self, now: float, *, limit: int) -> None:
+        """Read on from the ring, up to the first record that may still change. limit: records that wait at most."""
+        exited = self.exited
         in_flight = sum(rows for _, rows in self._in_flight)
         while len(self._waiting) < limit and in_flight + len(self._waiting) < _IN_FLIGHT:
             # Asked before the record is read: what lies below is in it, or will never be.
@@ -298,18 +332,30 @@ class Rank:
             self._urgent |= urgent and not self._was_urgent
             self._was_urgent = urgent
 
-    def _next_batch(self, now: float, dropped: dict[str, int], limit: int) -> pb.FromRecorder:
-        records, self._waiting = self._waiting[:limit], self._waiting[limit:]
-        first = records[0].sequence if records else self._next
+    def take(self, now: float, *, limit: int, up_to: float = math.inf) -> Piece:
+        """Return what waits, for it to be sent. limit: records at most. up_to: the last sequence number."""
+        count = min(limit, len(self._waiting))
+        while count and self._waiting[count - 1].sequence > up_to:
+            count -= 1
+        records, self._waiting = self._waiting[:count], self._waiting[count:]
+        first = records[0].sequence if records else self._next - len(self._waiting)
         if records:
             self._in_flight.append((records[-1].sequence, len(records)))
-        message = self._packer.pack(first, records, dropped, backward_passes=self.reader.backward_passes)
+        dropped = self.reader.dropped
+        piece = Piece(
+            packer=self._packer,
+            launch=self.launch,
+            first_sequence=first,
+            records=records,
+            dropped=dropped,
+            backward_passes=self.reader.backward_passes,
+        )
         norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
         self._largest_norm = max(norms, default=self._largest_norm)
         self._sent_dropped = dropped
         self._urgent = False
         self._flushed = now
-        return message
+        return piece
 
     def _new_events(self, *, due: bool) -> list[pb.FromRecorder]:
         errors = self.reader.dropped.get("probe_error", 0)

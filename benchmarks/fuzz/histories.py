@@ -11,6 +11,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.live import Live
+from benchmarks.load.block_messages import block_of
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_collector.commands.logs import Row
 from foreshock_collector.commands.replay import _as_json, _as_text, replay
@@ -76,6 +77,8 @@ class History:
     ranks: int
     layers: int
     quick: bool
+    blocks: bool
+    """Whether its ranks send blocks, or batches."""
     pieces: Sequence[Steps | str]
 
 
@@ -108,6 +111,7 @@ histories = st.builds(
     ranks=st.sampled_from((1, 2, 3)),
     layers=st.sampled_from((0, 1, 3)),
     quick=st.booleans(),
+    blocks=st.booleans(),
     pieces=st.lists(st.one_of(_steps, _steps, _steps, _happening), min_size=1, max_size=8),
 )
 
@@ -169,12 +173,17 @@ class _Recorder:
         first = self._sent + 1 + piece.late
         ranks = range(self._history.ranks)
         told = {"all": ranks, "first": ranks[:1], "last": ranks[-1:], "none": ranks[:0]}[piece.told_by]
-        for rank in told:
-            batch = self._batch(piece, rank, first)
-            self._newest[rank] = batch
-            assert self._collector.take(pb.FromRecorder(steps=batch))
+        batches = {rank: self._batch(piece, rank, first) for rank in told}
+        self._newest |= batches
+        for message in self._messages(list(batches.values())):
+            assert self._collector.take(message)
         if first + piece.count < 2**50:
             self._sent = first + piece.count - 1
+
+    def _messages(self, batches: list[pb.StepBatch]) -> list[pb.FromRecorder]:
+        if self._history.blocks and batches:
+            return [pb.FromRecorder(block=block_of(batches))]
+        return [pb.FromRecorder(steps=batch) for batch in batches]
 
     def _batch(self, piece: Steps, rank: int, first: int) -> pb.StepBatch:
         count = piece.count

@@ -11,6 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from hypothesis import strategies as st
 
 from benchmarks.fuzz.live import Live
+from benchmarks.load.block_messages import block_of
 from foreshock_collector.analysis.rules import DEFAULT
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.columns import WIRE_NAMES
@@ -43,6 +44,7 @@ _EXTREMES: dict[int, Sequence[Any]] = {
     _F.TYPE_SINT64: (0, 1, -1, 2**53, 2**63 - 1, -(2**63)),
     _F.TYPE_BOOL: (False, True),
     _F.TYPE_STRING: _TEXTS,
+    _F.TYPE_BYTES: (b"", b"\0", bytes(8), b"\xff" * 8, b"\xff" * 4, *(b"\xff" * 8 * n for n in (17, 23, 69, 138, 160))),
 }
 _ROWS = 3
 
@@ -74,7 +76,7 @@ _change = st.builds(
 )
 _said = st.builds(
     Said,
-    kind=st.sampled_from(("hello", "steps", "steps", "steps", "event", "exit")),
+    kind=st.sampled_from(("hello", "steps", "steps", "block", "block", "event", "exit")),
     rank=st.integers(0, 1),
     changes=st.lists(_change, max_size=4),
 )
@@ -115,6 +117,9 @@ def _message(said: Said, number: int) -> pb.FromRecorder:
         message.hello.CopyFrom(_hello(said.rank))
     elif said.kind == "steps":
         message.steps.CopyFrom(_batch(name, 1 + _ROWS * number))
+    elif said.kind == "block":
+        first = 1 + _ROWS * number
+        message.block.CopyFrom(block_of([_batch(str(rank), first) for rank in range(1 + said.rank)]))
     elif said.kind == "event":
         message.event.CopyFrom(pb.Event(instance=name, kind=pb.Event.RANK_LOST, step=1, wall_seconds=1.0))
     else:
@@ -154,9 +159,10 @@ def _apply(message: Any, change: Change) -> None:
     fields = message.DESCRIPTOR.fields
     field = fields[change.field % len(fields)]
     if field.message_type is not None and not field.message_type.GetOptions().map_entry:
-        _apply(
-            getattr(message, field.name), Change(field=change.field // 7, extreme=change.extreme, length=change.length)
-        )
+        inner = getattr(message, field.name)
+        if hasattr(inner, "add"):
+            inner = inner[-1] if inner and change.length else inner.add()
+        _apply(inner, Change(field=change.field // 7, extreme=change.extreme, length=change.length))
         return
     if field.message_type is not None:
         key, value = (_extreme(part, change.extreme) for part in field.message_type.fields)

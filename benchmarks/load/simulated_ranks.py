@@ -10,9 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
 
+from benchmarks.load.block_messages import RECORD, SUMS
 from foreshock_protos import SCHEMA_VERSION
-from foreshock_protos.columns import COLUMNS
+from foreshock_protos.columns import COLUMNS, RECORD_COLUMNS, REDUCED_COLUMNS
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_protos.v1.telemetry_pb2_grpc import TelemetryStub
 
@@ -34,6 +36,8 @@ class Job:
     rate: float
     """Steps a second of each rank."""
     layers: int = 16
+    blocks: bool = True
+    """Whether recorders send all their ranks in one message, as they do since schema version 2."""
 
     def streams(self) -> Iterator[list[Rank]]:
         """Yield the ranks of each stream."""
@@ -92,8 +96,8 @@ class Rank:
             )
         )
 
-    def batch(self, count: int, rate: float, *, nonfinite: bool = False) -> pb.FromRecorder:
-        """Return its next steps, calm ones. nonfinite: the last one's gradient and loss are NaN."""
+    def columns(self, count: int, rate: float, *, nonfinite: bool = False) -> dict[str, Sequence[float]]:
+        """Return the columns of its next steps, calm ones, as far as they are not the default."""
         first = self.sent + 1
         numbers = range(first, first + count)
         norms = [1.0 + 0.05 * (number * 7919 % 97) / 97 for number in numbers]
@@ -101,7 +105,7 @@ class Rank:
         if nonfinite:
             norms[-1] = losses[-1] = float("nan")
         now = time.time()
-        values: dict[str, Sequence[float]] = {
+        return {
             "step": [number - 1 for number in numbers],
             "wall_seconds": [now - (first + count - 1 - number) / rate for number in numbers],
             "monotonic_seconds": [number / rate for number in numbers],
@@ -115,6 +119,11 @@ class Rank:
             "reduced_loss_sum": [2.05 * self.world] * count,
             "reduced_loss_count": [self.world] * count,
         }
+
+    def batch(self, count: int, rate: float, *, nonfinite: bool = False) -> pb.FromRecorder:
+        """Return its next steps, calm ones. nonfinite: the last one's gradient and loss are NaN."""
+        first, values = self.sent + 1, self.columns(count, rate, nonfinite=nonfinite)
+        norms = values["global_norm"]
         batch = pb.StepBatch(instance=self.instance, first_sequence=first)
         for name, default in _DEFAULTS.items():
             getattr(batch, name).extend(values.get(name, [default] * count))
@@ -125,6 +134,31 @@ class Rank:
         batch.local_layer_norms.extend(norm * share for norm in norms for _ in range(self.layers))
         self.sent += count
         return pb.FromRecorder(steps=batch)
+
+
+def block(ranks: Sequence[Rank], count: int, rate: float) -> pb.FromRecorder:
+    """Return the next steps of ranks that stand at the same one, in one message."""
+    first, values = ranks[0].sent + 1, [rank.columns(count, rate) for rank in ranks]
+    records, sums = np.zeros((count, len(ranks)), RECORD), np.zeros(count, SUMS)
+    records["sequence"] = np.arange(first, first + count)[:, None]
+    for column in RECORD_COLUMNS:
+        told = values[0].get(column.name)
+        records[column.name] = column.missing if told is None else np.transpose([each[column.name] for each in values])
+    for column in REDUCED_COLUMNS:
+        sums[column.name] = values[0].get(column.name, column.missing)
+    found = pb.StepBlock(
+        ranks=[pb.StepBlock.Rank(instance=rank.instance) for rank in ranks],
+        first_sequence=first,
+        steps=count,
+        records=records.tobytes(),
+        sums=sums.tobytes(),
+    )
+    if any(rank.rank == 0 for rank in ranks):
+        norms = np.array(values[0]["global_norm"], "<f4") * ranks[0].layers ** -0.5
+        found.global_layer_norms = np.repeat(norms, ranks[0].layers).tobytes()
+    for rank in ranks:
+        rank.sent += count
+    return pb.FromRecorder(block=found)
 
 
 @dataclass(kw_only=True)
@@ -185,9 +219,16 @@ class SimulatedRecorder:
         while following < end:
             await asyncio.sleep(max(0.0, following - time.time()))
             count = max(1, round(job.rate * self.flush_seconds))
-            for rank in self.ranks:
-                await call.write(rank.batch(count, job.rate))
+            for message in self._messages(count, job):
+                await call.write(message)
             following += count / job.rate
+
+    def _messages(self, count: int, job: Job) -> Iterator[pb.FromRecorder]:
+        if not job.blocks:
+            yield from (rank.batch(count, job.rate) for rank in self.ranks)
+            return
+        for run in dict.fromkeys(rank.run for rank in self.ranks):
+            yield block([rank for rank in self.ranks if rank.run == run], count, job.rate)
 
     async def _all_stored(self, listener: asyncio.Task[None]) -> None:
         while any(rank.stored < rank.sent and not rank.refused for rank in self.ranks) and not listener.done():

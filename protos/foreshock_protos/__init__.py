@@ -1,7 +1,9 @@
 """The contract between recorder and collector: `foreshock.v1` and what both must agree on."""
 
-SCHEMA_VERSION = 1
-"""`Hello.schema_version` of the messages in `foreshock_protos.v1.telemetry_pb2`."""
+SCHEMA_VERSION = 2
+"""Newest version of the messages in `foreshock_protos.v1.telemetry_pb2`; all older ones are understood as well."""
+BLOCKS_VERSION = 2
+"""The first version with `StepBlock`."""
 
 DEFAULT_GRPC_PORT = 4327
 """Default port on which a collector takes records in."""

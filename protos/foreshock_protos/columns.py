@@ -185,6 +185,8 @@ MEASURED_COLUMNS = tuple(column for column in COLUMNS if column.part in (Part.ME
 REDUCED_COLUMNS = tuple(column for column in COLUMNS if column.part is Part.REDUCED)
 WIRE_COLUMNS = tuple(column for column in COLUMNS if column.on_wire)
 """Columns that `StepBatch` has a field for."""
+RECORD_COLUMNS = tuple(column for column in WIRE_COLUMNS if column.part is not Part.REDUCED)
+"""Columns of a record in a `StepBlock`, in their order there: a new one is optional, and comes last."""
 MEASURED_NAMES = tuple(column.name for column in MEASURED_COLUMNS)
 REDUCED_NAMES = tuple(column.name for column in REDUCED_COLUMNS)
 WIRE_NAMES = tuple(column.name for column in WIRE_COLUMNS)

@@ -46,6 +46,41 @@ def test_every_record_of_every_rank_arrives_in_order_and_nothing_stays_behind(
     assert not folder.exists()
 
 
+def test_a_collector_that_takes_blocks_gets_one_message_for_all_ranks(
+    folder: Path, collector: FakeCollector, recorder: Start
+) -> None:
+    collector.schema_version = 2
+    rings = [make_ring(folder, 0), make_ring(folder, 1)]
+    process = recorder()
+    for ring in rings:
+        for sequence in range(1, 101):
+            step(ring, sequence)
+        ring.write_exit(ExitReason.FINISHED, "done")
+    assert process.wait(WAIT_SECONDS) == 0
+    assert not any(told.batches for told in collector.told.values())
+    assert collector.position == {FIRST: 100, SECOND: 100}
+    assert sum(block.steps * len(block.ranks) for block in collector.blocks) == 200
+    assert all(told.order[0] == "hello" and told.order[-1] == "exit" for told in collector.told.values())
+    assert all(ring.acknowledged == 100 and ring.exit_acknowledged for ring in rings)
+
+
+def test_a_collector_of_the_first_version_that_takes_over_gets_batches(
+    collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess]
+) -> None:
+    collector.schema_version = 2
+    process = rank()
+    recorder()
+    process.do("steps", count=3)
+    collector.wait_for(lambda: collector.position[FIRST] == 3)
+    assert collector.blocks and not collector.told[FIRST].batches
+    collector.stop()
+    collector.schema_version = 0
+    process.do("steps", count=3)
+    collector.start()
+    collector.wait_for(lambda: collector.position[FIRST] == 6)
+    assert collector.told[FIRST].sequences()[-3:] == [4, 5, 6]
+
+
 def test_a_rank_that_comes_later_is_found(
     collector: FakeCollector, recorder: Start, rank: Callable[..., RankProcess]
 ) -> None:

@@ -51,6 +51,10 @@ class FakeCollector:
         self.renamed: dict[str, str] = {}
         """Runs that it calls otherwise."""
         self.flow = pb.FlowControl()
+        self.schema_version = 0
+        """Newest version that it says it understands; 0: it says nothing, as one of the first version."""
+        self.blocks: list[pb.StepBlock] = []
+        """Every block with steps, in order of arrival."""
         self.address = f"127.0.0.1:{free_port()}"
         self._held = threading.Event()
         self._changed = threading.Condition()
@@ -106,14 +110,22 @@ class FakeCollector:
         try:
             for message in requests:
                 with self._changed:
-                    instance = self._take(message)
-                    greeted.add(instance)
+                    greeted |= self._take_block(message.block) if message.HasField("block") else {self._take(message)}
                     ack = self._ack(greeted)
                     self._changed.notify_all()
                 if self.answers:
                     yield ack
         except grpc.RpcError:
             pass  # the recorder is gone
+
+    def _take_block(self, block: pb.StepBlock) -> set[str]:
+        instances = {rank.instance for rank in block.ranks}
+        if block.steps:
+            self.blocks.append(block)
+            last = block.first_sequence + block.steps - 1
+            self.position |= {name: min(max(self.position[name], last), self.stores) for name in instances}
+            self.closed -= instances
+        return instances
 
     def _take(self, message: pb.FromRecorder) -> str:
         which = message.WhichOneof("message")
@@ -135,7 +147,13 @@ class FakeCollector:
 
     def _ack(self, instances: set[str]) -> pb.Ack:
         positions = [self._position(name) for name in sorted(instances)]
-        return pb.Ack(epoch="one", positions=positions, flow=self.flow, page_url="http://monitor:9327")
+        return pb.Ack(
+            epoch="one",
+            positions=positions,
+            flow=self.flow,
+            page_url="http://monitor:9327",
+            schema_version=self.schema_version,
+        )
 
     def _position(self, name: str) -> pb.Ack.Position:
         if name in self.refused:

@@ -19,6 +19,7 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.notice import notice
 from foreshock_collector.state.retention import Retention
+from foreshock_collector.state.run_state import Members, received
 from foreshock_collector.state.runs import LIVE_SECONDS, ContradictionError, Run
 from foreshock_collector.state.schema import is_damage
 from foreshock_collector.state.store import Store
@@ -105,32 +106,57 @@ class Intake:
         if which == "hello":
             self._hello(message.hello, session)
             return
-        content = getattr(message, which)
-        if content.instance in session.refused:
+        if which == "block":
+            self._block(message.block, session)
             return
-        if content.instance not in session.registered:
-            name = content.instance[:NAME_LENGTH]
-            raise RefusedError(f"instance {name!r} has not said hello on this stream", reason="no_hello")
-        found = self._runs.find(content.instance)
+        found = self._home(getattr(message, which).instance, session)
         if found is None:
-            # With another stream, and another hello, the instance begins a new run.
-            raise LookupError(f"the run of instance {content.instance!r} cannot be decoded, and was set aside")
+            return
         run, instance = found
         try:
             if which == "steps":
-                self._steps(run, instance, message.steps)
+                self._steps(run, [(0, instance)], message.steps)
             elif which == "event":
                 self._event(run, instance, message.event)
             else:
                 self._exit(run, instance, message.exit)
         except RefusedError as error:
-            rank = Sender(instance=instance.name, run=run.name, rank=instance.rank, node=instance.node)
-            self._refuse_instance(rank, session, str(error), error.reason)
+            self._refuse_known(run, instance, session, error)
         except Exception as error:
             run.errors.add("ingest", error)
             if which == "steps":
-                run.accept_unprocessed(instance, message.steps, self._now())
-                self._commit([run])
+                self._accept_unprocessed(run, [instance], message.steps)
+
+    def _home(self, name: str, session: Session) -> tuple[Run, Instance] | None:
+        """Return an instance that a message names, and its run; None if the instance is refused on this stream."""
+        if name in session.refused:
+            return None
+        if name not in session.registered:
+            raise RefusedError(f"instance {name[:NAME_LENGTH]!r} has not said hello on this stream", reason="no_hello")
+        found = self._runs.find(name)
+        if found is None:
+            # With another stream, and another hello, the instance begins a new run.
+            raise LookupError(f"the run of instance {name!r} cannot be decoded, and was set aside")
+        return found
+
+    def _block(self, block: pb.StepBlock, session: Session) -> None:
+        """Take records of several ranks. The ranks of one launch may have become attempts of different runs."""
+        if len({rank.instance for rank in block.ranks}) < len(block.ranks):
+            raise RefusedError("a block has two ranks with the same instance")
+        launches: dict[tuple[str, int], tuple[Run, list[tuple[int, Instance]]]] = {}
+        for place, rank in enumerate(block.ranks):
+            if (found := self._home(rank.instance, session)) is not None:
+                run, instance = found
+                launches.setdefault((run.name, instance.attempt), (run, []))[1].append((place, instance))
+        for run, members in launches.values():
+            try:
+                self._steps(run, members, block)
+            except RefusedError as error:
+                for _, instance in members:
+                    self._refuse_known(run, instance, session, error)
+            except Exception as error:
+                run.errors.add("ingest", error)
+                self._accept_unprocessed(run, [instance for _, instance in members], block)
 
     def _hello(self, hello: pb.Hello, session: Session) -> None:
         check_version(hello)
@@ -201,20 +227,34 @@ class Intake:
         }
         logger.warning("refused rank %(rank)d of run %(run)r on node %(node)r, %(peer)s: %(why)s", facts)
 
-    def _steps(self, run: Run, instance: Instance, batch: pb.StepBatch) -> None:
+    def _refuse_known(self, run: Run, instance: Instance, session: Session, error: RefusedError) -> None:
+        sender = Sender(instance=instance.name, run=run.name, rank=instance.rank, node=instance.node)
+        self._refuse_instance(sender, session, str(error), error.reason)
+
+    def _steps(self, run: Run, members: Members, steps: pb.StepBatch | pb.StepBlock) -> None:
+        """Take records. members: the batch's instance, or those of the block's that are of this run."""
         now = self._now()
-        if batch.step:  # without any, it only says that the rank is alive
-            self.statistics.records += len(batch.step)
+        count = len(steps.step) if isinstance(steps, pb.StepBatch) else steps.steps
+        if count:  # without any, it only says that the ranks are alive
+            self.statistics.records += count * len(members)
             self.statistics.waiting_since.setdefault(run.name, now)
-        instance.nonfinite = False
+        for _, instance in members:
+            instance.nonfinite = False
         try:
-            if run.ingest(instance, batch, now):
-                self._commit([run])
+            if isinstance(steps, pb.StepBatch):
+                finalized = run.ingest(members[0][1], steps, now)
+            else:
+                finalized = run.ingest_block(members, steps, now)
         except ColumnsError as error:
-            raise RefusedError(f"steps of instance {instance.name!r}: {error}") from error
-        if instance.nonfinite:
-            # The rank may be about to exit, and waits for this acknowledgement.
-            self.urgent.add(instance.name)
+            raise RefusedError(f"steps of instance {members[0][1].name!r}: {error}") from error
+        if finalized:
+            self._commit([run])
+        # These ranks may be about to exit, and wait for this acknowledgement.
+        self.urgent.update(instance.name for _, instance in members if instance.nonfinite)
+
+    def _accept_unprocessed(self, run: Run, instances: list[Instance], steps: pb.StepBatch | pb.StepBlock) -> None:
+        run.accept_unprocessed(instances, received(instances[0], steps), self._now())
+        self._commit([run])
 
     def _event(self, run: Run, instance: Instance, event: pb.Event) -> None:
         if event.kind not in pb.Event.Kind.values() or event.kind == pb.Event.KIND_UNSPECIFIED:

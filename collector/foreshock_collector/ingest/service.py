@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from foreshock_collector.access.tokens import Tokens, secret_in
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import RefusedError, Session
+from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.retry import retry_metadata
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -199,6 +200,7 @@ class Telemetry:
             positions=self._intake.positions(stream.session),
             flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
+            schema_version=SCHEMA_VERSION,
         )
 
     def _wake(self, streams: Any) -> None:

@@ -21,11 +21,11 @@ def check_instance(name: str) -> None:
 
 
 def check_version(hello: pb.Hello) -> None:
-    """Raise `RefusedError` unless the recorder uses this collector's version of the contract."""
-    if hello.schema_version != SCHEMA_VERSION:
+    """Raise `RefusedError` unless the recorder uses a version of the contract that this collector understands."""
+    if not 1 <= hello.schema_version <= SCHEMA_VERSION:
         raise RefusedError(
-            f"the recorder uses schema version {hello.schema_version}, the collector supports version "
-            f"{SCHEMA_VERSION}: install the same release of foreshock on both",
+            f"the recorder uses schema version {hello.schema_version}, the collector supports versions up "
+            f"to {SCHEMA_VERSION}: install the same release of foreshock on both",
             reason="schema_version",
         )
 

@@ -11,23 +11,28 @@ from numpy.typing import NDArray
 from foreshock_collector.records.gaps import Gap, in_gaps
 from foreshock_collector.records.layer_weights import LayerWeights
 from foreshock_collector.records.steps import LARGEST
-from foreshock_protos.columns import NONFINITE_COUNTS, NONFINITE_VALUES, WIRE_COLUMNS, Column, Part
+from foreshock_protos.columns import (
+    NONFINITE_COUNTS,
+    NONFINITE_VALUES,
+    RECORD_COLUMNS,
+    REDUCED_COLUMNS,
+    WIRE_COLUMNS,
+    Column,
+    Part,
+)
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 MAX_SEQUENCE = 2**53
 """Limit of sequence numbers, which start at 1: a float64 holds each of them exactly."""
 
-_REDUCED = tuple(column for column in WIRE_COLUMNS if column.part is Part.REDUCED)
-_OWN = tuple(column for column in WIRE_COLUMNS if column.part is not Part.REDUCED)
-
 
 def _dtype(columns: tuple[Column, ...]) -> list[tuple[str, str]]:
-    return [(column.name, "i8" if column.integer else "f8") for column in columns]
+    return [(column.name, "<i8" if column.integer else "<f8") for column in columns]
 
 
-RECORD = np.dtype([("sequence", "i8"), *_dtype(_OWN)])
+RECORD = np.dtype([("sequence", "<i8"), *_dtype(RECORD_COLUMNS)])
 """One rank's record of one step, by the names of the columns. Sequence 0 marks an empty cell."""
-SUMS = np.dtype(_dtype(_REDUCED))
+SUMS = np.dtype(_dtype(REDUCED_COLUMNS))
 """The result of one step's all-reduce: the same on every rank, so any rank's copy will do."""
 
 Rows = NDArray[np.void]
@@ -86,12 +91,12 @@ def decode(batch: pb.StepBatch, layers: int) -> Records:
         raise ColumnsError(f"first_sequence {batch.first_sequence} is out of range: records are numbered from 1")
     rows = np.zeros(count, RECORD)
     rows["sequence"] = np.arange(batch.first_sequence, batch.first_sequence + count)
-    for column in _OWN:
+    for column in RECORD_COLUMNS:
         rows[column.name] = _values(batch, column, count)
     issuers = np.fromiter(batch.reduced_sequence, "f8", count)
     known = (issuers >= 1) & (issuers < batch.first_sequence + count)
     sums = np.zeros(int(known.sum()), SUMS)
-    for column in _REDUCED if known.any() else ():
+    for column in REDUCED_COLUMNS if known.any() else ():
         sums[column.name] = np.fromiter(getattr(batch, column.name), "f8", count)[known]
     norms = None
     if batch.global_layer_norms:
@@ -111,10 +116,10 @@ def _values(batch: pb.StepBatch, column: Column, count: int) -> NDArray[np.int64
         return np.fromiter(sent, "i8", count)
     values = np.fromiter(sent, "f8", count)
     # What is measured travels as float64, and not each of those is a whole number.
-    return np.where(abs(values) < MAX_SEQUENCE, values, -1.0) if column.integer else _bounded(values)
+    return np.where(abs(values) < MAX_SEQUENCE, values, -1.0) if column.integer else bounded_values(values)
 
 
-def _bounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def bounded_values(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Do to an array what `steps.bounded` does to a number."""
     kept = np.where(np.isinf(values), values, np.clip(values, -LARGEST, LARGEST))
     return np.where(abs(kept) < 1 / LARGEST, 0.0, kept)

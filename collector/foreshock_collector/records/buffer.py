@@ -6,7 +6,7 @@ All of it is numpy: a batch goes in at once, and steps are read in blocks. Times
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from foreshock_collector.records.batch import (
     Rows,
     complete,
     locally_measured,
-    nonfinite_mask,
 )
+from foreshock_collector.records.block import Block
 from foreshock_collector.records.deadlines import Deadlines
 from foreshock_collector.records.layer_weights import WeightHistory
 from foreshock_collector.records.steps import Step
@@ -63,32 +63,47 @@ class RecordBuffer:
         """What the newest measured steps have of the weights by layer."""
         self._deadlines = Deadlines(self.capacity, world_size)
 
-    def must_finalize(self, records: Records) -> int:
-        """Return the sequence number up to which steps must be finalized before these records are written."""
-        return int(records.rows["sequence"][-1]) - self.capacity
+    def must_finalize(self, last: int) -> int:
+        """Return the sequence number up to which steps must be finalized before records up to `last` are written."""
+        return last - self.capacity
 
     def write(self, rank: int, records: Records, now: float) -> None:
-        """Store a rank's records: those of finalized steps as evidence, the others until their step is due."""
-        rows = records.rows
-        last = int(rows["sequence"][-1])
-        assert self.must_finalize(records) <= self.finalized
-        slots = rows["sequence"] % self.capacity
-        column = self._columns[rank] if rank in self._columns else self._add_column(rank)
+        """Store the records of one rank; see `write_block`."""
+        self.write_block([rank], Block.of_records(records), now)
+
+    def write_block(self, ranks: Sequence[int], block: Block, now: float) -> None:
+        """Store records: those of finalized steps as evidence, the others until their step is due."""
+        sequences = block.sequences
+        last = int(sequences[-1])
+        assert self.must_finalize(last) <= self.finalized
+        slots = sequences % self.capacity
+        columns = self._columns_of(ranks)
+        cells = np.ix_(slots, columns)
         # A very late record must not displace a newer one.
-        fresh = rows["sequence"] >= self._cells["sequence"][slots, column]
-        self._cells[slots[fresh], column] = rows[fresh]
-        if records.layer_norms is not None and records.layer_norms.shape[1] == self._layer_norms.shape[1]:
-            self._layer_norms[slots[fresh]] = records.layer_norms[fresh]
-            self._layer_sequences[slots[fresh]] = rows["sequence"][fresh]
-        self.weights.write(records.weights)
-        recent = records.sums[records.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
+        fresh = sequences[:, None] >= self._cells["sequence"][cells]
+        if fresh.all():
+            self._cells[cells] = block.rows
+        else:
+            steps, places = np.nonzero(fresh)
+            self._cells[slots[steps], columns[places]] = block.rows[fresh]
+        if block.layer_norms is not None and block.layer_norms.shape[1] == self._layer_norms.shape[1]:
+            newer = sequences >= self._layer_sequences[slots]
+            self._layer_norms[slots[newer]] = block.layer_norms[newer]
+            self._layer_sequences[slots[newer]] = sequences[newer]
+        self.weights.write(block.weights)
+        recent = block.sums[block.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
         self._sums[recent["reduced_sequence"] % self.capacity] = recent
         # A gap waits like a record: another rank may yet fill it.
-        waiting = np.arange(max(self.finalized, int(self.positions[rank]), last - self.capacity) + 1, last + 1)
-        bad = rows["sequence"][nonfinite_mask(rows)]
-        self._deadlines.start(rank, waiting, bad[bad > self.finalized], now)
-        self.positions[rank] = max(last, int(self.positions[rank]))
+        before = min(int(self.positions[rank]) for rank in ranks)
+        waiting = np.arange(max(self.finalized, before, last - self.capacity) + 1, last + 1)
+        bad = sequences[block.nonfinite.any(axis=1)]
+        self._deadlines.start(ranks, waiting, bad[bad > self.finalized], now)
+        self.positions[ranks] = np.maximum(self.positions[ranks], last)
         self.highest = max(last, self.highest)
+
+    def _columns_of(self, ranks: Sequence[int]) -> NDArray[np.int64]:
+        known = self._columns
+        return np.array([known[rank] if rank in known else self._add_column(rank) for rank in ranks], np.int64)
 
     def _add_column(self, rank: int) -> int:
         column = self._columns[rank] = len(self._ranks)

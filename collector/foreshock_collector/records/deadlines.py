@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,9 @@ class Deadlines:
         self._advanced = np.full(world_size, -math.inf)
         """When each rank last sent records."""
 
-    def start(self, rank: int, sequences: Sequences, nonfinite: Sequences, now: float) -> None:
-        """Let steps wait, counted from the first rank that reports them. nonfinite: those that are not finite."""
-        self._advanced[rank] = now
+    def start(self, ranks: Sequence[int], sequences: Sequences, nonfinite: Sequences, now: float) -> None:
+        """Let steps wait, counted from the first ranks that report them. nonfinite: those that are not finite."""
+        self._advanced[ranks] = now
         for deadlines, steps, deadline in (
             (self._usual, sequences, now + PATIENCE_SECONDS),
             (self._nonfinite, nonfinite, now + NONFINITE_PATIENCE_SECONDS),

@@ -17,7 +17,7 @@ from foreshock_collector.analysis.detection import Detector, Failure
 from foreshock_collector.analysis.faults import FaultDetector
 from foreshock_collector.analysis.noise import NoiseScale
 from foreshock_collector.analysis.rules import Rules
-from foreshock_collector.records.batch import Records, nonfinite_mask
+from foreshock_collector.records.block import Block
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.steps import ModelFacts, Step
 from foreshock_collector.state.instances import Instance
@@ -151,15 +151,35 @@ class Attempt(AttemptState):
         """When any of its ranks last reported."""
         return max((i.last_report for i in self.instances.values()), default=0.0)
 
-    def write(self, instance: Instance, records: Records, now: float) -> None:
-        """Add records of a rank to the buffer. The caller has made room."""
-        if len(records):
-            bad = records.rows["sequence"][nonfinite_mask(records.rows)]
-            self._late_nonfinite.update(bad[bad <= self.finalized].tolist())
-            self.buffer.write(instance.rank, records, now)
-            if self.failure is not None:
-                first, last = (int(records.rows["sequence"][end]) for end in (0, -1))
-                self.needs_reevaluation |= first <= self.failure.sequence <= min(last, self.finalized)
+    def write(self, instances: Sequence[Instance], block: Block, now: float) -> None:
+        """Add records of these ranks to the buffer. The caller has made room."""
+        sequences = block.sequences
+        bad = sequences[block.nonfinite.any(axis=1)]
+        self._late_nonfinite.update(bad[bad <= self.finalized].tolist())
+        self.buffer.write_block([instance.rank for instance in instances], block, now)
+        if self.failure is not None:
+            first, last = int(sequences[0]), int(sequences[-1])
+            self.needs_reevaluation |= first <= self.failure.sequence <= min(last, self.finalized)
+
+    def reopen(self) -> list[Instance]:
+        """Forget that its ranks had finished: it steps again. Return those that had."""
+        finished = [instance for instance in self.instances.values() if instance.ended == "FINISHED"]
+        for instance in finished:
+            instance.reopen()
+        return finished
+
+    def norm_history(self, rules: Rules) -> pb.NormHistory:
+        """Return the history of its norms, for an attempt that continues it. Count 0: none."""
+        known = self.detector.gradient
+        if not known.count or not rules.gradient.logarithmic:
+            return pb.NormHistory()
+        return pb.NormHistory(
+            mean=known.mean,
+            recent=known.recent,
+            deviation=known.deviation,
+            count=known.count,
+            learning_rate=self.detector.rate or 0.0,
+        )
 
     def largest_layers(self) -> list[tuple[str, float]]:
         """Names and newest finite norms of the layers that had the largest ones lately, in the model's order."""

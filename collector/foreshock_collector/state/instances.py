@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from foreshock_collector.catalogue import DROP_REASONS
-from foreshock_collector.records.batch import Records, complete, locally_measured, nonfinite_mask
+from foreshock_collector.records.batch import complete, locally_measured, observed
+from foreshock_collector.records.block import Block
 from foreshock_collector.records.gaps import Gap, count_up_to, gaps_after
 from foreshock_collector.state.events import RankEvent
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -124,36 +127,15 @@ class Instance(InstanceState):
         """Note that its newest record and its exit are committed."""
         self.stored, self.closed_stored = self.position, bool(self.closed)
 
-    def update(self, records: Records) -> None:
-        """Note that these records have come, and remember the newest values."""
-        rows = records.rows
-        newest, position = rows[-1], self.position
-        self.nonfinite |= bool(nonfinite_mask(rows).any())
-        self.gaps = gaps_after(self.gaps, position, rows["sequence"])
-        if newest["sequence"] < position:
-            return
-        self.position = int(newest["sequence"])
-        self.last_step, self.last_finished = int(newest["step"]), bool(complete(newest))
-        self.loss = float(newest["loss"]) if newest["flags"] & pb.LOSS_OBSERVED else None
-        measured = rows[locally_measured(rows)]
-        if measured.size:
-            last = measured[-1]
-            nan = last["local_nan_parameters"] > 0 or math.isnan(last["local_norm"])
-            inf = last["local_inf_parameters"] > 0 or math.isinf(last["local_norm"])
-            self.local_nonfinite = "nan" if nan else "inf" if inf else ""
-        norms = measured["local_norm"][np.isfinite(measured["local_norm"])]
-        if norms.size:
-            self.local_norm = float(norms[-1])
-
     def lost_up_to(self, sequence: int) -> int:
         """Return how many records up to this sequence number have not come; they will not be waited for any longer."""
         lost, self.gaps = count_up_to(self.gaps, sequence)
         return lost
 
-    def newly_dropped(self, batch: pb.StepBatch) -> Counter[str]:
+    def newly_dropped(self, dropped: Mapping[str, int]) -> Counter[str]:
         """Count records that the rank reports as dropped and did not report before, by reason."""
         new: Counter[str] = Counter()
-        for reason, count in batch.dropped.items():
+        for reason, count in dropped.items():
             # Cumulative since the attach: only what is new counts, however often it is reported.
             if reason in DROP_REASONS:
                 before = self.dropped.get(reason, 0)
@@ -198,3 +180,53 @@ class Instance(InstanceState):
         if self.leaving not in CLEAN_EXITS:
             self.left_seconds = self.left_seconds or now
         return missing
+
+
+def note_records(instances: Sequence[Instance], block: Block) -> None:
+    """Note for each rank of a block that these records have come, and remember the newest values."""
+    rows, sequences = block.rows, block.sequences
+    first, last = int(sequences[0]), int(sequences[-1])
+    newest = rows[-1]
+    measured = locally_measured(rows)
+    at = _last_of(measured)
+    norms = _chosen(rows["local_norm"], at)
+    nan = (_chosen(rows["local_nan_parameters"], at) > 0) | np.isnan(norms)
+    inf = (_chosen(rows["local_inf_parameters"], at) > 0) | np.isinf(norms)
+    finite = measured & np.isfinite(rows["local_norm"])
+    facts: list[NDArray[Any]] = [
+        np.logical_or.reduce(block.nonfinite),
+        newest["step"],
+        complete(newest),
+        observed(newest),
+        newest["loss"],
+        np.logical_or.reduce(measured),
+        np.where(nan, "nan", np.where(inf, "inf", "")),
+        np.logical_or.reduce(finite),
+        _chosen(rows["local_norm"], _last_of(finite)),
+    ]
+    by_instance = zip(instances, *(fact.tolist() for fact in facts), strict=True)
+    for instance, bad, step, finished, has_loss, loss, is_measured, local_kind, has_norm, norm in by_instance:
+        instance.nonfinite |= bad
+        position = instance.position
+        if instance.gaps or first > position + 1:
+            instance.gaps = gaps_after(instance.gaps, position, sequences)
+        if last < position:
+            continue
+        instance.position = last
+        instance.last_step, instance.last_finished = step, finished
+        instance.loss = loss if has_loss else None
+        if is_measured:
+            instance.local_nonfinite = local_kind
+        if has_norm:
+            instance.local_norm = norm
+
+
+def _last_of(chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the last chosen step of each rank; the last of all where none is. chosen: [steps, ranks]."""
+    found: NDArray[np.int64] = len(chosen) - 1 - chosen[::-1].argmax(axis=0)
+    return found
+
+
+def _chosen(values: NDArray[np.float64], steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = values[steps, np.arange(values.shape[1])]
+    return found

@@ -13,14 +13,15 @@ from itertools import zip_longest
 from foreshock_collector.analysis.rules import DEFAULT, Rules
 from foreshock_collector.catalogue import RUN_STAGES
 from foreshock_collector.records.batch import MAX_SEQUENCE, complete, decode
+from foreshock_collector.records.block import Block, decode_block
 from foreshock_collector.records.steps import Step
 from foreshock_collector.state.attempts import Attempt
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.evaluator import Evaluator
 from foreshock_collector.state.events import Events
 from foreshock_collector.state.incidents import DEATH, SILENCE, Incidents
-from foreshock_collector.state.instances import Instance, InstanceState
-from foreshock_collector.state.run_state import RunState, Unsaved
+from foreshock_collector.state.instances import Instance, InstanceState, note_records
+from foreshock_collector.state.run_state import Members, Received, RunState, Unsaved, received
 from foreshock_collector.state.totals import Totals
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
@@ -106,27 +107,48 @@ class Run:
         Raises `ColumnsError`.
         """
         records = decode(batch, instance.layers)
-        self.heartbeat(instance, now)
-        instance.backward_passes = max(instance.backward_passes, min(batch.backward_passes, MAX_SEQUENCE))
-        self._missing.update(instance.newly_dropped(batch))
+        self._note_report(instance, batch, now)
         records = records.above(instance.position, instance.gaps)
         if not len(records):
             return False
-        self.unsaved.batches.append((instance, batch))
-        attempt, finalized = self.attempts[instance.attempt], False
-        if instance.ended == "FINISHED":
+        self.unsaved.received.append(received(instance, batch))
+        return self._add([instance], Block.of_records(records), now)
+
+    def ingest_block(self, members: Members, block: pb.StepBlock, now: float) -> bool:
+        """Ingest records of several instances of one attempt, as `ingest` does."""
+        content = decode_block(block, members[0][1].layers)
+        for place, instance in members:
+            self._note_report(instance, block.ranks[place], now)
+        new, finalized = _new_records(members, content) if len(content) else [], False
+        if new:
+            self.unsaved.received.append(received(members[0][1], block))
+        for instances, part in new:
+            finalized |= self._add(instances, part, now)
+        return finalized
+
+    def _note_report(self, instance: Instance, report: pb.StepBatch | pb.StepBlock.Rank, now: float) -> None:
+        self.heartbeat(instance, now)
+        instance.backward_passes = max(instance.backward_passes, min(report.backward_passes, MAX_SEQUENCE))
+        if report.dropped:
+            self._missing.update(instance.newly_dropped(report.dropped))
+
+    def _add(self, instances: Sequence[Instance], block: Block, now: float) -> bool:
+        """Add new records, and finalize steps where they need the room. Return whether any were."""
+        attempt, finalized = self.attempts[instances[0].attempt], False
+        if any(instance.ended == "FINISHED" for instance in instances):
             self._reopen(attempt, now)
         buffer = attempt.buffer
-        for piece in records.slices(buffer.capacity // 2):
-            if (room := buffer.must_finalize(piece)) > buffer.finalized:
+        for piece in block.slices(buffer.capacity // 2):
+            if (room := buffer.must_finalize(int(piece.sequences[-1]))) > buffer.finalized:
                 finalized = True
                 with self.errors.caught("evaluate"):
                     self.finalize_steps(now, attempt=attempt, at_least=room)
             self._missing["never_finished"] += int((~complete(piece.rows)).sum())
-            attempt.write(instance, piece, now)
-            instance.update(piece)
-            if len(instance.gaps) > _MOST_GAPS:
-                self._missing["ring_overrun"] += instance.lost_up_to(instance.gaps[-_MOST_GAPS][0] - 1)
+            attempt.write(instances, piece, now)
+            note_records(instances, piece)
+            for instance in instances:
+                if len(instance.gaps) > _MOST_GAPS:
+                    self._missing["ring_overrun"] += instance.lost_up_to(instance.gaps[-_MOST_GAPS][0] - 1)
         if finalized:
             self._count_late(attempt, now)
         return finalized
@@ -139,21 +161,18 @@ class Run:
 
     def _reopen(self, attempt: Attempt, now: float) -> None:
         """Note that a training that counted as finished steps again: on all its ranks, which take steps together."""
-        for instance in attempt.instances.values():
-            if instance.ended == "FINISHED":
-                instance.reopen()
-                self.unsaved.instances[instance.name] = instance
+        self.unsaved.instances |= {instance.name: instance for instance in attempt.reopen()}
         # It was expected to be silent until now.
         self.watched_since = now
 
-    def accept_unprocessed(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
+    def accept_unprocessed(self, instances: Sequence[Instance], kept: Received, now: float) -> None:
         """Have records stored and acknowledged although an error kept them from being ingested."""
-        last = batch.first_sequence + len(batch.step) - 1
-        if not any(kept is batch for _, kept in self.unsaved.batches):
-            self.unsaved.batches.append((instance, batch))
-        instance.position = max(instance.position, last)
-        self.unsaved.instances[instance.name] = instance
-        self._count_late(self.attempts[instance.attempt], now)
+        if not any(each.message is kept.message for each in self.unsaved.received):
+            self.unsaved.received.append(kept)
+        for instance in instances:
+            instance.position = max(instance.position, kept.last_sequence)
+            self.unsaved.instances[instance.name] = instance
+        self._count_late(self.attempts[kept.attempt], now)
 
     def record_event(self, instance: Instance, event: pb.Event, now: float) -> None:
         """Record an event of a rank. It is reported again after each reconnect: one of a kind is recorded."""
@@ -297,16 +316,7 @@ class Run:
     def norms_before(self, instance: Instance) -> pb.NormHistory:
         """Return the history that the rank of this instance continues: of the attempt before. Count 0: none."""
         before = self.before(self.attempts[instance.attempt])
-        if before is None or not before.detector.gradient.count or not self.rules.gradient.logarithmic:
-            return pb.NormHistory()
-        known = before.detector.gradient
-        return pb.NormHistory(
-            mean=known.mean,
-            recent=known.recent,
-            deviation=known.deviation,
-            count=known.count,
-            learning_rate=before.detector.rate or 0.0,
-        )
+        return pb.NormHistory() if before is None else before.norm_history(self.rules)
 
     def stall_threshold(self) -> float:
         """Seconds without a step that mean a stall of the newest attempt."""
@@ -372,14 +382,16 @@ class Run:
         """Return the run as it was stored, yet without its instances, events, incidents, steps and records."""
         run = cls(state.experiment, name, rules, state.totals)
         # An attempt whose state could not be stored has only its hello.
-        for number, (hello, known) in enumerate(zip_longest(hellos, state.attempts)):
-            run.attempts.append(Attempt(number, hello, known))
+        known = zip_longest(hellos, state.attempts)
+        run.attempts += [Attempt(number, hello, attempt) for number, (hello, attempt) in enumerate(known)]
         run.errors.counts |= state.errors
         return run
 
-    def restore(self, instance: Instance, batch: pb.StepBatch, now: float) -> None:
-        """Put stored records back into the buffer: as evidence if their step is finalized, otherwise to wait for it."""
-        buffer = self.attempts[instance.attempt].buffer
-        for piece in decode(batch, instance.layers).slices(buffer.capacity // 2):
-            if buffer.must_finalize(piece) <= buffer.finalized:
-                buffer.write(instance.rank, piece, now)
+
+def _new_records(members: Members, block: Block) -> list[tuple[list[Instance], Block]]:
+    """Return what has not come before: of all members at once where they stand at the same step."""
+    before = int(block.sequences[0]) - 1
+    if all(instance.position == before and not instance.gaps for _, instance in members):
+        return [([instance for _, instance in members], block.ranks([place for place, _ in members]))]
+    each = [([i], block.records(place).above(i.position, i.gaps)) for place, i in members]
+    return [(instances, Block.of_records(records)) for instances, records in each if len(records)]

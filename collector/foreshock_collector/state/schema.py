@@ -30,7 +30,8 @@ CREATE TABLE rank_window (id INTEGER PRIMARY KEY, run TEXT, attempt INTEGER, las
   batch BLOB);
 CREATE INDEX rank_window_by_run ON rank_window (run, attempt, last_sequence);
 """
-"""The window of `incidents` holds the records before it; `rank_window` holds batches as they came.
+"""The window of `incidents` holds the records before it; `rank_window` holds batches and blocks as they came,
+a block without an instance.
 
 A change here needs a migration, and a column of `steps` is a field of `Step`.
 """

@@ -24,6 +24,7 @@ from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.history import History, number_of
 from foreshock_collector.state.incidents import INCIDENTS_KEPT, Incident
 from foreshock_collector.state.instances import Instance, InstanceState
+from foreshock_collector.state.restoring import restore
 from foreshock_collector.state.run_state import RunState
 from foreshock_collector.state.runs import Run
 from foreshock_collector.state.schema import STEP_COLUMNS, is_damage, open_database
@@ -112,8 +113,8 @@ class Store(History):
         self._db.executemany(
             "INSERT INTO rank_window (run, attempt, last_sequence, instance, batch) VALUES (?,?,?,?,?)",
             [
-                (run.name, i.attempt, b.first_sequence + len(b.step) - 1, i.name, b.SerializeToString())
-                for i, b in unsaved.batches
+                (run.name, each.attempt, each.last_sequence, each.instance, each.message.SerializeToString())
+                for each in unsaved.received
             ],
         )
         for attempt in (attempt for attempt in run.attempts if not attempt.evicted):
@@ -241,10 +242,8 @@ class Store(History):
         run.incidents.restore(decode(incident, Incident) for (incident,) in reversed(incidents))
         waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
         for instance, batch in self._db.execute(waiting, (name,)).fetchall():
-            if instance not in instances:
-                continue  # of a damaged database: its recorder sends all records again
             with run.errors.caught("ingest"):
-                run.restore(instances[instance], pb.StepBatch.FromString(batch), now)
+                restore(run, instances, instance, batch, now)
         for attempt in run.attempts:
             if not attempt.evicted:
                 self._restore_steps(run, attempt)

@@ -47,16 +47,18 @@ LOST: ExitReason
 INTERRUPTED: ExitReason
 
 class FromRecorder(_message.Message):
-    __slots__ = ("hello", "steps", "event", "exit")
+    __slots__ = ("hello", "steps", "event", "exit", "block")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
     EVENT_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     steps: StepBatch
     event: Event
     exit: Exit
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ...) -> None: ...
+    block: StepBlock
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., steps: _Optional[_Union[StepBatch, _Mapping]] = ..., event: _Optional[_Union[Event, _Mapping]] = ..., exit: _Optional[_Union[Exit, _Mapping]] = ..., block: _Optional[_Union[StepBlock, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("schema_version", "instance", "experiment", "run", "launch_id", "started_seconds", "topology", "model", "optimizer", "clip", "capabilities", "versions", "pid", "exited", "token")
@@ -237,6 +239,42 @@ class StepBatch(_message.Message):
     second_moment_layer_norms: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, instance: _Optional[str] = ..., first_sequence: _Optional[int] = ..., step: _Optional[_Iterable[int]] = ..., wall_seconds: _Optional[_Iterable[float]] = ..., monotonic_seconds: _Optional[_Iterable[float]] = ..., learning_rate: _Optional[_Iterable[float]] = ..., flags: _Optional[_Iterable[int]] = ..., loss: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Iterable[float]] = ..., global_norm: _Optional[_Iterable[float]] = ..., clip_coefficient: _Optional[_Iterable[float]] = ..., local_norm: _Optional[_Iterable[float]] = ..., global_nan_parameters: _Optional[_Iterable[float]] = ..., global_inf_parameters: _Optional[_Iterable[float]] = ..., local_nan_parameters: _Optional[_Iterable[float]] = ..., local_inf_parameters: _Optional[_Iterable[float]] = ..., first_nonfinite_global: _Optional[_Iterable[float]] = ..., first_nonfinite_local: _Optional[_Iterable[float]] = ..., reduced_sequence: _Optional[_Iterable[float]] = ..., reduced_square_sum: _Optional[_Iterable[float]] = ..., reduced_nan_ranks: _Optional[_Iterable[float]] = ..., reduced_inf_ranks: _Optional[_Iterable[float]] = ..., reduced_idle_ranks: _Optional[_Iterable[float]] = ..., reduced_loss_sum: _Optional[_Iterable[float]] = ..., reduced_loss_count: _Optional[_Iterable[float]] = ..., reduced_nan_losses: _Optional[_Iterable[float]] = ..., reduced_inf_losses: _Optional[_Iterable[float]] = ..., global_layer_norms: _Optional[_Iterable[float]] = ..., local_layer_norms: _Optional[_Iterable[float]] = ..., dropped: _Optional[_Mapping[str, int]] = ..., parameter_fingerprint: _Optional[_Iterable[float]] = ..., parameter_norm: _Optional[_Iterable[float]] = ..., update_ratio: _Optional[_Iterable[float]] = ..., gradient_absolute_maximum: _Optional[_Iterable[float]] = ..., backward_passes: _Optional[int] = ..., first_moment_norm: _Optional[_Iterable[float]] = ..., second_moment_norm: _Optional[_Iterable[float]] = ..., weight_rows: _Optional[_Iterable[int]] = ..., parameter_layer_norms: _Optional[_Iterable[float]] = ..., update_layer_ratios: _Optional[_Iterable[float]] = ..., first_moment_layer_norms: _Optional[_Iterable[float]] = ..., second_moment_layer_norms: _Optional[_Iterable[float]] = ...) -> None: ...
 
+class StepBlock(_message.Message):
+    __slots__ = ("ranks", "first_sequence", "steps", "records", "sums", "global_layer_norms", "weight_rows", "layer_weights")
+    class Rank(_message.Message):
+        __slots__ = ("instance", "dropped", "backward_passes")
+        class DroppedEntry(_message.Message):
+            __slots__ = ("key", "value")
+            KEY_FIELD_NUMBER: _ClassVar[int]
+            VALUE_FIELD_NUMBER: _ClassVar[int]
+            key: str
+            value: int
+            def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+        INSTANCE_FIELD_NUMBER: _ClassVar[int]
+        DROPPED_FIELD_NUMBER: _ClassVar[int]
+        BACKWARD_PASSES_FIELD_NUMBER: _ClassVar[int]
+        instance: str
+        dropped: _containers.ScalarMap[str, int]
+        backward_passes: int
+        def __init__(self, instance: _Optional[str] = ..., dropped: _Optional[_Mapping[str, int]] = ..., backward_passes: _Optional[int] = ...) -> None: ...
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    RECORDS_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
+    GLOBAL_LAYER_NORMS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LAYER_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    ranks: _containers.RepeatedCompositeFieldContainer[StepBlock.Rank]
+    first_sequence: int
+    steps: int
+    records: bytes
+    sums: bytes
+    global_layer_norms: bytes
+    weight_rows: _containers.RepeatedScalarFieldContainer[int]
+    layer_weights: bytes
+    def __init__(self, ranks: _Optional[_Iterable[_Union[StepBlock.Rank, _Mapping]]] = ..., first_sequence: _Optional[int] = ..., steps: _Optional[int] = ..., records: _Optional[bytes] = ..., sums: _Optional[bytes] = ..., global_layer_norms: _Optional[bytes] = ..., weight_rows: _Optional[_Iterable[int]] = ..., layer_weights: _Optional[bytes] = ...) -> None: ...
+
 class Event(_message.Message):
     __slots__ = ("instance", "kind", "step", "wall_seconds", "detail")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
@@ -272,7 +310,7 @@ class Exit(_message.Message):
     def __init__(self, instance: _Optional[str] = ..., reason: _Optional[_Union[ExitReason, str]] = ..., detail: _Optional[str] = ..., last_sequence: _Optional[int] = ...) -> None: ...
 
 class Ack(_message.Message):
-    __slots__ = ("epoch", "positions", "flow", "page_url")
+    __slots__ = ("epoch", "positions", "flow", "page_url", "schema_version")
     class Position(_message.Message):
         __slots__ = ("instance", "sequence", "closed", "run", "refused", "history", "notice")
         INSTANCE_FIELD_NUMBER: _ClassVar[int]
@@ -294,11 +332,13 @@ class Ack(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     FLOW_FIELD_NUMBER: _ClassVar[int]
     PAGE_URL_FIELD_NUMBER: _ClassVar[int]
+    SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     epoch: str
     positions: _containers.RepeatedCompositeFieldContainer[Ack.Position]
     flow: FlowControl
     page_url: str
-    def __init__(self, epoch: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[Ack.Position, _Mapping]]] = ..., flow: _Optional[_Union[FlowControl, _Mapping]] = ..., page_url: _Optional[str] = ...) -> None: ...
+    schema_version: int
+    def __init__(self, epoch: _Optional[str] = ..., positions: _Optional[_Iterable[_Union[Ack.Position, _Mapping]]] = ..., flow: _Optional[_Union[FlowControl, _Mapping]] = ..., page_url: _Optional[str] = ..., schema_version: _Optional[int] = ...) -> None: ...
 
 class NormHistory(_message.Message):
     __slots__ = ("mean", "recent", "deviation", "count", "learning_rate")
