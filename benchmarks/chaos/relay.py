@@ -73,7 +73,7 @@ class Relay:
         # Where the stream has ended, the reading side knows why.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             async for data in requests:
-                batch = pb.FromRecorder.FromString(data).WhichOneof("message") == "steps"
+                batch = pb.FromRecorder.FromString(data).WhichOneof("message") in ("steps", "block")
                 if batch:
                     newest.append(data)
                 if batch and self._scrambles and held is None:
