@@ -19,7 +19,9 @@ from tests.support.documents import CHECKS, Document, Names, missing_anchors, om
 from tests.support.repository import ROOT
 
 FOREIGN_OPTIONS = {
-    "torchrun": {"--nproc-per-node", "--max-restarts", "--rdzv-id"},
+    "torchrun": {
+        *("--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-id", "--rdzv-backend", "--rdzv-endpoint"),
+    },
     "prometheus": {"--config.file"},
     "docker": {"--build", "--target"},
     "helm": {"--namespace", "--create-namespace", "--set"},
@@ -31,7 +33,7 @@ FOREIGN_WORDS = {
     *("foreshock_recorder", "foreshock_collector", "foreshock_protos"),  # packages
     *("foreshock_clip", "foreshock_clip_global_only"),  # variants of benchmarks/step.py
     *("trainer_state.json", "metrics.json", "scalars.json", "log.txt", "report.html"),  # users' files
-    "foreshock-RUN.html",
+    *("foreshock-RUN.html", "foreshock-lr0.3.html", "tokens.toml"),
 }
 SKIPPED = {"__pycache__", "node_modules"}
 

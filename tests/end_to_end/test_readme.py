@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from tests.support.repository import ROOT
+from tests.support.typed_commands import typed_commands
 from tests.support.waiting import eventually
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -34,18 +35,6 @@ dist.destroy_process_group()
 """
 
 
-def commands() -> list[tuple[str, str, list[str]]]:
-    """Of the block of commands: machine, command and the lines that are shown below it, in order."""
-    (block,) = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    found: list[tuple[str, str, list[str]]] = []
-    for line in filter(None, block.splitlines()):
-        if match := re.match(r"(\w+)\$ (.*)", line):
-            found.append((match[1], match[2], []))
-        else:
-            found[-1][2].append(line)
-    return found
-
-
 def pattern(shown: str) -> str:
     """What fits a line as it is shown, whatever its numbers: when a network explodes is up to a machine's rounding."""
     text = re.escape(shown)
@@ -55,7 +44,9 @@ def pattern(shown: str) -> str:
 
 def test_a_collector_and_a_job_by_the_readmes_lines(tmp_path: Path) -> None:
     ready = tmp_path / "ready.json"
-    (_, serve, (listening,)), *rest = [each for each in commands() if not each[1].startswith("pip install ")]
+    (_, serve, (listening,)), *rest = [
+        each for each in typed_commands(README) if not each.line.startswith("pip install ")
+    ]
     base = {name: value for name, value in os.environ.items() if not name.startswith("FORESHOCK_")}
     base |= {"PATH": f"{BIN}:{os.environ['PATH']}", "FORESHOCK_RING_DIR": str(tmp_path / "rings")}
     told = {"GRPC_PORT": "0", "HTTP_PORT": "0", "READY_FILE": str(ready), "DATABASE": str(tmp_path / "db")}
