@@ -57,7 +57,8 @@ class Downsampler:
                 _extend(bins.columns, self._peaks(key, bins.last + 1, upto))
                 bins.last = upto
                 await asyncio.sleep(0)
-            sequences = bins.columns["sequence"]
+            # Without a complete bin: a single point was asked for, which is wider than all steps.
+            sequences = bins.columns.get("sequence", [])
             start, end = bisect_left(sequences, first), bisect_right(sequences, last)
             found = {name: values[start:end] for name, values in bins.columns.items()}
             if last > bins.last:

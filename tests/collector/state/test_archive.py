@@ -59,19 +59,19 @@ def test_whoever_reads_a_run_that_left_memory_brings_nothing_back_and_reads_it_o
 
     monkeypatch.setattr(collector.store, "restored", counted)
     live = ChangeStreams(runs=collector.runs, clock=collector.clock, silent=900.0)
-    seen = [live._fingerprints("r2")]
+    seen = [live.fingerprints("r2")]
     assert read == []
     run = collector.runs.get("r2")
     assert run is not None and run.evicted
     assert (run.totals.steps, run.newest.over, run.ended_for(collector.clock(), 900.0)) == (5, True, 8000.0)
-    seen.append(live._fingerprints("r2"))
+    seen.append(live.fingerprints("r2"))
     collector.wait(10)
-    seen.append(live._fingerprints("r2"))
+    seen.append(live.fingerprints("r2"))
     assert (collector.runs.get("r2") is run, read) == (True, ["r2"])
     assert (collector.in_memory(), seen) == (["r7", "r8", "r9"], [seen[0]] * 3)
     # What another launch adds is seen.
     collector.run("r2", launch="second")
-    assert live._fingerprints("r2") != seen[0]
+    assert live.fingerprints("r2") != seen[0]
     for number in range(KEPT):
         collector.wait(1000)
         collector.run(f"r1{number}")

@@ -21,8 +21,10 @@ from foreshock_collector.records.batch import decode
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.layer_weights import LayerWeights
 from foreshock_collector.records.window import Window
+from foreshock_collector.state.fleet import Runs
 from foreshock_collector.web.baseline import Baseline
 from foreshock_collector.web.heat import CARRIED_STEPS, MOST_ROWS, carried_forward, downsample, incident_norms
+from foreshock_collector.web.live import ChangeStreams
 from foreshock_protos.columns import WEIGHT_BLOCKS
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.streamed_job import LAYERS, LOUD_LAYER, LOUD_RANK, Job
@@ -207,6 +209,18 @@ def test_a_history_that_is_carried_on_is_the_same_as_one_read_at_once(url: str, 
         stretch = rows[start : start + 16]
         wanted.append(max(stretch, key=lambda row: math.inf if row[1] == "nan" else row[1])[0])
     assert carried["sequence"] == wanted
+    # Wider than all steps, so that no bin is complete.
+    (peak,) = ask(f"{url}/api/v1/runs/grown/series?points=1")["sequence"]
+    assert rows[peak - 1][1] == "nan"
+
+
+def test_one_look_at_all_runs_serves_every_viewer_for_a_moment() -> None:
+    seconds = 0.0
+    live = ChangeStreams(runs=Runs(), clock=lambda: 0.0, silent=900.0, monotonic=lambda: seconds)
+    first = live.fingerprints(None)
+    assert live.fingerprints(None) is first
+    seconds += 0.2
+    assert live.fingerprints(None) is not first
 
 
 def test_ranks_and_layers_over_steps_are_told_and_an_incident_outlives_its_run(url: str, job: Jobs) -> None:
