@@ -10,6 +10,7 @@ PIP := -m pip --quiet --disable-pip-version-check install
 INSTALLED := .venv/.installed
 PROTOC_INSTALLED := .protos-venv/.installed
 PEERS_INSTALLED := .peers-venv/.installed
+FUZZ_INSTALLED := .fuzz/.installed
 TRAINERS_INSTALLED := .trainers-venv/.installed
 DEPLOY_INSTALLED := .deploy-venv/.installed
 GRAFANA_SCHEMA := .grafana-schema/dashboard.json
@@ -113,6 +114,10 @@ chaos: $(INSTALLED) ## break things at 1,000 random moments under load and count
 fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
 
+.PHONY: fuzz-guided
+fuzz-guided: $(INSTALLED) $(FUZZ_INSTALLED) ## fuzz by coverage what reads wire, rings, logs and settings (20 minutes); ARGS="--target wire --seconds 60"
+	@PYTHONPATH=.fuzz $(BIN)/python -m benchmarks.fuzz.guided $(ARGS)
+
 .PHONY: bench-detection
 bench-detection: $(INSTALLED) $(PEERS_INSTALLED) ## measure detection accuracy on recorded faults, next to other rules and programs; ARGS="--json --part tune"
 	@$(BIN)/python -m benchmarks.detection --peers .peers-venv/bin/python $(ARGS)
@@ -208,6 +213,10 @@ $(TRAINERS_INSTALLED): requirements-trainers.txt $(INSTALLED)
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  >"$$(.trainers-venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/development.pth"
 	@.trainers-venv/bin/python $(PIP) -r requirements-trainers.txt
+	@touch $@
+
+$(FUZZ_INSTALLED): requirements-fuzz.txt $(INSTALLED)
+	@$(BIN)/python $(PIP) --upgrade --target $(@D) -r requirements-fuzz.txt
 	@touch $@
 
 $(DEPLOY_INSTALLED): requirements-deploy.txt

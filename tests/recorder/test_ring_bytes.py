@@ -14,28 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.delivery import Delivery
 from foreshock_recorder.folder import contents, lock
 from foreshock_recorder.layout import FACTS, JSON_OFFSET, Layout
 from foreshock_recorder.ranks import Rank
 from tests.support.fake_collector import FakeCollector
 from tests.support.fuzzing import bounded
+from tests.support.ring_bytes import serve, whole_ring
 from tests.support.rings import FIRST, SECOND, identity, make_ring, step
 from tests.support.waiting import WAIT_SECONDS
 
-SLOTS = 64
 _WORDS = (0, 1, 63, 64, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, 2**64 - 1)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A ring with some records."""
-    folder = tmp_path_factory.mktemp("whole") / "run" / "first"
-    ring = make_ring(folder, slots=SLOTS)
-    for sequence in range(1, 10):
-        step(ring, sequence)
-    return ring.path.read_bytes()
+    return whole_ring(tmp_path_factory.mktemp("whole") / "run" / "first")
 
 
 def with_identity(ring: bytes, text: bytes) -> bytes:
@@ -48,26 +43,6 @@ def with_identity(ring: bytes, text: bytes) -> bytes:
     made[: len(header)] = header
     made[JSON_OFFSET : JSON_OFFSET + len(text)] = text
     return bytes(made)
-
-
-def serve(path: Path) -> None:
-    """Do with a ring what a recorder does. Raises what it does not expect."""
-    contents(path.parent)
-    try:
-        rank = Rank(path)
-    except (OSError, ValueError):
-        return
-    try:
-        for now in (0.0, 1.0, 100.0):
-            rank.fill_seconds()
-            rank.poll(now)
-            for message in rank.next_messages(now, interval=1.0, limit=512):
-                assert message.ByteSize() < 2**22
-            rank.acknowledge(pb.Ack.Position(instance=rank.instance, sequence=0))
-    except (ValueError, OverflowError, struct.error):
-        pass  # the delivery ignores such a ring, and says so
-    finally:
-        rank.close()
 
 
 @bounded(200)
