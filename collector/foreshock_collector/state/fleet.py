@@ -31,6 +31,9 @@ class Archive(Protocol):
     def run_of(self, instance: str) -> str | None:
         """Return the name of the run that an instance is part of; None if no such instance is stored."""
 
+    def is_set_aside(self, run: str) -> bool:
+        """Return whether a run of this name could not be decoded, and is still stored."""
+
 
 class Runs:
     """Finds every run by name or by instance, and iterates over those in memory.
@@ -190,7 +193,7 @@ class Runs:
         """Return the run of a launch, which its first hello decides for all its ranks.
 
         A launch is the next attempt of the run whose name it asks for. If that run still has live ranks, or belongs to
-        another experiment, the launch becomes a separate run: name-2, name-3 and so on.
+        another experiment, or was set aside, the launch becomes a separate run: name-2, name-3 and so on.
         """
         name = self._launches.get((hello.run, hello.launch_id))
         run = None if name is None else self._bring_back(name)
@@ -205,6 +208,8 @@ class Runs:
             if name in self.archived and self.archived[name].experiment != hello.experiment:
                 continue
             run = self._bring_back(name)
+            if run is None and self._archive is not None and self._archive.is_set_aside(name):
+                continue
             if run is None:
                 return Run(hello.experiment, name, self.rules_of(hello.run))
             if run.experiment != hello.experiment:

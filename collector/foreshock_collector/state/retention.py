@@ -17,8 +17,8 @@ class Retention:
     """Deletes the oldest steps of a store, some at a time.
 
     seconds: for which the steps of an ended run are kept. most_bytes: size of the database above which even steps that
-    are newer are deleted, those of the run that reported longest ago first. silent: seconds without a report that end
-    a run.
+    are newer are deleted: first the runs that were set aside, then the steps of the run that reported longest ago.
+    silent: seconds without a report that end a run.
     """
 
     def __init__(self, store: Store, *, seconds: float, most_bytes: float, silent: float) -> None:
@@ -39,8 +39,9 @@ class Retention:
         for each in oldest:
             if each.ended_for(now, self._silent) > self._seconds and self._delete(each):
                 return
-        full = self._store.used_bytes() > self._most_bytes
-        if full and not any(self._delete_archived(run.run, run.steps) for run in archived):
+        if self._store.used_bytes() <= self._most_bytes or self._store.delete_set_aside():
+            return
+        if not any(self._delete_archived(run.run, run.steps) for run in archived):
             any(self._delete(each) for each in oldest)
 
     def _delete_archived(self, name: str, made: int) -> bool:

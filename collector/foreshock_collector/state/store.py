@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sqlite3
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,10 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 _EVENT_SOURCES: dict[str, type[RunEvent]] = {"detector": DetectedEvent, "rank": RankEvent}
 _DELETED_STEPS = 20_000
 """Steps deleted at once: the collector does nothing else meanwhile, for some ten milliseconds."""
+_DELETED_BATCHES = 1000
+"""Batches deleted at once: each has up to some hundred steps of a rank."""
+_ASIDE = "set aside: "
+"""Begins the key in `meta` of the state of a run that cannot be decoded."""
 _ARCHIVED_AT_ONCE = 100
 """Ended runs that are in memory at most, beside those that stay, while the collector starts."""
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
@@ -251,14 +254,41 @@ class Store(History):
         return run
 
     def _set_aside(self, name: str, state: bytes) -> None:
-        """Rename all data of a run, and keep it: the name is free for the ranks of the run, which may still be live."""
-        aside = f"{name} (set aside {uuid.uuid4().hex[:8]})"
+        """Take a run out of the list of runs. Its rows stay under its name, which no other run gets meanwhile.
+
+        Nothing large is moved: that would take seconds for a gigabyte, in which nobody is served. Its instances are
+        renamed, for its ranks may still be live, and then begin a run of another name.
+        """
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            for table in ("attempts", "instances", "steps", "events", "incidents", "rank_window"):
-                self._db.execute(f"UPDATE {table} SET run=? WHERE run=?", (aside, name))  # noqa: S608
-            self._db.execute("INSERT INTO meta VALUES (?,?)", (aside, state))
+            suffix = f" of {name}, set aside"
+            self._db.execute("UPDATE instances SET instance = instance || ? WHERE run=?", (suffix, name))
+            self._db.execute("INSERT INTO meta VALUES (?,?)", (_ASIDE + name, state))
             self._db.execute("DELETE FROM runs WHERE run=?", (name,))
+
+    def is_set_aside(self, run: str) -> bool:
+        """Return whether a run of this name could not be decoded, and is still stored. Raises `sqlite3.Error`."""
+        return self._db.execute("SELECT 1 FROM meta WHERE key=?", (_ASIDE + run,)).fetchone() is not None
+
+    def delete_set_aside(self) -> int:
+        """Delete some thousands of the rows of a run that was set aside. Return their number.
+
+        Raises `sqlite3.Error`.
+        """
+        query = "SELECT substr(key, ?) FROM meta WHERE substr(key, 1, ?)=? LIMIT 1"
+        found = self._db.execute(query, (len(_ASIDE) + 1, len(_ASIDE), _ASIDE)).fetchone()
+        if found is None:
+            return 0
+        if deleted := self.delete_archived_steps(*found):
+            return deleted
+        query = "DELETE FROM rank_window WHERE id IN (SELECT id FROM rank_window WHERE run=? LIMIT ?)"
+        if deleted := self._db.execute(query, (*found, _DELETED_BATCHES)).rowcount:
+            return deleted
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for table in ("attempts", "instances", "events", "incidents"):
+                self._db.execute(f"DELETE FROM {table} WHERE run=?", found)  # noqa: S608
+            return self._db.execute("DELETE FROM meta WHERE key=?", (_ASIDE + found[0],)).rowcount
 
     def _instances(self, run: Run) -> Iterator[Instance]:
         query = "SELECT state FROM instances WHERE run=? ORDER BY attempt, rowid"

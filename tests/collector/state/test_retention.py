@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import pytest
+
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
+from foreshock_collector.state import store
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.retention import Retention
+from foreshock_collector.state.schema import TABLES
 from foreshock_collector.state.store import Store
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.clock import Clock
 from tests.support.streams import hello, steps
 
 DAY = 86400.0
+
+
+@pytest.fixture
+def errors_expected() -> None:
+    """A run that cannot be decoded is logged as an error."""
 
 
 class Kept:
@@ -91,3 +100,32 @@ def test_a_run_that_goes_on_after_its_steps_went_is_deleted_again_in_its_turn(tm
     kept.wait(10)
     assert kept.sequences("night") == list(range(2500 - 511, 2501))
     kept.store.close()
+
+
+def test_a_run_that_was_set_aside_goes_first_some_rows_at_a_time_and_its_name_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors_expected: None
+) -> None:
+    monkeypatch.setattr(store, "_DELETED_STEPS", 1000)
+    kept = Kept(tmp_path / "db")
+    kept.run("odd", 2000)
+    kept.run("whole", 2000)
+    kept.store.close()
+    full = Kept(tmp_path / "db", most_bytes=1.0)
+    database = full.store._db
+    database.execute("UPDATE runs SET state=x'80' WHERE run='odd'")
+    before = database.total_changes
+    runs = full.store.load(full.clock())
+    # Its rows were not touched, which would take long.
+    assert database.total_changes - before < 10
+    assert [run.name for run in runs] == ["whole"] and len(full.sequences("odd")) == 2000
+    retention = Retention(full.store, seconds=28 * DAY, most_bytes=1.0, silent=900.0)
+    left = []
+    while full.store.is_set_aside("odd"):
+        retention.delete_some(runs, full.clock())
+        left.append(len(full.sequences("odd")))
+    assert left[:2] == [1000, 0] and len(full.sequences("whole")) == 2000
+    tables = [name for name in TABLES if name not in ("meta", "runs")]
+    assert [database.execute(f"SELECT 1 FROM {name} WHERE run='odd'").fetchone() for name in tables] == [None] * 6
+    retention.delete_some(runs, full.clock())
+    assert len(full.sequences("whole")) < 2000
+    full.store.close()
