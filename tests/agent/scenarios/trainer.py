@@ -24,10 +24,12 @@ STEPS = 6
 class Regression(nn.Module):
     """A model as the trainer takes it: its output has the loss."""
 
-    def __init__(self, fails_at: int | None = None, nan_pass: int | None = None) -> None:
-        """fails_at: forward passes before the one that raises, once. nan_pass: the pass with a NaN, from 1."""
+    def __init__(self, fails_at: int | None = None, nan_pass: int | None = None, nan_input: int | None = None) -> None:
+        """fails_at: forward passes before the one that raises, once. nan_pass: that with a NaN gradient, from 1.
+        nan_input: forward passes before the one whose input is NaN.
+        """
         super().__init__()
-        self.fails_at, self.nan_pass, self.passes = fails_at, nan_pass, 0
+        self.fails_at, self.nan_pass, self.nan_input, self.passes = fails_at, nan_pass, nan_input, 0
         torch.manual_seed(0)
         first = nn.Linear(WIDTH, 24)
         self.layers = nn.Sequential(first, nn.Tanh(), nn.Linear(24, 1))
@@ -40,6 +42,8 @@ class Regression(nn.Module):
         if self.passes == self.fails_at:
             self.fails_at = None
             raise RuntimeError("out of luck")
+        if self.passes == self.nan_input:
+            x = x * math.nan
         self.passes += 1
         output = self.layers(x)
         return {"loss": (output - labels).square().mean(), "logits": output}
@@ -57,9 +61,9 @@ def trainer_with(*callbacks: Any, model: nn.Module | None = None, **options: Any
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(96, WIDTH, generator=generator)
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", max_steps=STEPS, logging_steps=1,
+        output_dir=tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", logging_steps=1,
         per_device_train_batch_size=4, learning_rate=0.01, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        **({"save_strategy": "no"} | options),
+        **({"max_steps": STEPS, "save_strategy": "no"} | options),
     )  # fmt: skip
     data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
     return transformers.Trainer(model or Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
