@@ -33,7 +33,8 @@ EXAMPLES = {
     "lightning": ["lightning_trainer.py"],
     "accelerate": ["accelerate_loop.py"],
 }
-WITH_NAN = ROOT / "tests/end_to_end/nan_in_trainer.py"
+TRAINER = ROOT / "tests/end_to_end/train_with_trainer.py"
+CONTINUES = "continuing the history of norms that the collector has of this run"
 
 
 def run_job(collector: Collector, folder: Path, run: str, script: Path, *arguments: str) -> str:
@@ -73,6 +74,7 @@ def test_a_trainer_that_explodes_is_warned_of_and_has_its_verdict_and_survives_i
     with Scraped(collector, "explodes") as scraped:
         run_job(collector, tmp_path, "explodes", path, *explosive)
         told = left(collector, "explodes")
+        scraped.wait_for(BUILD_UP, "exploding_gradients")
     (incident,) = told["incidents"]
     verdict = incident["verdict"]
     assert verdict["cause"] == "exploding_gradients" and verdict["lead_steps"] > 0
@@ -99,12 +101,14 @@ def test_a_nan_on_one_rank_of_a_trainer_has_its_verdict_and_is_skipped_if_foresh
     collector: Collector, tmp_path: Path, max_grad_norm: float
 ) -> None:
     def nan_job(run: str, callback: dict[str, Any]) -> str:
-        arguments = (json.dumps(callback), json.dumps({"max_grad_norm": max_grad_norm}))
-        return run_job(collector, tmp_path, run, WITH_NAN, *arguments)
+        trainer = {"max_grad_norm": max_grad_norm, "max_steps": 60}
+        options = {"callback": callback, "trainer": trainer, "nan_at": 40}
+        return run_job(collector, tmp_path, run, TRAINER, json.dumps(options))
 
     with Scraped(collector, "lost") as scraped:
         assert nan_job("lost", {}).count("weights are lost") == 2
         (incident,) = left(collector, "lost")["incidents"]
+        scraped.wait_for("sudden_nonfinite")
     verdict = incident["verdict"]
     assert (verdict["cause"], verdict["rank"], verdict["first_bad_step"]) == ("sudden_nonfinite", 1, 40)
     seconds = scraped.seconds_after("sudden_nonfinite", 40)
@@ -114,3 +118,16 @@ def test_a_nan_on_one_rank_of_a_trainer_has_its_verdict_and_is_skipped_if_foresh
     told = left(collector, "survives")
     assert told["condition"] == "ended" and told["incidents"] == []
     assert (told["counters"]["steps"], told["counters"]["skipped"]) == (60, 1)
+
+
+def test_a_trainer_that_resumes_begins_with_the_norms_of_its_last_attempt(collector: Collector, tmp_path: Path) -> None:
+    def job(steps: int, *, resumes: bool) -> str:
+        saving = {"output_dir": str(tmp_path / "saved"), "save_strategy": "steps", "save_steps": 60}
+        options = {"callback": {"skip": True}, "trainer": {"max_steps": steps, **saving}, "resumes": resumes}
+        return run_job(collector, tmp_path, "night", TRAINER, json.dumps({**options, "history_seconds": WAIT_SECONDS}))
+
+    assert CONTINUES not in job(60, resumes=False)
+    assert left(collector, "night")["attempt"] == 0
+    assert CONTINUES in job(80, resumes=True)
+    told = left(collector, "night")
+    assert [attempt["steps"] for attempt in told["attempts"]] == [60, 20] and told["newest"]["step"] == 79

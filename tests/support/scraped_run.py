@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from tests.support.collector_process import Collector
+from tests.support.waiting import eventually
 
 BUILD_UP = "foreshock_last_build_up_timestamp_seconds"
 INCIDENT = "foreshock_last_incident_timestamp_seconds"
@@ -31,6 +32,10 @@ class Scraped:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
+
+    def wait_for(self, *conditions: str) -> None:
+        """Go on scraping until these have been seen: the API may know of them earlier."""
+        eventually(lambda: self.first.keys() >= set(conditions), f"{conditions} on /metrics")
 
     def seconds_after(self, condition: str, step: int) -> float:
         """From the moment at which the ranks had made a step to that at which a condition was first scraped."""

@@ -61,9 +61,9 @@ def trainer_with(*callbacks: Any, model: nn.Module | None = None, **options: Any
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(96, WIDTH, generator=generator)
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, ddp_backend="gloo", logging_steps=1,
+        use_cpu=True, ddp_backend="gloo", logging_steps=1,
         per_device_train_batch_size=4, learning_rate=0.01, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        **({"max_steps": STEPS, "save_strategy": "no"} | options),
+        **({"output_dir": tempfile.mkdtemp(), "max_steps": STEPS, "save_strategy": "no"} | options),
     )  # fmt: skip
     data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
     return transformers.Trainer(model or Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
