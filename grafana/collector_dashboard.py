@@ -74,7 +74,13 @@ def collector() -> Json:
                 unit="s",
                 may_be_empty=True,
             ),
-            _chart("Ingest lag", f"{c.INGEST_LAG.help} Usually about a second.", (f"max({lag})", "lag"), unit="s"),
+            _chart(
+                "Ingest lag",
+                f"{c.INGEST_LAG.help} Usually about a second. {c.FLUSH_INTERVAL.help}",
+                (f"max({lag})", "lag"),
+                (f"max({c.FLUSH_INTERVAL.name})", "recorders send every"),
+                unit="s",
+            ),
         ],
         [
             _chart(

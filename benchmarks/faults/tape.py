@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from foreshock_collector.ingest.flow import Flow
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.ingest.session import Session
@@ -62,7 +63,7 @@ class TapeServer:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         store = Store(":memory:")
         self.tape = Tape(Runs(), store, time.time)
-        telemetry = Telemetry(self.tape, store.epoch, ack_seconds=_ACK_SECONDS, page_url=lambda: "")
+        telemetry = Telemetry(self.tape, store.epoch, flow=Flow(_ACK_SECONDS), page_url=lambda: "")
         server: Any = make_server(telemetry)
         self.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         await server.start()

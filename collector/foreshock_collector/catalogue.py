@@ -314,6 +314,12 @@ INGEST_LAG = _gauge(
     "seconds",
     (),
 )
+FLUSH_INTERVAL = _gauge(
+    "foreshock_collector_flush_interval_seconds",
+    "Interval at which the collector asks recorders to send: --ack-seconds, or longer while it is busy.",
+    "seconds",
+    (),
+)
 NOTIFICATIONS = _counter(
     "foreshock_collector_notifications_total",
     "Messages to --notify-url, by result: sent, or failed and dropped.",

@@ -24,7 +24,7 @@ from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 
 _PREFIX = "FORESHOCK_COLLECTOR_"
 _MOST_ACK_SECONDS = 5.0
-"""Recorders report as often. A rank counts as live for twice as long (`Run.has_live_ranks`)."""
+"""Recorders report as often; `ingest.flow` knows no longer interval either."""
 _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 
 
@@ -45,7 +45,9 @@ class Config:
     )
     database: str = setting("foreshock.db", "SQLite file for runs, steps and incidents.")
     ack_seconds: float = setting(
-        1.0, "Seconds between commits, acknowledgements and the recorders' flushes; at most 5."
+        1.0,
+        "Seconds between commits, acknowledgements and the recorders' flushes; at most 5. While the collector is busy, "
+        "they become longer, up to 5.",
     )
     retention_seconds: float = setting(900.0, "Seconds for which the series of an ended run stay.")
     most_runs: int = setting(

@@ -25,6 +25,7 @@ from foreshock_collector.access.certificates import Certificates
 from foreshock_collector.access.tokens import Tokens, TokensError
 from foreshock_collector.clock import SystemClock
 from foreshock_collector.config import Config, ConfigError, address_of, is_loopback, public_host, secret_from
+from foreshock_collector.ingest.flow import Flow
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.service import Telemetry, make_server
 from foreshock_collector.ingest.statistics import IngestStatistics
@@ -115,7 +116,7 @@ class Server:
             telemetry = Telemetry(
                 intake,
                 store.epoch,
-                ack_seconds=config.ack_seconds,
+                flow=Flow(config.ack_seconds),
                 page_url=lambda: self.public_url,
                 tokens=tokens,
             )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
+from foreshock_collector.ingest import answers
 from foreshock_collector.ingest.run_limits import RunLimits
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.ingest.statistics import IngestStatistics
@@ -17,7 +18,6 @@ from foreshock_collector.state.database_file import GoneError
 from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.instances import Instance
-from foreshock_collector.state.notice import notice
 from foreshock_collector.state.retention import Retention
 from foreshock_collector.state.run_state import Members, received
 from foreshock_collector.state.runs import LIVE_SECONDS, ContradictionError, Run
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _NORM_HISTORY = "norm_history"
 """Capability of an instance that asks for the history of the attempt before."""
+_PART_SECONDS = 0.03
+"""Of a commit of all runs: nothing else happens meanwhile, and a part is longer by its own storing."""
 _NOTICE = "notice"
 """Capability of an instance that mirrors its run in other tools."""
 
@@ -273,18 +275,41 @@ class Intake:
         self.urgent.add(instance.name)
 
     def commit(self) -> None:
-        """Finalize the steps that are due in every run, and store everything since the last commit.
+        """Finalize the steps that are due in every run, and store everything since the last commit."""
+        for _ in self.commit_in_parts():
+            pass
 
-        Nothing runs in between, so that nobody sees a counter that a crash could still set back.
+    def commit_in_parts(self) -> Iterator[None]:
+        """Do the same, and yield after some of the runs: others may have their turn.
+
+        Between finalizing a run's steps and storing them, nothing runs: nobody sees a counter that a crash could still
+        set back.
         """
         now = self._now()
         self._limits.count(run for run in self._runs if run.ended_for(now, self._silent) < self._ended_seconds)
-        for run in self._runs:
+        waiting, self.urgent = self.urgent, set()
+        stored, part, began = True, list[Run](), time.perf_counter()
+        for run in list(self._runs):
+            part.append(run)
             with run.errors.caught("evaluate"):
                 if not run.evicted or run.changed:
                     run.finalize_steps(now)
-        if self._commit(self._runs):
-            self.urgent.clear()
+            if time.perf_counter() - began >= _PART_SECONDS:
+                stored &= self._commit(part)
+                yield
+                part, now, began = [], self._now(), time.perf_counter()
+        if not (self._commit(part) and stored):
+            self.urgent |= waiting
+
+    def commit_session(self, session: Session) -> None:
+        """Finalize and store the runs of one stream, which is about to end."""
+        now = self._now()
+        known = (self._runs.find_in_memory(name) for name in session.registered)
+        runs = {id(found[0]): found[0] for found in known if found is not None}
+        for run in runs.values():
+            with run.errors.caught("evaluate"):
+                run.finalize_steps(now)
+        self._commit(runs.values())
 
     def commit_urgent(self) -> set[str]:
         """Commit the runs in which something cannot wait. Return the instances to acknowledge at once."""
@@ -360,23 +385,10 @@ class Intake:
         if self._retention is not None:
             self._retention.delete_some(self._runs, now)
 
-    def positions(self, session: Session) -> list[pb.Ack.Position]:
-        """Return how far each instance of a stream is stored, or why it is refused.
+    def held_seconds(self, session: Session) -> float:
+        """Return for how long the steps of a stream's jobs stay in memory; see `answers`."""
+        return answers.held_seconds(self._runs, session)
 
-        Without those whose run has left memory: that ended long ago, and the stream has had their last position.
-        """
-        found = []
-        for name in sorted(session.registered):
-            known = self._runs.find_in_memory(name)
-            if known is None:
-                continue
-            run, instance = known
-            position = pb.Ack.Position(
-                instance=name, sequence=instance.stored, closed=instance.closed_stored, run=run.name
-            )
-            if name in session.resuming and not instance.stored:
-                position.history.CopyFrom(run.norms_before(instance))
-            if name in session.mirroring:
-                position.notice = notice(run)
-            found.append(position)
-        return found + [pb.Ack.Position(instance=name, refused=why) for name, why in sorted(session.refused.items())]
+    def positions(self, session: Session) -> list[pb.Ack.Position]:
+        """Return what an acknowledgement says about each instance of a stream; see `answers`."""
+        return answers.positions(self._runs, session)

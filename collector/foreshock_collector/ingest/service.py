@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from foreshock_collector.access.tokens import Tokens, secret_in
+from foreshock_collector.ingest.flow import Flow
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_protos import SCHEMA_VERSION
@@ -66,7 +67,7 @@ class Telemetry:
         intake: Intake,
         epoch: str,
         *,
-        ack_seconds: float,
+        flow: Flow,
         page_url: Callable[[], str],
         tokens: Tokens | None = None,
     ) -> None:
@@ -75,26 +76,32 @@ class Telemetry:
         self._errors = intake.errors
         self._statistics = intake.statistics
         self._epoch = epoch
-        self._ack_seconds = ack_seconds
+        self._flow = flow
+        self._statistics.flush_seconds = flow.seconds
         self._page_url = page_url
         self._tokens = tokens
         self._streams: set[_Stream] = set()
         self._draining = False
 
     async def committer(self) -> None:
-        """Commit about once a second, urgent runs at once, and let streams acknowledge. Runs until canceled.
+        """Commit at the flow's interval, urgent runs at once, and let streams acknowledge. Runs until canceled.
 
         Raises `GoneError` or `sqlite3.DatabaseError` if the database is gone or damaged: only a new one helps.
         """
         loop = asyncio.get_running_loop()
         committed = expired = loop.time()
         while True:
+            asleep = loop.time()
             await asyncio.sleep(_TICK_SECONDS)
             now = loop.time()
+            self._flow.add_delay(now - asleep - _TICK_SECONDS)
             with self._errors.caught("commit"):
-                if now - committed >= self._ack_seconds:
+                if now - committed >= self._flow.seconds:
                     committed = now
-                    self._intake.commit()
+                    for _ in self._intake.commit_in_parts():
+                        await asyncio.sleep(0)
+                    self._flow.adapt(self._statistics.messages)
+                    self._statistics.flush_seconds = self._flow.seconds
                     self._wake(self._streams)
                 else:
                     waiting = self._intake.commit_urgent()
@@ -142,7 +149,7 @@ class Telemetry:
                     raise RefusedError("the token of this stream is no longer valid", reason="token")
                 if reader.done():
                     reader.result()
-                    self._intake.commit()
+                    self._intake.commit_session(session)
                 if session.registered or session.refused:
                     yield self._ack(stream)
                 if reader.done() or self._draining:
@@ -195,10 +202,11 @@ class Telemetry:
             stream.wake.set()
 
     def _ack(self, stream: _Stream) -> pb.Ack:
+        seconds = self._flow.seconds_for(self._intake.held_seconds(stream.session))
         return pb.Ack(
             epoch=self._epoch,
             positions=self._intake.positions(stream.session),
-            flow=pb.FlowControl(flush_interval_seconds=self._ack_seconds, max_batch_steps=_MAX_BATCH_STEPS),
+            flow=pb.FlowControl(flush_interval_seconds=seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
             schema_version=SCHEMA_VERSION,
         )

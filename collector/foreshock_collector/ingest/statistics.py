@@ -26,6 +26,8 @@ class IngestStatistics:
     """Durations of commits, failed ones included."""
     otlp_failures: int = 0
     """Exports to `--otlp-endpoint` that failed."""
+    flush_seconds: float = 0.0
+    """Interval at which recorders are asked to send."""
     waiting_since: dict[str, float] = field(default_factory=dict)
     """By run, the Unix time at which the oldest record was received that is not committed yet."""
 

@@ -110,7 +110,11 @@ class RecordBuffer:
         self._ranks = np.append(self._ranks, rank)
         self._by_rank = np.argsort(self._ranks)
         if column == self._cells.shape[1]:
-            self._cells = np.concatenate((self._cells, np.zeros_like(self._cells)), axis=1)
+            grown: Rows = np.zeros((self.capacity, 2 * column), RECORD)
+            # Only what holds records: pages that nobody writes take no memory.
+            used = self._cells["sequence"].any(axis=1)
+            grown[used, :column] = self._cells[used]
+            self._cells = grown
         return column
 
     def move_clock(self, seconds: float) -> None:

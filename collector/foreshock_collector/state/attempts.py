@@ -147,6 +147,11 @@ class Attempt(AttemptState):
         """Whether ranks left abnormally that have not been explained yet."""
         return self.departures_checked != sum(bool(i.left_seconds) for i in self.instances.values())
 
+    def held_seconds(self) -> float:
+        """Return for how long a step stays in the buffer, at the pace of the newest one; Inf if unknown."""
+        seconds = self.steps[-1].duration_seconds if self.steps else None
+        return math.inf if seconds is None or self._buffer is None else seconds * self._buffer.capacity
+
     def last_report(self) -> float:
         """When any of its ranks last reported."""
         return max((i.last_report for i in self.instances.values()), default=0.0)

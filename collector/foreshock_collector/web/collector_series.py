@@ -62,6 +62,7 @@ class CollectorSeries(Collector):
         yield Sample(c.COLLECTOR_OTLP_FAILURES, (), counted.otlp_failures)
         yield Sample.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
         yield Sample(c.INGEST_LAG, (), counted.lag_seconds(self._clock()))
+        yield Sample(c.FLUSH_INTERVAL, (), counted.flush_seconds)
         for result, count in self._notifications.results.items():
             yield Sample(c.NOTIFICATIONS, (result,), count)
         yield Sample(c.NOTIFICATIONS_PENDING, (), self._notifications.pending)

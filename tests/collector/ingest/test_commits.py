@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from foreshock_collector.ingest import intake as intake_module
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
 from foreshock_collector.records.batch import decode
@@ -96,3 +98,52 @@ def test_records_that_are_refused_wait_for_no_commit(tmp_path: Path) -> None:
     clock.now += 60
     assert intake.statistics.lag_seconds(clock()) == 0.0
     store.close()
+
+
+def test_a_commit_in_parts_lets_others_in_between_and_forgets_nothing_urgent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake_module, "_PART_SECONDS", 0.0)
+    clock, session, store = Clock(), Session(), Store(tmp_path / "db")
+    runs = Runs()
+    intake = Intake(runs, store, clock, ended_seconds=900.0, silent=900.0)
+    for name in ("a", "b", "c"):
+        intake.apply(hello(name, launch_id=name), session)
+        intake.apply(steps(1, [1.0], run=name), session)
+    clock.now += 5.0
+    parts = intake.commit_in_parts()
+    next(parts)
+    assert [run.changed for run in runs] == [False, True, True]
+    assert [run.totals.counters["steps"] for run in runs] == [1, 0, 0]
+    intake.apply(steps(2, [math.nan], run="a"), session)
+    assert len(list(parts)) == 2
+    assert intake.urgent == {"a-0"}
+    assert intake.commit_urgent() == {"a-0"}
+    store.close()
+
+
+def test_the_end_of_a_stream_commits_its_own_runs(tmp_path: Path) -> None:
+    clock, ending, other, store = Clock(), Session(), Session(), Store(tmp_path / "db")
+    intake = Intake(Runs(), store, clock, ended_seconds=900.0, silent=900.0)
+    for name, session in (("a", ending), ("b", other)):
+        intake.apply(hello(name, launch_id=name), session)
+        intake.apply(steps(1, [1.0], run=name), session)
+    intake.commit_session(ending)
+    assert [[each.sequence for each in intake.positions(session)] for session in (ending, other)] == [[1], [0]]
+    store.close()
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def test_a_buffer_takes_memory_for_the_records_that_have_come_and_no_more() -> None:
+    """It has room for 2,048 steps of 64 ranks, 24 MiB; these are ten of each."""
+    before = resident_mib()
+    buffers = [RecordBuffer(world_size=64, layers=0) for _ in range(32)]
+    records = decode(steps(1, [1.0] * 10).steps, 0)
+    for buffer in buffers:
+        for rank in range(64):
+            buffer.write(rank, records, 0.0)
+    grown = resident_mib() - before
+    assert grown < 256, f"{grown} MiB, of {32 * 24}"

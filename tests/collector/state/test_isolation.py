@@ -342,8 +342,8 @@ def test_a_commit_that_fails_altogether_is_made_good_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = iter(range(3))
-    broken = failing(Intake.commit, for_run=lambda _: next(failures, None) is not None)
-    monkeypatch.setattr(Intake, "commit", broken)
+    broken = failing(Intake.commit_in_parts, for_run=lambda _: next(failures, None) is not None)
+    monkeypatch.setattr(Intake, "commit_in_parts", broken)
 
     async def test() -> None:
         async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
