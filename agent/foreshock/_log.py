@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any
 
 logger = logging.getLogger("foreshock")
 if logger.level == logging.NOTSET:
@@ -20,9 +21,16 @@ class _StderrHandler(logging.Handler):
     """Writes to standard error as it is at that moment. Where it is closed or gone, the line is lost."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError, ValueError, AttributeError):
+        with suppress(OSError, ValueError, AttributeError), _progress_bars_cleared():
             sys.stderr.write(f"foreshock: {record.getMessage()}\n")
             sys.stderr.flush()
+
+
+def _progress_bars_cleared() -> AbstractContextManager[None]:
+    """Return what clears the progress bars of tqdm, on whose line a line of ours would end up, and draws them again."""
+    tqdm: Any = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    # Without tqdm's lock: whoever holds it may be slow, or gone.
+    return nullcontext() if tqdm is None else tqdm.external_write_mode(file=sys.stderr, nolock=True)
 
 
 _stderr = _StderrHandler()

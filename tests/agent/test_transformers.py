@@ -17,7 +17,7 @@ pytestmark = [
 
 OBSERVED = ["clips", "clips_nothing", "accumulates"]
 TAKEN_OVER = ["taken_over", "taken_over_from_none"]
-OTHERS = ["fails_first", "detached_meanwhile"]
+OTHERS = ["fails_first", "detached_meanwhile", "shows_progress"]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,14 @@ def test_a_trainer_clips_again_once_nothing_watches(found: dict[str, Scenario]) 
     for result in found["detached_meanwhile"].results:
         assert min(result["norms"][:3]) > 0.1
         assert result["norms"][3:] == pytest.approx([0.1] * 3, rel=1e-3) and result["left"] == 0.1
+
+
+def test_no_line_of_foreshock_is_on_the_line_of_a_progress_bar(found: dict[str, Scenario]) -> None:
+    lines = found["shows_progress"].said[0]
+    assert any("6/6" in line for line in lines)
+    ours = [line for line in lines if "foreshock: " in line]
+    assert any("the script changes gradients between backward and step" in line for line in ours)
+    assert all(line.startswith("foreshock: ") for line in ours), ours
 
 
 def test_on_a_device_too_a_trainer_that_multiplies_by_1_is_clipped_by_foreshock(

@@ -19,6 +19,7 @@ from foreshock.integrations.transformers import ForeshockCallback
 from tests.agent.scenarios.training import WIDTH, apart, column, main, same, told
 
 STEPS = 6
+DEFAULTS = {"max_steps": STEPS, "save_strategy": "no", "disable_tqdm": True}
 
 
 class Regression(nn.Module):
@@ -62,8 +63,8 @@ def trainer_with(*callbacks: Any, model: nn.Module | None = None, **options: Any
     inputs = torch.randn(96, WIDTH, generator=generator)
     arguments = transformers.TrainingArguments(
         use_cpu=True, ddp_backend="gloo", logging_steps=1,
-        per_device_train_batch_size=4, learning_rate=0.01, report_to=[], disable_tqdm=True, remove_unused_columns=False,
-        **({"output_dir": tempfile.mkdtemp(), "max_steps": STEPS, "save_strategy": "no"} | options),
+        per_device_train_batch_size=4, learning_rate=0.01, report_to=[], remove_unused_columns=False,
+        **(DEFAULTS | {"output_dir": tempfile.mkdtemp()} | options),
     )  # fmt: skip
     data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
     return transformers.Trainer(model or Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
@@ -161,6 +162,11 @@ def detached_meanwhile() -> dict[str, Any]:
     return {"norms": norms, "left": trainer.args.max_grad_norm}
 
 
+def shows_progress() -> None:
+    """The trainer clips, which is worth a line in the middle of the training; its bar is on standard error too."""
+    trained(ForeshockCallback(), max_grad_norm=0.1, disable_tqdm=False)
+
+
 def one_nan() -> dict[str, Any]:
     """A gradient that is NaN in one layer, at the third step; the trainer's own clipping makes all of them NaN."""
     callback = Reading(clip=0.5)
@@ -177,6 +183,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "fails_first": fails_first,
     "one_nan": one_nan,
     "detached_meanwhile": detached_meanwhile,
+    "shows_progress": shows_progress,
 }
 
 if __name__ == "__main__":
