@@ -25,6 +25,7 @@ from foreshock_collector.ingest.session import Session
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.exposition import RunSeries
+from foreshock_collector.web.rendering import Renderer
 
 _ENDED_SECONDS = 900.0
 _STEPS = 10
@@ -38,6 +39,8 @@ class Measured:
     runs: int
     series: int
     render_seconds: float
+    client_seconds: float
+    """Of prometheus-client's renderer, for the same text."""
     gzip_seconds: float
     size: int
     """Bytes of text."""
@@ -57,15 +60,20 @@ def measure(job: Job, repeats: int) -> Measured:
                     intake.apply(rank.batch(_STEPS, job.rate), session)
             intake.commit()
             registry = CollectorRegistry()
-            registry.register(RunSeries(runs, time.time, ended_seconds=_ENDED_SECONDS, silent=_ENDED_SECONDS))
-            rendering, compressing, body, compressed = [], [], b"", b""
+            series = RunSeries(runs, time.time, ended_seconds=_ENDED_SECONDS, silent=_ENDED_SECONDS)
+            registry.register(series)
+            renderer = Renderer((series,), CollectorRegistry())
+            rendering, reference, compressing, body, compressed = [], [], [], b"", b""
             for _ in range(repeats):
                 start = time.process_time()
-                body = generate_latest(registry)
+                generate_latest(registry)
+                begun = time.process_time()
+                body = renderer.render()
                 rendered = time.process_time()
                 compressed = gzip.compress(body, 1)
                 compressing.append(time.process_time() - rendered)
-                rendering.append(rendered - start)
+                rendering.append(rendered - begun)
+                reference.append(begun - start)
         finally:
             store.close()
     return Measured(
@@ -73,6 +81,7 @@ def measure(job: Job, repeats: int) -> Measured:
         runs=-(-job.ranks // job.ranks_per_run),
         series=sum(not line.startswith(b"#") for line in body.splitlines()),
         render_seconds=round(statistics.median(rendering), 4),
+        client_seconds=round(statistics.median(reference), 4),
         gzip_seconds=round(statistics.median(compressing), 4),
         size=len(body),
         compressed=len(compressed),
@@ -88,16 +97,20 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object for each size")
     options = parser.parse_args()
     if not options.json:
-        sys.stdout.write("| ranks | runs | series | render | gzip | text | compressed |\n" + "| --- " * 7 + "|\n")
+        sys.stdout.write(
+            "| ranks | runs | series | render | prometheus-client | gzip | text | compressed |\n" + "| --- " * 8 + "|\n"
+        )
     for ranks in options.ranks:
         job = Job(ranks=ranks, ranks_per_run=options.per_run, ranks_per_stream=8, rate=10.0)
         found = measure(job, options.repeats)
         if options.json:
             sys.stdout.write(json.dumps(asdict(found)) + "\n")
         else:
+            milliseconds = (found.render_seconds, found.client_seconds, found.gzip_seconds)
             sys.stdout.write(
-                f"| {found.ranks:,} | {found.runs} | {found.series:,} | {found.render_seconds * 1e3:.0f} ms "
-                f"| {found.gzip_seconds * 1e3:.0f} ms | {found.size / 1e6:.1f} MB | {found.compressed / 1e6:.2f} MB |\n"
+                f"| {found.ranks:,} | {found.runs} | {found.series:,} "
+                + "".join(f"| {seconds * 1e3:.0f} ms " for seconds in milliseconds)
+                + f"| {found.size / 1e6:.1f} MB | {found.compressed / 1e6:.2f} MB |\n"
             )
         sys.stdout.flush()
     return 0

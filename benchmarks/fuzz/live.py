@@ -22,6 +22,7 @@ from foreshock_collector.state.errors import Errors
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.api import Api
 from foreshock_collector.web.exposition import RunSeries
+from foreshock_collector.web.rendering import Renderer
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _LIMITS: dict[str, Any] = {"ended_seconds": 900.0, "silent": 900.0}
@@ -67,8 +68,10 @@ class Live:
         assert self.intake.storing
         assert not self.runs.errors.nonzero(), self.runs.errors.nonzero()
         registry = CollectorRegistry()
-        registry.register(RunSeries(self.runs, lambda: self.now, **_LIMITS))
+        series = RunSeries(self.runs, lambda: self.now, **_LIMITS)
+        registry.register(series)
         text = generate_latest(registry).decode()
+        assert Renderer((series,), CollectorRegistry()).render().decode() == text
         for number in _SAMPLE.findall("\n".join(line for line in text.splitlines() if line[0] != "#")):
             assert number[-1].isdigit(), number
         api = Api(runs=self.runs, store=self._store, clock=lambda: self.now, silent=_LIMITS["silent"])

@@ -40,6 +40,7 @@ from foreshock_collector.web.collector_series import CollectorSeries
 from foreshock_collector.web.connections import BEGIN_SECONDS
 from foreshock_collector.web.exposition import RunSeries
 from foreshock_collector.web.otlp import OtlpExport
+from foreshock_collector.web.rendering import Renderer
 
 VERSION = importlib.metadata.version("foreshock")
 logger = logging.getLogger(__name__)
@@ -94,18 +95,18 @@ class Server:
             registry = CollectorRegistry()
             series, notifications = RunSeries(runs, clock, **limits), NotificationStatistics()
             registry.register(series)
-            registry.register(
-                CollectorSeries(
-                    *(intake.statistics, runs.errors, store.size_bytes, clock),
-                    notifications=notifications,
-                    version=VERSION,
-                )
+            itself = CollectorSeries(
+                *(intake.statistics, runs.errors, store.size_bytes, clock),
+                notifications=notifications,
+                version=VERSION,
             )
-            ProcessCollector(registry=registry)
+            registry.register(itself)
+            process = ProcessCollector(registry=registry)
             application = WebApplication(
                 runs=runs,
                 store=store,
-                registry=registry,
+                render=Renderer((series, itself), process).render,
+                urgent_commits=lambda: intake.statistics.urgent_commits,
                 clock=clock,
                 silent=config.silent_seconds,
                 cache_seconds=config.metrics_cache_seconds,

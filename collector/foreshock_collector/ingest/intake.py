@@ -325,6 +325,7 @@ class Intake:
                     urgent[id(run)] = run
                     run.finalize_steps(now)
         if self._commit(urgent.values()):
+            self.statistics.urgent_commits += bool(urgent)
             return waiting
         self.urgent |= waiting
         return set()

@@ -28,6 +28,8 @@ class IngestStatistics:
     """Exports to `--otlp-endpoint` that failed."""
     flush_seconds: float = 0.0
     """Interval at which recorders are asked to send."""
+    urgent_commits: int = 0
+    """Commits that could not wait: what they show should be seen at once."""
     waiting_since: dict[str, float] = field(default_factory=dict)
     """By run, the Unix time at which the oldest record was received that is not committed yet."""
 

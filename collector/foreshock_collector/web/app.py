@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from foreshock_collector.access.tokens import Tokens
 from foreshock_collector.state.fleet import Runs
@@ -34,8 +33,9 @@ _HEADERS = {
 class WebApplication:
     """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
 
-    storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any. tokens:
-    who may read; None: everybody.
+    render: returns the text of /metrics. urgent_commits: returns how often the state changed so that it should be seen
+    at once. storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any.
+    tokens: who may read; None: everybody.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class WebApplication:
         *,
         runs: Runs,
         store: Store,
-        registry: CollectorRegistry,
+        render: Callable[[], bytes],
         clock: Callable[[], float],
         silent: float,
         cache_seconds: float,
+        urgent_commits: Callable[[], int],
         storing: Callable[[], bool],
         hosts: frozenset[str] | None = None,
         tokens: Tokens | None = None,
@@ -55,9 +56,10 @@ class WebApplication:
         self._storing = storing
         self._hosts = hosts
         self._tokens = tokens
-        self._registry = registry
+        self._render = render
         self._cache_seconds = cache_seconds
-        self._rendered: tuple[float, bytes, bytes] = (-math.inf, b"", b"")
+        self._urgent_commits = urgent_commits
+        self._rendered: tuple[float, int, bytes, bytes] = (-math.inf, 0, b"", b"")
         self._api = Api(runs=runs, store=store, clock=clock, silent=silent)
         self._live = ChangeStreams(runs=runs, clock=clock, silent=silent, tokens=tokens)
         self._page = Page(runs=runs)
@@ -90,11 +92,12 @@ class WebApplication:
         return application
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        if time.monotonic() - self._rendered[0] >= self._cache_seconds:
+        rendered_at, commits, _, _ = self._rendered
+        if time.monotonic() - rendered_at >= self._cache_seconds or self._urgent_commits() != commits:
             # Two Prometheus servers share one rendering. Level 1: level 9 costs as much as the rendering itself.
-            body = generate_latest(self._registry)
-            self._rendered = (time.monotonic(), body, gzip.compress(body, 1))
-        _, body, compressed = self._rendered
+            body = self._render()
+            self._rendered = (time.monotonic(), self._urgent_commits(), body, gzip.compress(body, 1))
+        *_, body, compressed = self._rendered
         headers = {"Content-Type": CONTENT_TYPE_LATEST, "Vary": "Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             return web.Response(body=compressed, headers=headers | {"Content-Encoding": "gzip"})

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
+from foreshock_collector.catalogue import Series
 from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state.errors import Errors
@@ -46,9 +47,15 @@ class CollectorSeries(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every family about the collector, in the order of the catalogue."""
-        yield from families_of(_SERIES, self._samples())
+        yield from families_of(_SERIES, self.samples())
 
-    def _samples(self) -> Iterator[Sample]:
+    @property
+    def series(self) -> Sequence[Series]:
+        """Series of the collector itself, in the order of the catalogue."""
+        return _SERIES
+
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples of all of them."""
         counted = self._statistics
         yield Sample(c.BUILD_INFO, (self._version, platform.python_version()), 1)
         for stage, count in self._errors.counts.items():

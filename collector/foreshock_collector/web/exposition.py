@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from foreshock_collector import catalogue as c
 from foreshock_collector.alerting.facts import Facts
+from foreshock_collector.catalogue import Series
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
 from foreshock_collector.web.samples import Sample, families_of
@@ -55,7 +56,12 @@ class RunSeries(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every family about runs, in the order of the catalogue."""
-        yield from families_of(_SERIES, self._samples(self._clock()))
+        yield from families_of(_SERIES, self.samples())
+
+    @property
+    def series(self) -> Sequence[Series]:
+        """Series of runs, in the order of the catalogue."""
+        return _SERIES
 
     def facts(self) -> Iterator[Facts]:
         """Return the samples of one run after the other, histograms aside: what alerts on runs are evaluated on."""
@@ -75,7 +81,9 @@ class RunSeries(Collector):
                 samples.setdefault(sample.series.name, {})[sample.labels[len(c.RUN) :]] = sample.value
         return Facts(experiment=run.experiment, run=run.name, now=now, samples=samples)
 
-    def _samples(self, now: float) -> Iterator[Sample]:
+    def samples(self) -> Iterator[Sample]:
+        """Yield the samples of one run after the other."""
+        now = self._clock()
         for run in self._runs:
             # All samples of a run or none: a run that fails half-way affects no other.
             with run.errors.caught("expose"):

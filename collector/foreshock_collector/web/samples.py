@@ -24,7 +24,8 @@ class Sample:
         self.series = series
         self.labels = tuple(map(str, labels))
         self.value = float(value)
-        self._buckets = buckets
+        self.buckets = buckets
+        """Cumulative counts, of a histogram."""
 
     @classmethod
     def from_histogram(cls, series: Series, labels: Labels, histogram: Histogram) -> Sample:
@@ -39,7 +40,7 @@ class Sample:
             return
         family = families[self.series.name]
         if isinstance(family, HistogramMetricFamily):
-            family.add_metric(self.labels, self._buckets, self.value)
+            family.add_metric(self.labels, self.buckets, self.value)
         else:
             assert isinstance(family, CounterMetricFamily | GaugeMetricFamily)
             family.add_metric(self.labels, self.value)
