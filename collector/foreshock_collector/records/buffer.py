@@ -131,6 +131,8 @@ class RecordBuffer:
 
     def overdue(self, now: float) -> bool:
         """Return whether a step has waited long enough, though a rank is still missing."""
+        if self.finalized == self.highest or self._deadlines.none_passed(now):
+            return False
         waiting = np.arange(self.finalized + 1, self.highest + 1)
         return bool(self._passed(waiting, now).any())
 

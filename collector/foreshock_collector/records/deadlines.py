@@ -28,6 +28,8 @@ class Deadlines:
         self._nonfinite = np.full(capacity, math.inf)
         self._advanced = np.full(world_size, -math.inf)
         """When each rank last sent records."""
+        self._earliest = math.inf
+        """No step has waited long enough before this time, and perhaps none has afterwards."""
 
     def start(self, ranks: Sequence[int], sequences: Sequences, nonfinite: Sequences, now: float) -> None:
         """Let steps wait, counted from the first ranks that report them. nonfinite: those that are not finite."""
@@ -38,6 +40,7 @@ class Deadlines:
         ):
             slots = steps % self._capacity
             deadlines[slots] = np.minimum(deadlines[slots], deadline)
+            self._earliest = min(self._earliest, deadline) if len(slots) else self._earliest
 
     def end(self, sequence: int) -> None:
         """Let a step wait no longer: it is assembled."""
@@ -47,6 +50,14 @@ class Deadlines:
         """Add so many seconds to each time."""
         for times in (self._usual, self._nonfinite, self._advanced):
             times += seconds
+        self._earliest += seconds
+
+    def none_passed(self, now: float) -> bool:
+        """Return whether no step can have waited long enough yet: this is asked of each run many times a second."""
+        if now >= self._earliest:
+            # That of a step that has ended since, or still waits for a rank.
+            self._earliest = min(float(self._usual.min()), float(self._nonfinite.min()))
+        return now < self._earliest
 
     def passed(
         self, sequences: Sequences, now: float, *, positions: Sequences, awaited: NDArray[np.bool_]
