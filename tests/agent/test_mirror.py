@@ -145,6 +145,12 @@ def test_a_step_whose_gradient_is_unknown_has_no_norm(ring: Ring, monkeypatch: p
     measure(ring, 1)
     mirror.update(ring, 1.0)
     assert tool.rows == [(7, {"foreshock/learning_rate": 0.5})]
+    # Nor does it hide one that has.
+    ring.begin_step(2, step=8, wall=0.0, monotonic=0.0, learning_rate=0.5, flags=GRADIENT_UNKNOWN)
+    measure(ring, 2, global_norm=math.nan)
+    step(ring, 3, global_norm=4.0)
+    mirror.update(ring, 2.0)
+    assert tool.steps == [7, 103]
 
 
 def test_page_and_notice_are_written_when_they_change(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +240,7 @@ class FakeWandbRun:
     """Has what `wandb.sdk.wandb_run.Run` has."""
 
     def __init__(self) -> None:
+        self._local_step = 0
         self.calls: list[Any] = []
         self.summary: dict[str, str] = {}
         self.config = SimpleNamespace(update=lambda values, **options: self.calls.append((values, options)))
@@ -267,6 +274,18 @@ def test_in_wandb_values_join_the_scripts_next_row_so_that_its_steps_stay_as_the
     assert opened.summary == {"foreshock/notice": "Exploding gradients"}
     module.run = None
     assert [run.closed] == [True]
+
+
+def test_in_wandb_the_largest_step_since_the_scripts_last_row_is_in_its_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = FakeWandbRun()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=opened))
+    run = wandb.find()
+    assert run is not None
+    for row, norm in ((3, 1.0), (3, math.nan), (3, math.inf), (3, 9.0), (4, 2.0), (4, 5.0), (4, 4.0)):
+        opened._local_step = row
+        run.write(7, {"foreshock/gradient_norm": norm})
+    written = [values["foreshock/gradient_norm"] for values, options in opened.calls if "commit" in options]
+    assert str(written) == "[1.0, nan, 2.0, 5.0]"
 
 
 def test_in_mlflow_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

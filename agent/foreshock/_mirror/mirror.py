@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from foreshock._log import warn_once
 from foreshock._mirror import mlflow, tensorboard, wandb
-from foreshock._mirror.tool import PREFIX, Find, OpenRun
+from foreshock._mirror.tool import LOSS, NORM, PREFIX, Find, OpenRun, size
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import GRADIENT_UNKNOWN, RingFile
 from foreshock_recorder.records import Record, read_record
@@ -109,22 +109,16 @@ def _records(ring: RingFile, after: int, newest: int) -> Iterator[Record]:
 
 
 def largest(records: Iterable[Record]) -> Record | None:
-    """Return the record with the largest global norm, the newest of several; NaN is larger than Inf."""
-    return max(records, key=_rank, default=None)
-
-
-def _rank(record: Record) -> tuple[bool, float, int]:
-    norm = math.nan if record.measured is None else record.measured[_GLOBAL_NORM]
-    broken = math.isnan(norm) or (record.loss is not None and not math.isfinite(record.loss))
-    return broken, 0.0 if math.isnan(norm) else norm, record.sequence
+    """Return the record with the largest global norm, the newest of several."""
+    return max(records, key=lambda record: (size(numbers(record)), record.sequence), default=None)
 
 
 def numbers(record: Record) -> dict[str, float]:
     """Return what the tools show of a record, by name."""
-    values = {"learning_rate": record.learning_rate}
+    values = {f"{PREFIX}learning_rate": record.learning_rate}
     if record.loss is not None:
-        values["loss"] = record.loss
+        values[LOSS] = record.loss
     if record.measured is not None and not record.flags & GRADIENT_UNKNOWN:
-        values["gradient_norm"] = record.measured[_GLOBAL_NORM]
-        values["clip_coefficient"] = record.measured[_CLIP_COEFFICIENT]
-    return {PREFIX + name: value for name, value in values.items()}
+        values[NORM] = record.measured[_GLOBAL_NORM]
+        values[f"{PREFIX}clip_coefficient"] = record.measured[_CLIP_COEFFICIENT]
+    return values

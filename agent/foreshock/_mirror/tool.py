@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 PREFIX = "foreshock/"
 """Begins every name that the mirror writes."""
+LOSS, NORM = f"{PREFIX}loss", f"{PREFIX}gradient_norm"
 NOTICE, PAGE = f"{PREFIX}notice", f"{PREFIX}page"
+
+
+def size(values: Mapping[str, float]) -> tuple[bool, float]:
+    """Return what orders steps by their norm: those with a NaN, or a loss that is not finite, are the largest."""
+    norm = values.get(NORM, 0.0)
+    broken = math.isnan(norm) or not math.isfinite(values.get(LOSS, 0.0))
+    return broken, 0.0 if math.isnan(norm) else norm
 
 
 class OpenRun(Protocol):

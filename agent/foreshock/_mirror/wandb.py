@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from foreshock._mirror.tool import NOTICE, PAGE, PREFIX
+from foreshock._mirror.tool import NOTICE, PAGE, PREFIX, size
 
 _STEP = f"{PREFIX}step"
 
@@ -16,6 +16,9 @@ class Run:
 
     def __init__(self, module: Any) -> None:
         self._module, self._run = module, module.run
+        self._row: int | None = None
+        self._size = (False, 0.0)
+        """That of what the row has."""
         self._run.define_metric(_STEP, hidden=True)
         self._run.define_metric(f"{PREFIX}*", step_metric=_STEP)
 
@@ -24,7 +27,12 @@ class Run:
         return self._module.run is not self._run
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log({_STEP: step, **values}, commit=False)
+        # A script that logs seldom has many steps in a row, of which the last would replace all others. Its public
+        # `step` waits for another process.
+        row = getattr(self._run, "_local_step", None)
+        if row is None or row != self._row or size(values) >= self._size:
+            self._row, self._size = row, size(values)
+            self._run.log({_STEP: step, **values}, commit=False)
 
     def notify(self, text: str) -> None:
         self._run.summary[NOTICE] = text
