@@ -1,6 +1,6 @@
 """A loop with Hugging Face's Accelerate and Foreshock, on CPUs.
 
-    pip install 'foreshock[accelerate]'
+    pip install '.[accelerate]'
     torchrun --nproc-per-node 2 examples/accelerate_loop.py --lr 0.3
 
 A learning rate of 0.03 trains well. With 0.3, the warm-up goes too far and the gradients explode. With `--clip 1.0`,

@@ -1,6 +1,6 @@
 """Lightning's Trainer with Foreshock's callback, on CPUs.
 
-    pip install 'foreshock[lightning]'
+    pip install '.[lightning]'
     torchrun --nproc-per-node 2 examples/lightning_trainer.py --lr 0.3
 
 A learning rate of 0.03 trains well. With 0.3, the warm-up goes too far and the gradients explode. With `--clip 1.0`,

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with Foreshock's callback, on CPUs.
 
-    pip install 'foreshock[transformers]'
+    pip install '.[transformers]'
     torchrun --nproc-per-node 2 examples/transformers_trainer.py --lr 0.3 --max-grad-norm 0
 
 A learning rate of 0.03 trains well. With 0.3 and no clipping, the warm-up goes too far and the gradients explode. With

@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed: make test-trainers"),
 ]
 
-OBSERVED = ["observed", "clips", "accumulates"]
+OBSERVED = ["observed", "clips", "accumulates", "validates"]
 TAKEN_OVER = ["taken_over", "taken_over_from_none"]
 
 

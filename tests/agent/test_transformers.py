@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed: make test-trainers"),
 ]
 
-OBSERVED = ["clips", "clips_nothing", "accumulates"]
+OBSERVED = ["clips", "clips_nothing", "accumulates", "evaluates"]
 TAKEN_OVER = ["taken_over", "taken_over_from_none"]
 OTHERS = ["fails_first", "detached_meanwhile", "shows_progress"]
 

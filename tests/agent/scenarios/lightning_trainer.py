@@ -45,6 +45,12 @@ class Regression(LightningModule):  # type: ignore[misc]
         squares = [p.grad.double().square().sum() for p in self.parameters() if p.grad is not None]
         self.norms.append(float(torch.stack(squares).sum().sqrt()))
 
+    def validation_step(self, x: Tensor) -> None:
+        self.layers(x)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return self.train_dataloader()
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
@@ -74,10 +80,13 @@ def trainer_with(*callbacks: Any, max_steps: int = STEPS, **options: Any) -> Tra
 
 
 def beside_alone(
-    clip: float | None = None, gradient_clip_val: float | None = None, accumulated: int = 1
+    clip: float | None = None,
+    gradient_clip_val: float | None = None,
+    accumulated: int = 1,
+    **options: Any,
 ) -> dict[str, Any]:
     """The trainer by itself, then with our callback. clip: Foreshock's, in place of the trainer's."""
-    options = {"accumulate_grad_batches": accumulated}
+    options = {"accumulate_grad_batches": accumulated, "limit_val_batches": 0} | options
     alone, ours = Regression(), Regression()
     trainer_with(gradient_clip_val=gradient_clip_val if clip is None else clip, **options).fit(alone)
     callback = Reading(run="lightning", clip=clip)
@@ -154,6 +163,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "observed": beside_alone,
     "clips": functools.partial(beside_alone, gradient_clip_val=0.5),
     "accumulates": functools.partial(beside_alone, accumulated=2),
+    "validates": functools.partial(beside_alone, val_check_interval=2, limit_val_batches=2),
     "taken_over": functools.partial(beside_alone, clip=0.5, gradient_clip_val=1.0),
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5),
     "resumes": resumes,

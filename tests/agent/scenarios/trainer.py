@@ -67,7 +67,9 @@ def trainer_with(*callbacks: Any, model: nn.Module | None = None, **options: Any
         **(DEFAULTS | {"output_dir": tempfile.mkdtemp()} | options),
     )  # fmt: skip
     data = [{"x": x, "labels": x.sum().reshape(1)} for x in inputs]
-    return transformers.Trainer(model or Regression(), arguments, train_dataset=data, callbacks=list(callbacks))
+    return transformers.Trainer(
+        model or Regression(), arguments, train_dataset=data, eval_dataset=data[:8], callbacks=list(callbacks)
+    )
 
 
 def trained(*callbacks: Any, **options: Any) -> transformers.Trainer:
@@ -178,6 +180,7 @@ SCENARIOS: dict[str, Callable[[], Any]] = {
     "clips": beside_alone,
     "clips_nothing": functools.partial(beside_alone, max_grad_norm=0.0),
     "accumulates": functools.partial(beside_alone, gradient_accumulation_steps=3),
+    "evaluates": functools.partial(beside_alone, eval_strategy="steps", eval_steps=2),
     "taken_over": functools.partial(beside_alone, clip=0.5),
     "taken_over_from_none": functools.partial(beside_alone, clip=0.5, max_grad_norm=0.0),
     "fails_first": fails_first,
