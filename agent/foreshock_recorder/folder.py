@@ -47,10 +47,15 @@ def lock(folder: Path, *, patience: float = _LOCK_SECONDS) -> int | None:
 def release(folder: Path, held: int) -> None:
     """Release the lock. Remove the folder, unless rings are left, or another rank has come meanwhile."""
     try:
-        if not any(path for pattern in _RINGS for path in folder.glob(pattern)):
+        if not has_rings(folder):
             _remove(folder, _BESIDE)
     finally:
         os.close(held)
+
+
+def has_rings(folder: Path) -> bool:
+    """Return whether a folder holds a ring, or one that a rank is making."""
+    return any(path for pattern in _RINGS for path in folder.glob(pattern))
 
 
 def remove(folder: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from foreshock_recorder.folder import Contents, contents, lock, paths_below, release, remove
+from foreshock_recorder.folder import Contents, contents, has_rings, lock, paths_below, release, remove
 from foreshock_recorder.paths import LOCK_NAME
 from foreshock_recorder.reader import RingReader
 
@@ -55,9 +55,15 @@ def give_up(base: Path, *, now: float) -> Iterator[str]:
         elif not each.full_bytes and now - each.newest > COUNTED_SECONDS and _locked(each.folder, _removed):
             yield f"removed what was left of run {each.run} in {each.folder}"
     for folder in folders:
-        # Without a ring that this version can read.
         with suppress(FileNotFoundError):
-            if contents(folder) is None and _untouched_since(folder) < now - KEPT_SECONDS and _locked(folder, _removed):
+            if not has_rings(folder):
+                # Its recorder was killed behind its last ring. To lock a folder that is gone would make it again.
+                if (folder / LOCK_NAME).exists() and _locked(folder, _released):
+                    yield f"removed {folder}"
+            # Without a ring that this version can read.
+            elif (
+                contents(folder) is None and _untouched_since(folder) < now - KEPT_SECONDS and _locked(folder, _removed)
+            ):
                 yield f"removed {folder}"
 
 
@@ -101,6 +107,11 @@ def _is_ours(folder: Path) -> bool:
 def _removed(folder: Path) -> int:
     remove(folder)
     return 1
+
+
+def _released(folder: Path) -> int:
+    # The release of the lock removes a folder without rings.
+    return not has_rings(folder)
 
 
 def _untouched_since(folder: Path) -> float:

@@ -315,6 +315,22 @@ def test_folders_without_a_ring_that_can_be_read_go_after_a_day_and_nothing_else
     os.close(holder)
 
 
+def test_what_a_recorder_left_that_was_killed_behind_its_last_ring_goes_at_once(tmp_path: Path) -> None:
+    killed, served, strange = tmp_path / "a" / "killed", tmp_path / "a" / "served", tmp_path / "b" / "strange"
+    for folder in (killed, served, strange):
+        folder.mkdir(parents=True)
+        (folder / LOCK_NAME).touch()
+        (folder / "recorder.log").touch()
+    (strange / "thesis.tex").touch()
+    holder = lock(served)
+    assert holder is not None
+    assert sorted(give_up(tmp_path, now=time.time())) == [f"removed {killed}", f"removed {strange}"]
+    assert not killed.exists() and (served / LOCK_NAME).exists()
+    # Of a stranger's folder, only files with our names go.
+    assert [path.name for path in strange.iterdir()] == ["thesis.tex"]
+    os.close(holder)
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
