@@ -16,7 +16,7 @@ from foreshock._attach.settings import MIRROR_TOOLS, settings_from
 from foreshock._errors import SettingsError
 from foreshock._log import _logged
 from foreshock._mirror import mirror as mirror_module
-from foreshock._mirror import mlflow, tensorboard, wandb
+from foreshock._mirror import mlflow, tensorboard, trackio, wandb
 from foreshock._mirror.mirror import FINDS, Mirror
 from foreshock_recorder.layout import GRADIENT_UNKNOWN, RingFile
 from foreshock_recorder.reader import RingReader
@@ -223,11 +223,13 @@ def test_the_tools_of_the_setting_are_those_that_can_be_found() -> None:
     assert tuple(FINDS) == MIRROR_TOOLS
     assert settings_from({"FORESHOCK_MIRROR": " WandB, tensorboard,wandb,"}).mirror == ("wandb", "tensorboard")
     assert settings_from({}).mirror == ()
-    with pytest.raises(SettingsError, match="FORESHOCK_MIRROR: 'neptune' is none of tensorboard, wandb, mlflow"):
+    with pytest.raises(
+        SettingsError, match="FORESHOCK_MIRROR: 'neptune' is none of tensorboard, wandb, mlflow, trackio"
+    ):
         settings_from({"FORESHOCK_MIRROR": "tensorboard,neptune"})
 
 
-@pytest.mark.parametrize(("name", "find"), [("wandb", wandb.find), ("mlflow", mlflow.find)])
+@pytest.mark.parametrize(("name", "find"), [("wandb", wandb.find), ("mlflow", mlflow.find), ("trackio", trackio.find)])
 def test_a_tool_that_the_script_has_not_imported_is_not_imported(
     name: str, find: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +312,28 @@ def test_in_mlflow_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     active.clear()
     assert [run.closed, mlflow.find()] == [True, None]
+
+
+def test_in_trackio_values_have_no_step_so_that_the_scripts_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    opened = SimpleNamespace(log_system=lambda values: calls.append(values), alert=lambda *given: calls.append(given))
+    current: list[Any] = [opened]
+    context = SimpleNamespace(current_run=SimpleNamespace(get=lambda: current[0]))
+    module = SimpleNamespace(context_vars=context, AlertLevel=SimpleNamespace(INFO="info"))
+    monkeypatch.setitem(sys.modules, "trackio", module)
+    run = trackio.find()
+    assert run is not None
+    assert [run.closed] == [False]
+    run.write(7, {"foreshock/loss": 0.5})
+    run.notify("Exploding gradients")
+    run.link("http://monitor:9327/run/a")
+    assert calls == [
+        {"foreshock/step": 7, "foreshock/loss": 0.5},
+        ("Foreshock", "Exploding gradients"),
+        ("Foreshock", "http://monitor:9327/run/a", "info"),
+    ]
+    current[0] = None
+    assert [run.closed, trackio.find()] == [True, None]
 
 
 def test_an_open_summary_writer_is_found_and_a_closed_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

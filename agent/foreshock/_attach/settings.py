@@ -11,7 +11,7 @@ from typing import Any
 from foreshock._control.clip import Clip, clip_from, clip_from_text
 from foreshock._errors import SettingsError
 
-MIRROR_TOOLS = ("tensorboard", "wandb", "mlflow")
+MIRROR_TOOLS = ("tensorboard", "wandb", "mlflow", "trackio")
 _NAME_LENGTH = 128
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})")
 

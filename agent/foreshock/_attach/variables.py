@@ -31,7 +31,9 @@ VARIABLES = (
     Variable("FORESHOCK_DISABLED", "0", "1 on any rank disables Foreshock on all ranks."),
     Variable("FORESHOCK_ATTACH_TIMEOUT", "60", "Seconds that a rank waits for the others in `attach`."),
     Variable(
-        "FORESHOCK_MIRROR", "", "Mirrors the run in `tensorboard`, `wandb`, `mlflow`; several with commas between."
+        "FORESHOCK_MIRROR",
+        "",
+        "Mirrors the run in `tensorboard`, `wandb`, `mlflow`, `trackio`; several with commas between.",
     ),
     Variable("FORESHOCK_RECORDER_PYTHON", "", "Python interpreter that runs the recorder; defaults to the rank's."),
     Variable("FORESHOCK_RING_DIR", "", "Folder for rings; defaults to shared memory or the temporary folder."),

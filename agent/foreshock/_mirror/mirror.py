@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 
 from foreshock._log import warn_once
-from foreshock._mirror import mlflow, tensorboard, wandb
+from foreshock._mirror import mlflow, tensorboard, trackio, wandb
 from foreshock._mirror.tool import LOSS, NORM, PREFIX, Find, OpenRun, size
 from foreshock_protos.columns import MEASURED_NAMES
 from foreshock_recorder.layout import GRADIENT_UNKNOWN, RingFile
@@ -17,7 +17,12 @@ from foreshock_recorder.records import Record, read_record
 
 NOTICES = "notice"
 """What a rank that mirrors asks the collector for."""
-FINDS: Mapping[str, Find] = {"tensorboard": tensorboard.find, "wandb": wandb.find, "mlflow": mlflow.find}
+FINDS: Mapping[str, Find] = {
+    "tensorboard": tensorboard.find,
+    "wandb": wandb.find,
+    "mlflow": mlflow.find,
+    "trackio": trackio.find,
+}
 """How to find the open run of each tool."""
 INTERVAL_SECONDS = 1.0
 _MOST_RECORDS = 100
