@@ -35,7 +35,8 @@ class Tape(Intake):
         which = message.WhichOneof("message")
         if which == "hello":
             self._runs_of[message.hello.instance] = message.hello.run
-        content = getattr(message, which)
+        # The ranks of a block are of one launch.
+        content = message.block.ranks[0] if which == "block" else getattr(message, which)
         run = self._runs_of[content.instance]
         self.messages[run].append(message)
         self.exits[run] += which == "exit"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from benchmarks.faults.cases import Case, Part
 from foreshock_collector.records.batch import RECORD, Rows, decode, locally_nonfinite
+from foreshock_collector.records.block import decode_block
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 FOLDER = Path(__file__).parent / "traces"
@@ -112,6 +113,11 @@ def from_messages(case: Case, messages: Sequence[pb.FromRecorder]) -> Trace:
         if which == "steps" and len(message.steps.step):
             decoded = decode(message.steps, layers)
             found.append((places[message.steps.instance], decoded.rows, decoded.layer_norms))
+        elif which == "block" and message.block.steps:
+            block = decode_block(message.block, layers)
+            for i, rank_of_block in enumerate(message.block.ranks):
+                place = places[rank_of_block.instance]
+                found.append((place, block.rows[:, i], block.layer_norms))
         elif which == "exit":
             (attempt, rank), exit_message = places[message.exit.instance], message.exit
             reason = pb.ExitReason.Name(exit_message.reason)
