@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 from foreshock_collector.ingest import answers
 from foreshock_collector.ingest.run_limits import RunLimits
-from foreshock_collector.ingest.session import RefusedError, Session
+from foreshock_collector.ingest.session import RefusedError, Sender, Session
 from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.ingest.validation import check_instance, check_version, validated
 from foreshock_collector.records.batch import MAX_SEQUENCE, ColumnsError
@@ -34,16 +33,6 @@ _PART_SECONDS = 0.03
 """Of a commit of all runs: nothing else happens meanwhile, and a part is longer by its own storing."""
 _NOTICE = "notice"
 """Capability of an instance that mirrors its run in other tools."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sender:
-    """Names a rank in the log."""
-
-    instance: str
-    run: str
-    rank: int
-    node: str
 
 
 class Intake:
@@ -235,6 +224,7 @@ class Intake:
 
     def _steps(self, run: Run, members: Members, steps: pb.StepBatch | pb.StepBlock) -> None:
         """Take records. members: the batch's instance, or those of the block's that are of this run."""
+        self._load_evidence(run)
         now = self._now()
         count = len(steps.step) if isinstance(steps, pb.StepBatch) else steps.steps
         if count:  # without any, it only says that the ranks are alive
@@ -253,6 +243,21 @@ class Intake:
             self._commit([run])
         # These ranks may be about to exit, and wait for this acknowledgement.
         self.urgent.update(instance.name for _, instance in members if instance.nonfinite)
+
+    def _load_evidence(self, run: Run) -> None:
+        """Load what a start has left in the store, so that the collector listens before it has read all of it."""
+        while run.evidence:
+            try:
+                run.evidence.pop()()
+            except Exception as error:
+                run.errors.add("ingest", error)
+                if is_damage(error):
+                    self.database_error = error
+
+    def _finalize(self, run: Run, now: float) -> None:
+        self._load_evidence(run)
+        with run.errors.caught("evaluate"):
+            run.finalize_steps(now)
 
     def _accept_unprocessed(self, run: Run, instances: list[Instance], steps: pb.StepBatch | pb.StepBlock) -> None:
         run.accept_unprocessed(instances, received(instances[0], steps), self._now())
@@ -291,9 +296,8 @@ class Intake:
         stored, part, began = True, list[Run](), time.perf_counter()
         for run in list(self._runs):
             part.append(run)
-            with run.errors.caught("evaluate"):
-                if not run.evicted or run.changed:
-                    run.finalize_steps(now)
+            if not run.evicted or run.changed:
+                self._finalize(run, now)
             if time.perf_counter() - began >= _PART_SECONDS:
                 stored &= self._commit(part)
                 yield
@@ -307,8 +311,7 @@ class Intake:
         known = (self._runs.find_in_memory(name) for name in session.registered)
         runs = {id(found[0]): found[0] for found in known if found is not None}
         for run in runs.values():
-            with run.errors.caught("evaluate"):
-                run.finalize_steps(now)
+            self._finalize(run, now)
         self._commit(runs.values())
 
     def commit_urgent(self) -> set[str]:
@@ -323,7 +326,7 @@ class Intake:
             with run.errors.caught("evaluate"):
                 if id(run) in urgent or run.overdue(now):
                     urgent[id(run)] = run
-                    run.finalize_steps(now)
+                    self._finalize(run, now)
         if self._commit(urgent.values()):
             self.statistics.urgent_commits += bool(urgent)
             return waiting
@@ -374,7 +377,7 @@ class Intake:
             with run.errors.caught("evaluate"):
                 run.check_silence(now, self._silent)
                 if not run.evicted and run.ended_for(now, self._silent) >= self._ended_seconds:
-                    run.finalize_steps(now)
+                    self._finalize(run, now)
                     run.evict(now)
                     if self._commit([run]):
                         self._store.forget_window(run)

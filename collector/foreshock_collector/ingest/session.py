@@ -16,6 +16,16 @@ class RefusedError(ValueError):
         """One of `catalogue.REFUSAL_REASONS`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sender:
+    """Names a rank in the log."""
+
+    instance: str
+    run: str
+    rank: int
+    node: str
+
+
 @dataclass
 class Session:
     """Tracks the instances that one stream has introduced by a hello."""

@@ -7,7 +7,7 @@ anyone can read it, so counters never go back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
@@ -60,6 +60,8 @@ class Run:
         self.unsaved = Unsaved()
         self.departures_pending = True
         """Whether ranks may have left that are not explained yet: that comes later, without another record of them."""
+        self.evidence: list[Callable[[], None]] = []
+        """Load records of finalized steps that a start has left in the store: each once, before they may be needed."""
         self._missing: Counter[str] = Counter()
         """Dropped records that were learned of since the last commit."""
 

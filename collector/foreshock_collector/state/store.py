@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -243,15 +244,27 @@ class Store(History):
         newest = "SELECT incident FROM incidents WHERE run=? ORDER BY id DESC LIMIT ?"
         incidents = self._db.execute(newest, (name, INCIDENTS_KEPT)).fetchall()
         run.incidents.restore(decode(incident, Incident) for (incident,) in reversed(incidents))
-        waiting = "SELECT instance, batch FROM rank_window WHERE run=? ORDER BY id"
-        for instance, batch in self._db.execute(waiting, (name,)).fetchall():
-            with run.errors.caught("ingest"):
-                restore(run, instances, instance, batch, now)
+        for (number,) in self._db.execute("SELECT DISTINCT attempt FROM rank_window WHERE run=?", (name,)).fetchall():
+            if number < len(run.attempts):
+                _ = run.attempts[number].buffer  # which shows that its steps are needed
+                self._restore_records(run, number, instances, now, finalized=False)
+                older = partial(self._restore_records, run, number, instances, now, finalized=True)
+                run.evidence.append(older)
         for attempt in run.attempts:
             if not attempt.evicted:
                 self._restore_steps(run, attempt)
         run.departures_pending = any(attempt.departures_pending for attempt in run.attempts)
         return run
+
+    def _restore_records(
+        self, run: Run, attempt: int, instances: dict[str, Instance], now: float, *, finalized: bool
+    ) -> None:
+        """Restore records of finalized steps, which are many, or those that wait. Raises `sqlite3.Error`."""
+        which = "<=" if finalized else ">"
+        query = f"SELECT instance, batch FROM rank_window WHERE run=? AND attempt=? AND last_sequence{which}?"  # noqa: S608
+        for instance, batch in self._db.execute(query, (run.name, attempt, run.attempts[attempt].finalized)):
+            with run.errors.caught("ingest"):
+                restore(run, instances, instance, batch, now)
 
     def _set_aside(self, name: str, state: bytes) -> None:
         """Take a run out of the list of runs. Its rows stay under its name, which no other run gets meanwhile.

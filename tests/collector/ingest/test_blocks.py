@@ -250,3 +250,30 @@ def test_a_nan_in_a_block_is_urgent(collector: Collector) -> None:
     assert not collector.intake.urgent
     collector.take(block(4, local_norm=[1.0, 1.0, math.nan], flags=[pb.LOCAL_NORMS] * 3))
     assert collector.intake.urgent == {"r-0", "r-1"}
+
+
+def test_a_start_leaves_the_records_of_finalized_steps_for_the_first_commit(collector: Collector) -> None:
+    collector.take(block(), block_of([batch(0, 4, [4.0, 5.0])]))
+    assert collector.finalized() == [(1, 2), (2, 2), (3, 2)]
+    collector.store.close()
+    collector.open()
+    (run,) = collector.runs
+    buffer = run.newest.buffer
+    assert [len(buffer.records(sequence)[0]) for sequence in (1, 3, 4, 5)] == [0, 0, 1, 1]
+    collector.intake.commit()
+    assert [len(buffer.records(sequence)[0]) for sequence in (1, 3, 4, 5)] == [2, 2, 1, 1]
+
+
+def test_a_nan_right_after_a_start_has_the_records_before_it_as_evidence(collector: Collector) -> None:
+    collector.take(block())
+    collector.finalized()
+    collector.store.close()
+    collector.open()
+    collector.take(block(4, global_nan_parameters=[0.0, 0.0, 1.0]))
+    collector.finalized()
+    (run,) = collector.runs
+    newest = run.incidents.newest
+    assert newest is not None
+    window = collector.store.incident_window(run.name, newest.number)
+    assert window is not None
+    assert sorted(set(window.records["sequence"].tolist())) == [1, 2, 3, 4, 5, 6]

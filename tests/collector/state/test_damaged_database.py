@@ -85,7 +85,7 @@ def names(runs: Runs) -> list[str]:
 
 @pytest.mark.parametrize(
     ("table", "kept"),
-    [("steps", RUNS), ("instances", RUNS), ("rank_window", RUNS), ("runs", ())],
+    [("steps", RUNS), ("instances", RUNS), ("runs", ())],
 )
 def test_a_damaged_page_costs_its_table_and_the_collector_starts(
     path: Path, table: str, kept: tuple[str, ...], caplog: pytest.LogCaptureFixture
@@ -108,6 +108,25 @@ def test_a_damaged_page_costs_its_table_and_the_collector_starts(
     again, _ = recovery.load(str(path), 0.0)
     again.close()
     assert not path.with_name("db.damaged-2").exists()
+
+
+def test_damage_among_the_records_before_a_restart_is_found_once_they_are_loaded(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overwrite_page(path, "rank_window")
+    clock = Clock()
+    store, runs = recovery.load(str(path), clock())
+    intake = Intake(runs, store, clock, ended_seconds=900.0, silent=900.0)
+    intake.commit()
+    error = intake.database_error
+    assert isinstance(error, sqlite3.DatabaseError)
+    store.close()
+    recovery.replace(path, error)
+    assert "it was set aside as" in caplog.records[-1].getMessage()
+    store, runs = recovery.load(str(path), clock())
+    assert names(runs) == list(RUNS)
+    assert len(store.steps("first", attempt=0, after=0, limit=1000)["step"]) == STEPS
+    store.close()
 
 
 def test_a_damaged_definition_costs_its_table_and_the_collector_starts(path: Path) -> None:

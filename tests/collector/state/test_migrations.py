@@ -57,6 +57,9 @@ def without_added(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def answers(store: Store, now: float) -> dict[str, Any]:
     """All that the API and /metrics show, in the shape of `ANSWERS_3`."""
     runs = store.load(now)
+    for run in runs:
+        for load in run.evidence:
+            load()
     api = Api(runs=runs, store=store, clock=lambda: now, silent=900.0)
     handlers = {route.path: route.handler for route in api.routes() if isinstance(route, web.RouteDef)}
     a_run = "/api/v1/runs/{run:[^/]+}"
