@@ -162,6 +162,7 @@ class RingReader(RingFile):
         The header counts them, until a collector has stored that count.
         """
         lost = max(0, self.begun - self.acknowledged)
+        # Before the file is cut: a recorder that is killed here must not lose the count.
         self._words[WORD_DROPPED + DROP_REASONS.index("given_up")] += lost
         # What is counted as given up must not look overwritten as well.
         self._words[WORD_BEGUN] = self.acknowledged

@@ -133,6 +133,7 @@ class Server:
                         url=lambda: self.public_url,
                     )
                 )
+            # HTTP first: acknowledgements tell ranks the page's address, with its port.
             await self._open_http(stack, application)
             await self._open_grpc(stack, telemetry)
             if notifier is not None:

@@ -185,6 +185,7 @@ def _is_ours_to_take(number: signal.Signals) -> bool:
 
 
 _ONE_END_SECONDS = 1.0
+"""A training that ends so shortly before its process ends with it."""
 _unconfirmed: list[tuple[float, Ring, RecorderProcess]] = []
 """Endings reported without a wait, and when."""
 _kept: list[TextIO] = []

@@ -73,6 +73,7 @@ class Tokens:
         """Return the token, if it exists, has the right and has not expired."""
         if self._file.changed():
             self._read_again()
+        # aiohttp turns bytes of a header that are no UTF-8 into surrogates.
         digest = hashlib.sha256(secret.encode(errors="surrogatepass")).digest()
         # All are compared, so that the time that it takes says nothing about them.
         found = [token for token in self._tokens if hmac.compare_digest(token.digest, digest)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CHECK_SECONDS = 1.0
+"""Every stream asks at each acknowledgement, and every request: most of them must not touch the disk."""
 
 
 class WatchedFiles:

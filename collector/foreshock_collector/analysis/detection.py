@@ -156,6 +156,7 @@ class Detector:
             known_losses = known_losses[known_losses < steps]
         if found := loss.scan(losses[known_losses].tolist(), rules.loss, stop=True):
             steps = int(known_losses[found[0].place])
+            # The loss has an event before the norm does: the norm may only be followed as far.
             gradient = copy(self.gradient)
             gradient.scan(norms[known_norms[known_norms < steps]].tolist(), rules.gradient)
         if steps:

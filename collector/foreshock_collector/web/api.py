@@ -33,6 +33,7 @@ _MOST_RANK_COLUMNS = 64
 """Most ranks for which the steps carry local norms."""
 _MOST_POINTS = 2000
 _NO_END = 2**53
+"""Beyond any sequence number; up to here JavaScript has all whole numbers exactly."""
 
 
 class Api:
@@ -84,6 +85,7 @@ class Api:
         attempt = run.newest
         model, optimizer = attempt.model, attempt.hello.optimizer
         ranks = sorted(attempt.instances.values(), key=lambda instance: (instance.reporting, instance.rank))
+        # Those that do not report stand at the beginning: a limit leaves out healthy ones.
         ranks = ranks[: query_number(request, "ranks", len(ranks))]
         return json_response(
             {
@@ -223,6 +225,7 @@ def _local_norms(attempt: Attempt, sequences: list[int]) -> dict[str, list[Any]]
 def query_number(request: web.Request, name: str, default: int) -> int:
     """Return a whole number from the query; a wrong one is named in the error."""
     text = request.query.get(name, str(default))
+    # Python refuses to read a number of thousands of digits, and SQLite takes none beyond 64 bits.
     if not text.isdecimal() or len(text) > 16:
         raise json_error(web.HTTPBadRequest, f"{name} must be a whole number, not {text[:80]!r}")
     return int(text)

@@ -90,6 +90,7 @@ class ChangeStreams:
                 await response.write(f"event: {kind}\ndata: {data}\n\n".encode())
                 sent, idle = current, 0.0
             idle += _CHECK_SECONDS
+            # No plain sleep: a collector that stops ends its streams at once.
             try:
                 await asyncio.wait_for(self._ending.wait(), _CHECK_SECONDS)
             except TimeoutError:
