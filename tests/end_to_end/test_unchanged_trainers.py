@@ -1,4 +1,4 @@
-"""`foreshock run` watches trainers whose scripts know nothing of it, under torchrun and `accelerate launch`."""
+"""`foreshock run` watches trainers whose scripts know nothing of it, under the launchers that people use for each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from tests.support.collector_process import Collector, left
 from tests.support.commands import FORESHOCK
 from tests.support.repository import ROOT
-from tests.support.waiting import WAIT_SECONDS
+from tests.support.waiting import WAIT_SECONDS, free_port
 
 pytestmark = [
     pytest.mark.trainers,
@@ -25,8 +25,9 @@ pytestmark = [
 ]
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-ACCELERATE = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+# Without --multi_gpu, which needs no GPU, it starts one rank.
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "{port}"]
 SCRIPT = str(ROOT / "tests/end_to_end/unchanged_trainers.py")
 
 
@@ -40,27 +41,31 @@ def run(folder: Path, *command: str, **environment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "launcher", "ranks"),
+    ("trainer", "launcher"),
     [
-        ("transformers", TORCHRUN, 2),
-        ("lightning", TORCHRUN, 2),
-        ("accelerate", TORCHRUN, 2),
-        ("accelerate", ACCELERATE, 1),
+        ("transformers", TORCHRUN),
+        ("lightning", TORCHRUN),
+        # It starts the other rank by itself.
+        ("lightning", []),
+        ("accelerate", TORCHRUN),
+        ("accelerate", ACCELERATE),
     ],
-    ids=["transformers", "lightning", "accelerate", "accelerate launch"],
+    ids=["transformers", "lightning", "lightning alone", "accelerate", "accelerate launch"],
 )
 def test_an_unchanged_trainer_trains_as_without_and_has_its_norms(
-    collector: Collector, tmp_path: Path, trainer: str, launcher: list[str], ranks: int
+    collector: Collector, tmp_path: Path, trainer: str, launcher: list[str]
 ) -> None:
+    port = free_port()
+    launch = [sys.executable, *(part.format(port=port) for part in launcher), SCRIPT]
     for name in ("alone", "watched"):
         (tmp_path / name).mkdir()
-    run(tmp_path, sys.executable, *launcher, SCRIPT, str(tmp_path / "alone"), trainer)
-    watched = [*FORESHOCK, "run", "--collector", collector.address, "--run", "night", "--", sys.executable, *launcher]
-    run(tmp_path, *watched, SCRIPT, str(tmp_path / "watched"), trainer)
+    run(tmp_path, *launch, str(tmp_path / "alone"), trainer)
+    watched = [*FORESHOCK, "run", "--collector", collector.address, "--run", "night", "--"]
+    run(tmp_path, *watched, *launch, str(tmp_path / "watched"), trainer)
     told = left(collector, "night")
-    assert told["incidents"] == [] and told["condition"] == "ended" and len(told["ranks"]) == ranks
+    assert told["incidents"] == [] and told["condition"] == "ended" and len(told["ranks"]) == 2
     measured = collector.get("/api/v1/runs/night/steps")["global_norm"]
-    for rank in range(ranks):
+    for rank in (0, 1):
         alone, ours = (torch.load(tmp_path / name / f"{trainer}-{rank}.pt") for name in ("alone", "watched"))
         assert all(map(torch.equal, alone["weights"], ours["weights"])) and alone["norms"] == ours["norms"]
         # The first step is measured as its optimizer finds it, after the trainer has clipped.

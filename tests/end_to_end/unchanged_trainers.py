@@ -95,5 +95,6 @@ def accelerate() -> list[float]:
 if __name__ == "__main__":
     folder, name = sys.argv[1:]
     norms = {"transformers": transformers, "lightning": lightning, "accelerate": accelerate}[name]()
-    rank = os.environ.get("RANK", "0")
+    # Lightning starts its other ranks with the second.
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     torch.save({"weights": list(layers.parameters()), "norms": norms}, Path(folder, f"{name}-{rank}.pt"))
