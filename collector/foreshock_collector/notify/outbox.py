@@ -44,6 +44,8 @@ class Outbox:
         self._form = form
         self._url = url
         self._waiting: dict[Run, dict[str, Notification]] = {}
+        self._sending: Run | None = None
+        """Run whose message the receiver may be taking now."""
         self._added = asyncio.Event()
         self._failures = 0
         """Attempts that failed since the last success."""
@@ -52,7 +54,7 @@ class Outbox:
         """Add what is new about one run; an older state of the same alert that still waits is replaced."""
         run = (notifications[0].labels["experiment"], notifications[0].labels["run"])
         if run not in self._waiting and len(self._waiting) >= _MOST_RUNS:
-            oldest = next(iter(self._waiting))
+            oldest = next(each for each in self._waiting if each != self._sending)
             del self._waiting[oldest]
             self._count("failed", oldest, "too many messages wait")
         self._waiting.setdefault(run, {}).update((each.labels["alertname"], each) for each in notifications)
@@ -78,6 +80,7 @@ class Outbox:
         """Send the message about a run. Return whether it need not be sent again."""
         # A copy: `add` may replace some of it while the receiver is being waited for.
         sent = dict(self._waiting[run])
+        self._sending = run
         try:
             body = body_of(list(sent.values()), form=self._form, url=self._url())
             answer = await self._webhook.post(body, self._clock())
@@ -87,6 +90,8 @@ class Outbox:
             self._remove(run, sent)
             self._count("failed", run, type(error).__name__)
             return True
+        finally:
+            self._sending = None
         if answer.final:
             self._failures = 0
             self._remove(run, sent)

@@ -237,6 +237,24 @@ def test_messages_that_wait_are_bounded_and_the_oldest_goes_first(
     assert "run a to" in caplog.text
 
 
+def test_a_message_that_is_being_sent_is_not_dropped_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        monkeypatch.setattr(outbox_module, "_MOST_RUNS", 2)
+        async with receiving() as receiver, sending(receiver) as (outbox, counts):
+
+            def add(_: web.Request) -> web.Response:
+                outbox.add([notification("c")])
+                return web.Response()
+
+            receiver.replies = [add]
+            outbox.add([notification("a")])
+            outbox.add([notification("b")])
+            assert [(await receiver.next())["groupLabels"]["run"] for _ in range(2)] == ["a", "c"]
+            await until(lambda: counts.results == {"sent": 2, "failed": 1})
+
+    run(test())
+
+
 def test_a_receiver_that_does_not_answer_costs_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         monkeypatch.setattr(webhook_module, "_SECONDS", 0.05)
