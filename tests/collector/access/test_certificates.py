@@ -13,7 +13,7 @@ from foreshock_collector.config import Config, ConfigError
 from foreshock_collector.server import Server
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
-from tests.support.certificates import sign
+from tests.support.certificates import expire, sign
 from tests.support.streams import config, hello, serving
 from tests.support.tokens import table
 
@@ -23,8 +23,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("certificates")
-    for name, by in (("ca", ""), ("collector", "ca"), ("node", "ca"), ("stranger", "")):
+    for name, by in (("ca", ""), ("collector", "ca"), ("node", "ca"), ("stranger", ""), ("expired", "ca")):
         sign(folder, name, by)
+    expire(folder, "expired", "ca")
     return folder
 
 
@@ -96,7 +97,7 @@ def test_a_recorder_shows_a_certificate_where_the_collector_asks_for_one(
         async with Server(settings(tmp_path, folder, tls_client_ca=str(folder / "ca.crt"))) as server:
             with pytest.raises(UnreachableError):
                 await greet(server)
-            for name, accepted in (("stranger", False), ("node", True)):
+            for name, accepted in (("stranger", False), ("expired", False), ("node", True)):
                 monkeypatch.setenv("FORESHOCK_CERTIFICATE_FILE", str(folder / f"{name}.crt"))
                 monkeypatch.setenv("FORESHOCK_KEY_FILE", str(folder / f"{name}.key"))
                 if accepted:
@@ -104,6 +105,22 @@ def test_a_recorder_shows_a_certificate_where_the_collector_asks_for_one(
                 else:
                     with pytest.raises(UnreachableError):
                         await greet(server)
+
+    serving(test())
+
+
+def test_recorders_and_commands_refuse_a_collector_whose_certificate_has_expired(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORESHOCK_CA_FILE", str(folder / "ca.crt"))
+    files = {"tls_certificate": str(folder / "expired.crt"), "tls_key": str(folder / "expired.key")}
+
+    async def test() -> None:
+        async with Server(settings(tmp_path, folder, **files)) as server:
+            with pytest.raises(UnreachableError):
+                await greet(server)
+            with pytest.raises(ClientError, match="certificate has expired"):
+                await asyncio.to_thread(ask, server.url, "runs")
 
     serving(test())
 
