@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from urllib.parse import quote
 from foreshock_protos import BLOCKS_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.folder import release
+from foreshock_recorder.layout import FACTS
 from foreshock_recorder.node import Node
 from foreshock_recorder.ranks import Rank
 from foreshock_recorder.stream import RefusedError, Send, UnreachableError, run_stream
@@ -52,8 +54,8 @@ class Delivery:
         self._held = held
         self._linger, self._empty, self._awaits_idle = linger, empty, awaits_idle
         self._ranks: dict[Path, Rank] = {}
-        self._unreadable: dict[Path, tuple[int, int]] = {}
-        """Rings that are damaged or of another version, and the inode and size at which they were found so."""
+        self._unreadable: dict[Path, tuple[int, int, bytes]] = {}
+        """Rings that are damaged or of another version, and the `_version` at which they were found so."""
         self._interval = 1.0
         self._limit = 512
         self._answered = self._stopping = False
@@ -246,12 +248,17 @@ class Delivery:
             rank.report_problem(text)
 
 
-def _version(path: Path) -> tuple[int, int]:
-    """Return inode and size of a file; zeros if it is gone."""
+def _version(path: Path) -> tuple[int, int, bytes]:
+    """Return inode and size of a file and what its header begins with; zeros if it cannot be opened."""
     with suppress(OSError):
-        found = path.lstat()
-        return found.st_ino, found.st_size
-    return 0, 0
+        # For writing too, as a ring is opened: a pipe of that name would wait for a writer.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            found = os.fstat(descriptor)
+            return found.st_ino, found.st_size, os.pread(descriptor, FACTS.size, 0)
+        finally:
+            os.close(descriptor)
+    return 0, 0, b""
 
 
 def pause_seconds(

@@ -41,22 +41,32 @@ class Node:
         pressing = any(rank.pressing(limit) for rank in speaking.values())
         if speaking and (due or pressing):
             self._flushed = now
-            messages += blocks(self._pieces(list(speaking.values()), now, limit=limit, pressing=pressing))
+            messages += blocks(self._pieces(speaking, now, limit=limit, pressing=pressing))
         for rank in speaking.values():
             messages += rank.closing()
         return messages
 
-    def _pieces(self, ranks: list[Rank], now: float, *, limit: int, pressing: bool) -> list[Piece]:
+    def _pieces(self, speaking: dict[Path, Rank], now: float, *, limit: int, pressing: bool) -> list[Piece]:
+        """Take what the ranks have to send. A rank whose ring cannot be read is removed from `speaking`."""
         pieces = []
-        for launch in dict.fromkeys(rank.launch for rank in ranks):
-            members = [rank for rank in ranks if rank.launch == launch and (rank.speaks or rank.pressing(limit))]
+        for launch in dict.fromkeys(rank.launch for rank in speaking.values()):
+            members = {
+                path: rank
+                for path, rank in speaking.items()
+                if rank.launch == launch and (rank.speaks or rank.pressing(limit))
+            }
             if not members:
                 continue
             # Ranks take steps together, yet one is read a moment before another: what not all of them have waits for
             # the next block, and no longer, so that one block holds all.
-            newest = [rank.read_up_to for rank in members]
+            newest = [rank.read_up_to for rank in members.values()]
             before = self._sent_up_to.get(launch, 0)
             up_to = math.inf if pressing else max(min(newest), before)
             self._sent_up_to[launch] = max(newest)
-            pieces += [rank.take(now, limit=limit, up_to=up_to) for rank in members]
+            for path, rank in members.items():
+                try:
+                    pieces.append(rank.take(now, limit=limit, up_to=up_to))
+                except ValueError as error:
+                    self._on_error(path, error)
+                    del speaking[path]
         return pieces

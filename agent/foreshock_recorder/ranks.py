@@ -137,7 +137,7 @@ class Rank:
         if self._dead or now - self._polled < _POLL_SECONDS:
             return
         self._polled = now
-        self.reader.check_size()
+        self.reader.check()
         self._follow_idle(now)
         if self.reader.alive:
             self.reader.heartbeat(now)
@@ -271,7 +271,7 @@ class Rank:
         """Return what comes before the records: its hello, and what has happened to it. due: records are due."""
         if self.delivered or (not self._hello_sent and now < self._hello_due):
             return []
-        self.reader.check_size()
+        self.reader.check()
         self._hello.hello.exited = self.exited
         messages = [] if self._hello_sent else [self._hello]
         self._hello_sent = True
@@ -350,6 +350,7 @@ class Rank:
             dropped=dropped,
             backward_passes=self.reader.backward_passes,
         )
+        self.reader.check()  # again: since the last time, an overwritten header may have counted anything
         norms = [norm for norm in map(global_norm, records) if norm is not None and math.isfinite(norm)]
         self._largest_norm = max(norms, default=self._largest_norm)
         self._sent_dropped = dropped

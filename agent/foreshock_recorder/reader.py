@@ -53,7 +53,8 @@ class RingReader(RingFile):
         memory = mmap.mmap(self._descriptor, 0)
         if len(memory) < JSON_OFFSET:
             raise ValueError(f"{path} is not a ring: it is shorter than a header")
-        magic, version, columns, slot_bytes, slots, layers, text, pid, started = FACTS.unpack_from(memory, 0)
+        self._facts = memory[: FACTS.size]
+        magic, version, columns, slot_bytes, slots, layers, text, pid, started = FACTS.unpack(self._facts)
         if (magic, version, columns) != (MAGIC, LAYOUT_VERSION, COLUMNS_CHECKSUM):
             raise ValueError(f"{path} is not a ring of layout {LAYOUT_VERSION}: made by another version of foreshock?")
         # Each layer has a name there; a number out of thin air could ask for all memory.
@@ -151,10 +152,15 @@ class RingReader(RingFile):
         """Unix seconds at which the file was made or cut, as far as its file system knows of writes to memory."""
         return os.fstat(self._descriptor).st_mtime
 
-    def check_size(self) -> None:
-        """Raise `ValueError` if the file has been cut or extended: reading beyond its end would kill this process."""
+    def check(self) -> None:
+        """Raise `ValueError` if the file has been cut or extended, or its header overwritten.
+
+        Reading beyond its end would kill this process, and what follows an overwritten header may count anything.
+        """
         if os.fstat(self._descriptor).st_size != len(self.memory):
             raise ValueError(f"{self.path} is damaged: its size has changed")
+        if self.memory[: FACTS.size] != self._facts:
+            raise ValueError(f"{self.path} is damaged: its header was overwritten")
 
     def give_up(self) -> int:
         """Cut the ring of a dead rank down to its header and close it. Return how many records are lost by that.

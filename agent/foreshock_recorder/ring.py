@@ -148,12 +148,12 @@ class Ring(RingFile):
 
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
-        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
-            self._restore()
+        self._ensure_whole()
         self._words[WORD_BACKWARD_PASSES] += 1
 
     def count_dropped(self, reason: str) -> None:
         """Count a record that could not be written."""
+        self._ensure_whole()
         self._words[WORD_DROPPED + DROP_REASONS.index(reason)] += 1
 
     def write_idle(self, idle: bool) -> None:
@@ -187,20 +187,25 @@ class Ring(RingFile):
             return None
         return NormHistory(*HISTORY.unpack_from(self.memory, 8 * (WORD_HISTORY + 1)))
 
-    def _restore(self) -> None:
-        """Give a file that somebody has cut its size and header again; what it held is lost.
+    def _ensure_whole(self) -> None:
+        """Give a file that somebody has cut or overwritten its size and header again; what the header counted is lost.
 
         Access to memory beyond the end of its file would kill the training by SIGBUS. Raises `OSError` if there is no
         room.
         """
+        # The size first: even a look at the header would.
+        size = os.fstat(self._descriptor).st_size
+        if size >= self.layout.file_bytes and self.memory[: FACTS.size] == self._header[: FACTS.size]:
+            return
         os.posix_fallocate(self._descriptor, 0, self.layout.file_bytes)
-        self.memory[: len(self._header)] = self._header
+        self.memory[FACTS.size : len(self._header)] = self._header[FACTS.size :]
         self._words[WORD_BEGUN] = self._newest
+        # Last: a recorder that finds them finds a whole header.
+        self.memory[: FACTS.size] = self._header[: FACTS.size]
 
     def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
         """Write a part of a record. slot: its first word."""
-        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
-            self._restore()
+        self._ensure_whole()
         begin = slot + part.begin
         start, end = begin + 1, begin + 1 + part.words
         self._words[begin] = sequence

@@ -23,13 +23,15 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from benchmarks.chaos.fleet import come_back
-from benchmarks.chaos.job import DISK_FAULTS, FAULTS, RUN, Job, mount_disks, unmount_disks
+from benchmarks.chaos.job import DATABASE_FAULTS, DISK_FAULTS, FAULTS, RUN, Job, mount_disks, unmount_disks
 from tests.support.waiting import eventually
 
 _QUIET_STEPS = 2000
 """Steps before the first fault."""
 _MOST_SLOWDOWN = 1.5
 """Of the median, the 99 % and the 99.9 % of a step beside those of the step that nobody reads."""
+_DESTROYED = 4
+"""Databases that are destroyed, one after the other: so few that the rings of a job still hold all of its steps."""
 _NAMESPACE = "FORESHOCK_CHAOS_NAMESPACE"
 """Set in the mount namespace of this benchmark."""
 
@@ -93,6 +95,7 @@ def run(
         "stored": total,
         "lost": lost,
         "doubled": abs(counted - total) + extra,
+        "records overwritten by faults": job.overwritten,
         "records counted as dropped": dropped,
         "counter regressions": job.regressions,
         "stalls reported": stalls,
@@ -109,6 +112,8 @@ def run(
     wrong = [
         f"{figures[what]} {what}" for what in ("doubled", "counter regressions", "stalls reported") if figures[what]
     ]
+    if dropped > job.overwritten:
+        wrong.append(f"{dropped} records counted as dropped, and {job.overwritten} overwritten before they were stored")
     if lost > dropped / 2:
         wrong.append(f"{lost} steps lost, and {dropped} records counted as dropped")
     slowdown = max(one / other for one, other in zip(read, unread, strict=True))
@@ -126,7 +131,7 @@ def _break(job: Job, names: Sequence[str], faults: int, generator: random.Random
         # At a random moment, yet not before the last fault is over.
         eventually(lambda before=before: job.look() > before, f"steps after {counts.total()} faults")  # type: ignore[misc]
         time.sleep(generator.random() / 2)
-        (FAULTS | DISK_FAULTS)[name](job)
+        (FAULTS | DISK_FAULTS | DATABASE_FAULTS)[name](job)
         counts[name] += 1
     return counts
 
@@ -181,6 +186,8 @@ def main() -> None:
             quiet=_QUIET_STEPS,
             most_slowdown=_MOST_SLOWDOWN,
         )
+    with tempfile.TemporaryDirectory() as name:
+        wrong += run(Path(name), [*DATABASE_FAULTS], faults=_DESTROYED, seed=options.seed, pace=options.pace)
     with tempfile.TemporaryDirectory() as name:
         wrong += come_back(Path(name), recorders=options.recorders)
     for line in wrong:

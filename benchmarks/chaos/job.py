@@ -22,11 +22,17 @@ from benchmarks.chaos.collector import CLOCK
 from benchmarks.chaos.proxy import Proxy
 from benchmarks.chaos.ranks import UNREAD_SUFFIX
 from benchmarks.chaos.relay import Relay
-from foreshock_recorder.layout import JSON_OFFSET
+from foreshock_recorder.layout import FACTS, JSON_OFFSET
+from foreshock_recorder.reader import RingReader
 from tests.support.collector_process import Collector
 from tests.support.launched_jobs import recorders
+from tests.support.waiting import eventually
 
 RUN = "chaos"
+_HEADER_BYTES = 100
+"""By which SQLite knows a database, and a collector its own."""
+_PAGE_BYTES = 4096
+"""Of SQLite's pages."""
 _HOLD_SECONDS = 1.0
 """How long a process is stopped, a connection delayed, a database held or a disk full."""
 _DAY_SECONDS = 86400.0
@@ -50,6 +56,8 @@ class Job:
     launches: list[str] = field(default_factory=list)
     counters: dict[str, float] = field(default_factory=dict)
     regressions: int = 0
+    overwritten: int = 0
+    """Records that were overwritten in a ring before a collector had them, at most."""
 
     def __post_init__(self) -> None:
         self.rings.mkdir(exist_ok=True)
@@ -110,6 +118,14 @@ class Job:
     def undelivered(self) -> list[Path]:
         """Return the rings of launches before the newest."""
         return [path for path in self.rings.rglob("*.ring") if path.parent.name != self.launches[-1]]
+
+    def ring(self) -> Path:
+        """Return the ring of a rank of the newest launch."""
+        return random.choice(sorted((self.rings / RUN / self.launches[-1]).glob("*.ring")))
+
+    def set_aside(self) -> int:
+        """Return how many damaged databases the collector has set aside."""
+        return len(list(self.storage.glob("*.damaged-[0-9]")))
 
     def recorder_pids(self) -> list[int]:
         return [int(pid) for pid in recorders(self.rings)]
@@ -224,6 +240,61 @@ def add_damaged_ring(job: Job) -> None:
     damaged.unlink(missing_ok=True)
 
 
+def overwrite_header(job: Job) -> None:
+    """Put random bytes in the place of a ring's header, long enough for a recorder to read them.
+
+    Its rank restores it with the next step.
+    """
+    path = job.ring()
+    before = path.read_bytes()[: FACTS.size]
+    os.kill(job.ranks.pid, signal.SIGSTOP)
+    _overwrite(path, 0, JSON_OFFSET)
+    time.sleep(_HOLD_SECONDS)
+    os.kill(job.ranks.pid, signal.SIGCONT)
+    eventually(lambda: path.read_bytes()[: FACTS.size] == before, "a header that is whole again")
+
+
+def overwrite_slots(job: Job) -> None:
+    """Put random bytes in the place of all records of a ring. What no collector has by then is counted as dropped."""
+    path = job.ring()
+    reader = RingReader(path)
+    acknowledged, offset = reader.acknowledged, reader.layout.header_bytes
+    _overwrite(path, offset, reader.layout.file_bytes - offset)
+    # The rank may have begun another meanwhile.
+    job.overwritten += reader.begun + 1 - acknowledged
+    reader.close()
+
+
+def _overwrite(path: Path, offset: int, size: int) -> None:
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        file.write(random.randbytes(size))
+
+
+def overwrite_database(job: Job) -> None:
+    """Put random bytes in the place of all tables."""
+    _destroy(job, lambda path: _overwrite(path, _HEADER_BYTES, path.stat().st_size - _HEADER_BYTES))
+
+
+def cut_database(job: Job) -> None:
+    """Leave a database its first page."""
+    _destroy(job, lambda path: os.truncate(path, _PAGE_BYTES))
+
+
+def _destroy(job: Job, harm: Callable[[Path], None]) -> None:
+    aside = job.set_aside()
+    with closing(sqlite3.connect(job.database)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    harm(job.database)
+    time.sleep(_HOLD_SECONDS)
+    if job.set_aside() == aside:
+        # Its newest pages are in its memory: it has not read a damaged one yet.
+        job.collector.kill_and_restart()
+    eventually(lambda: job.set_aside() > aside, "a damaged database that is set aside")
+    # The new one counts from the beginning what rings hold.
+    job.counters.clear()
+
+
 def hold_database(job: Job) -> None:
     with closing(sqlite3.connect(job.database, isolation_level=None)) as database:
         database.execute("BEGIN IMMEDIATE")
@@ -267,8 +338,15 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "clock a day ahead, then right": set_clock_forward,
     "clock a day behind, then right": set_clock_back,
     "damaged ring beside the others": add_damaged_ring,
+    "header of a ring overwritten": overwrite_header,
+    "slots of a ring overwritten": overwrite_slots,
     "database held by another process": hold_database,
 }
+DATABASE_FAULTS: dict[str, Callable[[Job], None]] = {
+    "database overwritten": overwrite_database,
+    "database cut short": cut_database,
+}
+"""Destroy what was acknowledged. Nothing is lost only as long as rings still hold all steps."""
 DISK_FAULTS: dict[str, Callable[[Job], None]] = {
     "disk of the database full": fill_storage,
     "disk of the rings full": fill_rings,

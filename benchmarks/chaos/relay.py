@@ -37,7 +37,7 @@ class Relay:
 
     def close(self) -> None:
         """End all streams and the thread."""
-        self._ask(self._server.stop(None))
+        self._ask(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -53,6 +53,14 @@ class Relay:
         port = int(self._server.add_insecure_port("127.0.0.1:0"))
         await self._server.start()
         return port
+
+    async def _close(self) -> None:
+        await self._server.stop(None)
+        # It does not wait for what its handlers still do.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
 
     async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
         async with grpc.aio.insecure_channel(self._address, (("grpc.use_local_subchannel_pool", 1),)) as channel:

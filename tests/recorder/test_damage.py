@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from foreshock_protos.v1 import telemetry_pb2 as pb
 from foreshock_recorder.delivery import Delivery, pause_seconds
 from foreshock_recorder.folder import lock
-from foreshock_recorder.layout import WORD_EXIT_REASON, ExitReason
+from foreshock_recorder.layout import JSON_OFFSET, WORD_EXIT_REASON, ExitReason
 from foreshock_recorder.ranks import Rank
 from foreshock_recorder.reader import RingReader
 from foreshock_recorder.ring import Ring
@@ -99,6 +100,63 @@ def test_a_rank_whose_ring_is_cut_restores_it_and_goes_on_counting(folder: Path)
         assert reader.read(4).step == 104  # type: ignore[union-attr]
         reader.close()
         ring.begin_step(3, step=103, wall=1.7e9, monotonic=0.0, learning_rate=0.5)
+
+
+def overwrite_header(ring: Ring) -> None:
+    ring.memory[:JSON_OFFSET] = b"\xff" * JSON_OFFSET
+
+
+def test_a_ring_whose_header_is_overwritten_is_left_alone_until_its_rank_restores_it(
+    folder: Path, collector: FakeCollector, caplog: pytest.LogCaptureFixture
+) -> None:
+    rings = [make_ring(folder, 0), make_ring(folder, 1)]
+    step(rings[0], 1)
+    stage = 0
+
+    def overwritten_restored_and_delivered() -> bool:
+        nonlocal stage
+        if stage == 0 and collector.position[FIRST] == 1:
+            overwrite_header(rings[0])
+            step(rings[1], 1)
+            stage = 1
+        elif stage == 1 and collector.position[SECOND] == 1 and caplog.records:
+            step(rings[0], 2)
+            stage = 2
+        return collector.position[FIRST] == 2
+
+    deliver(folder, collector, until=overwritten_restored_and_delivered)
+    assert collector.told[FIRST].sequences() == [1, 2]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == f"ignored: {rings[0].path} is damaged: its header was overwritten"
+
+
+def test_a_header_that_is_overwritten_while_a_ring_is_read_is_not_sent(folder: Path) -> None:
+    ring = make_ring(folder)
+    step(ring, 1)
+    rank = Rank(ring.path)
+    rank.next_messages(0.0, interval=1.0, limit=8)
+    rank.acknowledge(pb.Ack.Position(instance=FIRST))
+    rank.read_ahead(0.0, limit=8)
+    overwrite_header(ring)
+    with pytest.raises(ValueError, match="its header was overwritten"):
+        rank.take(0.0, limit=8)
+    rank.close()
+
+
+def test_a_rank_whose_header_is_overwritten_restores_it_and_goes_on_counting(folder: Path) -> None:
+    ring = make_ring(folder)
+    step(ring, 1)
+    overwrite_header(ring)
+    ring.count_backward_pass()
+    overwrite_header(ring)
+    ring.count_dropped("probe_error")
+    reader = RingReader(ring.path)
+    assert (reader.begun, reader.dropped, reader.identity["instance"]) == (1, {"probe_error": 1}, FIRST)
+    overwrite_header(ring)
+    step(ring, 2)
+    assert [reader.read(sequence).step for sequence in (1, 2)] == [101, 102]  # type: ignore[union-attr]
+    assert reader.dropped == {}
+    reader.close()
 
 
 def test_an_unknown_exit_reason_of_a_dead_rank_is_replaced(folder: Path) -> None:
