@@ -51,32 +51,40 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
         spreads = (local.max(axis=1) - local.min(axis=1)) / local.max(axis=1)
         finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
         layers = np.where(layers > 0, layers, math.inf)
+        largest_ranks, largest_ratios = _largest(local)
     for place in range(len(steps)):
         weakest_layer, weakest_ratio = -1, math.nan
         if finite[place] and np.isfinite(layers[place]).any():
             weakest_layer = int(layers[place].argmin())
             weakest_ratio = float(layers[place, weakest_layer] / layers[place][np.isfinite(layers[place])].max())
-        largest_rank, largest_ratio = _largest(local[place])
         found.append(
             StepSignals(
                 agreement=float(agreements[place]),
                 spread=float(spreads[place]),
                 weakest_layer=weakest_layer,
                 weakest_ratio=weakest_ratio,
-                largest_rank=largest_rank,
-                largest_ratio=largest_ratio,
+                largest_rank=largest_ranks[place],
+                largest_ratio=largest_ratios[place],
                 divergent_ranks=divergent_ranks[place],
             )
         )
     return found
 
 
-def _largest(norms: NDArray[np.float64]) -> tuple[int, float]:
-    if len(norms) < 2 or not np.isfinite(norms).all():
-        return -1, math.nan
-    largest_rank = int(norms.argmax())
-    others = float(np.median(np.delete(norms, largest_rank)))
-    return (largest_rank, float(norms[largest_rank]) / others) if others > 0 else (-1, math.nan)
+def _largest(norms: NDArray[np.float64]) -> tuple[list[int], list[float]]:
+    """Return the rank with the largest norm of each step, and how many times the median of the others' that is.
+
+    norms: [steps, ranks].
+    """
+    steps, ranks = norms.shape
+    if ranks < 2:
+        return [-1] * steps, [math.nan] * steps
+    ordered = np.sort(norms, axis=1)
+    # The middle of all but the last, or its two middle ones.
+    others = ordered[:, (ranks - 2) // 2 : (ranks - 1) // 2 + 1].mean(axis=1)
+    known = np.isfinite(norms).all(axis=1) & (others > 0)
+    ratios = np.where(known, ordered[:, -1] / others, math.nan)
+    return np.where(known, norms.argmax(axis=1), -1).tolist(), ratios.tolist()
 
 
 def _divergent(ranks: NDArray[np.int64], rows: Rows) -> tuple[int, ...] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from weakref import WeakValueDictionary
 
 from foreshock_collector.ingest import answers
@@ -323,17 +323,16 @@ class Intake:
         known = (self._runs.find_in_memory(name) for name in waiting)
         urgent = {id(found[0]): found[0] for found in known if found is not None}
         for run in self._runs:
-            with run.errors.caught("evaluate"):
-                if id(run) in urgent or run.overdue(now):
-                    urgent[id(run)] = run
-                    self._finalize(run, now)
+            if id(run) in urgent or run.errors.value("evaluate", False, run.overdue, now):
+                urgent[id(run)] = run
+                self._finalize(run, now)
         if self._commit(urgent.values()):
             self.statistics.urgent_commits += bool(urgent)
             return waiting
         self.urgent |= waiting
         return set()
 
-    def _commit(self, runs: Iterable[Run]) -> bool:
+    def _commit(self, runs: Collection[Run]) -> bool:
         """Store the runs that have changed. Return False if that failed; then they stay changed, and nothing is lost.
 
         The first failure is logged, and the first success after it: not every attempt in between.
@@ -341,9 +340,9 @@ class Intake:
         changed = [run for run in runs if run.changed]
         if changed and not self._store_changed(changed):
             return False
-        waiting = self.statistics.waiting_since
-        for name in [name for name in waiting if (run := self._runs.in_memory(name)) is None or not run.changed]:
-            del waiting[name]
+        for run in runs:
+            if not run.changed:
+                self.statistics.waiting_since.pop(run.name, None)
         return True
 
     def _store_changed(self, runs: list[Run]) -> bool:

@@ -105,7 +105,8 @@ class Telemetry:
                     self._wake(self._streams)
                 else:
                     waiting = self._intake.commit_urgent()
-                    self._wake(stream for stream in self._streams if stream.session.includes(waiting))
+                    if waiting:
+                        self._wake(stream for stream in self._streams if stream.session.includes(waiting))
                 if now - expired >= _EXPIRY_SECONDS:
                     expired = now
                     self._intake.expire()

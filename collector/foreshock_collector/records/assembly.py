@@ -40,7 +40,7 @@ class Ranks:
         """Return one field of the records. before: of so many steps earlier."""
         # Whole records would be twenty times as much to copy.
         slots = (self.sequences - before) % len(self.cells)
-        return self.cells[name][np.ix_(slots, self.columns)]
+        return self.cells[name][slots[:, None], self.columns]
 
     def complete(self) -> Mask:
         """Return which records are of their step, and finished; the others are of older steps, or empty."""

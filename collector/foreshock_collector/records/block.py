@@ -144,6 +144,8 @@ def _rows(block: pb.StepBlock, count: int, ranks: int) -> Rows:
 
 
 def _weights(block: pb.StepBlock, count: int, layers: int) -> LayerWeights:
+    if not block.weight_rows and not block.layer_weights:
+        return LayerWeights.empty(layers)
     rows = np.fromiter(block.weight_rows, "i8", len(block.weight_rows))
     if (np.diff(rows) <= 0).any() or (rows >= count).any():
         raise ColumnsError(f"weight_rows must ascend and stay below the {count} steps of the block")

@@ -78,11 +78,12 @@ class RecordBuffer:
         assert self.must_finalize(last) <= self.finalized
         slots = sequences % self.capacity
         columns = self._columns_of(ranks)
-        cells = np.ix_(slots, columns)
+        cells = slots[:, None], columns
         # A very late record must not displace a newer one.
         fresh = sequences[:, None] >= self._cells["sequence"][cells]
         if fresh.all():
-            self._cells[cells] = block.rows
+            # As numbers of the same size: numpy copies a record field by field.
+            _words(self._cells)[cells] = _words(block.rows)
         else:
             steps, places = np.nonzero(fresh)
             self._cells[slots[steps], columns[places]] = block.rows[fresh]
@@ -190,7 +191,7 @@ class RecordBuffer:
 
         Ranks that have never sent a record are a single last column of NaN.
         """
-        cells = self._cells[np.ix_(sequences % self.capacity, self._by_rank)]
+        cells = self._cells[(sequences % self.capacity)[:, None], self._by_rank]
         known = (cells["sequence"] == sequences[:, None]) & locally_measured(cells)
         norms: NDArray[np.float64] = np.where(known, cells["local_norm"], math.nan)
         if len(self._ranks) == len(self.positions):
@@ -213,7 +214,7 @@ class RecordBuffer:
 
     def rank_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return local norms for display, [steps, ranks]: NaN where none is known, Inf where it is not finite."""
-        cells = np.ix_(sequences % self.capacity, self._by_rank)
+        cells = (sequences % self.capacity)[:, None], self._by_rank
         # Field by field: whole records would be twenty times as much to copy.
         norms: NDArray[np.float64] = self._cells["local_norm"][cells]
         bad = (self._cells["local_nan_parameters"][cells] > 0) | (self._cells["local_inf_parameters"][cells] > 0)
@@ -232,3 +233,8 @@ class RecordBuffer:
         norms[~np.isfinite(norms)] = math.inf
         norms[self._layer_sequences[slots] != sequences] = math.nan
         return norms
+
+
+def _words(rows: Rows) -> NDArray[np.int64]:
+    """Return a view of records as the numbers of eight bytes that they consist of: [..., columns]."""
+    return rows[..., None].view(np.int64)

@@ -129,6 +129,8 @@ class Instance(InstanceState):
 
     def lost_up_to(self, sequence: int) -> int:
         """Return how many records up to this sequence number have not come; they will not be waited for any longer."""
+        if not self.gaps:
+            return 0
         lost, self.gaps = count_up_to(self.gaps, sequence)
         return lost
 

@@ -10,6 +10,8 @@ import math
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from math import isfinite
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ _ASIDE = "set aside: "
 """Begins the key in `meta` of the state of a run that cannot be decoded."""
 _ARCHIVED_AT_ONCE = 100
 """Ended runs that are in memory at most, beside those that stay, while the collector starts."""
+_step_values = attrgetter(*STEP_COLUMNS)
+"""Returns the columns of a step, measurements last."""
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
 
 
@@ -107,12 +111,12 @@ class Store(History):
             [(run.name, a.number, a.launch, a.started_seconds, a.hello.SerializeToString()) for a in unsaved.attempts],
         )
         self._db.executemany(
-            "INSERT OR REPLACE INTO instances VALUES (?,?,?,?)",
+            "INSERT INTO instances VALUES (?,?,?,?) ON CONFLICT DO UPDATE SET state = excluded.state",
             [(i.name, run.name, i.attempt, encode(i)) for i in unsaved.instances.values()],
         )
         self._db.executemany(
             f"INSERT OR REPLACE INTO steps VALUES ({','.join('?' * (1 + len(STEP_COLUMNS)))})",  # noqa: S608
-            [(run.name, *(_column(getattr(step, name)) for name in STEP_COLUMNS)) for step in unsaved.steps],
+            [_row(run.name, step) for step in unsaved.steps],
         )
         self._db.executemany(
             "INSERT INTO rank_window (run, attempt, last_sequence, instance, batch) VALUES (?,?,?,?,?)",
@@ -139,7 +143,10 @@ class Store(History):
                 "window = coalesce(excluded.window, window)",
                 (run.name, number, encode(incident), window and window.as_bytes()),
             )
-        self._db.execute("INSERT OR REPLACE INTO runs VALUES (?,?)", (run.name, encode(run.state())))
+        self._db.execute(
+            "INSERT INTO runs VALUES (?,?) ON CONFLICT DO UPDATE SET state = excluded.state",
+            (run.name, encode(run.state())),
+        )
 
     def forget_window(self, run: Run) -> None:
         """Delete the rank-level records of a run that has ended, except those around incidents."""
@@ -334,9 +341,9 @@ class Store(History):
             self._file.close()
 
 
-def _column(value: Any) -> Any:
-    if isinstance(value, dict):
-        # Most steps have no measurements beside their own columns.
-        return encode(value) if value else None
+def _row(run: str, step: Step) -> list[Any]:
+    *values, measurements = _step_values(step)
     # SQLite turns a NaN into NULL, and NULL means that there is no value.
-    return kind_of(value) or value if isinstance(value, float) else value
+    row = [kind_of(value) if isinstance(value, float) and not isfinite(value) else value for value in values]
+    # Most steps have no measurements beside their own columns.
+    return [run, *row, encode(measurements) if measurements else None]

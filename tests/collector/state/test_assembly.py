@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from statistics import fmean
+from statistics import fmean, median
 
 import numpy as np
 import pytest
 
+from foreshock_collector.analysis.step_signals import signals_of
 from foreshock_collector.records.batch import RECORD, SUMS, Records, Rows
 from foreshock_collector.records.buffer import RecordBuffer
 from foreshock_collector.records.layer_weights import LayerWeights
@@ -121,3 +122,29 @@ def test_the_duration_of_a_step_is_the_time_since_the_step_before_by_one_rank() 
     buffer.write(0, Records(rows=rows, sums=np.zeros(0, SUMS), layer_norms=None, weights=LayerWeights.empty(0)), 0.0)
     # Unknown at the first, after a gap, and where a clock went back.
     assert [step.duration_seconds for step in buffer.finalize(0, 5)] == [None, 0.5, None, None]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6, 7])
+def test_the_largest_local_norm_is_compared_with_the_median_of_the_others(world_size: int) -> None:
+    chance = random.Random(world_size)
+    norms = np.array([[chance.choice((0.0, 1.0, chance.random())) for _ in range(world_size)] for _ in range(STEPS)])
+    norms[3, -1], norms[4, 0] = math.nan, math.inf
+    buffer = RecordBuffer(world_size=world_size, layers=0)
+    for rank in range(world_size):
+        rows = np.zeros(STEPS, RECORD)
+        rows["sequence"], rows["flags"], rows["local_norm"] = np.arange(1, STEPS + 1), pb.LOCAL_NORMS, norms[:, rank]
+        rows["global_norm"] = 1.0
+        sums = np.zeros(0, SUMS)
+        buffer.write(rank, Records(rows=rows, sums=sums, layer_norms=None, weights=LayerWeights.empty(0)), 0.0)
+    steps = list(buffer.finalize(0, STEPS))
+    assert len(steps) == STEPS
+    known = 0
+    for found, each in zip(signals_of(buffer, steps), norms.tolist(), strict=True):
+        largest = each.index(max(each))
+        others = each[:largest] + each[largest + 1 :]
+        if all(map(math.isfinite, each)) and others and median(others) > 0:
+            known += 1
+            assert (found.largest_rank, found.largest_ratio) == (largest, max(each) / median(others))
+        else:
+            assert found.largest_rank == -1 and math.isnan(found.largest_ratio)
+    assert (known > 0) == (world_size > 1)
