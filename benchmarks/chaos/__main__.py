@@ -12,18 +12,17 @@ import math
 import os
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.chaos.fleet import come_back
 from benchmarks.chaos.job import DATABASE_FAULTS, DISK_FAULTS, FAULTS, RUN, Job, mount_disks, unmount_disks
+from benchmarks.chaos.ledger import Mark, processes, quantiles, stored_steps, table
 from tests.support.waiting import eventually
 
 _QUIET_STEPS = 2000
@@ -59,7 +58,7 @@ def run(
         eventually(lambda: job.look() >= quiet, "steps before the first fault")
         usual = job.durations(job.launches[0])
         began = time.monotonic()
-        counts = _break(job, names, faults, random.Random(seed))
+        marks = _break(job, names, faults, random.Random(seed))
         seconds = time.monotonic() - began
         before = job.look()
         eventually(lambda: job.look() > before, "steps after the last fault")
@@ -79,13 +78,13 @@ def run(
         job.collector.stop()
         job.proxy.close()
         job.relay.close()
-        stored = _stored(job.database)
+        stored = stored_steps(job.database)
         left = [str(path.relative_to(folder)) for path in job.rings.rglob("*") if path.is_file()]
-    print(f"\n{'fault':<36}{'times':>6}")
-    for name in names:
-        print(f"{name:<36}{counts[name]:>6}")
-    print(f"{'in all':<36}{sum(counts.values()):>6}   seed {seed}, {seconds:.0f} s\n")
+        running = processes(folder)
     kept = {launch: stored.get(launch, set()) for launch in finished}
+    print("\nFrom each fault to the next. In us, a step of all ranks, and the same step in rings that nobody reads:")
+    print(*table(marks, finished, kept, job.regressions), sep="\n")
+    print(f"{'in all':<36}{len(marks):>8}   seed {seed}, {seconds:.0f} s\n")
     lost = sum(len(set(range(1, len(steps) + 1)) - kept[launch]) for launch, steps in finished.items())
     # Ranks that are killed may have begun one more step than they have finished.
     extra = sum(len(kept[launch] - set(range(1, len(steps) + 2))) for launch, steps in finished.items())
@@ -100,13 +99,14 @@ def run(
         "counter regressions": job.regressions,
         "stalls reported": stalls,
         "rings and other files left": len(left),
+        "processes left": len(running),
     }
     for what, figure in figures.items():
         print(f"{what:<36}{figure:>6}")
     faulty = finished[job.launches[0]][len(usual) :] + [d for each in job.launches[1:] for d in finished[each]]
     print(f"\n{'a step of all ranks, in us':<48}{'median':>8}{'99 %':>8}{'99.9 %':>8}")
     for words, pairs in (("before the first fault", usual), ("with faults", faulty)):
-        read, unread = (_spread(each) for each in zip(*pairs, strict=True))
+        read, unread = (quantiles(each) for each in zip(*pairs, strict=True))
         for rings, spread in (("", read), (", rings that nobody reads", unread)):
             print(f"{words + rings:<48}" + "".join(f"{1e6 * each:>8.0f}" for each in spread))
     wrong = [
@@ -119,38 +119,22 @@ def run(
     slowdown = max(one / other for one, other in zip(read, unread, strict=True))
     if slowdown > most_slowdown:
         wrong.append(f"with faults, a step takes {slowdown:.1f} times as long as one that nobody reads")
-    return wrong + [f"left: {path}" for path in left]
+    return wrong + [f"left: {each}" for each in (*left, *running)]
 
 
-def _break(job: Job, names: Sequence[str], faults: int, generator: random.Random) -> Counter[str]:
-    """Let each fault happen once, then random ones. Return how often each did."""
-    counts: Counter[str] = Counter()
+def _break(job: Job, names: Sequence[str], faults: int, generator: random.Random) -> list[Mark]:
+    """Let each fault happen once, then random ones. Return when each began."""
+    marks: list[Mark] = []
     for number in range(faults):
         name = names[number] if number < len(names) else generator.choice(names)
         before = job.look()
         # At a random moment, yet not before the last fault is over.
-        eventually(lambda before=before: job.look() > before, f"steps after {counts.total()} faults")  # type: ignore[misc]
+        eventually(lambda before=before: job.look() > before, f"steps after {len(marks)} faults")  # type: ignore[misc]
         time.sleep(generator.random() / 2)
+        launch = job.launches[-1]
+        marks.append(Mark(fault=name, launch=launch, steps=len(job.durations(launch)), regressions=job.regressions))
         (FAULTS | DISK_FAULTS | DATABASE_FAULTS)[name](job)
-        counts[name] += 1
-    return counts
-
-
-def _stored(database: Path) -> dict[str, set[int]]:
-    """Return the sequence numbers of the steps of each launch that a database has."""
-    stored: dict[str, set[int]] = {}
-    with closing(sqlite3.connect(database)) as connection:
-        for launch, sequence in connection.execute(
-            "SELECT launch, sequence FROM steps JOIN attempts USING (run, attempt)"
-        ):
-            stored.setdefault(launch, set()).add(sequence)
-    return stored
-
-
-def _spread(durations: Iterable[float]) -> list[float]:
-    """Return the median, and what 99 % and 99.9 % are below."""
-    ordered = sorted(durations)
-    return [ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.99, 0.999)]
+    return marks
 
 
 def _enter_namespace() -> bool:

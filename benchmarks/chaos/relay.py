@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 from collections import deque
@@ -40,6 +41,9 @@ class Relay:
         self._ask(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        # Until its last object is gone, grpc.aio calls the loops of all of them, closed or not.
+        del self._server
+        gc.collect()
         self._loop.close()
 
     def _ask(self, coroutine: Coroutine[Any, Any, Any]) -> Any:

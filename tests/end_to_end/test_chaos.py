@@ -35,7 +35,14 @@ def test_faults_under_load_lose_nothing_and_double_nothing(tmp_path: Path, capsy
     figures = _figures(capsys)
     assert {
         figures[what]
-        for what in ("lost", "doubled", "counter regressions", "stalls reported", "rings and other files left")
+        for what in (
+            "lost",
+            "doubled",
+            "counter regressions",
+            "stalls reported",
+            "rings and other files left",
+            "processes left",
+        )
     } == {"0"}
     assert int(figures["steps sent"]) > 100
 
