@@ -20,7 +20,7 @@ from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.retention import Retention
 from foreshock_collector.state.run_state import Members, received
 from foreshock_collector.state.runs import LIVE_SECONDS, ContradictionError, Run
-from foreshock_collector.state.schema import is_damage
+from foreshock_collector.state.schema import is_damage, is_of_file
 from foreshock_collector.state.store import Store
 from foreshock_collector.text import NAME_LENGTH, TEXT_LENGTH, printable
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -355,7 +355,8 @@ class Intake:
                 self.database_error = error
             if self.storing:
                 facts = {"error": str(error), "stage": "commit"}
-                logger.exception("cannot commit: %(error)s; nothing is acknowledged until a commit succeeds", facts)
+                text = "cannot commit: %(error)s; nothing is acknowledged until a commit succeeds"
+                logger.error(text, facts, exc_info=not is_of_file(error))
             self.storing = False
             return False
         finally:

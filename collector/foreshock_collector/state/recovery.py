@@ -21,13 +21,16 @@ logger = logging.getLogger(__name__)
 def load(
     path: str, now: float, rules_of: Callable[[str], Rules] = lambda _: DEFAULT, *, archive_before: float = -math.inf
 ) -> tuple[Store, Runs]:
-    """Open a database and load its runs, after `replace` if it is damaged. Raises `StoreError`.
+    """Open a database and load its runs, after `replace` if it is damaged.
 
-    now: Unix time. archive_before: as of `Store.load`.
+    Raises `StoreError`, also for a file that may not be a collector's at all: it stays where it is. now: Unix time.
+    archive_before: as of `Store.load`.
     """
     try:
         return _load(path, now, rules_of, archive_before)
     except DamagedError as error:
+        if not is_collectors(Path(path)):
+            raise
         replace(Path(path), error)
     return _load(path, now, rules_of, archive_before)
 
@@ -42,13 +45,10 @@ def _load(path: str, now: float, rules_of: Callable[[str], Rules], archive_befor
 
 
 def replace(path: Path, error: Exception) -> None:
-    """Set a damaged database aside, and put a new one in its place with all rows that can still be read.
+    """Set a collector's damaged database aside, and put a new one in its place with all rows that can still be read.
 
-    Nobody may use it. error: how it was found. Raises it for a file that may not be a collector's at all, which stays
-    where it is, and `StoreError` if no new one can be made.
+    Nobody may use it. error: how it was found. Raises `StoreError` if no new one can be made.
     """
-    if not is_collectors(path):
-        raise error
     aside = set_aside(path)
     copied = dict.fromkeys(TABLES, 0)
     target = open_database(path)
@@ -74,9 +74,9 @@ def salvage(source: sqlite3.Connection, target: sqlite3.Connection) -> dict[str,
     A damaged page ends a scan, so each table is read from both ends.
     """
     copied = dict.fromkeys(TABLES, 0)
-    # Otherwise SQLite reads nothing at all of a file that was cut.
-    source.execute("PRAGMA writable_schema=ON")
     try:
+        # Otherwise SQLite reads nothing at all of a file that was cut.
+        source.execute("PRAGMA writable_schema=ON")
         if source.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
             return copied
     except sqlite3.DatabaseError:

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from foreshock_collector.records.steps import Step
-from foreshock_collector.state.database_file import APPLICATION, DamagedError, StoreError
+from foreshock_collector.state.database_file import APPLICATION, DamagedError, GoneError, StoreError
 from foreshock_collector.state.migrations import OLDEST, SCHEMA, MigrationError, back_up, migrate
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,11 @@ _BUSY_SECONDS = 0.25
 def is_damage(error: Exception) -> bool:
     """Return whether an error of SQLite says that the file is damaged: not that it is locked, full or unwritable."""
     return type(error) is sqlite3.DatabaseError
+
+
+def is_of_file(error: Exception) -> bool:
+    """Return whether an error is one of the file or its disk, such as a full one: it needs no traceback."""
+    return is_damage(error) or isinstance(error, (GoneError, sqlite3.OperationalError, OSError))
 
 
 def open_database(path: Path | str) -> sqlite3.Connection:

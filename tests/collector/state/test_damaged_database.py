@@ -248,12 +248,26 @@ def damage(path: Path) -> None:
     overwrite_page(path, "steps")
 
 
+def overwrite(path: Path) -> None:
+    """Not even its header is left: a database like any other file."""
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with path.open("r+b") as file:
+        file.write(os.urandom(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    os.truncate(path, 0)
+
+
 async def _until(what: Callable[[], Awaitable[bool]]) -> None:
     while not await what():
         await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("harm", [remove, replace, damage])
+@pytest.mark.parametrize("harm", [remove, replace, damage, overwrite, empty])
 def test_a_collector_whose_database_is_lost_begins_again_and_is_sent_what_rings_hold(
     tmp_path: Path, harm: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -335,6 +335,7 @@ def test_a_full_disk_acknowledges_nothing_loses_nothing_and_passes(
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert told[0].startswith("cannot commit: database or disk is full; nothing is acknowledged")
+    assert not caplog.records[0].exc_info
     assert told[1] == "commits succeed again"
 
 
