@@ -51,7 +51,7 @@ test-unit: $(INSTALLED) ## run the tests that start no process, except the longe
 	@$(BIN)/python -m pytest -n $$(($(CORES) + 1)) $(PARALLEL) -m unit $(ARGS)
 
 .PHONY: test-trainers
-test-trainers: $(TRAINERS_INSTALLED) ## run the tests of the callbacks for trainers, with the real packages; ARGS="-k name"
+test-trainers: $(TRAINERS_INSTALLED) prometheus ## run the tests of the callbacks for trainers, with the real packages; ARGS="-k name"
 	@.trainers-venv/bin/python -m pytest -n $(CORES) --dist load -m trainers $(ARGS)
 
 .PHONY: check
@@ -152,7 +152,7 @@ bench-flood: $(INSTALLED) ## measure what a peer that begins 12,000 runs does to
 	@$(BIN)/python -m benchmarks.flood $(ARGS)
 
 .PHONY: test-matrix
-test-matrix: $(INSTALLED) ## run the fast tests with the oldest and newest dependencies, on every installed Python
+test-matrix: $(INSTALLED) prometheus ## run the fast tests with the oldest and newest dependencies, on every installed Python
 	@$(BIN)/python .ci/matrix.py $(ARGS)
 
 .PHONY: release-check

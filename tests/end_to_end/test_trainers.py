@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
+from tests.support.alerted_collector import Watch
 from tests.support.collector_process import Collector, left
 from tests.support.commands import FORESHOCK
 from tests.support.forked_jobs import forking
 from tests.support.repository import ROOT
 from tests.support.scraped_run import BUILD_UP, Scraped
-from tests.support.waiting import WAIT_SECONDS
+from tests.support.waiting import WAIT_SECONDS, eventually
 
 pytestmark = [
     pytest.mark.trainers,
@@ -30,12 +31,26 @@ pytestmark = [
     ),
 ]
 
-EXAMPLES = {
-    "transformers": ["transformers_trainer.py", "--max-grad-norm", "0"],
-    "lightning": ["lightning_trainer.py"],
-    "accelerate": ["accelerate_loop.py"],
-}
+EXAMPLES = ROOT / "examples"
 TRAINER = ROOT / "tests/end_to_end/train_with_trainer.py"
+
+
+def recurrent(**callback: float) -> list[str]:
+    """Arguments of a job that explodes although its trainer clips to a norm of 1, and of its callback."""
+    trainer = {"max_grad_norm": 1.0, "max_steps": 130}
+    return [json.dumps({"explodes": True, "trainer": trainer, "callback": callback})]
+
+
+JOBS: dict[str, tuple[Path, list[str], list[str]]] = {
+    name: (EXAMPLES / script, ["--lr", "0.3", *options], ["--lr", "0.3", *options, "--clip", "1.0"])
+    for name, script, options in (
+        ("transformers", "transformers_trainer.py", ["--max-grad-norm", "0"]),
+        ("lightning", "lightning_trainer.py", []),
+        ("accelerate", "accelerate_loop.py", []),
+    )
+} | {"transformers-clips": (TRAINER, recurrent(), recurrent(clip=0.0005))}
+"""Script, its arguments with which the gradients explode, and those with which Foreshock clips them."""
+
 CONTINUES = "continuing the history of norms that the collector has of this run"
 
 
@@ -72,35 +87,40 @@ def report(collector: Collector, folder: Path, run: str) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("trainer", EXAMPLES)
-def test_a_trainer_that_explodes_is_warned_of_and_has_its_verdict_and_survives_if_foreshock_clips(
-    collector: Collector, tmp_path: Path, trainer: str
+def pages(watch: Watch, run: str) -> list[dict[str, Any]]:
+    """What a person has been told of the explosion."""
+    return [alert for alert in watch.told(run) if alert["labels"]["alertname"] == "ForeshockExplodingGradients"]
+
+
+@pytest.mark.parametrize("trainer", JOBS)
+def test_a_trainer_that_explodes_is_told_of_and_has_its_verdict_and_survives_if_foreshock_clips(
+    watch: Watch, tmp_path: Path, trainer: str
 ) -> None:
-    script, *options = EXAMPLES[trainer]
-    path, explosive = ROOT / "examples" / script, [*options, "--lr", "0.3"]
-    with Scraped(collector, "explodes") as scraped:
-        run_job(collector, tmp_path, "explodes", path, *explosive)
-        told = left(collector, "explodes")
+    collector, exploding, surviving = watch.collector, f"{trainer}-explodes", f"{trainer}-survives"
+    script, explodes, survives = JOBS[trainer]
+    with Scraped(collector, exploding) as scraped:
+        run_job(collector, tmp_path, exploding, script, *explodes)
+        told = left(collector, exploding)
         scraped.wait_for(BUILD_UP, "exploding_gradients")
     (incident,) = told["incidents"]
     verdict = incident["verdict"]
     assert verdict["cause"] == "exploding_gradients" and verdict["lead_steps"] > 0
-    assert told["condition"] == "failed" and told["counters"]["steps"] == 300
-    assert "Gradients exploded" in report(collector, tmp_path, "explodes")
+    assert told["condition"] == "failed"
+    assert "Gradients exploded" in report(collector, tmp_path, exploding)
     build_up = next(event["step"] for event in told["events"] if event["kind"] == "build_up")
     assert build_up < verdict["first_bad_step"]
-    seconds = (
-        scraped.seconds_after(BUILD_UP, build_up),
-        scraped.seconds_after(verdict["cause"], verdict["first_bad_step"]),
-    )
     sys.stdout.write(
-        f"{trainer}: on /metrics {seconds[0]:.2f} s after the build-up, {seconds[1]:.2f} s after the NaN\n"
+        f"{trainer}: on /metrics {scraped.seconds_after(BUILD_UP, build_up):.2f} s after the build-up,"
+        f" {scraped.seconds_after(verdict['cause'], verdict['first_bad_step']):.2f} s after the NaN;"
     )
+    page = eventually(lambda: pages(watch, exploding), "the page")[0]
+    seconds = page["heard_seconds"] - scraped.made(verdict["first_bad_step"])
+    sys.stdout.write(f" the page by Alertmanager {seconds:.2f} s after it\n")
 
-    run_job(collector, tmp_path, "survives", path, *explosive, "--clip", "1.0")
-    told = left(collector, "survives")
-    assert told["condition"] == "ended" and told["incidents"] == []
-    assert told["counters"]["steps"] == 300 and told["counters"]["clipped"] > 100
+    run_job(collector, tmp_path, surviving, script, *survives)
+    after = left(collector, surviving)
+    assert after["condition"] == "ended" and after["incidents"] == []
+    assert after["counters"]["steps"] == told["counters"]["steps"] and after["counters"]["clipped"] > 100
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])

@@ -8,6 +8,7 @@ import queue
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,7 +37,7 @@ Notification = tuple[str, str, str]
 
 
 class Webhook:
-    """What Alertmanager told, in the order of arrival."""
+    """What Alertmanager told, in the order of arrival, each with its time."""
 
     def __init__(self) -> None:
         self.alerts: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -146,7 +147,7 @@ def listening() -> Iterator[Webhook]:
         def do_POST(self) -> None:
             message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             for alert in message["alerts"]:
-                heard.alerts.put(alert)
+                heard.alerts.put({**alert, "heard_seconds": time.time()})
             self.send_response(200)
             self.end_headers()
 

@@ -39,9 +39,13 @@ class Scraped:
 
     def seconds_after(self, condition: str, step: int) -> float:
         """From the moment at which the ranks had made a step to that at which a condition was first scraped."""
+        return self.first[condition] - self.made(step)
+
+    def made(self, step: int) -> float:
+        """Time at which the ranks had made a step."""
         steps: dict[str, Any] = self._collector.get(f"/api/v1/runs/{self._run}/steps")
-        made: float = steps["wall_seconds"][steps["step"].index(step)]
-        return self.first[condition] - made
+        seconds: float = steps["wall_seconds"][steps["step"].index(step)]
+        return seconds
 
     def _scrape(self) -> None:
         wanted = re.compile(rf'^({BUILD_UP}|{INCIDENT})\{{(.*run="{self._run}".*)\}} (\S+)$', re.MULTILINE)
