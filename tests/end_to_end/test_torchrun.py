@@ -20,6 +20,8 @@ from tests.support.waiting import WAIT_SECONDS
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 STYLES = ["nanogpt", "mingpt", "dino", "mae", "detr", "timm", "torchvision", "fairseq", "ppo", "lora", "distillation"]
 EXPLODES = """
+import atexit
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -42,7 +44,11 @@ for step in range(150):
 weights = b"".join(p.detach().numpy().tobytes() for p in model.parameters())
 with open(f"{sys.argv[1]}-{dist.get_rank()}", "wb") as file:
     file.write(weights)
-dist.destroy_process_group()
+dist.barrier()
+# As in public_styles.py: gloo's threads may abort a process whose interpreter ends.
+atexit._run_exitfuncs()
+sys.stderr.flush()
+os._exit(0)
 """
 LOADS = """
 import sys
