@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks.load.block_messages import block_of
 from foreshock_collector.server import allow_open_files
 from foreshock_protos.v1 import telemetry_pb2 as pb
 from tests.support.collector_process import Collector
@@ -50,9 +51,10 @@ class _Recorder:
         instance = f"{self.run}-{self.rank}"
         place = pb.Topology(rank=self.rank, world_size=self.ranks, node=f"node-{self.rank}")
         first = self.stored + 1
+        batch = steps(first, [1.0] * (upto - self.stored), instance=instance).steps
         for message in (
             hello(self.run, instance=instance, launch_id=self.run, topology=place),
-            steps(first, [1.0] * (upto - self.stored), instance=instance),
+            pb.FromRecorder(block=block_of([batch])),
         ):
             await call.write(message.SerializeToString())
         while self.stored < upto:

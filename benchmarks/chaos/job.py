@@ -207,6 +207,14 @@ def swallow_data(job: Job) -> None:
     job.proxy.swallow(False)
 
 
+def swallow_answers(job: Job) -> None:
+    """Let the collector store what it is sent, and nobody hear of it: all of that comes again."""
+    job.proxy.swallow_answers(True)
+    time.sleep(_HOLD_SECONDS)
+    job.proxy.cut()
+    job.proxy.swallow_answers(False)
+
+
 def scramble_batches(job: Job) -> None:
     job.relay.scramble(True)
     time.sleep(_HOLD_SECONDS)
@@ -334,6 +342,7 @@ FAULTS: dict[str, Callable[[Job], None]] = {
     "connections cut": cut_connections,
     "data delayed": delay_data,
     "data swallowed, then cut": swallow_data,
+    "answers swallowed, then cut": swallow_answers,
     "batches repeated and exchanged": scramble_batches,
     "clock a day ahead, then right": set_clock_forward,
     "clock a day behind, then right": set_clock_back,

@@ -18,8 +18,9 @@ class Proxy:
         self.port = 0
         self._target = target
         self._delay = 0.0
-        self._open = asyncio.Event()
-        self._open.set()
+        self._asks, self._answers = asyncio.Event(), asyncio.Event()
+        self._asks.set()
+        self._answers.set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -35,8 +36,13 @@ class Proxy:
         self._delay = seconds
 
     def swallow(self, on: bool) -> None:
-        """Accept connections and data, and pass nothing on while this is on: half-open, or a black hole."""
-        self._call(self._open.clear if on else self._open.set)
+        """Accept connections and data, and pass nothing on while this is on: a black hole."""
+        self._call(self._asks.clear if on else self._asks.set)
+        self.swallow_answers(on)
+
+    def swallow_answers(self, on: bool) -> None:
+        """Pass on what is sent to the port and nothing that comes back while this is on: half-open."""
+        self._call(self._answers.clear if on else self._answers.set)
 
     def close(self) -> None:
         """End all connections and the thread."""
@@ -65,7 +71,8 @@ class Proxy:
 
     async def _close(self) -> None:
         self._server.close()
-        self._open.set()
+        self._asks.set()
+        self._answers.set()
         self._abort()
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
@@ -80,18 +87,20 @@ class Proxy:
             return
         self._writers |= {writer, far_writer}
         try:
-            await asyncio.gather(self._forward(reader, far_writer), self._forward(far_reader, writer))
+            await asyncio.gather(
+                self._forward(reader, far_writer, self._asks), self._forward(far_reader, writer, self._answers)
+            )
         finally:
             for each in (writer, far_writer):
                 self._writers.discard(each)
                 each.transport.abort()
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, passes: asyncio.Event) -> None:
         with suppress(OSError):
             while data := await reader.read(_CHUNK_BYTES):
                 if self._delay:
                     await asyncio.sleep(self._delay)
-                await self._open.wait()
+                await passes.wait()
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()

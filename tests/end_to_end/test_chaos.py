@@ -16,6 +16,7 @@ FAULTS = (
     "ranks stopped for a second",
     "ranks killed, job started again",
     "data swallowed, then cut",
+    "answers swallowed, then cut",
     "batches repeated and exchanged",
     "clock a day ahead, then right",
     "clock a day behind, then right",
