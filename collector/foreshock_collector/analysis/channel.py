@@ -75,7 +75,7 @@ class ChannelState:
         """
         found: list[Finding] = []
         log, plain, clamp, floor = math.log, not rule.logarithmic, rule.clamp, rule.least_sigma
-        beta, gamma, rise, steady_after = 1 - rule.alpha, 1 - rule.recent_alpha, rule.high_rise, _steady_after(rule)
+        beta, gamma, rise, steady_after = 1 - rule.alpha, 1 - rule.recent_alpha, rule.high_rise, rule.steady_after
         mean, recent, deviation, count = self.mean, self.recent, self.deviation, self.count
         calm = self._calm
         for place, value in enumerate(values):
@@ -199,11 +199,6 @@ class ChannelState:
         self.recent = recent_alpha * self.recent + (1 - recent_alpha) * x
         self.count += 1
         self.first = [*self.first, x] if self.count < rule.ready_after else []
-
-
-def _steady_after(rule: ChannelRules) -> int:
-    """Return the steps after which the means have their final weights and deviations are used."""
-    return max(rule.ready_after, *(math.ceil(1 / (1 - alpha)) for alpha in (rule.alpha, rule.recent_alpha)))
 
 
 def _part(off: float, scale: float) -> float:

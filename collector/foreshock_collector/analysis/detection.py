@@ -196,6 +196,8 @@ class Detector:
         self.changing = max(0, self.changing - 1)
         if not math.isfinite(rate) or rate <= 0:
             return
+        if rate == self.rate:
+            return
         if self.rate is not None and abs(math.log(rate) - math.log(self.rate)) > math.log(rules.planned_rate_change):
             if not self.changing:
                 self.gradient.expect_change(rules.gradient)

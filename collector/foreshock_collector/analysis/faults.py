@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -184,8 +185,15 @@ class FaultDetector:
         after = max(rules.begins_after, _LONGER_GAP * self.longest_gap) if enough else sys.maxsize
         shows = step.loss is None and self.losses_known > 0
         norm = ", and no gradient norm" if math.isnan(step.global_norm) else ""
-        evidence = f"{self.losses_known} steps before had a loss, and none of the last {after}{norm}"
-        return self._count("missing_loss", shows, step, rules, lambda: (evidence,), after=after, ends_after=1)
+        return self._count(
+            "missing_loss",
+            shows,
+            step,
+            rules,
+            lambda: (f"{self.losses_known} steps before had a loss, and none of the last {after}{norm}",),
+            after=after,
+            ends_after=1,
+        )
 
     def _duplicate(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
         if math.isnan(signals.agreement) or math.isnan(signals.spread):
@@ -206,9 +214,14 @@ class FaultDetector:
         if signals.largest_rank < 0:
             return None
         shows = signals.largest_ratio > rules.outlier
-        times = f"{signals.largest_ratio:.3g} times the median of the others'"
-        evidence = f"the local norm of rank {signals.largest_rank} is {times}, steadily"
-        transition = self._count("outlier_rank", shows, step, rules, lambda: (evidence,))
+        rank = f"the local norm of rank {signals.largest_rank}"
+        transition = self._count(
+            "outlier_rank",
+            shows,
+            step,
+            rules,
+            lambda: (f"{rank} is {signals.largest_ratio:.3g} times the median of the others', steadily",),
+        )
         return None if transition is None else transition._replace(rank=signals.largest_rank)
 
     def _drifting(self, step: Step, signals: StepSignals, rules: FaultRules) -> FaultTransition | None:
@@ -243,14 +256,14 @@ class FaultDetector:
             )
         if len(trend.norms) < FIRST_STEPS or not trend.started:
             return None
-        start, loss = median(trend.norms), median(trend.losses)
-        shows = step.global_norm < rules.faded * start and trend.loss > rules.unlearned * loss > 0
+        start = median(trend.norms)
+        shows = step.global_norm < rules.faded * start and trend.loss > rules.unlearned * median(trend.losses) > 0
         return self._count(
             "vanishing_gradients",
             shows,
             step,
             rules,
-            lambda: (f"relative to the start: norm {step.global_norm / start:.1g}, loss {trend.loss / loss:.2g}",),
+            lambda: (trend.as_fading(step.global_norm),),
             after=rules.vanishing_steps,
         )
 
@@ -260,15 +273,18 @@ class FaultDetector:
             return None
         streak = self.streaks.setdefault("loss_divergence", Streak())
         # A build-up explains a climbing loss, and alerts already.
-        known = not building_up and (streak.shown > 0 or streak.on or trend.comparable(rules))
+        known = (
+            not building_up
+            and trend.rises_above(min(rules.climb, rules.divergence))
+            and (streak.shown > 0 or streak.on or trend.comparable(rules))
+        )
+        evidence = trend.as_divergence
         if exploded:
             shows, after = True, rules.begins_after
-            start = f"{trend.losses[0]:.3g} and {trend.norms[0]:.3g}"
-            now = f"{step.loss:.3g} and {step.global_norm:.3g}"
-            evidence = f"loss and norm exploded within the first steps: {start}, then {now}"
+            evidence = partial(trend.as_explosion, step.loss, step.global_norm)
         elif known and (trend.rising >= rules.climb_steps or streak.on) and trend.rises_above(rules.climb):
             shows, after = True, 1
-            evidence = f"the loss climbs steadily, from its best, {trend.best:.3g}, to {trend.loss:.3g}"
+            evidence = trend.as_climb
         else:
             shows, after = known and trend.rises_above(rules.divergence), rules.divergence_steps
             if streak.shown == _LEVEL_STEPS:
@@ -276,10 +292,7 @@ class FaultDetector:
             if shows and streak.shown + 1 >= after and not streak.on:
                 # A loss that is only high may be at a new level, such as harder data: wait until it climbs further.
                 shows = trend.loss > streak.start + rules.divergence_rise * abs(streak.start)
-            evidence = (
-                f"the loss rose from its best, {trend.best:.3g}, to {trend.loss:.3g} without a build-up of the norm"
-            )
-        transition = self._count("loss_divergence", shows, step, rules, lambda: (evidence,), after=after)
+        transition = self._count("loss_divergence", shows, step, rules, lambda: (evidence(),), after=after)
         return None if transition is None else transition._replace(exploded=exploded)
 
     def _count(

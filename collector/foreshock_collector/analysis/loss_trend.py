@@ -86,7 +86,9 @@ class LossTrend:
 
     def rises_above(self, times: float) -> bool:
         """Return whether the loss lies above its best by more than this many times its best."""
-        return math.isfinite(self.best) and self.loss - self.best > times * self._scale
+        rise = self.loss - self.best
+        # The median is the slowest part of it, and seldom needed.
+        return math.isfinite(self.best) and rise > times * abs(self.best) and rise > times * self._scale
 
     def comparable(self, rules: FaultRules) -> bool:
         """Return whether the loss can be compared with its best.
@@ -96,6 +98,24 @@ class LossTrend:
         """
         fell = self.best < median(self.losses)
         return self.best > 0 and (fell or self.loss <= rules.untrained * median(self.losses[:_UNTRAINED_STEPS]))
+
+    def as_divergence(self) -> str:
+        """Return a sentence on a loss that rose above its best."""
+        return f"the loss rose from its best, {self.best:.3g}, to {self.loss:.3g} without a build-up of the norm"
+
+    def as_climb(self) -> str:
+        """Return a sentence on a loss that rises further and further above its best."""
+        return f"the loss climbs steadily, from its best, {self.best:.3g}, to {self.loss:.3g}"
+
+    def as_fading(self, norm: float) -> str:
+        """Return a sentence on a norm that has become small while the loss has not."""
+        start, loss = norm / median(self.norms), self.loss / median(self.losses)
+        return f"relative to the start: norm {start:.1g}, loss {loss:.2g}"
+
+    def as_explosion(self, loss: float, norm: float) -> str:
+        """Return a sentence on the first loss and norm, and those of a later step."""
+        start = f"{self.losses[0]:.3g} and {self.norms[0]:.3g}"
+        return f"loss and norm exploded within the first steps: {start}, then {loss:.3g} and {norm:.3g}"
 
     @property
     def _scale(self) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from foreshock_collector.settings import range_of, setting
@@ -143,6 +144,11 @@ class ChannelRules:
         least=1,
         most=1e6,
     )
+
+    @cached_property
+    def steady_after(self) -> int:
+        """Steps after which the means have their final weights and deviations are used."""
+        return max(self.ready_after, *(math.ceil(1 / (1 - alpha)) for alpha in (self.alpha, self.recent_alpha)))
 
 
 @dataclass(frozen=True, kw_only=True)

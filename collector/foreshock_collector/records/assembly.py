@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from foreshock_collector.records.batch import Rows
+from foreshock_collector.records.batch import Rows, taken
 from foreshock_collector.records.steps import Step, bounded
 from foreshock_protos.columns import WIRE_COLUMNS, Part
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-_STEP_FIELDS = {field.name for field in fields(Step)}
+_STEP_FIELDS = set(Step.__struct_fields__)
 _MEASUREMENTS = tuple(
     column
     for column in WIRE_COLUMNS
@@ -36,11 +37,14 @@ class Ranks:
     sequences: NDArray[np.int64]
     """Steps to read."""
 
-    def field(self, name: str, *, before: int = 0) -> NDArray[Any]:
-        """Return one field of the records. before: of so many steps earlier."""
-        # Whole records would be twenty times as much to copy.
-        slots = (self.sequences - before) % len(self.cells)
-        return self.cells[name][slots[:, None], self.columns]
+    @cached_property
+    def records(self) -> Rows:
+        """The records: [steps, ranks]."""
+        return taken(self.cells, (self.sequences % len(self.cells))[:, None], self.columns)
+
+    def field(self, name: str) -> NDArray[Any]:
+        """Return one field of the records."""
+        return self.records[name]
 
     def complete(self) -> Mask:
         """Return which records are of their step, and finished; the others are of older steps, or empty."""
@@ -100,9 +104,19 @@ class _Chosen:
     places: NDArray[np.int64]
     """Of that rank among all, [steps]."""
 
-    def field(self, name: str, *, before: int = 0) -> NDArray[Any]:
-        cells, sequences = self.ranks.cells, self.ranks.sequences - before
-        return cells[name][sequences % len(cells), self.ranks.columns[self.places]]
+    @cached_property
+    def records(self) -> Rows:
+        """Its records: [steps]."""
+        return taken(self.ranks.records, np.arange(len(self.places)), self.places)
+
+    def field(self, name: str) -> NDArray[Any]:
+        """Return one field of its records."""
+        return self.records[name]
+
+    def field_before(self, name: str) -> NDArray[Any]:
+        """Return one field of its records of the steps before."""
+        cells = self.ranks.cells
+        return cells[name][(self.ranks.sequences - 1) % len(cells), self.ranks.columns[self.places]]
 
 
 def _any(ranks: Ranks, present: Mask, kind: str) -> Mask:
@@ -135,10 +149,10 @@ def _losses(ranks: Ranks, observed: Mask, sums: Rows, *, missing: Mask) -> dict[
 def _durations(ranks: Ranks, lowest: NDArray[np.int64]) -> list[float | None]:
     """Return the time since the step before, in seconds, by the clock of the lowest rank. lowest: its place."""
     rank = _Chosen(ranks, lowest)
-    before = rank.field("sequence", before=1)
+    before = rank.field_before("sequence")
     # Sequence 0 is an empty cell, and no step before the first.
     follows = (before > 0) & (before == ranks.sequences - 1)
-    seconds = rank.field("monotonic_seconds") - rank.field("monotonic_seconds", before=1)
+    seconds = rank.field("monotonic_seconds") - rank.field_before("monotonic_seconds")
     known = follows & (seconds > 0) & np.isfinite(seconds)
     return [each if is_known else None for each, is_known in zip(seconds.tolist(), known.tolist(), strict=True)]
 

@@ -38,6 +38,20 @@ SUMS = np.dtype(_dtype(REDUCED_COLUMNS))
 Rows = NDArray[np.void]
 
 
+def words(rows: Rows) -> NDArray[np.int64]:
+    """Return a view of records as the numbers of eight bytes that they consist of: [..., columns].
+
+    numpy copies these at once, and records field by field, which takes several times as long.
+    """
+    return rows[..., None].view(np.int64)
+
+
+def taken(rows: Rows, *places: NDArray[np.int64]) -> Rows:
+    """Return a copy of `rows[places]`."""
+    copied: Rows = words(rows)[places].view(RECORD)[..., 0]
+    return copied
+
+
 class ColumnsError(ValueError):
     """A batch contradicts itself; the message says how."""
 

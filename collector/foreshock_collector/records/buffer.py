@@ -19,6 +19,7 @@ from foreshock_collector.records.batch import (
     Rows,
     complete,
     locally_measured,
+    words,
 )
 from foreshock_collector.records.block import Block
 from foreshock_collector.records.deadlines import Deadlines
@@ -82,8 +83,7 @@ class RecordBuffer:
         # A very late record must not displace a newer one.
         fresh = sequences[:, None] >= self._cells["sequence"][cells]
         if fresh.all():
-            # As numbers of the same size: numpy copies a record field by field.
-            _words(self._cells)[cells] = _words(block.rows)
+            words(self._cells)[cells] = words(block.rows)
         else:
             steps, places = np.nonzero(fresh)
             self._cells[slots[steps], columns[places]] = block.rows[fresh]
@@ -202,8 +202,12 @@ class RecordBuffer:
         """Return which steps have a fingerprint of the weights from every rank, [steps]."""
         if len(self._ranks) < len(self.positions):
             return np.zeros(len(sequences), np.bool_)
-        ranks = Ranks(cells=self._cells, columns=self._by_rank, sequences=sequences)
-        known = ranks.complete() & (ranks.field("parameter_fingerprint") >= 0)
+        cells = (sequences % self.capacity)[:, None], self._by_rank
+        # Most steps have none.
+        known = self._cells["parameter_fingerprint"][cells] >= 0
+        if known.any():
+            known &= self._cells["sequence"][cells] == sequences[:, None]
+            known &= self._cells["flags"][cells] & pb.INCOMPLETE == 0
         found: NDArray[np.bool_] = np.logical_and.reduce(known, axis=1)
         return found
 
@@ -233,8 +237,3 @@ class RecordBuffer:
         norms[~np.isfinite(norms)] = math.inf
         norms[self._layer_sequences[slots] != sequences] = math.nan
         return norms
-
-
-def _words(rows: Rows) -> NDArray[np.int64]:
-    """Return a view of records as the numbers of eight bytes that they consist of: [..., columns]."""
-    return rows[..., None].view(np.int64)

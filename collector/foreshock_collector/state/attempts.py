@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -237,7 +238,7 @@ class Attempt(AttemptState):
             again = self.buffer.assembled_again(self.number, step.sequence)
             found = [] if again is None else [each for each in again.nonfinite if each not in step.nonfinite]
             if again is not None and found:
-                self.steps[place] = revised = replace(
+                self.steps[place] = revised = msgspec.structs.replace(
                     step,
                     loss=again.loss if again.nan_loss or again.inf_loss else step.loss,
                     nan_loss=step.nan_loss or again.nan_loss,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sqlite3
 import uuid
-from dataclasses import fields
 from pathlib import Path
 
 from foreshock_collector.records.steps import Step
@@ -14,7 +13,7 @@ from foreshock_collector.state.migrations import OLDEST, SCHEMA, MigrationError,
 
 logger = logging.getLogger(__name__)
 
-STEP_COLUMNS = tuple(field.name for field in fields(Step))
+STEP_COLUMNS = Step.__struct_fields__
 _TABLES = f"""
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE runs (run TEXT PRIMARY KEY, state BLOB NOT NULL);
@@ -46,6 +45,9 @@ TABLES = {
     "rank_window": ("id",),
 }
 """Each table, and the columns by which it is ordered on disk."""
+_PAGE_BYTES = 16384
+"""Of a new database. A message of a node's ranks has about as many bytes, and a commit takes a quarter less time than
+with SQLite's 4,096."""
 _BUSY_SECONDS = 0.25
 """How long the collector, which serves others meanwhile, waits for a process that holds the database."""
 
@@ -68,6 +70,7 @@ def open_database(path: Path | str) -> sqlite3.Connection:
         raise StoreError(f"database {path} cannot be used: {error}") from error
     try:
         if not _one(database, "SELECT count(*) FROM sqlite_master"):
+            database.execute(f"PRAGMA page_size={_PAGE_BYTES}")
             database.execute("PRAGMA journal_mode=WAL")
             _create(database)
         elif (schema := _schema(database, path)) < SCHEMA:
