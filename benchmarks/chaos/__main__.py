@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.chaos.fleet import come_back
 from benchmarks.chaos.job import DATABASE_FAULTS, DISK_FAULTS, FAULTS, RUN, Job, mount_disks, unmount_disks
-from benchmarks.chaos.ledger import Mark, processes, quantiles, stored_steps, table
+from benchmarks.chaos.ledger import Mark, partial_steps, processes, quantiles, stored_steps, table
 from tests.support.waiting import eventually
 
 _QUIET_STEPS = 2000
@@ -78,7 +78,7 @@ def run(
         job.collector.stop()
         job.proxy.close()
         job.relay.close()
-        stored = stored_steps(job.database)
+        stored, partial = stored_steps(job.database), partial_steps(job.database)
         left = [str(path.relative_to(folder)) for path in job.rings.rglob("*") if path.is_file()]
         running = processes(folder)
     kept = {launch: stored.get(launch, set()) for launch in finished}
@@ -94,6 +94,7 @@ def run(
         "stored": total,
         "lost": lost,
         "doubled": abs(counted - total) + extra,
+        "without one of the ranks": partial,
         "records overwritten by faults": job.overwritten,
         "records counted as dropped": dropped,
         "counter regressions": job.regressions,
@@ -114,6 +115,9 @@ def run(
     ]
     if dropped > job.overwritten:
         wrong.append(f"{dropped} records counted as dropped, and {job.overwritten} overwritten before they were stored")
+    # A kill may come between two ranks of the last step.
+    if partial > dropped + len(job.launches) - 1:
+        wrong.append(f"{partial} steps without one of the ranks, and {dropped} records counted as dropped")
     if lost > dropped / 2:
         wrong.append(f"{lost} steps lost, and {dropped} records counted as dropped")
     slowdown = max(one / other for one, other in zip(read, unread, strict=True))

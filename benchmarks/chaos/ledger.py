@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+RANKS = 2
+"""Of the job."""
 Pair = tuple[float, float]
 """Seconds of a step, and of the same step in rings that nobody reads."""
 
@@ -101,3 +103,10 @@ def stored_steps(database: Path) -> dict[str, set[int]]:
         ):
             stored.setdefault(launch, set()).add(sequence)
     return stored
+
+
+def partial_steps(database: Path) -> int:
+    """Return how many steps a database has of some of their ranks only."""
+    with closing(sqlite3.connect(database)) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM steps WHERE ranks < ?", (RANKS,)).fetchone()
+    return int(count)

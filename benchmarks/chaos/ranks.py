@@ -11,6 +11,7 @@ import struct
 import time
 from pathlib import Path
 
+from benchmarks.chaos.ledger import RANKS
 from foreshock._output.recorder_process import RecorderProcess
 from foreshock_recorder.layout import ExitReason
 from foreshock_recorder.paths import ring_name
@@ -86,7 +87,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("collector")
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--pace", type=float, default=0.01)
     parser.add_argument("--stop", type=Path, required=True)
     parser.add_argument("--durations", type=Path, required=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from foreshock_recorder.__main__ import main
 from foreshock_recorder.folder import lock, release
 from foreshock_recorder.layout import LAYOUT_VERSION, ExitReason
 from foreshock_recorder.paths import LOCK_NAME, has_recorder, ring_folder, run_folder
@@ -95,6 +96,37 @@ def test_a_wrong_flag_is_named_in_one_line(arguments: list[str], says: str, tmp_
     assert done.returncode == 2 and done.stdout == ""
     assert says in done.stderr and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recorder_serves_no_folder_that_is_a_link(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "recorder.log").write_text("of somebody else")
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(other)
+    assert main(["--folder", str(folder)]) == 1
+    assert capsys.readouterr().err == f"foreshock_recorder: {folder} cannot be used: {folder} is not a folder\n"
+    assert [path.name for path in other.iterdir()] == ["recorder.log"]
+    assert (other / "recorder.log").read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_neither_rank_nor_recorder_uses_a_folder_that_another_user_has_made(
+    folder: Path, level: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder.mkdir(parents=True)
+    taken = (folder, folder.parent)[level]
+    if os.getuid() == 0:
+        os.chown(taken, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: taken.stat().st_uid + 1)
+    with pytest.raises(PermissionError, match="belongs to another user"):
+        make_ring(folder)
+    assert main(["--folder", str(folder)]) == 1
+    assert "belongs to another user" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
 
 
 def test_a_lock_on_a_file_that_is_gone_is_no_lock(folder: Path) -> None:
