@@ -28,6 +28,8 @@ _MOST_STREAMS = 8192
 _RETRY_SECONDS = 30.0
 """After which the recorder of one stream too many may try again."""
 _TICK_SECONDS = 0.05
+_TURN_SECONDS = 0.002
+"""Between two parts of a commit: an answer over HTTP takes several passes of the event loop, not one."""
 _EXPIRY_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -99,7 +101,7 @@ class Telemetry:
                 if now - committed >= self._flow.seconds:
                     committed = now
                     for _ in self._intake.commit_in_parts():
-                        await asyncio.sleep(0)
+                        await asyncio.sleep(_TURN_SECONDS)
                     self._flow.adapt(self._statistics.messages)
                     self._statistics.flush_seconds = self._flow.seconds
                     self._wake(self._streams)

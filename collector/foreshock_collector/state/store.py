@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from foreshock_collector.analysis.rules import DEFAULT, Rules
+from foreshock_collector.records.batch import MAX_SEQUENCE
 from foreshock_collector.records.steps import Step, kind_of
 from foreshock_collector.state.attempts import WINDOW_STEPS, Attempt
 from foreshock_collector.state.database_file import DamagedError, DatabaseFile, StoreError
@@ -259,7 +260,7 @@ class Store(History):
                 run.evidence.append(older)
         for attempt in run.attempts:
             if not attempt.evicted:
-                self._restore_steps(run, attempt)
+                run.evidence.append(partial(self._restore_steps, run, attempt))
         run.departures_pending = any(attempt.departures_pending for attempt in run.attempts)
         return run
 
@@ -267,9 +268,13 @@ class Store(History):
         self, run: Run, attempt: int, instances: dict[str, Instance], now: float, *, finalized: bool
     ) -> None:
         """Restore records of finalized steps, which are many, or those that wait. Raises `sqlite3.Error`."""
-        which = "<=" if finalized else ">"
-        query = f"SELECT instance, batch FROM rank_window WHERE run=? AND attempt=? AND last_sequence{which}?"  # noqa: S608
-        for instance, batch in self._db.execute(query, (run.name, attempt, run.attempts[attempt].finalized)):
+        last = run.attempts[attempt].finalized
+        # Of a job of many ranks, fewer finalized steps fit into memory than are stored.
+        between = (max(0, last - run.attempts[attempt].buffer.capacity), last) if finalized else (last, MAX_SEQUENCE)
+        query = (
+            "SELECT instance, batch FROM rank_window WHERE run=? AND attempt=? AND last_sequence>? AND last_sequence<=?"
+        )
+        for instance, batch in self._db.execute(query, (run.name, attempt, *between)):
             with run.errors.caught("ingest"):
                 restore(run, instances, instance, batch, now)
 

@@ -17,7 +17,9 @@ from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import RefusedError, Session
 from foreshock_collector.records.batch import ColumnsError, decode
 from foreshock_collector.records.block import decode_block
+from foreshock_collector.state import store
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.restoring import restore
 from foreshock_collector.state.store import Store
 from foreshock_protos.columns import RECORD_COLUMNS, WEIGHT_BLOCKS
 from foreshock_protos.v1 import telemetry_pb2 as pb
@@ -140,8 +142,8 @@ def test_records_of_an_older_recorder_lack_the_last_columns_and_those_of_a_newer
 class Collector:
     """An intake and its store, at one time."""
 
-    def __init__(self, path: Path, ranks: int = 2) -> None:
-        self.path, self.clock, self.ranks = path, Clock(), ranks
+    def __init__(self, path: Path, ranks: int = 2, world_size: int = 2) -> None:
+        self.path, self.clock, self.ranks, self.world_size = path, Clock(), ranks, world_size
         self.open()
 
     def open(self) -> None:
@@ -150,7 +152,7 @@ class Collector:
         self.intake = Intake(self.runs, self.store, self.clock, ended_seconds=900.0, silent=900.0)
         self.session = Session()
         for rank in range(self.ranks):
-            place = pb.Topology(rank=rank, world_size=2)
+            place = pb.Topology(rank=rank, world_size=self.world_size)
             model = pb.ModelSummary(layers=["a", "b"])
             self.intake.apply(hello(instance=f"r-{rank}", topology=place, model=model), self.session)
 
@@ -277,3 +279,32 @@ def test_a_nan_right_after_a_start_has_the_records_before_it_as_evidence(collect
     window = collector.store.incident_window(run.name, newest.number)
     assert window is not None
     assert sorted(set(window.records["sequence"].tolist())) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_restart_reads_as_many_steps_of_a_job_as_fit_into_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = Collector(tmp_path / "db", world_size=8192)
+    for first in range(1, 200, 3):
+        collector.take(block(first))
+        collector.finalized()
+    collector.store.close()
+    (run,) = collector.runs
+    before, loaded = run.newest.buffer, list[str]()
+    assert before.finalized == 201 and before.capacity == 64
+
+    def counted(*given: Any) -> None:
+        loaded.append(given[2])
+        restore(*given)
+
+    monkeypatch.setattr(store, "restore", counted)
+    collector.open()
+    assert not loaded
+    collector.finalized()
+    assert len(loaded) == 22  # of three steps each
+    (run,) = collector.runs
+    for sequence in range(138, 202):
+        wanted, found = before.records(sequence), run.newest.buffer.records(sequence)
+        assert found[0].tolist() == wanted[0].tolist() == [0, 1]
+        assert found[1].tobytes() == wanted[1].tobytes()
+    assert [step.sequence for step in run.newest.steps] == list(range(1, 202))
