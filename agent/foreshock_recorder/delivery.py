@@ -122,7 +122,10 @@ class Delivery:
 
     def _find_rings(self) -> None:
         for path in sorted(self.folder.glob("*.ring")):
-            if path in self._ranks or self._unreadable.get(path) == _version(path):
+            if path in self._ranks:
+                continue
+            # Opened only then: a process that closes a file gives up its own locks on it.
+            if path in self._unreadable and self._unreadable[path] == _version(path):
                 continue
             try:
                 rank = self._ranks[path] = Rank(path)
