@@ -60,7 +60,9 @@ class Ring(RingFile):
         super().__init__(path, memory, layout)
         self._descriptor = descriptor
         self._header = header
-        self._newest = 0
+        # The header has these too, and may be overwritten.
+        self._newest = self._backward_passes = 0
+        self._dropped = [0] * len(DROP_REASONS)
         memory[: len(header)] = header
         self._row = struct.Struct(f"<{layout.columns}d")
 
@@ -149,12 +151,15 @@ class Ring(RingFile):
     def count_backward_pass(self) -> None:
         """Count a backward pass that this rank has computed, before it waits for the other ranks."""
         self._ensure_whole()
-        self._words[WORD_BACKWARD_PASSES] += 1
+        self._backward_passes += 1
+        self._words[WORD_BACKWARD_PASSES] = self._backward_passes
 
     def count_dropped(self, reason: str) -> None:
         """Count a record that could not be written."""
         self._ensure_whole()
-        self._words[WORD_DROPPED + DROP_REASONS.index(reason)] += 1
+        place = DROP_REASONS.index(reason)
+        self._dropped[place] += 1
+        self._words[WORD_DROPPED + place] = self._dropped[place]
 
     def write_idle(self, idle: bool) -> None:
         """Record whether another training of this process steps, and this one does not."""
@@ -188,7 +193,7 @@ class Ring(RingFile):
         return NormHistory(*HISTORY.unpack_from(self.memory, 8 * (WORD_HISTORY + 1)))
 
     def _ensure_whole(self) -> None:
-        """Give a file that somebody has cut or overwritten its size and header again; what the header counted is lost.
+        """Give a file that somebody has cut or overwritten its size and header again.
 
         Access to memory beyond the end of its file would kill the training by SIGBUS. Raises `OSError` if there is no
         room.
@@ -200,6 +205,9 @@ class Ring(RingFile):
         os.posix_fallocate(self._descriptor, 0, self.layout.file_bytes)
         self.memory[FACTS.size : len(self._header)] = self._header[FACTS.size :]
         self._words[WORD_BEGUN] = self._newest
+        self._words[WORD_BACKWARD_PASSES] = self._backward_passes
+        for place, count in enumerate(self._dropped):
+            self._words[WORD_DROPPED + place] = count
         # Last: a recorder that finds them finds a whole header.
         self.memory[: FACTS.size] = self._header[: FACTS.size]
 
