@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from foreshock_recorder.layout import JSON_OFFSET
 from foreshock_recorder.reader import RingReader
 from tests.support.collector_process import Collector, left
 from tests.support.launched_jobs import STANDALONE, TRAINING, Job, recorders, said
@@ -143,6 +144,28 @@ def test_a_killed_recorder_is_replaced_and_no_step_is_lost_or_counted_twice(
     assert run["counters"]["steps"] == 650
     assert collector.get("/api/v1/runs/replaced/steps?limit=2000")["step"] == list(range(650))
     assert run["counters"]["dropped"] == dict.fromkeys(run["counters"]["dropped"], 0)
+
+
+def test_a_training_whose_rings_are_overwritten_has_the_same_weights_and_all_its_steps(
+    collector: Collector, job: Job, tmp_path: Path
+) -> None:
+    said(job("plain", "", steps=300, attach_ranks=[], weights=str(tmp_path / "plain")))
+    process = job("overwritten", collector.address, steps=300, pace=0.01, weights=str(tmp_path / "overwritten"))
+    eventually(
+        lambda: "overwritten" in collector.names() and collector.run("overwritten")["counters"]["steps"] > 20,
+        "some steps",
+    )
+    rings = list((tmp_path / "rings").rglob("*.ring"))
+    for ring in rings:
+        with ring.open("r+b", buffering=0) as file:
+            file.write(os.urandom(JSON_OFFSET))
+    assert len(rings) == 2 and "rank 1 done" in said(process)
+    run = left(collector, "overwritten")
+    assert collector.get("/api/v1/runs/overwritten/steps")["step"] == list(range(300))
+    assert run["counters"]["dropped"] == dict.fromkeys(run["counters"]["dropped"], 0)
+    for rank in (0, 1):
+        plain, trained = (torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("plain", "overwritten"))
+        assert all(torch.equal(trained[key], plain[key]) for key in plain)
 
 
 def test_a_stopped_collector_stores_what_it_was_sent_and_ends_in_time(collector: Collector, job: Job) -> None:
