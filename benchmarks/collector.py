@@ -116,7 +116,9 @@ def measure(job: Job, seconds: float) -> Measured:
     """Start a collector, send it a load for so many seconds, and return what it cost."""
     core, ours = separate_cores()
     before = os.sched_getaffinity(0)
-    with tempfile.TemporaryDirectory() as folder, pinned_collector(Path(folder), core) as collector:
+    # One machine may begin half of them.
+    most_runs = f"--most-runs={max(1000, 2 * job.runs)}"
+    with tempfile.TemporaryDirectory() as folder, pinned_collector(Path(folder), core, most_runs) as collector:
         os.sched_setaffinity(0, {ours})
         try:
             return asyncio.run(_measure(job, seconds, collector))

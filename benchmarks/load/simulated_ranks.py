@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,11 @@ class Job:
     layers: int = 16
     blocks: bool = True
     """Whether recorders send all their ranks in one message, as they do since schema version 2."""
+
+    @property
+    def runs(self) -> int:
+        """How many runs these ranks are."""
+        return math.ceil(self.ranks / self.ranks_per_run)
 
     def streams(self) -> Iterator[list[Rank]]:
         """Yield the ranks of each stream."""

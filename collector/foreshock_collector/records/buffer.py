@@ -27,11 +27,17 @@ from foreshock_collector.records.layer_weights import WeightHistory
 from foreshock_collector.records.steps import Step
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
-_MAX_CELLS = 2**18
-"""Cells of a buffer, about 200 bytes each; a job of many ranks keeps fewer steps."""
-_MIN_STEPS, _MAX_STEPS = 64, 2048
+_USUAL_CELLS, _MOST_CELLS = 2**15, 2**18
+"""Cells of a buffer, about 200 bytes each: a job of many ranks keeps fewer steps, so that dozens of them fit."""
+_LEAST_STEPS, _USUAL_STEPS, _MOST_STEPS = 64, 256, 2048
 _ASSEMBLED_AT_ONCE = 2**12
 """Records of the steps that are assembled at once: their memory is bounded, whatever the number of ranks."""
+
+
+def capacity_for(world_size: int) -> int:
+    """Return how many steps of a job are kept."""
+    fit = max(_USUAL_CELLS // world_size, min(_USUAL_STEPS, _MOST_CELLS // world_size))
+    return min(max(_LEAST_STEPS, fit), _MOST_STEPS)
 
 
 class RecordBuffer:
@@ -41,7 +47,7 @@ class RecordBuffer:
     """
 
     def __init__(self, *, world_size: int, layers: int, finalized: int = 0) -> None:
-        self.capacity = max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // world_size))
+        self.capacity = capacity_for(world_size)
         self.finalized = finalized
         """Sequence number up to which steps have been assembled."""
         self.highest = finalized

@@ -138,12 +138,12 @@ def resident_mib() -> float:
 
 
 def test_a_buffer_takes_memory_for_the_records_that_have_come_and_no_more() -> None:
-    """It has room for 2,048 steps of 64 ranks, 24 MiB; these are ten of each."""
+    """It has room for 512 steps of 64 ranks, 6 MiB; these are ten of each."""
     before = resident_mib()
-    buffers = [RecordBuffer(world_size=64, layers=0) for _ in range(32)]
+    buffers = [RecordBuffer(world_size=64, layers=0) for _ in range(128)]
     records = decode(steps(1, [1.0] * 10).steps, 0)
     for buffer in buffers:
         for rank in range(64):
             buffer.write(rank, records, 0.0)
     grown = resident_mib() - before
-    assert grown < 256, f"{grown} MiB, of {32 * 24}"
+    assert grown < 256, f"{grown} MiB, of {128 * 6}"
