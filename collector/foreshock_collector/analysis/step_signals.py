@@ -44,31 +44,34 @@ def signals_of(buffer: RecordBuffer, steps: Sequence[Step]) -> list[StepSignals]
         _divergent(*buffer.records(step.sequence)) if all_known else None
         for step, all_known in zip(steps, compared, strict=True)
     ]
-    found = []
     with np.errstate(all="ignore"):
-        mean_squares = np.square(local / norms[:, None]).mean(axis=1)
-        agreements = np.where(local.shape[1] > 1, 1 / mean_squares, math.nan)
-        spreads = (local.max(axis=1) - local.min(axis=1)) / local.max(axis=1)
-        finite = np.isfinite(layers).all(axis=1) & (layers.shape[1] > 1)
-        layers = np.where(layers > 0, layers, math.inf)
-        largest_ranks, largest_ratios = _largest(local)
-    for place in range(len(steps)):
-        weakest_layer, weakest_ratio = -1, math.nan
-        if finite[place] and np.isfinite(layers[place]).any():
-            weakest_layer = int(layers[place].argmin())
-            weakest_ratio = float(layers[place, weakest_layer] / layers[place][np.isfinite(layers[place])].max())
-        found.append(
-            StepSignals(
-                agreement=float(agreements[place]),
-                spread=float(spreads[place]),
-                weakest_layer=weakest_layer,
-                weakest_ratio=weakest_ratio,
-                largest_rank=largest_ranks[place],
-                largest_ratio=largest_ratios[place],
-                divergent_ranks=divergent_ranks[place],
-            )
-        )
-    return found
+        signals = (*_likeness(local, norms), *_weakest(layers), *_largest(local))
+    return [StepSignals(*each) for each in zip(*signals, divergent_ranks, strict=True)]
+
+
+def _likeness(local: NDArray[np.float64], norms: NDArray[np.float64]) -> tuple[list[float], list[float]]:
+    """Return agreement and spread of each step. local: [steps, ranks]. norms: of the averaged gradient, [steps]."""
+    steps, ranks = local.shape
+    if ranks < 2:
+        return [math.nan] * steps, [math.nan] * steps
+    largest = local.max(axis=1)
+    agreements = 1 / np.square(local / norms[:, None]).mean(axis=1)
+    return agreements.tolist(), ((largest - local.min(axis=1)) / largest).tolist()
+
+
+def _weakest(layers: NDArray[np.float64]) -> tuple[list[int], list[float]]:
+    """Return the layer with the smallest nonzero norm of each step, and what part of the largest that is.
+
+    layers: norms, [steps, layers].
+    """
+    steps, count = layers.shape
+    if count < 2:
+        return [-1] * steps, [math.nan] * steps
+    positive = np.where(layers > 0, layers, math.inf)
+    smallest, largest = positive.min(axis=1), layers.max(axis=1)
+    known = np.isfinite(layers).all(axis=1) & (largest > 0)
+    places = np.where(known, positive.argmin(axis=1), -1)
+    return places.tolist(), np.where(known, smallest / largest, math.nan).tolist()
 
 
 def _largest(norms: NDArray[np.float64]) -> tuple[list[int], list[float]]:

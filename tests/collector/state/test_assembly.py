@@ -148,3 +148,17 @@ def test_the_largest_local_norm_is_compared_with_the_median_of_the_others(world_
         else:
             assert found.largest_rank == -1 and math.isnan(found.largest_ratio)
     assert (known > 0) == (world_size > 1)
+
+
+def test_the_weakest_layer_is_the_one_with_the_smallest_norm_that_is_not_zero() -> None:
+    norms = [[0.5, 0.25, 1.0], [0.0, 2.0, 1.0], [0.0, 0.0, 0.0], [math.nan, 1.0, 2.0], [3.0, math.inf, 2.0], [0, 4, 0]]
+    rows = np.zeros(len(norms), RECORD)
+    rows["sequence"], rows["global_norm"] = np.arange(1, len(norms) + 1), 1.0
+    weights, sums = LayerWeights.empty(3), np.zeros(0, SUMS)
+    buffer = RecordBuffer(world_size=1, layers=3)
+    buffer.write(0, Records(rows=rows, sums=sums, layer_norms=np.array(norms, "f4"), weights=weights), 0.0)
+    found = signals_of(buffer, list(buffer.finalize(0, len(norms))))
+    assert [each.weakest_layer for each in found] == [1, 2, -1, -1, -1, 1]
+    assert [each.weakest_ratio for each in found if each.weakest_layer >= 0] == [0.25, 0.5, 1.0]
+    assert all(math.isnan(each.weakest_ratio) for each in found if each.weakest_layer < 0)
+    assert all(math.isnan(each.agreement) and math.isnan(each.spread) for each in found)
