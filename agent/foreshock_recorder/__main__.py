@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,7 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if held is None:
         return 0
-    _log_to(folder / LOG_NAME)
+    try:
+        _log_to(folder / LOG_NAME)
+    except OSError as error:
+        sys.stderr.write(f"foreshock_recorder: {folder} cannot be used: {error}\n")
+        return 1
     logger.info("serving %s, delivering to %s", folder, options.collector)
     base = folder.parent if side_car else folder.parent.parent
     try:
@@ -124,8 +129,18 @@ def _seconds(text: str) -> float:
     return value
 
 
+class _LogFile(logging.handlers.RotatingFileHandler):
+    """Opens a file of this user only, and never the one that a link points to."""
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+        return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
+
+
 def _log_to(path: Path) -> None:
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    if path.is_symlink():
+        path.unlink()
+    handler = _LogFile(path, maxBytes=_LOG_BYTES, backupCount=1)
     logging.basicConfig(
         handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -105,7 +105,18 @@ async def cancel(stream: Stream) -> None:
     stream.call.cancel()
 
 
-@pytest.mark.parametrize(("end", "reason"), [(half_close, "closed"), (cancel, "disconnected"), (None, "drained")])
+async def end_job(stream: Stream) -> None:
+    """As a recorder does: it hangs up once it knows that all is stored."""
+    await stream.send(goodbye(1))
+    while not (await stream.positions(1))[0].closed:
+        pass
+    stream.call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [(half_close, "closed"), (cancel, "disconnected"), (end_job, "exited"), (None, "drained")],
+)
 def test_the_end_of_a_stream_is_logged_with_its_reason(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, end: Callable[[Stream], Any] | None, reason: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,6 +111,26 @@ def test_a_recorder_serves_no_folder_that_is_a_link(
     assert capsys.readouterr().err == f"foreshock_recorder: {folder} cannot be used: {folder} is not a folder\n"
     assert [path.name for path in other.iterdir()] == ["recorder.log"]
     assert (other / "recorder.log").read_text() == "of somebody else"
+
+
+@pytest.mark.integration
+def test_a_recorder_writes_its_log_through_no_link(
+    folder: Path, tmp_path: Path, collector: FakeCollector, recorder: Start
+) -> None:
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    ring = make_ring(folder)
+    (folder / "recorder.log").symlink_to(other)
+    (folder / "recorder.log.1").symlink_to(other)
+    step(ring, 1)
+    process = recorder()
+    collector.wait_for(lambda: collector.position[FIRST] == 1)
+    log = (folder / "recorder.log").lstat()
+    assert stat.S_ISREG(log.st_mode) and stat.S_IMODE(log.st_mode) == 0o600
+    assert "serving " in log_of(folder)
+    ring.write_exit(ExitReason.FINISHED)
+    assert process.wait(WAIT_SECONDS) == 0
+    assert not folder.exists() and other.read_text() == "of somebody else"
 
 
 @pytest.mark.parametrize("level", [0, 1])

@@ -52,11 +52,21 @@ def fetch(address: str, headers: Mapping[str, str]) -> bytes:
     # None means the proxies from the environment.
     proxies: dict[str, str] | None = None if os.environ.get("FORESHOCK_HTTP_PROXY") == "1" else {}
     context = ssl.create_default_context(cafile=os.environ.get("FORESHOCK_CA_FILE") or None)
-    handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context))
+    handlers = (urllib.request.ProxyHandler(proxies), urllib.request.HTTPSHandler(context=context), _Redirects())
     request = urllib.request.Request(address, headers=dict(headers))  # noqa: S310 - callers check the scheme
     with urllib.request.build_opener(*handlers).open(request, timeout=_SECONDS) as response:
         body: bytes = response.read()
     return body
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and shows the token to no other server than the one that it is for."""
+
+    def redirect_request(self, req: urllib.request.Request, *answer: Any) -> urllib.request.Request | None:
+        request = super().redirect_request(req, *answer)
+        if request is not None and (request.type, request.host) != (req.type, req.host):
+            request.remove_header("Authorization")
+        return request
 
 
 def authorization() -> dict[str, str]:

@@ -59,6 +59,8 @@ class _Stream:
     def __init__(self, peer: str) -> None:
         self.session = Session(peer)
         self.wake = asyncio.Event()
+        self.exited = False
+        """Whether the last acknowledgement was of the exit of every rank."""
 
 
 class Telemetry:
@@ -165,7 +167,8 @@ class Telemetry:
             logger.warning("refused the stream of %(peer)s: %(why)s", refusal)
             await context.abort(_CODES.get(error.reason, grpc.StatusCode.INVALID_ARGUMENT), str(error))
         except (asyncio.CancelledError, GeneratorExit):  # by gRPC, either way
-            end = "drained" if self._draining else "disconnected"
+            # A recorder hangs up once all that its ranks have sent is acknowledged.
+            end = "drained" if self._draining else "exited" if stream.exited else "disconnected"
             raise
         except Exception as error:
             self._errors.add("ingest", error)
@@ -206,9 +209,11 @@ class Telemetry:
 
     def _ack(self, stream: _Stream) -> pb.Ack:
         seconds = self._flow.seconds_for(self._intake.held_seconds(stream.session))
+        positions = self._intake.positions(stream.session)
+        stream.exited = all(position.closed for position in positions)
         return pb.Ack(
             epoch=self._epoch,
-            positions=self._intake.positions(stream.session),
+            positions=positions,
             flow=pb.FlowControl(flush_interval_seconds=seconds, max_batch_steps=_MAX_BATCH_STEPS),
             page_url=self._page_url(),
             schema_version=SCHEMA_VERSION,

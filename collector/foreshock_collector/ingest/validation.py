@@ -10,6 +10,8 @@ from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _MOST_RANKS = 65_536
+_MOST_LAYERS = 65_536
+"""Several times what the largest mixtures of experts have; the collector keeps numbers and names of each."""
 
 
 def check_instance(name: str) -> None:
@@ -41,6 +43,8 @@ def validated(hello: pb.Hello) -> pb.Hello:
     if not place.rank < place.world_size <= _MOST_RANKS:
         raise RefusedError(f"hello.topology: rank {place.rank} of world_size {place.world_size}")
     parameters, layers = len(model.parameters), len(model.layers)
+    if layers > _MOST_LAYERS:
+        raise RefusedError(f"hello.model has {layers} layers, the limit is {_MOST_LAYERS}", reason="limit")
     for name in ("parameter_sizes", "parameter_layers"):
         if len(getattr(model, name)) != parameters:
             raise RefusedError(f"hello.model: {len(getattr(model, name))} {name} for {parameters} parameters")

@@ -18,6 +18,8 @@ _MOST_RUNS = 1000
 """Runs whose messages wait. With a handful of alerts each, that is a few megabytes."""
 _FIRST_PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
+_LONGEST_ASKED_SECONDS = 600.0
+"""However long a receiver asks to wait: it must not silence alerts for a night."""
 
 Run = tuple[str, str]
 """Experiment and name."""
@@ -49,6 +51,8 @@ class Outbox:
         self._added = asyncio.Event()
         self._failures = 0
         """Attempts that failed since the last success."""
+        self._asked_seconds = 0.0
+        """How long the receiver has asked to wait at the last of them."""
 
     def add(self, notifications: Sequence[Notification]) -> None:
         """Add what is new about one run; an older state of the same alert that still waits is replaced."""
@@ -67,7 +71,7 @@ class Outbox:
             await self._added.wait()
             while self._waiting:
                 if not await self._attempt(next(iter(self._waiting))):
-                    await asyncio.sleep(pause(self._failures))
+                    await asyncio.sleep(pause(self._failures, self._asked_seconds))
             self._added.clear()
 
     async def send_once(self) -> None:
@@ -98,6 +102,7 @@ class Outbox:
             self._count("sent" if answer.accepted else "failed", run, str(answer))
         else:
             self._failures += 1
+            self._asked_seconds = answer.retry_seconds
             self._delay(run, answer)
         return answer.final
 
@@ -125,7 +130,11 @@ class Outbox:
             logger.error("notification about run %(run)s to %(host)s dropped: %(reason)s", facts)
 
 
-def pause(failures: int) -> float:
-    """Return the seconds before the next attempt: full jitter, so that collectors do not try in step."""
+def pause(failures: int, asked: float) -> float:
+    """Return the seconds before the next attempt: full jitter, so that collectors do not try in step.
+
+    asked: how long the receiver has asked to wait. The pause comes on top.
+    """
     # Of a receiver that is away for weeks, 2.0 ** failures would overflow.
-    return random.uniform(0.0, min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 10)))  # noqa: S311 - no secret
+    most = min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2.0 ** min(failures, 10))
+    return min(asked, _LONGEST_ASKED_SECONDS) + random.uniform(0.0, most)  # noqa: S311 - no secret

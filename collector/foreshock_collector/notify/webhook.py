@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import urllib.parse
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 
 import aiohttp
 
@@ -28,6 +30,8 @@ class Answer:
     """HTTP status; 0 if there was no answer."""
     text: str
     """The beginning of the answer, or why there was none."""
+    retry_seconds: float = 0.0
+    """After which the receiver asks to try again; 0: it does not."""
 
     @property
     def accepted(self) -> bool:
@@ -65,12 +69,18 @@ class Webhook:
         try:
             async with self._session.post(self._url, data=body, headers=headers, allow_redirects=False) as response:
                 text = (await response.content.read(_ANSWER_BYTES)).decode("utf-8", "replace")
-                return Answer(status=response.status, text=_printable(self._hidden(text))[:_SHOWN])
+                return Answer(
+                    status=response.status,
+                    text=_printable(self._hidden(text))[:_SHOWN],
+                    retry_seconds=seconds_until(response.headers.get("Retry-After", ""), now),
+                )
         except TimeoutError:
             return Answer(status=0, text=f"no answer within {_SECONDS:g} seconds")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             # Its text may contain the address: the kind of error says enough.
             reason = error.strerror if isinstance(error, OSError) and error.strerror else ""
+            if isinstance(error, aiohttp.ClientHttpProxyError):
+                reason = f"HTTP {error.status}"
             return Answer(status=0, text=f"{type(error).__name__} {reason}".strip())
 
     def _hidden(self, text: str) -> str:
@@ -84,10 +94,24 @@ class Webhook:
 
 @asynccontextmanager
 async def webhook(url: str, secret: bytes | None) -> AsyncIterator[Webhook]:
-    """Open a client for as long as the block lasts. It keeps no cookies and ignores `http_proxy`."""
+    """Open a client for as long as the block lasts. It keeps no cookies.
+
+    It uses the proxies of the environment: unlike a collector, a receiver is often outside the network.
+    """
     timeout = aiohttp.ClientTimeout(total=_SECONDS)
-    async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+    cookies = aiohttp.DummyCookieJar()
+    async with aiohttp.ClientSession(timeout=timeout, cookie_jar=cookies, trust_env=True) as session:
         yield Webhook(session, url, secret)
+
+
+def seconds_until(retry_after: str, now: float) -> float:
+    """Return the seconds that a Retry-After header asks to wait, which has them or a date; 0 if it has neither."""
+    if re.fullmatch("[0-9]{1,9}", retry_after):
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - now)
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _printable(text: str) -> str:

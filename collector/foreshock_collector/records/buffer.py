@@ -30,6 +30,8 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 _USUAL_CELLS, _MOST_CELLS = 2**15, 2**18
 """Cells of a buffer, about 200 bytes each: a job of many ranks keeps fewer steps, so that dozens of them fit."""
 _LEAST_STEPS, _USUAL_STEPS, _MOST_STEPS = 64, 256, 2048
+_MOST_LAYER_NORMS = 2**22
+"""Norms by layer, 4 bytes each; a model of more than 2,048 layers keeps them for fewer steps."""
 _ASSEMBLED_AT_ONCE = 2**12
 """Records of the steps that are assembled at once: their memory is bounded, whatever the number of ranks."""
 
@@ -64,8 +66,9 @@ class RecordBuffer:
         """Columns, by rank."""
         self._cells: Rows = np.zeros((self.capacity, 1), RECORD)
         self._sums: Rows = np.zeros(self.capacity, SUMS)
-        self._layer_norms = np.zeros((self.capacity, layers), "f4")
-        self._layer_sequences = np.zeros(self.capacity, "i8")
+        self._layer_steps = min(self.capacity, max(_LEAST_STEPS, _MOST_LAYER_NORMS // max(1, layers)))
+        self._layer_norms = np.zeros((self._layer_steps, layers), "f4")
+        self._layer_sequences = np.zeros(self._layer_steps, "i8")
         self.weights = WeightHistory(layers)
         """What the newest measured steps have of the weights by layer."""
         self._deadlines = Deadlines(self.capacity, world_size)
@@ -94,9 +97,10 @@ class RecordBuffer:
             steps, places = np.nonzero(fresh)
             self._cells[slots[steps], columns[places]] = block.rows[fresh]
         if block.layer_norms is not None and block.layer_norms.shape[1] == self._layer_norms.shape[1]:
-            newer = sequences >= self._layer_sequences[slots]
-            self._layer_norms[slots[newer]] = block.layer_norms[newer]
-            self._layer_sequences[slots[newer]] = sequences[newer]
+            kept = sequences % self._layer_steps
+            newer = sequences >= self._layer_sequences[kept]
+            self._layer_norms[kept[newer]] = block.layer_norms[newer]
+            self._layer_sequences[kept[newer]] = sequences[newer]
         self.weights.write(block.weights)
         recent = block.sums[block.sums["reduced_sequence"] > max(last, self.highest) - self.capacity]
         self._sums[recent["reduced_sequence"] % self.capacity] = recent
@@ -189,7 +193,7 @@ class RecordBuffer:
 
     def layer_norms(self, sequence: int) -> NDArray[np.float32] | None:
         """Return the norms of the averaged gradient by layer, if a rank has sent them."""
-        slot = sequence % self.capacity
+        slot = sequence % self._layer_steps
         return self._layer_norms[slot] if self._layer_sequences[slot] == sequence else None
 
     def local_norms(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -238,7 +242,7 @@ class RecordBuffer:
 
     def layer_norms_of(self, sequences: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return norms of the averaged gradient for display, [steps, layers]: NaN and Inf as in `rank_norms`."""
-        slots = sequences % self.capacity
+        slots = sequences % self._layer_steps
         norms = self._layer_norms[slots].astype(np.float64)
         norms[~np.isfinite(norms)] = math.inf
         norms[self._layer_sequences[slots] != sequences] = math.nan

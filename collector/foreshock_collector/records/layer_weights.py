@@ -15,6 +15,9 @@ from foreshock_protos.v1 import telemetry_pb2 as pb
 
 _MOST_MEASURED = 512
 """Measured steps that a history keeps."""
+_LEAST_MEASURED = 8
+_MOST_VALUES = 2**22
+"""Values of 4 bytes that a history keeps: of a model with very many layers, it keeps fewer steps."""
 
 Blocks = NDArray[np.float32]
 """[steps, len(WEIGHT_BLOCKS), layers]: what each block measured by layer; 0 where it measured nothing."""
@@ -70,6 +73,8 @@ class WeightHistory:
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
+        values = max(1, layers * len(WEIGHT_BLOCKS))
+        self._most = min(_MOST_MEASURED, max(_LEAST_MEASURED, _MOST_VALUES // values))
         self._kept: list[tuple[int, Blocks]] = []
 
     def write(self, weights: LayerWeights) -> None:
@@ -80,7 +85,7 @@ class WeightHistory:
             place = bisect_left(self._kept, sequence, key=itemgetter(0))
             if place == len(self._kept) or self._kept[place][0] != sequence:
                 self._kept.insert(place, (sequence, blocks))
-        del self._kept[:-_MOST_MEASURED]
+        del self._kept[: -self._most]
 
     def between(self, first: int, last: int) -> LayerWeights:
         """Return what is kept of these steps."""

@@ -30,7 +30,8 @@ def token_required(tokens: Tokens, runs: Runs) -> Any:
                 raise web.HTTPUnauthorized(text="a token with the right to read is required\n", headers=_ASK)
             name = request.query.get("run", "") if request.path == _LIVE else request.match_info.get("run", "")
             experiment = runs.experiment_of(name) if name else None
-            of_all = request.path in _OF_ALL_RUNS and not name
+            # A stream of changes would go on into the run that is given the name later, whoever's it is.
+            of_all = request.path in _OF_ALL_RUNS and experiment is None
             if not token.allows_all and (of_all or (experiment is not None and not token.allows(experiment))):
                 raise web.HTTPForbidden(text=f"this token is for experiments {token.experiment!r} only\n")
         response: web.StreamResponse = await handler(request)

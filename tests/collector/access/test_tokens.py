@@ -176,7 +176,13 @@ def test_a_token_reads_its_own_experiments_and_no_other(tmp_path: Path, path: Pa
             for path_ in everything:
                 assert await status(session, server.url + path_, "vision") == 403
                 assert await status(session, server.url + path_, "prometheus") == 200
-            for path_ in ("/metrics?run=ours", "/api/v1/runs?run=ours", "/metrics?run=none", "/api/v1/live?run="):
+            for path_ in (
+                "/metrics?run=ours",
+                "/api/v1/runs?run=ours",
+                "/metrics?run=none",
+                "/api/v1/live?run=",
+                "/api/v1/live?run=none",
+            ):
                 assert await status(session, server.url + path_, "vision") == 403, path_
             for path_ in (*of_one, "/api/v1/live?run={run}"):
                 assert await status(session, server.url + path_.format(run="theirs"), "vision") == 403

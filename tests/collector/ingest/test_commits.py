@@ -86,6 +86,22 @@ def test_a_rank_that_claims_a_huge_job_costs_the_memory_of_one_rank() -> None:
     assert step.ranks == 3
 
 
+def test_a_model_of_very_many_layers_costs_bounded_memory_and_its_newest_steps_have_them() -> None:
+    layers = 65_536
+    buffer = RecordBuffer(world_size=1, layers=layers)
+    for first in range(1, 101, 4):
+        norms = np.repeat(np.arange(first, first + 4, dtype="f4"), layers)
+        told = steps(first, [1.0] * 4, global_layer_norms=norms, weight_rows=range(4), update_layer_ratios=norms)
+        buffer.write(0, decode(told.steps, layers), 0.0)
+    assert buffer._layer_norms.nbytes <= 16 * 2**20
+    weights = buffer.weights.between(1, 100)
+    assert weights.blocks.nbytes <= 16 * 2**20
+    newest = buffer.layer_norms(100)
+    assert newest is not None and set(newest.tolist()) == {100.0} and buffer.layer_norms(1) is None
+    assert set(weights.block("update_layer_ratios")[-1].tolist()) == {100.0}
+    assert_array_equal(buffer.layer_norms_of(np.array([36, 37]))[:, 0], [math.nan, 37.0])
+
+
 def test_records_that_are_refused_wait_for_no_commit(tmp_path: Path) -> None:
     clock, session = Clock(), Session()
     store = Store(tmp_path / "db")

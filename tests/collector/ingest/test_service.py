@@ -64,6 +64,7 @@ def test_a_wrong_message_is_refused_by_name_and_costs_other_runs_nothing(
         ({"topology": pb.Topology(rank=0, world_size=1)}, "rank 0 of this launch is another instance already"),
         ({"topology": pb.Topology(world_size=65_537)}, "rank 0 of world_size 65537"),
         ({"model": pb.ModelSummary(parameters=["w"])}, "0 parameter_sizes for 1 parameters"),
+        ({"model": pb.ModelSummary(layers=["l"] * 65_537)}, "hello.model has 65537 layers, the limit is 65536"),
         (
             {"model": pb.ModelSummary(parameters=["w"], parameter_sizes=[1], parameter_layers=[2], layers=["a", "b"])},
             "parameter_layers points beyond the 2 layers",

@@ -24,7 +24,7 @@ from foreshock_collector.notify.message import body_of
 from foreshock_collector.notify.outbox import Outbox, pause
 from foreshock_collector.notify.run_alerts import Notification
 from foreshock_collector.notify.statistics import NotificationStatistics
-from foreshock_collector.notify.webhook import webhook
+from foreshock_collector.notify.webhook import seconds_until, webhook
 from tests.support.webhook_receiver import Receiver, Reply, receiving
 
 PAGE = "http://monitor:9327"
@@ -88,7 +88,7 @@ def errors_expected(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outbox_module, "pause", lambda _: 0.0)
+    monkeypatch.setattr(outbox_module, "pause", lambda *_: 0.0)
 
 
 def test_a_message_is_signed_over_its_time_and_body() -> None:
@@ -268,8 +268,56 @@ def test_a_receiver_that_does_not_answer_costs_one_attempt(monkeypatch: pytest.M
 
 def test_pauses_have_full_jitter_and_a_limit() -> None:
     for failures, most in ((1, 2.0), (3, 8.0), (10_000, 60.0)):
-        pauses = [pause(failures) for _ in range(500)]
-        assert 0 <= min(pauses) < 0.1 * most < 0.9 * most < max(pauses) <= most
+        for asked, waited in ((0.0, 0.0), (30.0, 30.0), (86_400.0, 600.0)):
+            pauses = [pause(failures, asked) - waited for _ in range(500)]
+            assert 0 <= min(pauses) < 0.1 * most < 0.9 * most < max(pauses) <= most + 1e-9
+
+
+def test_a_receiver_that_says_when_to_try_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = []
+
+    def pause(failures: int, asked: float) -> float:
+        paused.append((failures, asked))
+        return 0.0
+
+    monkeypatch.setattr(outbox_module, "pause", pause)
+
+    async def test() -> None:
+        async with receiving() as receiver, sending(receiver) as (outbox, counts):
+            # The outbox's clock says 2027-01-15T08:00:01Z.
+            date = {"Retry-After": "Fri, 15 Jan 2027 08:00:31 GMT"}
+            receiver.replies = [status(429, **{"Retry-After": "120"}), status(503, **date), status(500)]
+            outbox.add([notification()])
+            await until(lambda: counts.results["sent"] == 1)
+
+    run(test())
+    assert paused == [(1, 120.0), (2, 30.0), (3, 0.0)]
+
+
+@pytest.mark.parametrize("header", ["", "-1", "soon", "1e9", "9" * 30, "Fri, 15 Jan 2027 07:00:00 GMT", "\u0663"])
+def test_what_a_receiver_says_wrongly_of_when_to_try_again_is_ignored(header: str) -> None:
+    assert seconds_until(header, 1_800_000_001.0) == 0.0
+
+
+def test_a_receiver_is_reached_through_the_proxy_unless_it_is_excepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with receiving() as proxy, receiving() as near:
+            monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/hook/s3cret"))
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+            async with webhook("http://receiver.invalid/hook", None) as client:
+                assert (await client.post(b"far", 0.0)).accepted
+            request, body = await proxy.requests.get()
+            assert (request.headers["Host"], body) == ("receiver.invalid", b"far")
+            async with webhook(near.url, None) as client:
+                assert (await client.post(b"near", 0.0)).accepted
+            assert (await near.requests.get())[1] == b"near" and proxy.requests.empty()
+            # It knows no tunnels.
+            async with webhook("https://receiver.invalid/hook", None) as client:
+                monkeypatch.setenv("https_proxy", proxy.url.removesuffix("/hook/s3cret"))
+                answer = await client.post(b"", 0.0)
+            assert (answer.final, str(answer)) == (False, "ClientHttpProxyError HTTP 404")
+
+    run(test())
 
 
 def test_a_message_to_slack_is_one_text() -> None:
