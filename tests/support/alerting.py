@@ -29,7 +29,7 @@ PROMETHEUS_CONFIG = ROOT / "deploy/prometheus/prometheus.yml"
 ALERTMANAGER_CONFIG = ROOT / "deploy/alertmanager/alertmanager.yml"
 ALERTS: list[dict[str, Any]] = [rule for group in parsed(RULES.read_text())["groups"] for rule in group["rules"]]
 SEVERITY: dict[str, str] = {alert["alert"]: alert["labels"]["severity"] for alert in ALERTS}
-LISTENING = re.compile(r'msg="Listening on" address=(127\.0\.0\.1:\d+)')
+LISTENING = re.compile(r'msg="Listening on" (?:component=web )?address=(127\.0\.0\.1:\d+)')
 
 Start = Callable[..., str]
 Notification = tuple[str, str, str]
