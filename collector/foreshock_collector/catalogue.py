@@ -63,8 +63,8 @@ REFUSAL_REASONS = (
 )
 """Why a recorder or one of its ranks is refused: the message cannot be decoded or is empty; it uses another schema
 version; a value is out of range; a rank sends records before its hello; its hello contradicts what is known of its
-launch; the collector failed on it; runs, streams or layers are too many; or the recorder shows no token,
-one for other experiments, or one that was removed or expired while its stream was open."""
+launch; the collector failed on it; runs, launches, ranks, streams or layers are too many; or the recorder shows no
+token, one for other experiments, or one that was removed or expired while its stream was open."""
 
 NOTIFICATION_RESULTS = ("sent", "failed")
 """How a notification of the collector itself ended: accepted by the receiver; or refused by it, or dropped because too

@@ -165,8 +165,8 @@ class Intake:
                 raise RefusedError(text, reason="token")
             self._check_stream(hello, session)
             now = self._now()
-            if self._runs.begins_run(hello):
-                self._limits.admit(session.host)
+            begins_rank = self._runs.find_in_memory(hello.instance) is None
+            self._limits.admit(session.host, launch=self._runs.begins_run(hello), rank=begins_rank)
             self._runs.register(hello, now, host=session.host)
         except RefusedError as error:
             self._refuse_instance(sender, session, str(error), error.reason)

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from foreshock_collector.ingest import service
+from foreshock_collector.ingest import run_limits, service
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
 from foreshock_collector.server import Server
@@ -264,6 +264,34 @@ def test_one_machine_cannot_take_all_runs_and_ended_ones_make_room(tmp_path: Pat
     intake.apply(hello("later", launch_id="later"), honest)
     assert "later-0" in honest.registered
     assert intake.statistics.refused["limit"] == 16
+    store.close()
+
+
+def test_one_machine_cannot_take_all_ranks_nor_fill_a_run_with_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_limits, "MOST_RANKS", 60)
+    store = Store(tmp_path / "db")
+    intake = Intake(Runs(), store, Clock(), ended_seconds=900.0, silent=900.0, most_runs=4)
+
+    def begin(session: Session, run: str, launch: str, ranks: int) -> int:
+        for rank in range(ranks):
+            place = pb.Topology(rank=rank, world_size=ranks)
+            # Handed in after their ranks have exited, all launches of a name are of one run.
+            told = hello(run, instance=f"{run}-{launch}-{rank}", launch_id=launch, topology=place, exited=True)
+            intake.apply(told, session)
+        intake.commit()
+        return len(session.registered)
+
+    flood, honest = Session(peer="ipv4:10.0.0.1:4000"), Session(peer="ipv4:10.0.0.2:4000")
+    assert begin(flood, "huge", "1", 40) == 30
+    assert "30 ranks of ipv4:10.0.0.1 report already, half" in flood.refused["huge-1-39"]
+    assert begin(honest, "theirs", "1", 2) == 2
+    # What is known is never refused.
+    assert begin(flood, "huge", "1", 30) == 30
+    again = Session(peer="ipv4:10.0.0.3:4000")
+    assert [begin(again, "again", str(number), 1) for number in range(25)][-1] == 20
+    assert "20 launches of ipv4:10.0.0.3 report already" in again.refused["again-24-0"]
     store.close()
 
 
