@@ -147,6 +147,10 @@ kubernetes: $(DEPLOY_INSTALLED) ## write the kustomize base from the Helm chart
 bench-collector: $(INSTALLED) ## measure a collector under simulated ranks: core, memory, disk, scrapes; ARGS="--ranks 64 256 --json"
 	@$(BIN)/python -m benchmarks.collector $(ARGS)
 
+.PHONY: bench-sinks
+bench-sinks: $(INSTALLED) ## measure a collector beside Pushgateway and VictoriaMetrics, where these are installed; ARGS="--json"
+	@$(BIN)/python -m benchmarks.metric_sinks $(ARGS)
+
 .PHONY: bench-flood
 bench-flood: $(INSTALLED) ## measure what a peer that begins 12,000 runs does to another one's run; ARGS="--runs 2000 --json"
 	@$(BIN)/python -m benchmarks.flood $(ARGS)

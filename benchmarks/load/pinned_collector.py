@@ -28,6 +28,12 @@ def separate_cores() -> tuple[int, int]:
     return cores[0], cores[-1]
 
 
+def cpu_seconds_of(process: int) -> float:
+    """Return the processor time that a process has used so far, in seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scrape:
     """One answer of /metrics."""
@@ -54,8 +60,7 @@ class PinnedCollector:
 
     def cpu_seconds(self) -> float:
         """Return the processor time that it has used so far, in seconds."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+        return cpu_seconds_of(self._process.pid)
 
     def memory_mib(self) -> float:
         """Return its largest resident memory so far, in MiB."""
