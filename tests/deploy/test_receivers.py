@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.version import Version
 
 from foreshock_collector.commands import cli
 from tests.support.alerting import ALERTMANAGER_CONFIG, Start, http_server, request, start_alertmanager
@@ -132,6 +134,44 @@ def test_every_service_gets_what_it_asks_for(services: Services, start: Start, t
     assert body is not None
     assert body.get_content().splitlines() == TEXT.splitlines()
     assert mail.get_body(("html",)) is None
+
+
+def teams_receiver() -> dict[str, Any]:
+    """The receiver for Teams that the example has in comments."""
+    comments = re.search(r"((?:    #   +.*\n)+)    # Before, and from 0\.26 on", RECEIVERS.read_text())
+    assert comments is not None
+    receiver: dict[str, Any] = yaml.safe_load(comments[1].replace("    #   ", ""))
+    return receiver
+
+
+def version_of_alertmanager() -> Version:
+    done = subprocess.run(["prometheus-alertmanager", "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"version (\d+\.\d+)", done.stdout + done.stderr)
+    assert found is not None
+    return Version(found[1])
+
+
+def test_teams_gets_a_card(services: Services, start: Start, tmp_path: Path) -> None:
+    if version_of_alertmanager() < Version("0.28"):
+        pytest.skip("Alertmanager before 0.28 has no msteamsv2_configs")
+    config = yaml.safe_load(RECEIVERS.read_text())
+    (receiver,) = (each for each in config["receivers"] if each["name"] == "on-call")
+    name = receiver["name"]
+    receiver.clear()
+    receiver |= {"name": name, **teams_receiver()}
+    receiver["msteamsv2_configs"][0]["webhook_url"] = f"{services.url}/teams"
+    shutil.copy(TEMPLATE, tmp_path)
+    (tmp_path / RECEIVERS.name).write_text(yaml.safe_dump(config))
+    address = start_alertmanager(start, tmp_path / RECEIVERS.name, tmp_path)
+    assert cli.notify(["--test", "--alertmanager", f"http://{address}"]) == 0
+    # https://learn.microsoft.com/en-us/microsoftteams/platform/webhooks-and-connectors/how-to/add-incoming-webhook:
+    # a message whose one attachment is an Adaptive Card.
+    message = services.first(1)["/teams"]
+    (attachment,) = message["attachments"]
+    assert (message["type"], attachment["contentType"]) == ("message", "application/vnd.microsoft.card.adaptive")
+    card = attachment["content"]
+    assert card["type"] == "AdaptiveCard"
+    assert [block["text"] for block in card["body"]] == [TITLE, TEXT]
 
 
 def test_a_run_cannot_mention_a_channel_and_a_resolution_says_so(
