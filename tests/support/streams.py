@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 import aiohttp
 import grpc
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from foreshock_collector.config import Config
+from foreshock_collector.ingest.service import Telemetry
 from foreshock_collector.server import Server
 from foreshock_protos import SCHEMA_VERSION
 from foreshock_protos.columns import WIRE_NAMES
@@ -84,6 +86,35 @@ class Stream:
     async def close(self) -> None:
         self.call.cancel()
         await self._channel.close()
+
+
+class Deaf:
+    """Streams of one instance that never read: each acknowledgement is too long for their window."""
+
+    def __init__(self, instance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told = 0
+        """Acknowledgements that the collector has begun to send."""
+        acknowledge = Telemetry._ack
+
+        def lengthy(telemetry: Telemetry, stream: Any) -> pb.Ack:
+            ack = acknowledge(telemetry, stream)
+            if instance in stream.session.registered:
+                self.told += 1
+                ack.page_url = "x" * 2**20
+            return ack
+
+        monkeypatch.setattr(Telemetry, "_ack", lengthy)
+
+    async def stuck(self, reader: Stream, first: int, **changes: Any) -> int:
+        """Let another stream send steps and be acknowledged until these are told no more. Return its next step."""
+        told, step = -1, first
+        while told != self.told or not told:
+            told = self.told
+            for _ in range(5):
+                await reader.send(steps(step, [1.0], **changes))
+                await reader.stored(step)
+                step += 1
+        return step
 
 
 def serving(test: Coroutine[Any, Any, None]) -> None:

@@ -150,8 +150,7 @@ class Telemetry:
             while True:
                 await stream.wake.wait()
                 stream.wake.clear()
-                if not (self._tokens is None or session.token is None or self._tokens.is_valid(session.token)):
-                    raise RefusedError("the token of this stream is no longer valid", reason="token")
+                self._check_token(session)
                 if reader.done():
                     reader.result()
                     self._intake.commit_session(session)
@@ -198,6 +197,8 @@ class Telemetry:
                 if self._draining:
                     return
                 self._statistics.messages += 1
+                # A recorder that reads no acknowledgement holds up the check beside them.
+                self._check_token(stream.session)
                 try:
                     message = pb.FromRecorder.FromString(data)
                 except DecodeError:
@@ -206,6 +207,11 @@ class Telemetry:
                 self._intake.apply(message, stream.session)
         finally:
             stream.wake.set()
+
+    def _check_token(self, session: Session) -> None:
+        """Raise `RefusedError` if the token of a stream was removed or has expired."""
+        if not (self._tokens is None or session.token is None or self._tokens.is_valid(session.token)):
+            raise RefusedError("the token of this stream is no longer valid", reason="token")
 
     def _ack(self, stream: _Stream) -> pb.Ack:
         seconds = self._flow.seconds_for(self._intake.held_seconds(stream.session))

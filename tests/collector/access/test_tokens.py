@@ -14,7 +14,7 @@ from foreshock_collector.access.tokens import Token, Tokens, TokensError, read_t
 from foreshock_collector.config import ConfigError
 from foreshock_collector.server import Server
 from tests.support.clock import Clock
-from tests.support.streams import Stream, config, hello, serving, steps
+from tests.support.streams import Deaf, Stream, config, hello, serving, steps
 from tests.support.tokens import digest, table
 
 
@@ -220,6 +220,34 @@ def test_open_streams_end_when_their_token_expires(tmp_path: Path, path: Path) -
             await streams["writer"].send(steps(2, [1.0], run="writer"))
             await streams["writer"].stored(2)
             for stream in streams.values():
+                await stream.close()
+
+    serving(test())
+
+
+def test_a_stream_that_reads_no_acknowledgement_writes_nothing_once_its_token_has_expired(
+    tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, deaf = Clock(), Deaf("old-0", monkeypatch)
+
+    async def stored(server: Server) -> int:
+        headers = {"Authorization": "Bearer prometheus"}
+        url = f"{server.url}/api/v1/runs/old"
+        async with aiohttp.ClientSession(headers=headers) as session, session.get(url) as response:
+            return int((await response.json())["counters"]["steps"])
+
+    async def test() -> None:
+        async with Server(config(tmp_path, tokens=str(path)), clock) as server:
+            old, writer = Stream(server, token="old"), Stream(server, token="writer")
+            await old.send(hello("old", launch_id="old"), steps(1, [1.0], run="old"))
+            await writer.send(hello())
+            step = await deaf.stuck(writer, 1)
+            assert await stored(server) == 1
+            clock.now += 365 * 86400
+            await old.send(steps(2, [1.0], run="old"))
+            await deaf.stuck(writer, step)
+            assert await stored(server) == 1
+            for stream in (old, writer):
                 await stream.close()
 
     serving(test())

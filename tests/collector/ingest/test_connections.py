@@ -10,7 +10,7 @@ import pytest
 from foreshock_collector.ingest import service
 from foreshock_collector.server import Server
 from tests.support.certificates import sign
-from tests.support.streams import Stream, config, hello, serving, steps
+from tests.support.streams import Deaf, Stream, config, hello, serving, steps
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
@@ -80,5 +80,28 @@ def test_many_connections_that_begin_no_stream_keep_no_recorder_from_storing(tmp
             await stream.send(steps(11, [1.0] * 10))
             await stream.stored(20)
             await stream.close()
+
+    serving(test())
+
+
+def test_a_recorder_that_reads_nothing_is_told_no_more_than_it_takes_and_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf = Deaf("deaf-0", monkeypatch)
+
+    async def test() -> None:
+        async with Server(config(tmp_path)) as server:
+            silent, other = Stream(server), Stream(server)
+            await silent.send(hello("deaf", launch_id="deaf"), steps(1, [1.0], run="deaf"))
+            await other.send(hello())
+            step = await deaf.stuck(other, 1)
+            told = deaf.told
+            for sequence in range(step, step + 20):
+                await silent.send(steps(sequence, [1.0], run="deaf"))
+                await other.send(steps(sequence, [1.0]))
+                await other.stored(sequence)
+            assert deaf.told == told
+            for stream in (silent, other):
+                await stream.close()
 
     serving(test())
