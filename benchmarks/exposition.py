@@ -7,6 +7,7 @@ as the server does it. Prints how many series were rendered.
 from __future__ import annotations
 
 import argparse
+import gc
 import gzip
 import json
 import statistics
@@ -22,6 +23,7 @@ from prometheus_client.exposition import generate_latest
 from benchmarks.load.simulated_ranks import Job
 from foreshock_collector.ingest.intake import Intake
 from foreshock_collector.ingest.session import Session
+from foreshock_collector.server import OBJECTS_PER_COLLECTION
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.store import Store
 from foreshock_collector.web.exposition import RunSeries
@@ -49,22 +51,26 @@ class Measured:
 
 def measure(job: Job, repeats: int) -> Measured:
     """Fill a collector's state, and render it so many times."""
+    gc.set_threshold(OBJECTS_PER_COLLECTION)
     with tempfile.TemporaryDirectory() as folder:
         store, runs = Store(Path(folder) / "db"), Runs()
         try:
             intake = Intake(runs, store, time.time, ended_seconds=_ENDED_SECONDS, silent=_ENDED_SECONDS)
-            for ranks in job.streams():
-                session = Session()
+            streams = [(ranks, Session()) for ranks in job.streams()]
+            for ranks, session in streams:
                 for rank in ranks:
                     intake.apply(rank.hello(), session)
-                    intake.apply(rank.batch(_STEPS, job.rate), session)
-            intake.commit()
             registry = CollectorRegistry()
             series = RunSeries(runs, time.time, ended_seconds=_ENDED_SECONDS, silent=_ENDED_SECONDS)
             registry.register(series)
             renderer = Renderer((series,), CollectorRegistry())
             rendering, reference, compressing, body, compressed = [], [], [], b"", b""
             for _ in range(repeats):
+                # New values each time: what has not changed is not rendered again.
+                for ranks, session in streams:
+                    for rank in ranks:
+                        intake.apply(rank.batch(_STEPS, job.rate), session)
+                intake.commit()
                 start = time.process_time()
                 generate_latest(registry)
                 begun = time.process_time()

@@ -35,6 +35,7 @@ TAIL = """Notes:
   an event across a restart of the collector, where a counter has the same value before and after.
 - Norms and losses are never NaN: a gauge keeps its last finite value, and `foreshock_nonfinite_steps_total` counts
   non-finite steps.
+- Scrapers that ask for OpenMetrics get it, as Prometheus does by default.
 - A run's series expire 15 minutes after it ends.
 """
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
-import math
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from aiohttp import web
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client import exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 
 from foreshock_collector.access.tokens import Tokens
 from foreshock_collector.state.fleet import Runs
@@ -30,12 +31,31 @@ _HEADERS = {
 """Headers of every response, unless it sets them itself."""
 
 
+class Render(Protocol):
+    """Renders the text of /metrics."""
+
+    def __call__(self, *, as_openmetrics: bool) -> bytes:
+        """Return the text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rendering:
+    """Holds a text of /metrics for all who ask soon after."""
+
+    seconds: float
+    """When it was rendered, by `time.monotonic`."""
+    commits: int
+    """Urgent commits by then."""
+    body: bytes
+    compressed: bytes
+
+
 class WebApplication:
     """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
 
-    render: returns the text of /metrics. urgent_commits: returns how often the state changed so that it should be seen
-    at once. storing: returns whether commits succeed. hosts: names that requests may use, beside addresses; None: any.
-    tokens: who may read; None: everybody.
+    render: returns the text of /metrics, as OpenMetrics if `as_openmetrics`. urgent_commits: returns how often the
+    state changed so that it should be seen at once. storing: returns whether commits succeed. hosts: names that
+    requests may use, beside addresses; None: any. tokens: who may read; None: everybody.
     """
 
     def __init__(
@@ -43,7 +63,7 @@ class WebApplication:
         *,
         runs: Runs,
         store: Store,
-        render: Callable[[], bytes],
+        render: Render,
         clock: Callable[[], float],
         silent: float,
         cache_seconds: float,
@@ -59,7 +79,8 @@ class WebApplication:
         self._render = render
         self._cache_seconds = cache_seconds
         self._urgent_commits = urgent_commits
-        self._rendered: tuple[float, int, bytes, bytes] = (-math.inf, 0, b"", b"")
+        self._rendered: dict[bool, _Rendering] = {}
+        """By whether it is in the format of OpenMetrics."""
         self._api = Api(runs=runs, store=store, clock=clock, silent=silent)
         self._live = ChangeStreams(runs=runs, clock=clock, silent=silent, tokens=tokens)
         self._page = Page(runs=runs)
@@ -92,16 +113,20 @@ class WebApplication:
         return application
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        rendered_at, commits, _, _ = self._rendered
-        if time.monotonic() - rendered_at >= self._cache_seconds or self._urgent_commits() != commits:
+        _, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
+        as_openmetrics = content_type.startswith("application/openmetrics-text")
+        commits, now = self._urgent_commits(), time.monotonic()
+        known = self._rendered.get(as_openmetrics)
+        if known is None or now - known.seconds >= self._cache_seconds or known.commits != commits:
             # Two Prometheus servers share one rendering. Level 1: level 9 costs as much as the rendering itself.
-            body = self._render()
-            self._rendered = (time.monotonic(), self._urgent_commits(), body, gzip.compress(body, 1))
-        *_, body, compressed = self._rendered
-        headers = {"Content-Type": CONTENT_TYPE_LATEST, "Vary": "Accept-Encoding"}
+            body = self._render(as_openmetrics=as_openmetrics)
+            known = _Rendering(seconds=time.monotonic(), commits=commits, body=body, compressed=gzip.compress(body, 1))
+            self._rendered[as_openmetrics] = known
+        form = openmetrics if as_openmetrics else exposition
+        headers = {"Content-Type": form.CONTENT_TYPE_LATEST, "Vary": "Accept, Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
-            return web.Response(body=compressed, headers=headers | {"Content-Encoding": "gzip"})
-        return web.Response(body=body, headers=headers)
+            return web.Response(body=known.compressed, headers=headers | {"Content-Encoding": "gzip"})
+        return web.Response(body=known.body, headers=headers)
 
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="healthy\n")

@@ -13,7 +13,7 @@ from foreshock_collector.catalogue import Series
 from foreshock_collector.ingest.statistics import IngestStatistics
 from foreshock_collector.notify.statistics import NotificationStatistics
 from foreshock_collector.state.errors import Errors
-from foreshock_collector.web.samples import Sample, families_of
+from foreshock_collector.web.samples import Samples, families_of
 
 _SERIES = tuple(s for s in c.CATALOGUE if not set(c.RUN) <= set(s.labels) and s not in c.PROCESS)
 
@@ -54,23 +54,21 @@ class CollectorSeries(Collector):
         """Series of the collector itself, in the order of the catalogue."""
         return _SERIES
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[Samples]:
         """Yield the samples of all of them."""
         counted = self._statistics
-        yield Sample(c.BUILD_INFO, (self._version, platform.python_version()), 1)
-        for stage, count in self._errors.counts.items():
-            yield Sample(c.COLLECTOR_ERRORS, (stage,), count)
-        yield Sample(c.COLLECTOR_STREAMS, (), counted.streams)
-        yield Sample(c.COLLECTOR_MESSAGES, (), counted.messages)
-        yield Sample(c.COLLECTOR_SKIPPED, (), counted.skipped)
-        yield Sample(c.COLLECTOR_RECORDS, (), counted.records)
-        for reason, count in counted.refused.items():
-            yield Sample(c.COLLECTOR_REFUSED, (reason,), count)
-        yield Sample(c.COLLECTOR_OTLP_FAILURES, (), counted.otlp_failures)
-        yield Sample.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
-        yield Sample(c.INGEST_LAG, (), counted.lag_seconds(self._clock()))
-        yield Sample(c.FLUSH_INTERVAL, (), counted.flush_seconds)
-        for result, count in self._notifications.results.items():
-            yield Sample(c.NOTIFICATIONS, (result,), count)
-        yield Sample(c.NOTIFICATIONS_PENDING, (), self._notifications.pending)
-        yield Sample(c.DATABASE_SIZE, (), self._database_bytes())
+        yield Samples(c.BUILD_INFO, (), {(self._version, platform.python_version()): 1})
+        yield Samples(c.COLLECTOR_ERRORS, (), {(stage,): count for stage, count in self._errors.counts.items()})
+        yield Samples(c.COLLECTOR_STREAMS, (), {(): counted.streams})
+        yield Samples(c.COLLECTOR_MESSAGES, (), {(): counted.messages})
+        yield Samples(c.COLLECTOR_SKIPPED, (), {(): counted.skipped})
+        yield Samples(c.COLLECTOR_RECORDS, (), {(): counted.records})
+        yield Samples(c.COLLECTOR_REFUSED, (), {(reason,): count for reason, count in counted.refused.items()})
+        yield Samples(c.COLLECTOR_OTLP_FAILURES, (), {(): counted.otlp_failures})
+        yield Samples.from_histogram(c.COMMIT_DURATION, (), counted.commit_seconds)
+        yield Samples(c.INGEST_LAG, (), {(): counted.lag_seconds(self._clock())})
+        yield Samples(c.FLUSH_INTERVAL, (), {(): counted.flush_seconds})
+        results = self._notifications.results.items()
+        yield Samples(c.NOTIFICATIONS, (), {(result,): count for result, count in results})
+        yield Samples(c.NOTIFICATIONS_PENDING, (), {(): self._notifications.pending})
+        yield Samples(c.DATABASE_SIZE, (), {(): self._database_bytes()})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -13,7 +13,7 @@ from foreshock_collector.alerting.facts import Facts
 from foreshock_collector.catalogue import Series
 from foreshock_collector.state.fleet import Runs
 from foreshock_collector.state.runs import Run
-from foreshock_collector.web.samples import Sample, families_of
+from foreshock_collector.web.samples import Labels, Samples, families_of
 
 _SERIES = tuple(series for series in c.CATALOGUE if set(c.RUN) <= set(series.labels))
 _STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_spike": c.LAST_LOSS_SPIKE_STEP}
@@ -75,13 +75,11 @@ class RunSeries(Collector):
                 yield found
 
     def _facts_of(self, run: Run, now: float) -> Facts:
-        samples: dict[str, dict[tuple[str, ...], float]] = {}
-        for sample in self._run_samples(run, now):
-            if sample.series.kind is not c.Kind.HISTOGRAM and math.isfinite(sample.value):
-                samples.setdefault(sample.series.name, {})[sample.labels[len(c.RUN) :]] = sample.value
+        found = [each for each in self._run_samples(run, now) if each.series.kind is not c.Kind.HISTOGRAM]
+        samples = {each.series.name: dict(zip(each.further, each.values, strict=True)) for each in found if each.values}
         return Facts(experiment=run.experiment, run=run.name, now=now, samples=samples)
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[Samples]:
         """Yield the samples of one run after the other."""
         now = self._clock()
         for run in self._runs:
@@ -90,58 +88,59 @@ class RunSeries(Collector):
                 if run.ended_for(now, self._silent) >= self._ended_seconds:
                     continue
                 yield from list(self._run_samples(run, now))
-            for stage, count in run.errors.counts.items():
-                yield Sample(c.RUN_ERRORS, (run.experiment, run.name, stage), count)
+            errors = run.errors.counts.items()
+            yield Samples(c.RUN_ERRORS, (run.experiment, run.name), {(stage,): count for stage, count in errors})
 
-    def _run_samples(self, run: Run, now: float) -> Iterator[Sample]:
-        labels, totals = (run.experiment, run.name), run.totals
-        for name, series in c.COLUMN_GAUGES.items():
-            if name in totals.gauges:
-                yield Sample(series, labels, totals.gauges[name])
-        for name, series in _TIMES.items():
-            yield Sample(series, labels, totals.last[name])
-        for name, series in _STEPS.items():
-            if name in totals.event_steps:
-                yield Sample(series, labels, totals.event_steps[name])
-        for name, series in _COUNTERS.items():
-            yield Sample(series, labels, totals.counters[name])
-        for key, count in totals.nonfinite.items():
-            yield Sample(c.NONFINITE_STEPS, (*labels, *key.split()), count)
-        for reason, count in totals.dropped.items():
-            yield Sample(c.RECORDS_DROPPED, (*labels, reason), count)
+    def _run_samples(self, run: Run, now: float) -> Iterator[Samples]:
+        owner, totals = (run.experiment, run.name), run.totals
+        for values, names in (
+            (totals.gauges, c.COLUMN_GAUGES),
+            (totals.last, _TIMES),
+            (totals.event_steps, _STEPS),
+            (totals.counters, _COUNTERS),
+        ):
+            for name, series in names.items():
+                if name in values:
+                    yield Samples(series, owner, {(): values[name]})
+        yield Samples(c.NONFINITE_STEPS, owner, {tuple(key.split()): n for key, n in totals.nonfinite.items()})
+        yield Samples(c.RECORDS_DROPPED, owner, {(reason,): count for reason, count in totals.dropped.items()})
         open_ = run.incidents.open_by_verdict()
-        for verdict, count in totals.incidents.items():
-            yield Sample(c.INCIDENTS, (*labels, verdict), count)
-            yield Sample(c.OPEN_INCIDENTS, (*labels, verdict), open_[verdict])
-            yield Sample(c.LAST_INCIDENT, (*labels, verdict), totals.last_incident[verdict])
-        yield Sample.from_histogram(c.GRADIENT_NORM, labels, totals.norms)
-        yield Sample.from_histogram(c.STEP_DURATION, labels, totals.durations)
-        yield Sample(c.STALL_THRESHOLD, labels, run.stall_threshold())
-        yield Sample(c.RUN_ACTIVE, labels, run.active(now, self._silent))
+        yield Samples(c.INCIDENTS, owner, {(verdict,): count for verdict, count in totals.incidents.items()})
+        yield Samples(c.OPEN_INCIDENTS, owner, {(verdict,): open_[verdict] for verdict in totals.incidents})
+        yield Samples(
+            c.LAST_INCIDENT, owner, {(verdict,): totals.last_incident[verdict] for verdict in totals.incidents}
+        )
+        yield Samples.from_histogram(c.GRADIENT_NORM, owner, totals.norms)
+        yield Samples.from_histogram(c.STEP_DURATION, owner, totals.durations)
+        yield Samples(c.STALL_THRESHOLD, owner, {(): run.stall_threshold()})
+        yield Samples(c.RUN_ACTIVE, owner, {(): run.active(now, self._silent)})
         attempt = run.newest
         ranks = attempt.instances.values()
-        yield Sample(c.RANKS_EXPECTED, labels, attempt.world_size)
-        yield Sample(c.RANKS_REPORTING, labels, sum(instance.reporting for instance in ranks))
+        yield Samples(c.RANKS_EXPECTED, owner, {(): attempt.world_size})
+        yield Samples(c.RANKS_REPORTING, owner, {(): sum(instance.reporting for instance in ranks)})
         hello = attempt.hello
         facts = (str(attempt.number), hello.model.type, hello.optimizer.type, hello.clip)
-        yield Sample(c.RUN_INFO, (*labels, *facts), 1)
-        for instance in ranks:
-            # One that has left has not fallen silent.
-            if not instance.closed:
-                yield Sample(c.LAST_REPORT, (*labels, str(instance.rank)), instance.last_report)
-            if instance.local_norm is not None:
-                yield Sample(c.LOCAL_GRADIENT_NORM, (*labels, str(instance.rank)), instance.local_norm)
-        yield Sample(c.RANK_AGREEMENT, labels, attempt.noise.agreement)
+        yield Samples(c.RUN_INFO, owner, {facts: 1})
+        # One that has left has not fallen silent.
+        yield Samples(c.LAST_REPORT, owner, {_label(i.rank): i.last_report for i in ranks if not i.closed})
+        norms = {_label(i.rank): i.local_norm for i in ranks if i.local_norm is not None}
+        yield Samples(c.LOCAL_GRADIENT_NORM, owner, norms)
+        yield Samples(c.RANK_AGREEMENT, owner, {(): attempt.noise.agreement})
         if (scale := attempt.noise.value) is not None:
-            yield Sample(c.NOISE_SCALE, labels, scale)
+            yield Samples(c.NOISE_SCALE, owner, {(): scale})
         # By name: of two layers of one name, which a model cannot have, one series.
-        for layer, norm in dict(attempt.largest_layers()).items():
-            yield Sample(c.LAYER_GRADIENT_NORM, (*labels, layer), norm)
-        for block, values in attempt.layer_weights().items():
-            for layer, value in dict(values).items():
-                yield Sample(c.LAYER_WEIGHTS[block], (*labels, layer), value)
+        yield Samples(c.LAYER_GRADIENT_NORM, owner, {(layer,): norm for layer, norm in attempt.largest_layers()})
+        for block, layers in attempt.layer_weights().items():
+            yield Samples(c.LAYER_WEIGHTS[block], owner, {(layer,): value for layer, value in layers})
+        incidents: dict[Labels, float] = {}
         for alert, incident in run.incidents.newest_by_alert().items():
             v = incident.verdict
             rank = "" if v.rank is None else str(v.rank)
             where = (str(v.first_bad_step), str(v.lead_steps), rank, v.layer)
-            yield Sample(c.INCIDENT_INFO, (*labels, str(incident.number), alert, v.cause, *where, v.summary), 1)
+            incidents[(str(incident.number), alert, v.cause, *where, v.summary)] = 1
+        yield Samples(c.INCIDENT_INFO, owner, incidents)
+
+
+@cache
+def _label(rank: int) -> Labels:
+    return (str(rank),)

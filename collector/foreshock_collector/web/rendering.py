@@ -1,22 +1,22 @@
-"""The text of /metrics: what prometheus-client's renderer makes of the same samples, at a fraction of its cost."""
+"""The text of /metrics: what prometheus-client's renderers make of the same samples, at a fraction of their cost.
+
+Numbers are written as Python does, which every parser reads alike: 1764275911.5, not 1.7642759115e+09.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
-from prometheus_client.exposition import generate_latest
+from prometheus_client import exposition
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from foreshock_collector.catalogue import Kind, Series
-from foreshock_collector.web.samples import Sample
+from foreshock_collector.web.samples import Labels, Samples
 
-_Key = tuple[str, tuple[str, ...], str]
-"""Name of a line, values of its labels, and upper bound of a bucket; empty for all that are none."""
 _TYPES = (Kind.COUNTER, Kind.HISTOGRAM)
-_number: Callable[[float], str] = floatToGoString
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -27,63 +27,91 @@ class SampleSource(Protocol):
     def series(self) -> Sequence[Series]:
         """Series, in the order of their families."""
 
-    def samples(self) -> Iterator[Sample]:
+    def samples(self) -> Iterator[Samples]:
         """Return the samples, in the order that they have within their families."""
+
+
+@dataclass(slots=True)
+class _Lines:
+    """The lines of one series of one run: all but the values stays, and the text too while the values do."""
+
+    further: tuple[Labels, ...]
+    heads: list[str]
+    """What stands before each value: the end of the line before, name and labels."""
+    values: list[float] = field(default_factory=list)
+    text: str = ""
 
 
 class Renderer:
     """Renders what several sources have, one after the other.
 
-    What stands before the value of a line is the same each time, and is kept. rest: a collector of prometheus-client,
-    which is rendered by that, behind all others.
+    rest: a collector of prometheus-client, which is rendered by that, behind all others.
     """
 
     def __init__(self, sources: Sequence[SampleSource], rest: Collector) -> None:
         self._sources = sources
         self._rest = rest
-        self._heads: dict[_Key, str] = {}
+        self._lines: dict[tuple[str, Labels], _Lines] = {}
 
-    def render(self) -> bytes:
-        """Return the text."""
+    def render(self, *, as_openmetrics: bool = False) -> bytes:
+        """Return the text, in Prometheus' own format or in OpenMetrics'."""
         text: list[str] = []
-        used: dict[_Key, str] = {}
+        used: dict[tuple[str, Labels], _Lines] = {}
         for source in self._sources:
             for series, lines in self._families(source, used):
-                help_text = series.help.replace("\\", r"\\").replace("\n", r"\n")
-                kind = series.kind.value if series.kind in _TYPES else "gauge"
-                text.append(f"# HELP {series.name} {help_text}\n# TYPE {series.name} {kind}\n")
+                text.append(_header(series, as_openmetrics))
                 text += lines
+                text.append("\n")
         # Those of runs that have expired are forgotten.
-        self._heads = used
-        return "".join(text).encode() + generate_latest(self._rest)
+        self._lines = used
+        rest: bytes = (openmetrics if as_openmetrics else exposition).generate_latest(self._rest)
+        return "".join(text).encode() + rest
 
-    def _families(self, source: SampleSource, used: dict[_Key, str]) -> Iterable[tuple[Series, list[str]]]:
-        lines: dict[str, list[str]] = {series.name: [] for series in source.series}
-        heads = self._heads
-        for sample in source.samples():
-            value, series = sample.value, sample.series
-            # As `Sample.add_to`.
-            if not math.isfinite(value):
-                continue
-            if series.kind is Kind.HISTOGRAM:
-                lines[series.name] += self._histogram(sample, used)
-                continue
-            key = series.name, sample.labels, ""
-            head = used[key] = heads.get(key) or _head(series, series.name, sample.labels)
-            lines[series.name].append(f"{head}{_number(value)}\n")
-        return [(series, lines[series.name]) for series in source.series]
-
-    def _histogram(self, sample: Sample, used: dict[_Key, str]) -> Iterator[str]:
-        name, labels = sample.series.name, sample.labels
-        numbers = [(f"{name}_bucket", bound, count) for bound, count in sample.buckets]
-        numbers += [(f"{name}_count", "", sample.buckets[-1][1]), (f"{name}_sum", "", sample.value)]
-        for line, bound, number in numbers:
-            key = line, labels, bound
-            head = used[key] = self._heads.get(key) or _head(sample.series, line, labels, bound)
-            yield f"{head}{_number(number)}\n"
+    def _families(self, source: SampleSource, used: dict[tuple[str, Labels], _Lines]) -> list[tuple[Series, list[str]]]:
+        texts: dict[str, list[str]] = {series.name: [] for series in source.series}
+        for samples in source.samples():
+            key = samples.series.name, samples.owner
+            lines = self._lines.get(key)
+            if lines is None or lines.further != samples.further:
+                lines = _Lines(samples.further, _heads(samples))
+            if lines.values != samples.values:
+                lines.values = samples.values
+                lines.text = _text(samples, lines.heads)
+            used[key] = lines
+            texts[key[0]].append(lines.text)
+        return [(series, texts[series.name]) for series in source.series]
 
 
-def _head(series: Series, name: str, values: tuple[str, ...], bound: str = "") -> str:
-    labels = sorted([*zip(series.labels, values, strict=True), *([("le", bound)] if bound else [])])
-    inside = ",".join(f'{label}="{value.translate(_ESCAPES)}"' for label, value in labels)
-    return f"{name}{{{inside}}} " if inside else f"{name} "
+def _header(series: Series, as_openmetrics: bool) -> str:
+    name, help_text = series.name, series.help.replace("\\", r"\\").replace("\n", r"\n")
+    if as_openmetrics:
+        # There, a family of counters has no suffix.
+        name, help_text = name.removesuffix("_total"), help_text.replace('"', r"\"")
+    kind = series.kind.value if series.kind in _TYPES else "gauge"
+    return f"# HELP {name} {help_text}\n# TYPE {name} {kind}"
+
+
+def _text(samples: Samples, heads: list[str]) -> str:
+    values = samples.values
+    if samples.series.kind is Kind.HISTOGRAM and values:
+        values = [*values[:-1], values[-2], values[-1]]
+    parts = heads * 2
+    parts[::2] = heads
+    parts[1::2] = map(repr, values)
+    return "".join(parts)
+
+
+def _heads(samples: Samples) -> list[str]:
+    series, owner, further = samples.series, samples.owner, samples.further
+    if series.kind is not Kind.HISTOGRAM:
+        return [_head(series.name, series.labels, (*owner, *labels)) for labels in further]
+    if not further:
+        return []
+    buckets = [_head(f"{series.name}_bucket", (*series.labels, "le"), (*owner, *bound)) for bound in further]
+    return buckets + [_head(f"{series.name}_{name}", series.labels, owner) for name in ("count", "sum")]
+
+
+def _head(name: str, names: Labels, values: Labels) -> str:
+    labels = sorted(zip(names, values, strict=True))
+    inside = ",".join(f'{label}="{str(value).translate(_ESCAPES)}"' for label, value in labels)
+    return f"\n{name}{{{inside}}} " if inside else f"\n{name} "
