@@ -108,7 +108,7 @@ class Server:
             application = WebApplication(
                 runs=runs,
                 store=store,
-                render=Renderer((series, itself), process).render,
+                render=Renderer((series, itself), process).render_in_parts,
                 urgent_commits=lambda: intake.statistics.urgent_commits,
                 clock=clock,
                 silent=config.silent_seconds,

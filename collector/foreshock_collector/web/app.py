@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,13 +30,15 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 """Headers of every response, unless it sets them itself."""
+_PART_SECONDS = 0.03
+"""Of a rendering of /metrics: nothing else happens meanwhile."""
 
 
 class Render(Protocol):
     """Renders the text of /metrics."""
 
-    def __call__(self, *, as_openmetrics: bool) -> bytes:
-        """Return the text."""
+    def __call__(self, *, as_openmetrics: bool) -> Iterator[bytes]:
+        """Yield the text in parts, as they are made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +46,7 @@ class _Rendering:
     """Holds a text of /metrics for all who ask soon after."""
 
     seconds: float
-    """When it was rendered, by `time.monotonic`."""
+    """When its rendering began, by `time.monotonic`."""
     commits: int
     """Urgent commits by then."""
     body: bytes
@@ -53,7 +56,7 @@ class _Rendering:
 class WebApplication:
     """Puts all routes together, and serves /metrics and health itself. Nothing here changes any state.
 
-    render: returns the text of /metrics, as OpenMetrics if `as_openmetrics`. urgent_commits: returns how often the
+    render: yields the text of /metrics, as OpenMetrics if `as_openmetrics`. urgent_commits: returns how often the
     state changed so that it should be seen at once. storing: returns whether commits succeed. hosts: names that
     requests may use, beside addresses; None: any. tokens: who may read; None: everybody.
     """
@@ -77,6 +80,7 @@ class WebApplication:
         self._hosts = hosts
         self._tokens = tokens
         self._render = render
+        self._rendering = asyncio.Lock()
         self._cache_seconds = cache_seconds
         self._urgent_commits = urgent_commits
         self._rendered: dict[bool, _Rendering] = {}
@@ -115,18 +119,30 @@ class WebApplication:
     async def _metrics(self, request: web.Request) -> web.Response:
         _, content_type = exposition.choose_encoder(request.headers.get("Accept", ""))
         as_openmetrics = content_type.startswith("application/openmetrics-text")
-        commits, now = self._urgent_commits(), time.monotonic()
-        known = self._rendered.get(as_openmetrics)
-        if known is None or now - known.seconds >= self._cache_seconds or known.commits != commits:
-            # Two Prometheus servers share one rendering. Level 1: level 9 costs as much as the rendering itself.
-            body = self._render(as_openmetrics=as_openmetrics)
-            known = _Rendering(seconds=time.monotonic(), commits=commits, body=body, compressed=gzip.compress(body, 1))
-            self._rendered[as_openmetrics] = known
+        # Two Prometheus servers share one rendering, and the second waits for it.
+        async with self._rendering:
+            commits, now = self._urgent_commits(), time.monotonic()
+            known = self._rendered.get(as_openmetrics)
+            if known is None or now - known.seconds >= self._cache_seconds or known.commits != commits:
+                known = self._rendered[as_openmetrics] = await self._render_in_turns(as_openmetrics)
         form = openmetrics if as_openmetrics else exposition
         headers = {"Content-Type": form.CONTENT_TYPE_LATEST, "Vary": "Accept, Accept-Encoding"}
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             return web.Response(body=known.compressed, headers=headers | {"Content-Encoding": "gzip"})
         return web.Response(body=known.body, headers=headers)
+
+    async def _render_in_turns(self, as_openmetrics: bool) -> _Rendering:
+        """Render, and let others have their turn meanwhile: records are taken, and runs committed."""
+        began, commits, body = time.monotonic(), self._urgent_commits(), b""
+        turn = began
+        for part in self._render(as_openmetrics=as_openmetrics):
+            body += part
+            if time.monotonic() - turn >= _PART_SECONDS:
+                await asyncio.sleep(0)
+                turn = time.monotonic()
+        # Level 1: level 9 costs as much as the rendering itself.
+        compressed = await asyncio.to_thread(gzip.compress, body, 1)
+        return _Rendering(seconds=began, commits=commits, body=body, compressed=compressed)
 
     async def _healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="healthy\n")

@@ -17,6 +17,8 @@ from foreshock_collector.catalogue import Kind, Series
 from foreshock_collector.web.samples import Labels, Samples
 
 _TYPES = (Kind.COUNTER, Kind.HISTOGRAM)
+_SAMPLES_AT_ONCE = 200
+"""Of a series of a run each: a few milliseconds."""
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -55,31 +57,40 @@ class Renderer:
 
     def render(self, *, as_openmetrics: bool = False) -> bytes:
         """Return the text, in Prometheus' own format or in OpenMetrics'."""
+        return b"".join(self.render_in_parts(as_openmetrics=as_openmetrics))
+
+    def render_in_parts(self, *, as_openmetrics: bool) -> Iterator[bytes]:
+        """Yield nothing after some of the samples each, so that others may have their turn, and at last the text.
+
+        One caller at a time.
+        """
         text: list[str] = []
         used: dict[tuple[str, Labels], _Lines] = {}
         for source in self._sources:
-            for series, lines in self._families(source, used):
+            texts: dict[str, list[str]] = {series.name: [] for series in source.series}
+            for number, samples in enumerate(source.samples()):
+                if number % _SAMPLES_AT_ONCE == 0:
+                    yield b""
+                texts[samples.series.name].append(self._text_of(samples, used))
+            for series in source.series:
                 text.append(_header(series, as_openmetrics))
-                text += lines
+                text += texts[series.name]
                 text.append("\n")
         # Those of runs that have expired are forgotten.
         self._lines = used
         rest: bytes = (openmetrics if as_openmetrics else exposition).generate_latest(self._rest)
-        return "".join(text).encode() + rest
+        yield "".join(text).encode() + rest
 
-    def _families(self, source: SampleSource, used: dict[tuple[str, Labels], _Lines]) -> list[tuple[Series, list[str]]]:
-        texts: dict[str, list[str]] = {series.name: [] for series in source.series}
-        for samples in source.samples():
-            key = samples.series.name, samples.owner
-            lines = self._lines.get(key)
-            if lines is None or lines.further != samples.further:
-                lines = _Lines(samples.further, _heads(samples))
-            if lines.values != samples.values:
-                lines.values = samples.values
-                lines.text = _text(samples, lines.heads)
-            used[key] = lines
-            texts[key[0]].append(lines.text)
-        return [(series, texts[series.name]) for series in source.series]
+    def _text_of(self, samples: Samples, used: dict[tuple[str, Labels], _Lines]) -> str:
+        key = samples.series.name, samples.owner
+        lines = self._lines.get(key)
+        if lines is None or lines.further != samples.further:
+            lines = _Lines(samples.further, _heads(samples))
+        if lines.values != samples.values:
+            lines.values = samples.values
+            lines.text = _text(samples, lines.heads)
+        used[key] = lines
+        return lines.text
 
 
 def _header(series: Series, as_openmetrics: bool) -> str:

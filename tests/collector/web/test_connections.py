@@ -207,7 +207,7 @@ async def begin_to_read(server: Server, waiting: Waiting) -> tuple[Client, web.R
 
 @pytest.fixture
 def long_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foreshock_collector.web.rendering.Renderer.render", lambda _, **_form: b"x" * SIZE)
+    monkeypatch.setattr("foreshock_collector.web.rendering.Renderer.render_in_parts", lambda _, **_form: [b"x" * SIZE])
 
 
 def test_a_client_that_never_reads_its_answer_loses_its_connection(

@@ -86,6 +86,13 @@ def test_any_samples_are_rendered_as_prometheus_client_renders_them(told: list[t
         assert numbers_alike(renderer.render(as_openmetrics=as_openmetrics).decode()) == numbers_alike(expected)
 
 
+def test_others_have_their_turn_while_many_samples_are_rendered() -> None:
+    source = Given([Samples(c.STEPS, ("e", f"run{number}"), {(): 1.0}) for number in range(500)])
+    parts = list(Renderer((source,), CollectorRegistry()).render_in_parts(as_openmetrics=False))
+    assert parts[:-1] == [b"", b"", b""]
+    assert numbers_alike(parts[-1].decode()) == numbers_alike(by_client(source))
+
+
 def test_a_run_is_rendered_as_prometheus_client_renders_it_while_it_changes_and_goes() -> None:
     job = Job(ranks=2, layers=2)
     series = RunSeries(job.runs, lambda: job.now, ended_seconds=900.0, silent=900.0)
