@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,18 @@ def test_no_name_breaks_or_colors_a_line_of_the_log() -> None:
     )
     line = TextFormatter().format(record)
     assert line.isprintable() and r"\x1b[2J" in line
+
+
+def test_no_text_of_an_error_looks_like_another_line_of_the_log_or_colors_one() -> None:
+    try:
+        raise ValueError("\x1b[2J\n2026-01-01T00:00:00.000Z INFO all is well\u2028\x85more")
+    except ValueError:
+        told = sys.exc_info()
+    first, *rest = (
+        TextFormatter().format(logging.LogRecord("x", logging.ERROR, "", 1, "failed", None, told)).split("\n")
+    )
+    assert first.endswith("ERROR failed") and len(rest) >= 5
+    assert all(line.isprintable() and line.startswith("  ") for line in rest)
 
 
 def test_a_flood_of_one_kind_of_line_is_cut_off_and_others_are_not() -> None:

@@ -17,9 +17,10 @@ from tests.support.waiting import eventually, free_port
 class Collector:
     """`foreshock collector` in a process, with a database that outlives it."""
 
-    def __init__(self, folder: Path, *, module: str = "foreshock_collector", **environment: str) -> None:
-        """module: that runs as the collector's program does. environment: further variables."""
+    def __init__(self, folder: Path, *, module: str = "foreshock_collector", log: str = "", **environment: str) -> None:
+        """module: that runs as the collector's program does. log: file name. environment: further variables."""
         self._folder, self._module, self._environment = folder, module, {**os.environ, **environment}
+        self._log = log
         # Its own when it starts again.
         self._ports = (str(free_port()), str(free_port()))
         self.start()
@@ -27,11 +28,14 @@ class Collector:
     def start(self) -> None:
         ready = self._folder / "ready.json"
         ready.unlink(missing_ok=True)
+        log = (self._folder / self._log).open("ab") if self._log else None
         self.process = subprocess.Popen(
             [sys.executable, "-m", self._module, "--grpc-port", self._ports[0], "--http-port", self._ports[1],
              "--database", str(self.database), "--ack-seconds", "0.3", "--ready-file", str(ready)],
-            stdout=subprocess.DEVNULL, env=self._environment,
+            stdout=subprocess.DEVNULL, stderr=log, env=self._environment,
         )  # fmt: skip
+        if log is not None:
+            log.close()
         eventually(ready.exists, "a collector that listens")
         places = json.loads(ready.read_text())
         self._address: str = places["grpc"]
