@@ -27,7 +27,8 @@ The collector serves these series under `/metrics`. `make docs` generates this p
 
 Every series about a run has the labels `experiment` and `run`; the table lists further labels. Prometheus adds `job`
 and `instance`. Whatever its model, a run has a few series per rank and covers at most 16 layers; ranks and layers
-never multiply."""
+never multiply. In a run that would have more than `--run-series`, 20,000 by default, only the first ranks have series,
+and 16 that stand out; `foreshock_run_series_withheld` says how many series are left out."""
 TAIL = """Notes:
 
 - Counters of events exist at 0 from a run's first report, so that `increase()` sees the first event.

@@ -104,6 +104,11 @@ def collector() -> Json:
                 unit="s",
                 may_be_empty=True,
             ),
+            _chart(
+                "Series of ranks that are left out, per run",
+                "Above 0, the run would have more series than --run-series: not every rank is in Prometheus.",
+                (of(c.SERIES_WITHHELD), "{{run}}"),
+            ),
         ],
         [
             _chart(

@@ -247,6 +247,11 @@ RANKS_EXPECTED = _gauge("foreshock_run_ranks_expected", "World size of the newes
 RANKS_REPORTING = _gauge(
     "foreshock_run_ranks_reporting", "Ranks of the newest attempt that have registered and not left."
 )
+SERIES_WITHHELD = _gauge(
+    "foreshock_run_series_withheld",
+    "Series of single ranks that are left out, since the run would have more than `--run-series`. The first ranks have "
+    "theirs, and the 16 others that stand out most: silent ones, and then the most unusual local norms.",
+)
 RUN_INFO = Series(
     name="foreshock_run_info",
     kind=Kind.INFO,

@@ -25,6 +25,8 @@ from foreshock_protos import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT
 _PREFIX = "FORESHOCK_COLLECTOR_"
 _MOST_ACK_SECONDS = 5.0
 """Recorders report as often; `ingest.flow` knows no longer interval either."""
+LEAST_SERIES = 1000
+"""More than any run has beside those of its ranks, which are some 300."""
 _ANY_ADDRESS = ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
 
 
@@ -53,6 +55,11 @@ class Config:
     most_runs: int = setting(
         1000,
         "Runs that report or ended within --retention-seconds; one machine may have half of them. More are refused.",
+    )
+    run_series: int = setting(
+        20_000,
+        "Series of one run on /metrics. If it would have more, only its first ranks have series of their own, and 16 "
+        "that stand out.",
     )
     history_days: float = setting(28.0, "Days for which the steps of an ended run are kept; its incidents stay.")
     database_gigabytes: float = setting(
@@ -105,6 +112,9 @@ class Config:
         for name in ("most_runs", "history_days", "database_gigabytes"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{_flag(name)} must be more than 0, not {getattr(self, name):g}")
+        if self.run_series < LEAST_SERIES:
+            least = f"at least {LEAST_SERIES}, not {self.run_series}"
+            raise ConfigError(f"--run-series must be {least}: a run has some hundred beside those of its ranks")
         if self.ack_seconds > _MOST_ACK_SECONDS:
             most = f"at most {_MOST_ACK_SECONDS:g}, not {self.ack_seconds:g}"
             raise ConfigError(f"--ack-seconds must be {most}: ranks that report less often look dead")

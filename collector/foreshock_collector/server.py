@@ -96,7 +96,7 @@ class Server:
                 runs, store, clock, **limits, jumped=jumped, retention=retention, most_runs=config.most_runs
             )
             registry = CollectorRegistry()
-            series, notifications = RunSeries(runs, clock, **limits), NotificationStatistics()
+            series, notifications = RunSeries(runs, clock, **limits, most=config.run_series), NotificationStatistics()
             registry.register(series)
             itself = CollectorSeries(
                 *(intake.statistics, runs.errors, store.size_bytes, clock),

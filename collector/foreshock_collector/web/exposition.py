@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 
 from prometheus_client.metrics_core import Metric
@@ -12,8 +13,10 @@ from foreshock_collector import catalogue as c
 from foreshock_collector.alerting.facts import Facts
 from foreshock_collector.catalogue import Series
 from foreshock_collector.state.fleet import Runs
+from foreshock_collector.state.instances import Instance
 from foreshock_collector.state.runs import Run
 from foreshock_collector.web.samples import Labels, Samples, families_of
+from foreshock_collector.web.shown_ranks import ShownRanks
 
 _SERIES = tuple(series for series in c.CATALOGUE if set(c.RUN) <= set(series.labels))
 _STEPS = {"spike": c.LAST_SPIKE_STEP, "build_up": c.LAST_BUILD_UP_STEP, "loss_spike": c.LAST_LOSS_SPIKE_STEP}
@@ -41,14 +44,18 @@ class RunSeries(Collector):
     """Reads the runs at each scrape. `clock` gives Unix time.
 
     ended_seconds: how long the series of an ended run stay; when they go, Prometheus marks them stale and its alerts
-    resolve. silent: seconds without a report that end a run.
+    resolve. silent: seconds without a report that end a run. most: series of a run, those of its ranks included.
     """
 
-    def __init__(self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float) -> None:
+    def __init__(
+        self, runs: Runs, clock: Callable[[], float], *, ended_seconds: float, silent: float, most: float = math.inf
+    ) -> None:
         self._runs = runs
         self._clock = clock
         self._ended_seconds = ended_seconds
         self._silent = silent
+        self._most = most
+        self._shown = ShownRanks()
 
     def describe(self) -> list[Metric]:
         """Return nothing: registration must not collect."""
@@ -75,7 +82,9 @@ class RunSeries(Collector):
                 yield found
 
     def _facts_of(self, run: Run, now: float) -> Facts:
-        found = [each for each in self._run_samples(run, now) if each.series.kind is not c.Kind.HISTOGRAM]
+        # Of all ranks, shown or not.
+        found = [*self._own_samples(run, now), *_rank_samples(run, run.newest.instances.values())]
+        found = [each for each in found if each.series.kind is not c.Kind.HISTOGRAM]
         samples = {each.series.name: dict(zip(each.further, each.values, strict=True)) for each in found if each.values}
         return Facts(experiment=run.experiment, run=run.name, now=now, samples=samples)
 
@@ -87,11 +96,22 @@ class RunSeries(Collector):
             with run.errors.caught("expose"):
                 if run.ended_for(now, self._silent) >= self._ended_seconds:
                     continue
-                yield from list(self._run_samples(run, now))
+                yield from self._run_samples(run, now)
             errors = run.errors.counts.items()
             yield Samples(c.RUN_ERRORS, (run.experiment, run.name), {(stage,): count for stage, count in errors})
 
-    def _run_samples(self, run: Run, now: float) -> Iterator[Samples]:
+    def _run_samples(self, run: Run, now: float) -> list[Samples]:
+        own = list(self._own_samples(run, now))
+        room = self._most - _series_in(own)
+        ranks = run.newest.instances.values()
+        withheld = 0
+        shown = list(_rank_samples(run, ranks))
+        if (wanted := _series_in(shown)) > room:
+            shown = list(_rank_samples(run, self._shown.of(run.newest, int(room // len(shown)), now)))
+            withheld = wanted - _series_in(shown)
+        return [*own, *shown, Samples(c.SERIES_WITHHELD, (run.experiment, run.name), {(): withheld})]
+
+    def _own_samples(self, run: Run, now: float) -> Iterator[Samples]:
         owner, totals = (run.experiment, run.name), run.totals
         for values, names in (
             (totals.gauges, c.COLUMN_GAUGES),
@@ -121,10 +141,6 @@ class RunSeries(Collector):
         hello = attempt.hello
         facts = (str(attempt.number), hello.model.type, hello.optimizer.type, hello.clip)
         yield Samples(c.RUN_INFO, owner, {facts: 1})
-        # One that has left has not fallen silent.
-        yield Samples(c.LAST_REPORT, owner, {_label(i.rank): i.last_report for i in ranks if not i.closed})
-        norms = {_label(i.rank): i.local_norm for i in ranks if i.local_norm is not None}
-        yield Samples(c.LOCAL_GRADIENT_NORM, owner, norms)
         yield Samples(c.RANK_AGREEMENT, owner, {(): attempt.noise.agreement})
         if (scale := attempt.noise.value) is not None:
             yield Samples(c.NOISE_SCALE, owner, {(): scale})
@@ -139,6 +155,18 @@ class RunSeries(Collector):
             where = (str(v.first_bad_step), str(v.lead_steps), rank, v.layer)
             incidents[(str(incident.number), alert, v.cause, *where, v.summary)] = 1
         yield Samples(c.INCIDENT_INFO, owner, incidents)
+
+
+def _rank_samples(run: Run, ranks: Iterable[Instance]) -> Iterator[Samples]:
+    owner = run.experiment, run.name
+    # One that has left has not fallen silent.
+    yield Samples(c.LAST_REPORT, owner, {_label(i.rank): i.last_report for i in ranks if not i.closed})
+    norms = {_label(i.rank): i.local_norm for i in ranks if i.local_norm is not None}
+    yield Samples(c.LOCAL_GRADIENT_NORM, owner, norms)
+
+
+def _series_in(samples: Iterable[Samples]) -> int:
+    return sum(len(each.values) + (each.series.kind is c.Kind.HISTOGRAM) for each in samples)
 
 
 @cache
