@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from foreshock_collector.analysis.channel import ChannelState
@@ -192,5 +193,47 @@ def test_a_number_that_is_not_finite_is_left_out_of_the_metrics(
             assert not found["foreshock_stall_threshold_seconds"].samples
             assert value(found, "foreshock_global_gradient_norm", run="x") == 2
             await stream.close()
+
+    serving(test())
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"monotonic_seconds": [0.0, 1e308, -1e308]},
+        {"monotonic_seconds": [math.nan, math.inf, 0.0]},
+        {"learning_rate": [1e300, 5e-324, math.nan]},
+        {"global_norm": [-1.7e308, 1.79e308, 5e-324]},
+        {"local_norm": [-1.7e308, 1.79e308, math.inf], "flags": [pb.LOCAL_NORMS] * 3},
+        {"loss": [-1.79e308, 1.79e308, math.inf], "loss_scale": [1.79e308, math.nan, -1.0]},
+        {"step": [2**62, 0, 2**63 - 1]},
+    ],
+)
+def test_no_number_of_a_step_breaks_an_answer_about_others_nor_a_restart(
+    tmp_path: Path, columns: dict[str, list[float]]
+) -> None:
+    async def answers(server: Server) -> None:
+        found = await families(server)
+        assert value(found, "foreshock_steps", run="honest") == 2
+        assert all(math.isfinite(sample.value) for family in found.values() for sample in family.samples)
+        async with aiohttp.ClientSession() as session:
+            for path in ("", "/odd", "/odd/steps", "/odd/series", "/honest"):
+                async with session.get(f"{server.url}/api/v1/runs{path}") as response:
+                    assert response.status == 200, path
+
+    async def test() -> None:
+        norms = columns.get("global_norm", [1.0] * 3)
+        changes: dict[str, Any] = {name: values for name, values in columns.items() if name != "global_norm"}
+        odd = hello("odd", launch_id="odd")
+        async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
+            stream = Stream(server)
+            await stream.send(odd, hello("honest", launch_id="honest"))
+            await stream.send(steps(1, norms, run="odd", **changes), steps(1, [1.0, 2.0], run="honest"))
+            while [position.sequence for position in await stream.positions(2)] != [2, 3]:
+                pass
+            await answers(server)
+            await stream.close()
+        async with Server(config(tmp_path, metrics_cache_seconds=0)) as server:
+            await answers(server)
 
     serving(test())
