@@ -42,6 +42,8 @@ _ASIDE = "set aside: "
 """Begins the key in `meta` of the state of a run that cannot be decoded."""
 _ARCHIVED_AT_ONCE = 100
 """Ended runs that are in memory at most, beside those that stay, while the collector starts."""
+_WHOLE = {0.0: 0, 1.0: 1}
+"""As integers, these take no byte instead of 8: most clip coefficients and loss scales are 1."""
 _step_values = attrgetter(*STEP_COLUMNS)
 """Returns the columns of a step, measurements last."""
 _SOURCE_OF = {kind: source for source, kind in _EVENT_SOURCES.items()}
@@ -349,6 +351,9 @@ class Store(History):
 def _row(run: str, step: Step) -> list[Any]:
     *values, measurements = _step_values(step)
     # SQLite turns a NaN into NULL, and NULL means that there is no value.
-    row = [kind_of(value) if isinstance(value, float) and not isfinite(value) else value for value in values]
+    row = [
+        kind_of(value) if isinstance(value, float) and not isfinite(value) else _WHOLE.get(value, value)
+        for value in values
+    ]
     # Most steps have no measurements beside their own columns.
     return [run, *row, encode(measurements) if measurements else None]
