@@ -30,6 +30,8 @@ _RETRY_SECONDS = 30.0
 _TICK_SECONDS = 0.05
 _TURN_SECONDS = 0.002
 """Between two parts of a commit: an answer over HTTP takes several passes of the event loop, not one."""
+_LATE_SECONDS = 1.0
+"""After so long, a commit gives way for one pass only: each may take in hundreds of messages."""
 _EXPIRY_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -103,7 +105,7 @@ class Telemetry:
                 if now - committed >= self._flow.seconds:
                     committed = now
                     for _ in self._intake.commit_in_parts():
-                        await asyncio.sleep(_TURN_SECONDS)
+                        await asyncio.sleep(_TURN_SECONDS if loop.time() - now < _LATE_SECONDS else 0)
                     self._flow.adapt(self._statistics.messages)
                     self._statistics.flush_seconds = self._flow.seconds
                     self._wake(self._streams)
