@@ -61,11 +61,15 @@ class LayerWeights:
         """Return the part of the chosen steps: [steps]."""
         return LayerWeights(sequences=self.sequences[chosen], blocks=self.blocks[chosen])
 
-    def block(self, name: str) -> NDArray[np.float64]:
-        """Return a block, NaN where it measured nothing: [steps, layers]. name: one of WEIGHT_BLOCKS."""
-        values = self.blocks[:, WEIGHT_BLOCKS.index(name)].astype(np.float64)
+    def values(self) -> NDArray[np.float64]:
+        """Return all blocks, NaN where they measured nothing: [steps, blocks, layers], in WEIGHT_BLOCKS' order."""
+        values = self.blocks.astype(np.float64)
         values[values == 0] = math.nan
         return values
+
+    def block(self, name: str) -> NDArray[np.float64]:
+        """Return a block, as in `values`: [steps, layers]. name: one of WEIGHT_BLOCKS."""
+        return self.values()[:, WEIGHT_BLOCKS.index(name)]
 
 
 class WeightHistory:

@@ -200,18 +200,25 @@ class Attempt(AttemptState):
     def layer_weights(self) -> dict[str, list[tuple[str, float]]]:
         """By block: names and newest finite values of the layers that had the largest update ratios lately.
 
-        A block that has measured nothing is empty; before the first update, the layers with the largest norms.
+        A block without a measurement is empty or missing; before the first update, the layers with the largest norms.
         """
         if self._buffer is None or not self.model.layers:
             return {}
         weights = self._buffer.weights.between(self.finalized - _WEIGHT_STEPS + 1, self.finalized)
-        chosen = _largest(weights.block("update_layer_ratios")) or _largest(weights.block("parameter_layer_norms"))
-        found = {}
-        for name in WEIGHT_BLOCKS:
-            newest = _newest_finite(weights.block(name))
-            values = [(self.model.layers[layer], float(newest[layer])) for layer in chosen]
-            found[name] = [(layer, value) for layer, value in values if math.isfinite(value)]
-        return found
+        values = weights.values()
+        ratios, norms = (
+            values[:, WEIGHT_BLOCKS.index(name)] for name in ("update_layer_ratios", "parameter_layer_norms")
+        )
+        chosen = _largest(ratios) or _largest(norms)
+        if not chosen:
+            return {}
+        names = [self.model.layers[layer] for layer in chosen]
+        # Of all blocks at once: each call of numpy costs as much as its work here.
+        newest = _newest_finite(values.reshape(len(values), -1)).reshape(len(WEIGHT_BLOCKS), -1)[:, chosen].tolist()
+        return {
+            block: [(name, value) for name, value in zip(names, each, strict=True) if math.isfinite(value)]
+            for block, each in zip(WEIGHT_BLOCKS, newest, strict=True)
+        }
 
     def due(self, now: float) -> int:
         """Sequence number up to which steps may be finalized."""
