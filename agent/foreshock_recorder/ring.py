@@ -103,6 +103,7 @@ class Ring(RingFile):
 
         flags: EDITED, NOT_STEPPED, GRADIENT_UNKNOWN.
         """
+        self._ensure_whole()
         payload = BEGUN_PAYLOAD.pack(step, wall, monotonic, learning_rate, flags)
         slot = self.layout.slot_words[sequence % self.layout.slot_count]
         self._write(BEGUN, slot, sequence, payload)
@@ -213,7 +214,9 @@ class Ring(RingFile):
 
     def _write(self, part: Part, slot: int, sequence: int, payload: bytes) -> None:
         """Write a part of a record. slot: its first word."""
-        self._ensure_whole()
+        # The whole header once a step, by `begin_step`; the size each time.
+        if os.fstat(self._descriptor).st_size < self.layout.file_bytes:
+            self._ensure_whole()
         begin = slot + part.begin
         start, end = begin + 1, begin + 1 + part.words
         self._words[begin] = sequence
