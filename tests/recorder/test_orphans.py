@@ -28,7 +28,7 @@ from tests.support.fake_collector import FakeCollector
 from tests.support.listeners import StoringListener
 from tests.support.rank_process import RankProcess, Start
 from tests.support.rings import leave, make_ring, step
-from tests.support.waiting import WAIT_SECONDS, free_port, until
+from tests.support.waiting import WAIT_SECONDS, eventually, free_port, until
 
 DAY = KEPT_SECONDS
 
