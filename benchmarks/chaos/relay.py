@@ -27,9 +27,6 @@ class Relay:
         """address: host:port of the collector."""
         self._address = address
         self._scrambles = False
-        self.exchanged: set[tuple[str, int]] = set()
-        """Launch and sequence number of the steps that came behind later ones, which no stream of gRPC does: where the
-        collector commits in between, it counts them as dropped."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -93,7 +90,6 @@ class Relay:
                     newest.append(data)
                 if batch and self._scrambles and held is None:
                     held = data
-                    self.exchanged |= _steps(data)
                     continue
                 await call.write(data)
                 if held is not None:
@@ -101,12 +97,3 @@ class Relay:
                     held = None
                     await call.write(random.choice(newest))
             await call.done_writing()
-
-
-def _steps(data: bytes) -> set[tuple[str, int]]:
-    """Return launch and sequence number of the steps of a batch."""
-    message = pb.FromRecorder.FromString(data)
-    instance, first, count = message.steps.instance, message.steps.first_sequence, len(message.steps.step)
-    if message.HasField("block"):
-        instance, first, count = message.block.ranks[0].instance, message.block.first_sequence, message.block.steps
-    return {(instance.rpartition("-")[0], sequence) for sequence in range(first, first + count)}

@@ -132,10 +132,13 @@ class RecordBuffer:
         """Add so many seconds to the time until which each step waits."""
         self._deadlines.move_clock(seconds)
 
-    def due(self, now: float) -> int:
-        """Return the sequence number up to which steps may be assembled: every rank has passed them, or time is up."""
+    def due(self, now: float, *, whole: int | None = None) -> int:
+        """Return the sequence number up to which steps may be assembled: every rank has passed them, or time is up.
+
+        whole: that up to which no rank's records have a gap, which may yet be filled; None: there is no gap.
+        """
         passed = int(self.positions[self.awaited].min()) if self.awaited.any() else self.highest
-        due = max(self.finalized, min(passed, self.highest))
+        due = max(self.finalized, min(passed, self.highest if whole is None else min(whole, self.highest)))
         waiting = np.arange(due + 1, self.highest + 1)
         late = waiting[self._passed(waiting, now)]
         return int(late[-1]) if late.size else due

@@ -225,7 +225,9 @@ class Attempt(AttemptState):
         buffer = self.buffer
         for instance in self.instances.values():
             buffer.awaited[instance.rank] = not (instance.leaving or instance.closed)
-        return buffer.due(now)
+        # Not one before the first record that came: its ring no longer has those.
+        gaps = [i.gaps[0][0] for i in self.instances.values() if i.gaps and buffer.awaited[i.rank] and i.gaps[0][0] > 1]
+        return buffer.due(now, whole=min(gaps) - 1 if gaps else None)
 
     def assemble(self, upto: int) -> Iterator[Step]:
         """Yield steps that are due, in order. After an error, what follows may still be asked for."""

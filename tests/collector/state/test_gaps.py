@@ -96,6 +96,21 @@ def test_batches_in_another_order_lose_nothing(tmp_path: Path) -> None:
     collector.store.close()
 
 
+def test_batches_exchanged_around_a_commit_lose_nothing(tmp_path: Path) -> None:
+    collector = Collector(tmp_path, 2)
+    for rank in (0, 1):
+        collector.send(rank, 1, *[1.0] * 10)
+        collector.send(rank, 21, *[3.0] * 10)
+    collector.commit()
+    assert collector.counts() == (10, 0)
+    for rank in (0, 1):
+        collector.send(rank, 11, *[2.0] * 10)
+    collector.commit(after=1.0)
+    assert collector.counts() == (30, 0)
+    assert collector.losses() == [1.0] * 10 + [2.0] * 10 + [3.0] * 10
+    collector.store.close()
+
+
 def test_what_does_not_come_before_its_step_is_lost_once(tmp_path: Path) -> None:
     collector = Collector(tmp_path, 1)
     collector.send(0, 11, *[1.0] * 10)
@@ -118,7 +133,7 @@ def test_a_gap_that_waits_for_its_steps_outlives_the_collector(tmp_path: Path) -
     collector.start()
     collector.send(0, 2, 1.0)
     collector.send(1, 2, *[1.0] * 4)
-    collector.commit(after=1.0)
+    collector.commit(after=3.0)
     assert collector.counts() == (5, 2)
     collector.store.close()
 
