@@ -20,11 +20,15 @@ from foreshock import _torch
 from tests.support.repository import ROOT
 
 PROBE = ROOT / "agent/foreshock"
+_groups: list[Any] = []
+"""Kept: gloo's thread needs the interpreter to let go of a collective, and a group that is deleted with its model waits
+for that thread without releasing the interpreter (torch 2.13)."""
 
 
 @pytest.fixture
 def ddp(tmp_path: Path) -> Any:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    _groups.append(dist.group.WORLD)
     yield DistributedDataParallel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
     dist.destroy_process_group()
 
@@ -35,6 +39,7 @@ def sharded(tmp_path: Path) -> Any:
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    _groups.append(dist.group.WORLD)
     yield fully_shard(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), mesh=init_device_mesh("cpu", (1,)))
     dist.destroy_process_group()
 
