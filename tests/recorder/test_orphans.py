@@ -360,14 +360,12 @@ def test_the_command_says_what_is_left_and_why(
     gone = f"127.0.0.1:{free_port()}"
     living = RankProcess(rings / "a" / "living", run="a")
     leave(rings / "b" / "away", 3, instance="away", collector=gone)
-    held_folder = leave(rings / "c" / "held", 3).parent
-    held = lock(held_folder)
+    held = lock(leave(rings / "c" / "held", 3).parent)
     assert held is not None
     collector.refused["refused"] = "world_size 3: this launch has reported 2 ranks before"
     leave(rings / "d" / "refused", 3, instance="refused", collector=collector.address)
 
     def answered() -> list[str]:
-        """What it says, unless the machine was too busy for an answer."""
         assert hand_in.main(["--dir", str(rings)]) == 1
         lines = capsys.readouterr().out.splitlines()
         return [] if any(line.endswith("(no answer)") for line in lines) else lines
@@ -376,10 +374,8 @@ def test_the_command_says_what_is_left_and_why(
     assert a == "run a: 0 of 0 records delivered; its ranks are still running"
     assert b.startswith(f"run b: 0 of 3 records delivered; 3 are left ({gone}: ")
     assert c == "run c: 0 of 3 records delivered; another recorder is delivering them"
-    assert (
-        d
-        == f"run d: 0 of 3 records delivered; 3 are left ({collector.address}: refused: {collector.refused['refused']})"
-    )
+    why = f"{collector.address}: refused: {collector.refused['refused']}"
+    assert d == f"run d: 0 of 3 records delivered; 3 are left ({why})"
     living.end()
     os.close(held)
     collector.refused.clear()
