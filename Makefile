@@ -111,8 +111,9 @@ chaos: $(INSTALLED) ## break things at 1,000 random moments under load and count
 	@$(BIN)/python -m benchmarks.chaos $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the collector (an hour); ARGS="--count 1000 --seed 7"
+fuzz: $(INSTALLED) ## send 100,000 random histories and messages through the collector (an hour), then by coverage, briefly; ARGS="--count 1000 --seed 7"
 	@$(BIN)/python -m benchmarks.fuzz $(ARGS)
+	@$(MAKE) --no-print-directory fuzz-guided ARGS="--seconds 60"
 
 .PHONY: fuzz-guided
 fuzz-guided: $(INSTALLED) $(FUZZ_INSTALLED) ## fuzz by coverage what reads wire, rings, logs and settings (20 minutes); ARGS="--target wire --seconds 60"
